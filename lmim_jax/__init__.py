@@ -1,0 +1,1 @@
+"""Latent Masked Image Modeling in JAX: pretrains Vision Transformers without labels."""

@@ -1,0 +1,68 @@
+"""The contract of a method, and its lookup by module name: a file in this folder *is* a registered method.
+
+A method is a frozen dataclass whose fields are its config, without defaults, so that a misspelt key is an error
+(a key that one of its functions is named like, such as `loss`, is the field `loss_`).
+Its functions are pure:
+
+  init(rng) -> params                                  {"encoder": ..., ...}
+  sample(rng, keys) -> views                           every random choice of the loss: mask indices, window offsets
+  loss(params, target, images, views, step) -> (scalar, metrics)
+  target_of(params) -> the sub-tree tracked by EMA     {} : no teacher
+  ema_rate(step) -> scalar                             1 - momentum, applied right after optimiser step `step`
+  features(params, images, rng=None) -> dict           "patches", "patches_prenorm", "cls", "block07/tokens", ...
+  image_size -> (H, W)                                 what `loss` wants; features take any multiple of the patch
+
+`rng` serves what the whole batch shares, `keys` [B] what is drawn per image.
+The step around it (`step.py`) is the same for all: sample, gradient, optimiser, target += ema_rate (new - target).
+"""
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+
+from lmim_jax.errors import UserError
+
+
+def names():
+    """The methods there are: the modules of this folder."""
+    import lmim_jax.methods as package
+
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base")
+
+
+def from_config(config, *, total_steps, steps_per_epoch):
+    """Build a method from its config section: `name` picks the module, everything else is its fields.
+
+    Args:
+      config: mapping with `name` and exactly the fields of `lmim_jax.methods.<name>.Method`.
+      total_steps, steps_per_epoch: lengths of the run, for the method's schedules.
+
+    Raises:
+      UserError: unknown method, missing or unknown key, or a value the method refuses.
+    """
+    fields = dict(config)
+    name = fields.pop("name")
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"config.method.name={name!r} is no method{hint} (there are: {', '.join(names())})")
+    method = importlib.import_module(f"lmim_jax.methods.{name}").Method
+    field_of = {field.name.removesuffix("_"): field.name for field in dataclasses.fields(method)}
+    known = field_of.keys() - {"total_steps", "steps_per_epoch"}
+    if unknown := sorted(fields.keys() - known):
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f" (it has: {', '.join(sorted(known))})"
+        raise UserError(f"config.method.{unknown[0]}: {name} has no such key{hint}")
+    if missing := sorted(known - fields.keys()):
+        raise UserError(f"config.method lacks {', '.join(missing)}, which {name} needs; see configs/vit_b.py")
+    fields = {field_of[key]: value for key, value in fields.items()}
+    return method(**fields, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+
+
+def check_choice(key, value, choices):
+    """Raise a UserError naming the key and the choices, unless value is one of them."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"config.method.{key}={value!r} is none of: {' | '.join(choices)}{hint}")

@@ -1,0 +1,70 @@
+"""Latent decoders: from visible tokens to a prediction for every masked patch.
+
+Letters: B batch, V visible, M masked, D encoder width, d decoder width.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from lmim_jax.models.layers import Block, CrossBlock, Dtype, dense, layer_norm
+
+
+def visual_cues(visible, visible_positions, masked_positions):
+    """A soft guess for every masked patch: visible tokens averaged by closeness of position, [B, M, d].
+
+    sum_j softmax_j(pe_i . pe_j / sqrt(d)) h_j over the visible patches j (CLS left out).
+
+    Args:
+      visible: [B, V, d] embedded visible tokens; visible_positions: [B, V, d]; masked_positions: [B, M, d].
+
+    Source: Latent MIM section 3.4; official `avg_vis_mask_token`.
+    """
+    # Scores in float32: they come from constants, and decide the weights of all that follows.
+    scores = jnp.einsum("bmd,bvd->bmv", masked_positions, visible_positions) * visible.shape[-1] ** -0.5
+    return nn.softmax(scores).astype(visible.dtype) @ visible
+
+
+class LatentDecoder(nn.Module):
+    """Predicts the latent of every masked patch from the visible tokens.
+
+    One token per masked patch: mask token + visual cue + position.
+    kind "cross": [a CLS of its own, masked] through blocks of self-attention, cross-attention to the encoder's
+    CLS and visible tokens, MLP (the paper's decoder).
+    kind "self": [encoder's CLS, visible, masked] through plain blocks of the same depth and width.
+    """
+
+    kind: str
+    width: int
+    depth: int
+    heads: int
+    out_width: int
+    visual_cues: bool
+    mlp_ratio: float
+    norm_eps: float
+    dtype: Dtype
+    attention: str
+
+    @nn.compact
+    def __call__(self, tokens, visible_positions, masked_positions):
+        """Projected tokens [B, 1 + V, D], positions [B, V, d] and [B, M, d] -> CLS and predictions [B, 1 + M, D]."""
+        masked = masked_positions.shape[1]
+        mask = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width)).astype(self.dtype)
+        h = dense(self.width, self.dtype, "embed")(tokens)
+        context = h + jnp.pad(visible_positions, ((0, 0), (1, 0), (0, 0))).astype(self.dtype)  # CLS: position zero
+        queries = mask + masked_positions.astype(self.dtype)
+        if self.visual_cues:
+            queries = queries + visual_cues(h[:, 1:], visible_positions, masked_positions)
+        block = (self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention)
+        if self.kind == "cross":
+            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (len(queries), 1, self.width)), queries], axis=1)
+            for i in range(self.depth):
+                x = CrossBlock(*block, name=f"block{i:02d}")(x, context)
+        elif self.kind == "self":
+            x = jnp.concatenate([context, queries], axis=1)
+            for i in range(self.depth):
+                x = Block(*block, name=f"block{i:02d}")(x)
+            x = jnp.concatenate([x[:, :1], x[:, -masked:]], axis=1)
+        else:
+            raise ValueError(f"unknown decoder {self.kind!r}: cross | self")
+        return dense(self.out_width, self.dtype, "head")(layer_norm(self.norm_eps, self.dtype, "norm")(x))

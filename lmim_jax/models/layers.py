@@ -1,0 +1,199 @@
+"""Building blocks of every Vision Transformer here: patches, positions, attention, MLP, blocks.
+
+Letters: B batch, H W image height and width, C channels, h w grid rows and columns, N = h w patches,
+p patch size, P = p p C pixels of a patch, T S tokens, D width, A attention heads.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Dtype = jnp.dtype
+
+
+def patchify(images, grid, patch_size, gap=0, offsets=None):
+    """Cut images [B, h (p + gap), w (p + gap), C] into one window of p x p pixels per cell: [B, N, P].
+
+    Patch id is row * w + column; pixel order inside a patch is (row, column, channel).
+
+    Args:
+      images: [B, H, W, C].
+      grid: (h, w), rows and columns of cells.
+      patch_size: p, side of a window in pixels.
+      gap: a cell is p + gap pixels wide, so windows of neighbours lie 1 .. 2 gap - 1 pixels apart.
+      offsets: [B, h, w, 2] int, (row, column) offset of the window in its cell, 0 <= offset <= gap.
+        None where gap is 0.
+
+    Raises:
+      ValueError: the image is not grid x (patch_size + gap) pixels.
+
+    Source: Latent MIM, section 3.3 (non-contiguous grid); official `Patchify`.
+    """
+    (h, w), p, cell = grid, patch_size, patch_size + gap
+    batch, height, width, channels = images.shape
+    if (height, width) != (h * cell, w * cell):
+        raise ValueError(
+            f"image of {height} x {width} pixels does not fit a grid of {h} x {w} cells of {cell} "
+            f"(patch_size {p} + gap {gap}); give it {h * cell} x {w * cell} pixels"
+        )
+    x = images.reshape(batch, h, cell, w, cell, channels).transpose(0, 1, 3, 2, 4, 5)  # [B, h, w, cell, cell, C]
+    if gap:
+        rows = offsets[..., 0, None] + jnp.arange(p).reshape(1, 1, 1, p)
+        columns = offsets[..., 1, None] + jnp.arange(p).reshape(1, 1, 1, p)
+        x = jnp.take_along_axis(x, rows[..., None, None], axis=3)
+        x = jnp.take_along_axis(x, columns[..., None, :, None], axis=4)
+    return x.reshape(batch, h * w, p * p * channels)
+
+
+def unpatchify(patches, grid, patch_size):
+    """Patches [B, N, P] back to images [B, h p, w p, C]; the inverse of `patchify` without gap."""
+    (h, w), p = grid, patch_size
+    batch, _, pixels = patches.shape
+    x = patches.reshape(batch, h, w, p, p, pixels // (p * p)).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, h * p, w * p, -1)
+
+
+def sincos_positions(grid, width, trained_grid=None):
+    """Fixed sin-cos position vectors, float32 [N, D]: the first half encodes the column, the second the row.
+
+    Along an axis of n cells the positions are linspace(0, n_trained, n): n / (n - 1) apart at the training size
+    (not integers, as in MAE), and the same range at any other size.
+
+    Args:
+      grid: (h, w) of this image.
+      width: D, divisible by 4.
+      trained_grid: (h, w) the model was trained with; None: this grid.
+
+    Source: official `PositionalEmbedding` (spacing measured: 14/13 for 14 cells).
+    """
+    if width % 4:
+        raise ValueError(f"sin-cos positions need a width divisible by 4, not {width}")
+    frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+
+    def encode(n, n_trained):
+        angles = np.linspace(0, 1, n)[:, None] * n_trained * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [n, D/2]
+
+    (h, w), (trained_h, trained_w) = grid, trained_grid or grid
+    rows, columns = encode(h, trained_h), encode(w, trained_w)
+    table = np.concatenate([np.tile(columns, (h, 1)), np.repeat(rows, w, axis=0)], axis=1)
+    return table.astype(np.float32)
+
+
+def gelu(x):
+    """Exact GELU, x Phi(x), as torch computes it (Flax's default is the tanh approximation)."""
+    return nn.gelu(x, approximate=False)
+
+
+def dense(features, dtype, name, use_bias=True):
+    """Linear layer with xavier-uniform kernel [in, out] and zero bias, the init of MAE and Latent MIM."""
+    return nn.Dense(
+        features, use_bias=use_bias, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name
+    )
+
+
+def layer_norm(epsilon, dtype, name):
+    """LayerNorm with float32 statistics by the two-pass variance, as torch computes them."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def attend(query, key, value, implementation):
+    """softmax(q k^T / sqrt(D/A)) v with a float32 softmax: [B, T, A, D/A], [B, S, A, D/A] x 2 -> [B, T, A, D/A].
+
+    Args:
+      implementation: "xla" anywhere, "cudnn" (fused; bfloat16 on an NVIDIA GPU only; an error elsewhere).
+    """
+    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused qkv projection, ordered (q, k, v) on the output axis."""
+
+    heads: int
+    dtype: Dtype
+    implementation: str
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, T, D] -> [B, T, D]."""
+        batch, tokens, width = x.shape
+        qkv = dense(3 * width, self.dtype, "qkv")(x)
+        query, key, value = (
+            part.reshape(batch, tokens, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1)
+        )
+        if self.is_mutable_collection("intermediates"):  # attention maps, only where somebody asks for them
+            scores = jnp.einsum("btad,bsad->bats", query, key, preferred_element_type=jnp.float32)
+            self.sow("intermediates", "attention", nn.softmax(scores * (width // self.heads) ** -0.5))
+        x = attend(query, key, value, self.implementation).reshape(batch, tokens, width)
+        return dense(width, self.dtype, "proj")(x)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from queries to a context, with one fused key-value projection, ordered (k, v)."""
+
+    heads: int
+    dtype: Dtype
+    implementation: str
+
+    @nn.compact
+    def __call__(self, x, context):
+        """[B, T, D], [B, S, D] -> [B, T, D]."""
+        batch, tokens, width = x.shape
+        split = (batch, -1, self.heads, width // self.heads)
+        query = dense(width, self.dtype, "q")(x).reshape(split)
+        key, value = (part.reshape(split) for part in jnp.split(dense(2 * width, self.dtype, "kv")(context), 2, -1))
+        x = attend(query, key, value, self.implementation).reshape(batch, tokens, width)
+        return dense(width, self.dtype, "proj")(x)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    hidden: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, T, D] -> [B, T, D]."""
+        width = x.shape[-1]
+        return dense(width, self.dtype, "fc2")(gelu(dense(self.hidden, self.dtype, "fc1")(x)))
+
+
+class Block(nn.Module):
+    """Pre-LN Transformer block: x += SelfAttention(LN x); x += MLP(LN x)."""
+
+    heads: int
+    mlp_ratio: float
+    norm_eps: float
+    dtype: Dtype
+    attention: str
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, T, D] -> [B, T, D]."""
+        norm = lambda name: layer_norm(self.norm_eps, self.dtype, name)  # noqa: E731
+        x = x + Attention(self.heads, self.dtype, self.attention, name="attn")(norm("norm1")(x))
+        x = x + Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(norm("norm2")(x))
+        self.sow("intermediates", "tokens", x)
+        return x
+
+
+class CrossBlock(nn.Module):
+    """Pre-LN decoder block: x += SelfAttention(LN x); x += CrossAttention(LN x, LN context); x += MLP(LN x)."""
+
+    heads: int
+    mlp_ratio: float
+    norm_eps: float
+    dtype: Dtype
+    attention: str
+
+    @nn.compact
+    def __call__(self, x, context):
+        """[B, T, D], [B, S, D] -> [B, T, D]."""
+        norm = lambda name: layer_norm(self.norm_eps, self.dtype, name)  # noqa: E731
+        x = x + Attention(self.heads, self.dtype, self.attention, name="self_attn")(norm("norm1")(x))
+        x = x + CrossAttention(self.heads, self.dtype, self.attention, name="cross_attn")(
+            norm("norm2q")(x), norm("norm2kv")(context)
+        )
+        return x + Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(norm("norm3")(x))

@@ -1,0 +1,69 @@
+"""The Vision Transformer encoder and the projector behind it.
+
+Letters: B batch, T tokens, P pixels of a patch, D width.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from lmim_jax.models.layers import Block, Dtype, dense, gelu, layer_norm
+
+# Sizes by their usual names (An Image is Worth 16x16 Words, table 1; DeiT for Ti and S).
+VARIANTS = {
+    "Ti/16": dict(width=192, depth=12, heads=3, patch_size=16),
+    "S/16": dict(width=384, depth=12, heads=6, patch_size=16),
+    "B/16": dict(width=768, depth=12, heads=12, patch_size=16),
+    "L/16": dict(width=1024, depth=24, heads=16, patch_size=16),
+    "H/14": dict(width=1280, depth=32, heads=16, patch_size=14),
+}
+
+
+class ViT(nn.Module):
+    """Linear patch embedding + positions, CLS in front (without position), pre-LN blocks, final LayerNorm.
+
+    It sees just the patches it is given: masking is leaving patches out.
+    Parameters: patch_embed, cls_token [1, 1, D], block00 .. , norm.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    norm_eps: float
+    dtype: Dtype
+    attention: str
+
+    @nn.compact
+    def __call__(self, patches, positions):
+        """Patches [B, T, P] and their positions [B or 1, T, D] -> tokens after and before the final norm, [B, 1 + T, D].
+
+        Row 0 is CLS.
+        """
+        x = dense(self.width, self.dtype, "patch_embed")(patches) + positions.astype(self.dtype)
+        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (len(x), 1, self.width)), x], axis=1)
+        for i in range(self.depth):
+            x = Block(self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, name=f"block{i:02d}")(x)
+        return layer_norm(self.norm_eps, self.dtype, "norm")(x), x
+
+
+class Projector(nn.Module):
+    """`depth` bias-free linear layers with LayerNorm after each and GELU between: D -> hidden -> ... -> D.
+
+    Norm eps is 1e-5 as in the official `encoder.head` (the blocks use 1e-6). Depth 0 is the identity.
+    """
+
+    depth: int
+    hidden: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, T, D] -> [B, T, D]."""
+        width = x.shape[-1]
+        for i in range(self.depth):
+            last = i == self.depth - 1
+            x = dense(width if last else self.hidden, self.dtype, f"linear{i}", use_bias=False)(x)
+            x = layer_norm(1e-5, self.dtype, f"norm{i}")(x)
+            x = x if last else gelu(x)
+        return x

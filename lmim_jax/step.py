@@ -1,0 +1,88 @@
+"""The train step: one pure function, the same for every method.
+
+augment -> sample -> value_and_grad(loss) -> optimiser -> EMA -> metrics.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from lmim_jax import sharding
+
+
+def update_target(target, source, rate):
+    """EMA: target + rate * (source - target), in float32 (1 - momentum goes below bfloat16's resolution)."""
+    return jax.tree.map(lambda old, new: old + rate * (new - old), target, source)
+
+
+def image_keys(rng, step, positions):
+    """(rng of step `step`, keys [B] of its images); `positions` [B] are places in the global batch.
+
+    So every draw is the same for any number of devices, hosts and micro-batches.
+    """
+    rng = jax.random.fold_in(rng, step)
+    return rng, jax.vmap(lambda position: jax.random.fold_in(rng, position))(positions)
+
+
+def draw(method, augment, rng, keys, batch):
+    """Images and views of a batch: all randomness of a step. Returns (images [B, H, W, C], views)."""
+    augment_keys, view_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    return augment(augment_keys, batch), method.sample(rng, view_keys)
+
+
+def gradients(method, augment, micro_batches, params, target, rng, step, batch):
+    """Mean gradient and metrics of the rows of `batch` on this device, in `micro_batches` equal parts."""
+
+    def of_part(part):
+        step_rng, keys = image_keys(rng, step, part.pop("position"))
+        images, views = draw(method, augment, step_rng, keys, part)
+        grads, metrics = jax.grad(method.loss, has_aux=True)(params, target, images, views, step)
+        return grads, metrics
+
+    if micro_batches == 1:
+        return of_part(dict(batch))
+    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts)))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)  # noqa: E731
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / micro_batches, total)
+
+
+def make_train_step(method, augment, optimizer, mesh, micro_batches=1):
+    """Build `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    Args:
+      method: see methods/base.py.
+      augment: (keys [b], rows of the batch) -> images [b, H, W, C].
+      optimizer: an optax transformation.
+      mesh: with axis `data`; every device works on its own rows, and gradients are averaged over devices once per
+        step, after the last micro-batch.
+      micro_batches: gradient accumulation; the EMA moves once per step all the same.
+
+    The batch is a dict of arrays with a leading batch axis; metrics are float32 scalars, `grad_norm` among them.
+    """
+    data = PartitionSpec(sharding.DATA)
+
+    def on_device(params, target, rng, step, batch):
+        result = gradients(method, augment, micro_batches, params, target, rng, step, batch)
+        return jax.lax.pmean(result, sharding.DATA)
+
+    reduced = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(PartitionSpec(),) * 4 + (data,),
+        out_specs=PartitionSpec(),
+        check_vma=False,  # gradients stay per device until the pmean, instead of one reduction per micro-batch
+    )
+
+    def train_step(state, batch):
+        batch = {**batch, "position": jnp.arange(len(batch["image"]))}
+        grads, metrics = reduced(state.params, state.target, state.rng, state.step, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        target = update_target(state.target, method.target_of(params), method.ema_rate(state.step))
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return state.replace(step=state.step + 1, params=params, target=target, opt_state=opt_state), metrics
+
+    return train_step

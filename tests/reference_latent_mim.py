@@ -1,0 +1,100 @@
+"""Reads reference cases of the official Latent MIM: sizes, weights and inputs in this project's terms."""
+
+import re
+
+import numpy as np
+
+from lmim_jax.methods.latent_mim import Method
+
+LOSSES = {"infonce_patches": "patch_infonce", "norm_l2": "norm_l2"}
+
+
+def method(c):
+    """The method with the sizes and options of a case's config_json."""
+    return Method(
+        grid=(c["grid"], c["grid"]),
+        patch_size=c["patch"],
+        gap=c["gap"],
+        channels=3,
+        width=c["dim"],
+        depth=c["depth"],
+        heads=c["heads"],
+        mlp_ratio=4,
+        norm_eps=1e-6,
+        projector_depth=c["nproj"],
+        projector_width=c["mlp"],
+        decoder="cross",
+        decoder_width=c["ddim"],
+        decoder_depth=c["ddepth"],
+        decoder_heads=c["dheads"],
+        visual_cues=c["avgvis"],
+        num_visible=c["numvis"],
+        target="ema",
+        target_patches="masked" if c["mask_target"] else "all",
+        loss_=LOSSES[c["loss"]],
+        tau=c["tau"],
+        standardize=True,
+        similarity_weight=c["avgcoef"],
+        similarity_start=c["sim_trg"],
+        similarity_end=c["sim_trg"],
+        momentum_start=c["mom"],
+        momentum_end=c["mom"],
+        dtype="float32",
+        attention="xla",
+        total_steps=1,
+        steps_per_epoch=1,
+    )
+
+
+def ours(name):
+    """Official parameter name -> path in our tree, e.g. ("projector", "linear0", "kernel")."""
+    part, name = name.split(".", 1)
+    if part != "decoder":
+        part = "encoder"
+        if name.startswith("head."):
+            part, name = "projector", name.removeprefix("head.")
+    name = name.replace("kv_proj", "kv").replace("q_proj", "q")
+    name = re.sub(r"blocks\.(\d+)\.", lambda match: f"block{int(match[1]):02d}.", name)
+    if part == "encoder":
+        name = name.replace("embed.proj.", "patch_embed.")
+    path = [part, *name.split(".")]
+    if path[-1] == "weight":
+        path[-1] = "scale" if "norm" in path[-2] else "kernel"
+    return tuple(path)
+
+
+def tree(arrays):
+    """{official name: array} -> our nested dict, in our layouts; fixed positions are left out."""
+    out = {}
+    for name, value in arrays.items():
+        if "pos_embed" in name:
+            continue
+        path = ours(name)
+        node = out
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value.T if path[-1] == "kernel" else value
+    out.setdefault("projector", {})
+    return out
+
+
+def group(case, prefix):
+    """The arrays of a case below a prefix, without it."""
+    return {name.removeprefix(prefix): case[name] for name in case if name.startswith(prefix)}
+
+
+def views(case):
+    """The case's mask indices and window offsets."""
+    out = {"visible": case["in/visible_idx"].astype(np.int32), "masked": case["in/masked_idx"].astype(np.int32)}
+    if "in/gap_offset_y" in case:
+        out["offsets"] = np.stack([case["in/gap_offset_y"], case["in/gap_offset_x"]], -1).astype(np.int32)
+    return out
+
+
+def load(case, config):
+    """(method, params, target before the EMA update, images [B, H, W, C], views)."""
+    weights = group(case, "state/")
+    encoder = lambda name: tree({f"encoder.{k}": v for k, v in group(weights, name).items()})  # noqa: E731
+    params = {**encoder("encoder."), "decoder": tree({k: v for k, v in weights.items() if k.startswith("decoder.")})["decoder"]}
+    images = case["in/images_nchw"].transpose(0, 2, 3, 1)
+    return method(config), params, encoder("target_encoder."), images, views(case)

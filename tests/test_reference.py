@@ -1,0 +1,77 @@
+"""The official implementations' numbers: tokens, losses, gradients and EMA of tests/reference/*.npz.
+
+A file's prefix names the method, tests/reference_<method>.py reads its cases. Tolerances are those the numbers were
+published with: outputs rtol 2e-4, atol 2e-5; gradients rtol 2e-3, atol 2e-5.
+"""
+
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import reference_latent_mim
+from lmim_jax import step
+from lmim_jax.models.layers import patchify, sincos_positions
+
+FOLDER = pathlib.Path(__file__).parent / "reference"
+LATENT_MIM = sorted(FOLDER.glob("latent_mim_*.npz"))
+OUTPUT, GRADIENT = dict(rtol=2e-4, atol=2e-5), dict(rtol=2e-3, atol=2e-5)
+
+
+@functools.cache
+def latent_mim(path):
+    """Run a case once: (case, config, EMA'd target, forward, loss, metrics, gradients, patches)."""
+    with np.load(path, allow_pickle=False) as file:
+        case = dict(file)
+    config = json.loads(str(case["config_json"]))
+    method, params, target, images, views = reference_latent_mim.load(case, config)
+    target = step.update_target(target, method.target_of(params), method.ema_rate(0))
+    forward = jax.jit(method.forward)(params, target, images, views)
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(params, target, images, views, 0)
+    patches = patchify(images, method.grid, method.patch_size, method.gap, views.get("offsets"))
+    return case, config, target, forward, loss, metrics, grads, patches
+
+
+def compare(actual, expected, tolerance):
+    """Assert that two trees agree in names and values."""
+    actual, expected = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (actual, expected))
+    name = jax.tree_util.keystr
+    assert {name(path) for path in actual} == {name(path) for path in expected}
+    for path, value in expected.items():
+        np.testing.assert_allclose(actual[path], value, **tolerance, err_msg=name(path))
+
+
+@pytest.mark.parametrize("path", LATENT_MIM, ids=lambda path: path.stem)
+class TestLatentMIM:
+    def test_inputs(self, path):
+        case, config, *_, patches = latent_mim(path)
+        np.testing.assert_array_equal(patches, case["mid/patches"])
+        table = case["state/encoder.pos_embed.pos_embeds"]
+        positions = sincos_positions((config["grid"],) * 2, config["dim"])
+        np.testing.assert_allclose(positions, table[-len(positions) :], atol=1e-5)
+
+    def test_tokens(self, path):
+        case, _, _, forward, *_ = latent_mim(path)
+        np.testing.assert_allclose(forward["visible"], case["out/encoder_tokens"], **OUTPUT)
+        np.testing.assert_allclose(forward["targets"], case["out/target_tokens"], **OUTPUT)
+        np.testing.assert_allclose(forward["predictions"], case["out/decoder_tokens"], **OUTPUT)
+
+    def test_loss(self, path):
+        case, _, _, _, loss, metrics, *_ = latent_mim(path)
+        np.testing.assert_allclose(loss, case["out/loss"], **OUTPUT)
+        for ours, theirs in (("predictions", "pred"), ("visible", "vis"), ("targets", "trg")):
+            np.testing.assert_allclose(metrics[f"similarity_{ours}"], case[f"out/avg_sim_{theirs}"], **OUTPUT)
+
+    def test_gradients(self, path):
+        case, _, _, _, _, _, grads, _ = latent_mim(path)
+        expected = reference_latent_mim.group(case, "grad/")
+        expected = reference_latent_mim.tree(expected)
+        compare(grads, expected, GRADIENT)
+
+    def test_ema(self, path):
+        case, _, target, *_ = latent_mim(path)
+        ema = {f"encoder.{name}": value for name, value in reference_latent_mim.group(case, "ema/").items()}
+        compare(target, reference_latent_mim.tree(ema), OUTPUT)
