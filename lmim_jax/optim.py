@@ -34,19 +34,18 @@ def by_name(rules, params, key):
     return unflatten_dict(values, sep="/")
 
 
-def from_config(config, *, peak, warmup_steps, total_steps):
+def from_config(config, *, warmup_steps, total_steps):
     """Build the optimiser and its learning-rate schedule.
 
     Args:
-      config: `config.optimizer`: name "adamw", b1, b2, eps, weight_decay, decay_rules, floor (share of the peak).
-      peak: peak learning rate. warmup_steps, total_steps: in optimiser steps.
+      config: `config.optimizer`, see configs/vit_b.py. warmup_steps, total_steps: in optimiser steps.
 
     Returns:
       (optax transformation, function of the step giving the learning rate).
     """
     if config.name != "adamw":
         raise UserError(f"config.optimizer.name={config.name!r} is not known; there is: adamw")
-    rate = schedules.warmup_cosine(peak, config.floor * peak, warmup_steps, total_steps)
+    rate = schedules.warmup_cosine(config.lr, config.floor * config.lr, warmup_steps, total_steps)
 
     def decayed(params):
         scale = by_name(config.decay_rules, params, "config.optimizer.decay_rules")

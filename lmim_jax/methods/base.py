@@ -10,7 +10,7 @@ Its functions are pure:
   target_of(params) -> the sub-tree tracked by EMA     {} : no teacher
   ema_rate(step) -> scalar                             1 - momentum, applied right after optimiser step `step`
   features(params, images, rng=None) -> dict           "patches", "patches_prenorm", "cls", "block07/tokens", ...
-  image_size -> (H, W)                                 what `loss` wants; features take any multiple of the patch
+  image_size, feature_size -> (H, W)                   pixels that `loss` takes, and `features` at evaluation
 
 `rng` serves what the whole batch shares, `keys` [B] what is drawn per image.
 The step around it (`step.py`) is the same for all: sample, gradient, optimiser, target += ema_rate (new - target).

@@ -95,6 +95,11 @@ class Method:
         """(height, width) in pixels of the images that `loss` takes: grid x (patch + gap)."""
         return tuple(n * (self.patch_size + self.gap) for n in self.grid)
 
+    @property
+    def feature_size(self):
+        """(height, width) in pixels of the images that `features` is evaluated on: grid x patch, without gap."""
+        return tuple(n * self.patch_size for n in self.grid)
+
     # -- modules: plain Linen, applied to one sub-tree of params each
 
     @property

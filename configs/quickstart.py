@@ -1,0 +1,22 @@
+"""Latent MIM on the embedded dataset `shapes`, in minutes on a laptop CPU; downloads nothing.
+
+    ./launch/local.sh                                                (this recipe is the default)
+    python main.py --config=configs/quickstart.py --workdir=RUN
+"""
+
+from configs import vit_b
+
+
+def get_config():
+    """vit_b and its differences."""
+    config = vit_b.get_config()
+    config.batch_size = 128
+    config.epochs = 16
+    config.data.update(source="shapes", canvas=64)
+    config.augment.eval_resize = 64
+    config.method.update(grid=(8, 8), patch_size=8, gap=2, width=96, depth=4, heads=4, num_visible=10)
+    config.method.update(decoder_width=64, decoder_depth=2, decoder_heads=4, projector_width=256, dtype="float32")
+    config.optimizer.update(base_lr=1e-3, warmup_epochs=1.0)
+    config.evaluators.knn.every = 4.0
+    config.update(log_every=64, checkpoint_every=256)
+    return config

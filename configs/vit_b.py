@@ -1,0 +1,107 @@
+"""Latent MIM, ViT-B/16, ImageNet-1k, 800 epochs: the paper's final recipe, and every knob there is.
+
+    python main.py --config=configs/vit_b.py --config.data.source=folder --config.data.path=IMAGENET --workdir=RUN
+
+Global batch 4096, 249,600 steps. The authors report 50.1 / 72.0 / 83.0 % top-1 (nearest neighbour / linear probe /
+fine-tuning) on ImageNet-1k. Sources: the paper (arXiv 2407.15837) and the released code's configuration.
+The other recipes are this one and their differences. Any knob can be set on the command line: --config.method.tau=0.1
+"""
+
+from ml_collections import ConfigDict, FieldReference, config_dict
+
+
+def get_config():
+    """The recipe as a ConfigDict; derived values follow when what they are derived from is overridden."""
+    batch_size, epochs = FieldReference(4096), FieldReference(800)
+    config = ConfigDict()
+    config.seed = 0  # of weights, order, crops and masks
+    config.batch_size = batch_size  # images per optimiser step, over all devices
+    config.micro_batches = 1  # gradient accumulation: equal parts of the batch, one after the other
+    config.epochs = epochs  # an epoch is floor(images / batch_size) steps
+    config.total_steps = config_dict.placeholder(int)  # instead of epochs; the warm-up keeps its share of the run
+
+    data = config.data = ConfigDict()
+    data.source = "folder"  # folder | shapes (embedded, drawn on first use)
+    data.path = ""  # folder: with images at any depth, or with train/CLASS/ and test/CLASS/; shapes: where to keep it
+    data.train_per_class = 0  # folder: only the first so many images of each class, by file name; 0: all
+    data.test_per_class = 0
+    data.canvas = 512  # host decodes into a canvas of this side; larger images are shrunk to fit
+    data.channels = 3  # 1 grey, 3 RGB
+    data.workers = 0  # decoding processes per host; 0: threads. The stream is the same at any number
+    data.threads = 2  # decoding threads per process
+    data.max_bad_fraction = 0.01  # stop when more of the files than this are no usable images
+
+    augment = config.augment = ConfigDict()  # on the device, as torchvision's RandomResizedCrop
+    augment.scale = (0.2, 1.0)  # share of the area a crop takes
+    augment.ratio = (3 / 4, 4 / 3)  # aspect ratios of crops
+    augment.flip = True  # mirror every second image
+    augment.interpolation = "bicubic"  # bicubic | bilinear, both antialiased
+    augment.mean = (0.485, 0.456, 0.406)  # ImageNet's
+    augment.std = (0.229, 0.224, 0.225)
+    augment.eval_resize = 256  # evaluation: short side, then a centre crop of grid x patch_size
+
+    method = config.method = ConfigDict()
+    method.name = "latent_mim"  # a file in lmim_jax/methods/
+    method.grid = (14, 14)  # rows, columns of patches
+    method.patch_size = 16
+    method.gap = 4  # cells are patch_size + gap wide, with the patch at a random offset inside; the crop is 280 px
+    method.channels = data.get_ref("channels")
+    # encoder; Ti, S, L, H: lmim_jax/models/vit.py VARIANTS
+    method.width = 768
+    method.depth = 12
+    method.heads = 12
+    method.mlp_ratio = 4.0
+    method.norm_eps = 1e-6
+    # challenge 1, joint optimisation collapses: where targets come from
+    method.target = "ema"  # ema | joint | stop_gradient | random | random_projection (Latent MIM Lite)
+    method.momentum_start = 0.99  # EMA momentum rises along half a cosine
+    method.momentum_end = 1.0
+    # challenge 2, direct regression has trivial solutions: what is compared
+    method.loss = "patch_infonce"  # patch_infonce | norm_l2 | mse | l1 | smooth_l1
+    method.tau = 0.2  # temperature of patch_infonce
+    method.standardize = True  # patch_infonce: predictions to mean 0, deviation 1 over the patches of an image
+    # challenge 3, visible and target patches are too correlated: what is seen (and `gap` above)
+    method.num_visible = 20  # of grid[0] x grid[1] = 196
+    method.target_patches = "masked"  # masked | all: what the target encoder sees
+    method.similarity_weight = 0.1  # of the pull of mean cosine similarities to a goal; 0: off
+    method.similarity_start = 0.75  # the goal falls along half a cosine
+    method.similarity_end = 0.25
+    # challenge 4, a decoder for latents: how predictions are conditioned
+    method.decoder = "cross"  # cross | self: attention to the visible tokens, or all tokens in one sequence
+    method.decoder_width = 512
+    method.decoder_depth = 3
+    method.decoder_heads = 16
+    method.visual_cues = True  # mask tokens start from the visible tokens nearby
+    method.projector_depth = 3  # layers of the MLP behind both encoders; 0: none
+    method.projector_width = 4096
+    # precision and kernels
+    method.dtype = "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
+    method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.name = "adamw"
+    optimizer.base_lr = 1.5e-4
+    optimizer.lr = optimizer.get_ref("base_lr") * batch_size / 256  # peak: 2.4e-3
+    optimizer.floor = 0.25  # share of the peak where the warm-up starts and the cosine ends
+    optimizer.warmup_epochs = 40.0
+    optimizer.b1, optimizer.b2, optimizer.eps = 0.9, 0.95, 1e-8
+    optimizer.weight_decay = 0.05
+    # (regex on the parameter's path, decayed or not), first full match wins. As in the official code, which goes by
+    # names: patch and decoder embeddings are spared too, CLS and mask tokens are decayed.
+    optimizer.decay_rules = ((".*(bias|norm|embed).*", False), (".*", True))
+
+    config.evaluators = ConfigDict()
+    config.evaluators.knn = dict(
+        type="knn",  # a file in lmim_jax/evaluators/
+        every=10.0,  # epochs; also once at the end. 0: at the end only
+        params="online",  # online | target
+        batch_size=512,
+        feature="patches_prenorm",  # mean over patches, before the final norm: the official feature
+        k=20,
+        temperature=0.07,
+    )
+
+    config.log_every = 50  # steps between lines of metrics
+    config.checkpoint_every = 1000  # steps; also once at the end
+    config.checkpoint_keep = 3  # the newest so many
+    return config

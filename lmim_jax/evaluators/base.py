@@ -1,0 +1,108 @@
+"""The contract of an evaluator, its lookup by module name, and features of a whole split.
+
+An evaluator is a frozen dataclass whose fields are its config, without defaults, and
+
+  run(features, params, data) -> {name: float}
+
+features: `method.features`. params: online weights, or with the target's in their place (`params: target`).
+data: `loader.Evaluation`. A file in this folder *is* a registered evaluator.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import pkgutil
+
+import jax
+import numpy as np
+
+from lmim_jax.errors import UserError
+
+
+def names():
+    """The evaluators there are: the modules of this folder."""
+    import lmim_jax.evaluators as package
+
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """An evaluator of a run: its name in logs, when it runs and on which weights."""
+
+    title: str
+    every: int
+    weights: str
+    evaluator: object
+
+    def due(self, step, total_steps):
+        """Whether to run after `step` optimiser steps: on schedule, and at the end."""
+        return step == total_steps or bool(self.every and step % self.every == 0)
+
+    def run(self, features, state, data):
+        """{"title/name": value}; percentages and gauges alike."""
+        params = state.params if self.weights == "online" else {**state.params, **state.target}
+        result = self.evaluator.run(features, params, data)
+        return {f"{self.title}/{name}": value for name, value in result.items()}
+
+
+def from_config(config, *, steps_per_epoch, has_target):
+    """Build the evaluators of `config.evaluators`, a mapping of titles to sections.
+
+    A section has `type` (a module of this folder), `every` (epochs; 0: at the end only), `params` (online | target),
+    and the evaluator's own fields.
+
+    Raises:
+      UserError: unknown type, missing or unknown key, or `params: target` for a method without a target encoder.
+    """
+    scheduled = []
+    for title, section in config.items():
+        where, fields = f"config.evaluators.{title}", dict(section)
+        kind, every, weights = (_pop(fields, key, where) for key in ("type", "every", "params"))
+        if kind not in names():
+            near = difflib.get_close_matches(str(kind), names(), n=1)
+            hint = f"; did you mean {near[0]}?" if near else f" (there are: {', '.join(names())})"
+            raise UserError(f"{where}.type={kind!r} is no evaluator{hint}")
+        if weights not in ("online", "target") or (weights == "target" and not has_target):
+            why = "the method has no target encoder" if weights == "target" else "choose online or target"
+            raise UserError(f"{where}.params={weights!r}: {why}")
+        cls = importlib.import_module(f"lmim_jax.evaluators.{kind}").Evaluator
+        known = {field.name for field in dataclasses.fields(cls)}
+        if known != fields.keys():
+            wrong = ", ".join(sorted(known ^ fields.keys()))
+            raise UserError(f"{where}: unknown or missing keys {wrong}; {kind} takes {', '.join(sorted(known))}")
+        scheduled.append(Scheduled(title, round(every * steps_per_epoch), weights, cls(**fields)))
+    return scheduled
+
+
+def _pop(fields, key, where):
+    """Take a key every evaluator has out of its section."""
+    if key not in fields:
+        raise UserError(f"{where} lacks {key!r}")
+    return fields.pop(key)
+
+
+@functools.lru_cache(maxsize=8)
+def _pooled(features, name):
+    """Jitted (params, batch) -> (mean of a feature over tokens [B, D], label [B], index [B]), equal on all devices."""
+
+    def pooled(params, batch):
+        x = features(params, batch["images"])[name].astype(np.float32)
+        return (x.mean(axis=1) if x.ndim == 3 else x), batch["label"], batch["index"]
+
+    return jax.jit(pooled)
+
+
+def split_features(features, params, data, split, name, batch_size):
+    """A feature of every readable image of a split, averaged over patches where it has any.
+
+    Args:
+      name: key of the method's features, "cls" or "patches_prenorm", ...
+
+    Returns:
+      (float32 [N, D], labels int32 [N]), numpy, in order.
+    """
+    rows = [jax.device_get(_pooled(features, name)(params, batch)) for batch in data.batches(split, batch_size)]
+    x, labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
+    return x[index >= 0], labels[index >= 0]

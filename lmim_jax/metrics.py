@@ -1,0 +1,137 @@
+"""Numbers on their way out: averaging, the NaN guard, speed and ETA, and three writers (console, JSONL, TensorBoard)."""
+
+import json
+import math
+import os
+import pathlib
+import time
+
+import jax
+from absl import logging
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient became NaN or infinite; the message names step and quantity."""
+
+
+def check_finite(step, values, where):
+    """Raise NonFinite if the loss, the gradient norm, or anything else logged at `step` is NaN or infinite."""
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
+        raise NonFinite(
+            f"step {step}: {listed}. Stopped; {where}. Lower config.optimizer.base_lr, or look at the images of this step"
+        )
+
+
+def duration(seconds):
+    """3725 -> "1h02m", 125 -> "2m05s", 42 -> "42s"."""
+    seconds = int(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+class Writer:
+    """Writes metric lines to workdir/metrics.jsonl and TensorBoard, on the first process only."""
+
+    def __init__(self, workdir, start):
+        """Open the writers; lines of steps after `start` (of a run that was killed) are dropped."""
+        self._file, self._board = None, None
+        if jax.process_index():
+            return
+        from tensorboardX import SummaryWriter
+
+        path = pathlib.Path(workdir, "metrics.jsonl")
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, path)
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(pathlib.Path(workdir, "tensorboard")), purge_step=start + 1)
+
+    def write(self, step, values):
+        """One line: {"step": ..., name: value, ...}."""
+        if self._file:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+    def close(self):
+        """Flush and close."""
+        if self._file:
+            self._file.close()
+            self._board.close()
+
+
+def _step_of(line):
+    """The step of a metrics line; infinite for a line cut off by a kill, so that it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf
+
+
+class Meter:
+    """Collects the metrics of each step, one step late, so that the host never waits for the step it just started.
+
+    Every `log_every` steps it writes their means, with epoch, learning rate, images/s and ETA.
+    """
+
+    def __init__(self, writer, *, start, total_steps, steps_per_epoch, batch_size, log_every, learning_rate, where):
+        """`learning_rate`: function of the step; `where`: what to tell of checkpoints when a number is not finite."""
+        self._writer, self._log_every, self._rate, self._where = writer, log_every, learning_rate, where
+        self._total, self._per_epoch, self._batch = total_steps, steps_per_epoch, batch_size
+        self._pending, self._window = None, []
+        self._done, self._seconds, self._since = start, 0.0, time.perf_counter()
+        self.images_per_second = 0.0
+
+    def add(self, step, metrics):
+        """Take the (device) metrics that optimiser step number `step` (1-based) returned; reports those before."""
+        pending, self._pending = self._pending, (step, metrics)
+        if pending:
+            self._report(*pending)
+
+    def flush(self):
+        """Wait for the last step, and report it."""
+        if self._pending:
+            self._report(*self._pending)
+            self._pending = None
+
+    def pause(self):
+        """Stop the clock: evaluations and checkpoints are not training time. Flushes."""
+        self.flush()
+        self._seconds += time.perf_counter() - self._since
+
+    def resume(self):
+        """Start the clock again."""
+        self._since = time.perf_counter()
+
+    def _report(self, step, metrics):
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        check_finite(step, values, self._where)
+        self._window.append(values)
+        if step % self._log_every and step != self._total:
+            return
+        now = time.perf_counter()
+        seconds = self._seconds + now - self._since
+        per_step = seconds / max(step - self._done, 1)
+        self._done, self._seconds, self._since = step, 0.0, now
+        self.images_per_second = self._batch / per_step
+        mean = {name: math.fsum(v[name] for v in self._window) / len(self._window) for name in values}
+        self._window = []
+        extra = {
+            "epoch": step / self._per_epoch,
+            "learning_rate": float(self._rate(step - 1)),
+            "images_per_second": self.images_per_second,
+            "seconds_per_step": per_step,
+        }
+        self._writer.write(step, {**mean, **extra})
+        logging.info(
+            "step %d/%d  epoch %.2f/%.2f  loss %.4f  %.0f images/s  ETA %s  lr %.2e  %s",
+            *(step, self._total, extra["epoch"], self._total / self._per_epoch, mean.pop("loss")),
+            *(self.images_per_second, duration(per_step * (self._total - step)), extra["learning_rate"]),
+            "  ".join(f"{name} {value:.3g}" for name, value in mean.items()),
+        )
