@@ -6,39 +6,56 @@ Running the same command again goes on where it stopped. Only flags live here; t
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/quickstart.py", "Recipe, a file that defines get_config().", lock_config=True
-)
+DEFAULT = "configs/quickstart.py"
+_CONFIG = config_flags.DEFINE_config_file("config", None, f"Recipe; default: {DEFAULT}.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/NAME_OF_THE_RECIPE.")
 
 
 def main(argv):
-    """Train as the flags say; exit code 2 and one line on what only the user can mend."""
+    """Train as the flags say; one line, and exit code 2 for what only the user can mend, 1 for a run that diverged."""
+    from lmim_jax import metrics, train  # here, so that spawned loader workers do not import them
     from lmim_jax.errors import UserError
 
-    logging.set_verbosity(logging.INFO)
     recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    metrics.log_to_console()
     try:
         if len(argv) > 1:
             raise UserError(f"unknown argument {argv[1]!r}; flags look like --config.batch_size=256")
-        from lmim_jax import train
-
         train.train(_CONFIG.value, _WORKDIR.value or f"runs/{recipe}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error, 2)
+    except metrics.NonFinite as error:
+        fail(error, 1)
 
 
 def parse_flags(argv):
-    """absl's parser, with one line and exit code 2 instead of a traceback on a mistake in the flags or the recipe."""
+    """absl's parser, with one line and exit code 2 instead of a traceback on a mistake in the flags."""
+    names = [argument.lstrip("-").split("=")[0] for argument in argv[1:]]
+    if "config" not in names:
+        argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]
     try:
-        return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(error, 2)
+    except (AttributeError, KeyError) as error:
+        while isinstance(error.args[0], Exception):  # ml_collections wraps its message
+            error = error.args[0]
+        key, _, hint = str(error.args[0]).partition("\n")
+        given = next((name for name in names if name.endswith(f".{key.strip(chr(39))}") or key.strip("'") in name), key)
+        fail(f"unknown config key {given}. {hint or 'Every key is in configs/vit_b.py'}", 2)
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not pathlib.Path(path.partition(":")[0]).is_file():
+        fail(f"--config={path}: no such file; the recipes are in configs/", 2)
+    return rest
+
+
+def fail(message, code):
+    """Print one line to stderr and exit."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Latent MIM on the embedded dataset `shapes`, in minutes on a laptop CPU; downloads nothing.
 
-    ./launch/local.sh                                                (this recipe is the default)
-    python main.py --config=configs/quickstart.py --workdir=RUN
+./launch/local.sh                                                (this recipe is the default)
+python main.py --config=configs/quickstart.py --workdir=RUN
 """
 
 from configs import vit_b

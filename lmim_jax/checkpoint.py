@@ -1,16 +1,18 @@
 """Checkpoints with Orbax, and the guard that a working directory belongs to one config."""
 
 import json
-import os
+import logging
 import pathlib
 import re
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from flax.traverse_util import flatten_dict
 
+from lmim_jax import files
 from lmim_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # Keys that may differ between a run and its continuation: they change no number of the training.
 HARMLESS = re.compile(r"log_every|checkpoint_every|checkpoint_keep|data\.workers|data\.threads|evaluators\..*")
@@ -33,7 +35,7 @@ class Checkpoints:
 
     def restore(self, abstract, shardings):
         """The newest state, placed by `shardings`; a tree of another shape is an error."""
-        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         target = jax.tree.map(place, abstract, shardings)
         return self._manager.restore(self.latest(), args=ocp.args.StandardRestore(target))
 
@@ -60,8 +62,5 @@ def claim(workdir, config):
             raise UserError(f"{workdir} is the run of another config ({listed}); choose another --workdir")
         return
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(temporary, path)
-        logging.info("new run in %s", workdir)
+        files.write(path, json.dumps(config, indent=2) + "\n")
+        log.info("new run in %s", workdir)

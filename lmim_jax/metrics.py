@@ -1,13 +1,27 @@
-"""Numbers on their way out: averaging, the NaN guard, speed and ETA, and three writers (console, JSONL, TensorBoard)."""
+"""Numbers on their way out: averaging, the NaN guard, speed and ETA; console, JSONL and TensorBoard."""
 
 import json
+import logging
 import math
-import os
 import pathlib
 import time
 
+import absl.logging
 import jax
-from absl import logging
+
+from lmim_jax import files
+
+log = logging.getLogger(__name__)
+
+
+def log_to_console():
+    """Show the package's log on stderr, with the time; other libraries' only from warnings up."""
+    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells of every file it writes
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    package = logging.getLogger("lmim_jax")
+    package.handlers, package.propagate = [handler], False
+    package.setLevel(logging.WARNING if jax.process_index() else logging.INFO)
 
 
 class NonFinite(RuntimeError):
@@ -19,9 +33,7 @@ def check_finite(step, values, where):
     bad = {name: value for name, value in values.items() if not math.isfinite(value)}
     if bad:
         listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
-        raise NonFinite(
-            f"step {step}: {listed}. Stopped; {where}. Lower config.optimizer.base_lr, or look at the images of this step"
-        )
+        raise NonFinite(f"step {step}: {listed}. Stopped; {where}. Try a lower config.optimizer.base_lr")
 
 
 def duration(seconds):
@@ -45,9 +57,7 @@ class Writer:
         path = pathlib.Path(workdir, "metrics.jsonl")
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
+            files.write(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(pathlib.Path(workdir, "tensorboard")), purge_step=start + 1)
 
@@ -129,7 +139,7 @@ class Meter:
             "seconds_per_step": per_step,
         }
         self._writer.write(step, {**mean, **extra})
-        logging.info(
+        log.info(
             "step %d/%d  epoch %.2f/%.2f  loss %.4f  %.0f images/s  ETA %s  lr %.2e  %s",
             *(step, self._total, extra["epoch"], self._total / self._per_epoch, mean.pop("loss")),
             *(self.images_per_second, duration(per_step * (self._total - step)), extra["learning_rate"]),

@@ -44,6 +44,4 @@ def check_batch(batch_size, micro_batches, devices):
 def to_global(batch, mesh):
     """This process's rows of a batch (dict of numpy arrays) -> arrays over the whole mesh."""
     placement = of_batch(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(placement, np.asarray(rows)) for name, rows in batch.items()
-    }
+    return {name: jax.make_array_from_process_local_data(placement, np.asarray(rows)) for name, rows in batch.items()}

@@ -36,6 +36,6 @@ def create(method, optimizer, seed, mesh):
     Returns:
       (state, its tree of NamedShardings).
     """
-    fresh = lambda: init(method, optimizer, jax.random.key(seed))  # noqa: E731
+    fresh = lambda: init(method, optimizer, jax.random.key(seed))
     shardings = sharding.of_state(jax.eval_shape(fresh), mesh)
     return jax.jit(fresh, out_shardings=shardings)(), shardings

@@ -43,8 +43,9 @@ def gradients(method, augment, micro_batches, params, target, rng, step, batch):
     if micro_batches == 1:
         return of_part(dict(batch))
     parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts)))
-    add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)  # noqa: E731
+    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)
     total, _ = jax.lax.scan(add, zeros, parts)
     return jax.tree.map(lambda x: x / micro_batches, total)
 

@@ -1,19 +1,21 @@
 """The story of a training run, top to bottom."""
 
 import json
+import logging
 import pathlib
 import time
 
 import jax
-from absl import logging
 from clu import parameter_overview
 
-from lmim_jax import checkpoint, metrics, optim, sharding
+from lmim_jax import checkpoint, files, metrics, optim, sharding
 from lmim_jax.data import augment, loader, sources
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
 from lmim_jax.step import make_train_step
+
+log = logging.getLogger(__name__)
 
 
 def train(config, workdir):
@@ -35,14 +37,14 @@ def train(config, workdir):
     # Devices
     mesh = sharding.make_mesh()
     sharding.check_batch(config.batch_size, config.micro_batches, mesh.size)
-    logging.info("%d %s device(s), %d process(es)", mesh.size, jax.devices()[0].device_kind, jax.process_count())
+    log.info("%d %s device(s), %d process(es)", mesh.size, jax.devices()[0].device_kind, jax.process_count())
 
     # Data
     source = {split: sources.from_config(config.data, split) for split in ("train", "test")}
     steps_per_epoch = loader.steps_per_epoch(source["train"], config.batch_size)
     total_steps = config.total_steps or config.epochs * steps_per_epoch
     images = {split: len(images) if images else 0 for split, images in source.items()}
-    logging.info("%(train)d training and %(test)d test images", images)
+    log.info("%(train)d training and %(test)d test images", images)
 
     # Method
     method = methods.from_config(config.method, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -63,16 +65,16 @@ def train(config, workdir):
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint_keep)
     start = checkpoints.latest() or 0
     if start == total_steps and summary_path.exists():
-        logging.info("this run is finished: %d of %d steps, in %s", start, total_steps, workdir)
+        log.info("this run is finished: %d of %d steps, in %s", start, total_steps, workdir)
         return json.loads(summary_path.read_text())
 
     # State
     state, shardings = create(method, optimizer, config.seed, mesh)
     count = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
-    logging.info("parameters: %s", ", ".join(f"{name} {number:,}" for name, number in count.items()))
+    log.info("parameters: %s", ", ".join(f"{name} {number:,}" for name, number in count.items()))
     if start:
         state = checkpoints.restore(state, shardings)
-        logging.info("resuming after step %d of %d", start, total_steps)
+        log.info("resuming after step %d of %d", start, total_steps)
 
     # Step
     train_step = jax.jit(
@@ -102,7 +104,7 @@ def train(config, workdir):
                 results.update(found := evaluator.run(method.features, state, data))
                 writer.write(done, found)
                 listed = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
-                logging.info("step %d  %s  (%s)", done, listed, metrics.duration(time.perf_counter() - began))
+                log.info("step %d  %s  (%s)", done, listed, metrics.duration(time.perf_counter() - began))
 
     if start in (0, total_steps):
         evaluate(start)
@@ -137,7 +139,7 @@ def train(config, workdir):
         **results,
     }
     if jax.process_index() == 0:
-        summary_path.write_text(json.dumps(summary, indent=2) + "\n")
+        files.write(summary_path, json.dumps(summary, indent=2) + "\n")
     writer.close()
-    logging.info("finished %d steps in %s; results in %s", total_steps, metrics.duration(summary["wall_seconds"]), workdir)
+    log.info("finished %d steps in %s; results in %s", total_steps, metrics.duration(summary["wall_seconds"]), workdir)
     return summary

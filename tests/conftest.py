@@ -1,10 +1,32 @@
 """Every test runs on 8 fake CPU devices, and silent rank promotion is an error."""
 
 import os
+import pathlib
+import sys
 
+ROOT = pathlib.Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+sys.path[:0] = [str(ROOT)]
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of 48 training and 16 test images in two classes, 20 to 40 pixels a side, JPEG and PNG."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 8)):
+        for label, name in enumerate(("cat", "dog")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = rng.integers(20, 41, 2)
+                noise = rng.integers(0, 120, (height, width, 3)) + np.array([100 * label, 60, 100 * (1 - label)])
+                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i:02d}.{'jpg' if i % 2 else 'png'}")
+    return root

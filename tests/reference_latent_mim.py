@@ -94,7 +94,8 @@ def views(case):
 def load(case, config):
     """(method, params, target before the EMA update, images [B, H, W, C], views)."""
     weights = group(case, "state/")
-    encoder = lambda name: tree({f"encoder.{k}": v for k, v in group(weights, name).items()})  # noqa: E731
-    params = {**encoder("encoder."), "decoder": tree({k: v for k, v in weights.items() if k.startswith("decoder.")})["decoder"]}
+    encoder = lambda name: tree({f"encoder.{k}": v for k, v in group(weights, name).items()})
+    decoder = tree({name: value for name, value in weights.items() if name.startswith("decoder.")})
+    params = {**encoder("encoder."), "decoder": decoder["decoder"]}
     images = case["in/images_nchw"].transpose(0, 2, 3, 1)
     return method(config), params, encoder("target_encoder."), images, views(case)

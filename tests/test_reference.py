@@ -11,8 +11,8 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-
 import reference_latent_mim
+
 from lmim_jax import step
 from lmim_jax.models.layers import patchify, sincos_positions
 

@@ -65,7 +65,7 @@ def crop_resize(image, box, valid, size, kernel):
     canvas = image.shape[0]
     rows = resize_weights(box[0], box[2], valid[0], valid[2], canvas, size[0], kernel)
     columns = resize_weights(box[1], box[3], valid[1], valid[3], canvas, size[1], kernel)
-    level = lambda x: jnp.clip(jnp.floor(x + 0.5), 0, 255)  # noqa: E731  (ties go up, as in Pillow)
+    level = lambda x: jnp.clip(jnp.floor(x + 0.5), 0, 255)
     x = level(jnp.einsum("sj,ijc->isc", columns, image.astype(jnp.float32), precision=PRECISION))
     return level(jnp.einsum("ti,isc->tsc", rows, x, precision=PRECISION))
 

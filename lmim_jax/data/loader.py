@@ -8,15 +8,17 @@ import collections
 import dataclasses
 import functools
 import itertools
+import logging
 
 import grain
 import jax
 import numpy as np
-from absl import logging
 
 from lmim_jax import sharding
 from lmim_jax.data import decode
 from lmim_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=2)  # an epoch, and the next one while prefetching
@@ -92,7 +94,8 @@ class TrainingOrder:
         step, row = divmod(int(i), self.rows)
         length = len(self.images.source)
         epoch, step = divmod(step, length // self.batch_size)
-        return self.images.item(int(epoch_order(self.seed, epoch, length)[step * self.batch_size + self.first_row + row]))
+        place = step * self.batch_size + self.first_row + row
+        return self.images.item(int(epoch_order(self.seed, epoch, length)[place]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,7 @@ class BadImages:
         new = sorted({int(i) for i in indices if i >= 0} - self._found.keys())
         for index in new:
             self._found[index] = self._images.why(index)
-            logging.warning("bad image %d: %s", len(self._found), self._found[index])
+            log.warning("bad image %d: %s", len(self._found), self._found[index])
         if new:
             self.check()
 

@@ -1,4 +1,4 @@
-"""`shapes`, the embedded dataset: drawn on first use, so that everything here runs without a download.
+"""`shapes`, the embedded dataset: drawn on first use, so that everything runs without a download.
 
 Ten classes of objects, each a body with four or five parts in a class-typical arrangement, colours and kinds. Position,
 scale, rotation, mirroring, the hue of the whole object, background, distractors and noise are nuisance.
@@ -9,12 +9,14 @@ Image i of a split is a function of (VERSION, split, i) alone.
 import colorsys
 import fcntl
 import io
+import logging
 import pathlib
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from PIL import Image, ImageDraw
+
+log = logging.getLogger(__name__)
 
 SIZE = 64
 DRAWN = 2 * SIZE  # drawn at twice the size, then shrunk: smooth edges
@@ -25,7 +27,7 @@ CLASSES = tuple(f"object{i}" for i in range(10))
 def _classes():
     """The ten objects: a body and parts, as fixed random numbers. Lengths in units of the object's size."""
     rng = np.random.default_rng(7)
-    part = lambda: dict(  # noqa: E731
+    part = lambda: dict(
         kind=int(rng.integers(3)),
         center=rng.uniform(-0.75, 0.75, 2),
         half=rng.uniform(0.15, 0.3, 2),
@@ -80,7 +82,7 @@ def draw(split, index):
         polygon = [tuple(point) for point in points @ turn + center]
         paint.polygon(polygon, fill=color)
         paint_mask.polygon(polygon, fill=255)
-    shrink = lambda image: image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)  # noqa: E731
+    shrink = lambda image: image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     pixels = np.asarray(shrink(picture)) + rng.normal(0, 5, (SIZE, SIZE, 3))
     return np.clip(pixels, 0, 255).astype(np.uint8), label, (np.asarray(shrink(mask)) > 127) * np.uint8(255)
 
@@ -136,7 +138,7 @@ def prepare(folder):
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be drawing: wait for it
         builder = Shapes(data_dir=str(folder), file_format="array_record")
         if not pathlib.Path(builder.data_dir).exists():
-            logging.info("drawing the dataset `shapes`, once, into %s (about 20 s)", builder.data_dir)
+            log.info("drawing the dataset `shapes`, once, into %s (about 20 s)", builder.data_dir)
             tfds.disable_progress_bar()
             builder.download_and_prepare()
     return builder

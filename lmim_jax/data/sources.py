@@ -6,13 +6,14 @@ A source has `len`, `read(i) -> bytes`, `label(i) -> int` (-1: none), `name(i) -
 
 import dataclasses
 import difflib
+import logging
 import os
 import pathlib
 
-from absl import logging
-
 from lmim_jax.data.decode import SUFFIXES
 from lmim_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 SOURCES = ("shapes", "folder")
@@ -107,8 +108,8 @@ class Folder:
 def folder(path, split, max_per_class=0):
     """The images of a folder of any depth.
 
-    With a sub-folder `train` (and `test`), a split is that sub-folder, and its first level of folders are the classes.
-    Without, everything below `path` is the training set, unlabelled. Files are sorted by path; hidden ones are left out.
+    With a sub-folder `train` (and `test`), a split is that sub-folder, and the folders in it are the classes.
+    Without, all below `path` is the training set, unlabelled. Files are sorted by path; hidden ones are left out.
 
     Args:
       path: the folder. split: "train" or "test". max_per_class: keep the first so many images of a class; 0: all.
@@ -130,7 +131,7 @@ def folder(path, split, max_per_class=0):
     if not files:
         raise UserError(f"{top}: no images in this folder (looked for {', '.join(SUFFIXES)}, at any depth)")
     if ignored:
-        logging.warning("%s: %d files are no images: %s", top, len(ignored), _some(ignored))
+        log.warning("%s: %d files are no images: %s", top, len(ignored), _some(ignored))
     folders = [name.split("/")[0] if "/" in name else None for name in files]
     classes = _classes(root / "train") if divided and None not in folders else ()
     if unknown := sorted(set(folders) - set(classes)) if classes else []:

@@ -47,7 +47,7 @@ def accuracies(train, test, k, temperature, num_classes):
     _, others = _nearest(queries, queries, min(2, len(queries)))
     own = np.arange(len(queries))
     other = np.where(others[:, 0] == own, others[:, -1], others[:, 0])  # a duplicate may come before the image itself
-    percent = lambda predicted: 100 * float(np.mean(predicted == test[1]))  # noqa: E731
+    percent = lambda predicted: 100 * float(np.mean(predicted == test[1]))
     return {"nn1": percent(nearest[:, 0]), f"knn{k}": percent(votes.argmax(1)), "loo1": percent(test[1][other])}
 
 

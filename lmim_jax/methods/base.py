@@ -19,6 +19,7 @@ The step around it (`step.py`) is the same for all: sample, gradient, optimiser,
 import dataclasses
 import difflib
 import importlib
+import math
 import pkgutil
 
 from lmim_jax.errors import UserError
@@ -66,3 +67,10 @@ def check_choice(key, value, choices):
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"config.method.{key}={value!r} is none of: {' | '.join(choices)}{hint}")
+
+
+def check_range(key, value, low, high=math.inf):
+    """Raise a UserError naming the key and the range, unless low <= value <= high."""
+    if not low <= value <= high:
+        wanted = f"at least {low}" if high == math.inf else f"{low} .. {high}"
+        raise UserError(f"config.method.{key}={value} is out of range: it must be {wanted}")

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 
 from lmim_jax import losses, masking, schedules
 from lmim_jax.errors import UserError
-from lmim_jax.methods.base import check_choice
+from lmim_jax.methods.base import check_choice, check_range
+from lmim_jax.models import vit
 from lmim_jax.models.decoders import LatentDecoder
-from lmim_jax.models.layers import dense, patchify, sincos_positions
-from lmim_jax.models.vit import Projector, ViT
+from lmim_jax.models.layers import Dense, patchify, sincos_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +72,12 @@ class Method:
         check_choice("decoder", self.decoder, ("cross", "self"))
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
         check_choice("attention", self.attention, ("xla", "cudnn"))
-        patches = self.num_patches
-        if not 0 < self.num_visible < patches - 1:
-            raise UserError(
-                f"config.method.num_visible={self.num_visible} leaves no patches to predict or to see: "
-                f"choose 1 .. {patches - 2}, for {patches} patches ({self.grid[0]} x {self.grid[1]})"
-            )
+        check_range("gap", self.gap, 0)
+        check_range("tau", self.tau, 1e-6)
+        check_range("num_visible", self.num_visible, 1, self.num_patches - 2)
         for key, width, heads in (("", self.width, self.heads), ("decoder_", self.decoder_width, self.decoder_heads)):
             if width % heads or width % 4:
-                raise UserError(
-                    f"config.method.{key}width={width} must be divisible by {key}heads={heads} and, for the sin-cos "
-                    "positions, by 4"
-                )
+                raise UserError(f"config.method.{key}width={width} is not divisible by {key}heads={heads} and by 4")
 
     @property
     def num_patches(self):
@@ -104,13 +98,13 @@ class Method:
 
     @property
     def _encoder(self):
-        return ViT(
+        return vit.ViT(
             self.width, self.depth, self.heads, self.mlp_ratio, self.norm_eps, jnp.dtype(self.dtype), self.attention
         )
 
     @property
     def _projector(self):
-        return Projector(self.projector_depth, self.projector_width, jnp.dtype(self.dtype))
+        return vit.Projector(self.projector_depth, self.projector_width, jnp.dtype(self.dtype))
 
     @property
     def _decoder(self):
@@ -129,7 +123,7 @@ class Method:
 
     @property
     def _target_embed(self):
-        return dense(self.width, jnp.dtype(self.dtype), None)
+        return Dense(self.width, jnp.dtype(self.dtype))
 
     # -- the contract
 
@@ -139,7 +133,8 @@ class Method:
         pixels = self.patch_size**2 * self.channels
         visible, positions = jnp.zeros((1, self.num_visible, pixels)), jnp.zeros((1, self.num_visible, self.width))
         tokens = jnp.zeros((1, self.num_visible + 1, self.width))
-        latent = [jnp.zeros((1, n, self.decoder_width)) for n in (self.num_visible, self.num_patches - self.num_visible)]
+        counts = self.num_visible, self.num_patches - self.num_visible
+        latent = [jnp.zeros((1, count, self.decoder_width)) for count in counts]
         params = {
             "encoder": self._encoder.init(keys[0], visible, positions)["params"],
             "projector": self._projector.init(keys[1], tokens).get("params", {}),
@@ -153,7 +148,7 @@ class Method:
         """Draw visible [B, V] and masked [B, M] patch ids and window offsets [B, h, w, 2] (none without gap)."""
         del rng  # nothing is shared by the batch
         mask_keys, window_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        split = lambda key: masking.random_split(key, self.num_patches, self.num_visible)  # noqa: E731
+        split = lambda key: masking.random_split(key, self.num_patches, self.num_visible)
         visible, masked = jax.vmap(split)(mask_keys)
         views = {"visible": visible, "masked": masked}
         if self.gap:
@@ -252,17 +247,10 @@ class Method:
           images: [B, H, W, C], H and W multiples of the patch size; positions span the training grid's range.
 
         Returns:
-          cls [B, D], patches [B, N, D] after the final norm; cls_prenorm and patches_prenorm before it;
-          block00/tokens [B, 1 + N, D] and block00/attention [B, A, 1 + N, 1 + N] of every block.
+          See `vit.features`.
         """
         del rng
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
         positions = jnp.asarray(sincos_positions(grid, self.width, self.grid))[None]
         patches = patchify(images, grid, self.patch_size)
-        (tokens, prenorm), state = self._encoder.apply(
-            {"params": params["encoder"]}, patches, positions, mutable=["intermediates"]
-        )
-        out = {"cls": tokens[:, 0], "patches": tokens[:, 1:], "cls_prenorm": prenorm[:, 0], "patches_prenorm": prenorm[:, 1:]}
-        for name, block in state["intermediates"].items():
-            out[f"{name}/tokens"], out[f"{name}/attention"] = block["tokens"][0], block["attn"]["attention"][0]
-        return out
+        return vit.features(self._encoder, params["encoder"], patches, positions)

@@ -6,7 +6,7 @@ Letters: B batch, V visible, M masked, D encoder width, d decoder width.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lmim_jax.models.layers import Block, CrossBlock, Dtype, dense, layer_norm
+from lmim_jax.models.layers import Block, CrossBlock, Dense, Dtype, layer_norm
 
 
 def visual_cues(visible, visible_positions, masked_positions):
@@ -49,7 +49,7 @@ class LatentDecoder(nn.Module):
         """Projected tokens [B, 1 + V, D], positions [B, V, d] and [B, M, d] -> CLS and predictions [B, 1 + M, D]."""
         masked = masked_positions.shape[1]
         mask = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width)).astype(self.dtype)
-        h = dense(self.width, self.dtype, "embed")(tokens)
+        h = Dense(self.width, self.dtype, name="embed")(tokens)
         context = h + jnp.pad(visible_positions, ((0, 0), (1, 0), (0, 0))).astype(self.dtype)  # CLS: position zero
         queries = mask + masked_positions.astype(self.dtype)
         if self.visual_cues:
@@ -67,4 +67,4 @@ class LatentDecoder(nn.Module):
             x = jnp.concatenate([x[:, :1], x[:, -masked:]], axis=1)
         else:
             raise ValueError(f"unknown decoder {self.kind!r}: cross | self")
-        return dense(self.out_width, self.dtype, "head")(layer_norm(self.norm_eps, self.dtype, "norm")(x))
+        return Dense(self.out_width, self.dtype, name="head")(layer_norm(self.norm_eps, self.dtype, "norm")(x))

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, P pixels of a patch, D width.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lmim_jax.models.layers import Block, Dtype, dense, gelu, layer_norm
+from lmim_jax.models.layers import Block, Dense, Dtype, gelu, layer_norm
 
 # Sizes by their usual names (An Image is Worth 16x16 Words, table 1; DeiT for Ti and S).
 VARIANTS = {
@@ -35,16 +35,35 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, patches, positions):
-        """Patches [B, T, P] and their positions [B or 1, T, D] -> tokens after and before the final norm, [B, 1 + T, D].
+        """Patches [B, T, P], positions [B or 1, T, D] -> tokens after and before the final norm, [B, 1 + T, D] each.
 
         Row 0 is CLS.
         """
-        x = dense(self.width, self.dtype, "patch_embed")(patches) + positions.astype(self.dtype)
+        x = Dense(self.width, self.dtype, name="patch_embed")(patches) + positions.astype(self.dtype)
         cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
         x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (len(x), 1, self.width)), x], axis=1)
         for i in range(self.depth):
             x = Block(self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, name=f"block{i:02d}")(x)
         return layer_norm(self.norm_eps, self.dtype, "norm")(x), x
+
+
+def features(encoder, params, patches, positions):
+    """All that a frozen encoder knows of full images, by name.
+
+    Args:
+      encoder: a ViT. params: its parameters. patches: [B, N, P]. positions: [B or 1, N, D].
+
+    Returns:
+      cls [B, D], patches [B, N, D] after the final norm; cls_prenorm and patches_prenorm before it;
+      block00/tokens [B, 1 + N, D] and block00/attention [B, A, 1 + N, 1 + N] (A heads) of every block.
+      Under `jit`, what is not used is not computed.
+    """
+    (tokens, prenorm), state = encoder.apply({"params": params}, patches, positions, mutable=["intermediates"])
+    out = {"cls": tokens[:, 0], "patches": tokens[:, 1:]}
+    out |= {"cls_prenorm": prenorm[:, 0], "patches_prenorm": prenorm[:, 1:]}
+    for name, block in state["intermediates"].items():
+        out[f"{name}/tokens"], out[f"{name}/attention"] = block["tokens"][0], block["attn"]["attention"][0]
+    return out
 
 
 class Projector(nn.Module):
@@ -63,7 +82,7 @@ class Projector(nn.Module):
         width = x.shape[-1]
         for i in range(self.depth):
             last = i == self.depth - 1
-            x = dense(width if last else self.hidden, self.dtype, f"linear{i}", use_bias=False)(x)
+            x = Dense(width if last else self.hidden, self.dtype, name=f"linear{i}", use_bias=False)(x)
             x = layer_norm(1e-5, self.dtype, f"norm{i}")(x)
             x = x if last else gelu(x)
         return x

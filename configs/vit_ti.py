@@ -1,0 +1,14 @@
+"""Latent MIM, ViT-Ti/16, ImageNet-1k: the recipe of vit_b with another encoder. The authors publish no figure for it.
+
+python main.py --config=configs/vit_ti.py --config.data.source=folder --config.data.path=IMAGENET --workdir=RUN
+"""
+
+from configs import vit_b
+from lmim_jax.models.vit import VARIANTS
+
+
+def get_config():
+    """vit_b and its differences."""
+    config = vit_b.get_config()
+    config.method.update(VARIANTS["Ti/16"])
+    return config

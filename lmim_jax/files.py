@@ -1,0 +1,16 @@
+"""Writing files so that a kill leaves the old one or the new one, never half of one."""
+
+import os
+import pathlib
+
+
+def write(path, text):
+    """Write a text file atomically: to a temporary beside it, flushed to disk, then renamed."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,97 @@
+"""Every recipe builds, without allocating anything."""
+
+import importlib
+import pathlib
+
+import jax
+import pytest
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from lmim_jax import optim
+from lmim_jax.data import augment
+from lmim_jax.errors import UserError
+from lmim_jax.evaluators import base as evaluators
+from lmim_jax.methods import base as methods
+
+NAMES = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def recipe(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def build(config):
+    return methods.from_config(config.method, total_steps=100, steps_per_epoch=10)
+
+
+def counts(config):
+    params = jax.eval_shape(build(config).init, jax.random.key(0))
+    return {name: parameter_overview.count_parameters(tree) for name, tree in params.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_builds(name):
+    config = recipe(name)
+    method = build(config)
+    params = jax.eval_shape(method.init, jax.random.key(0))
+    optimizer, rate = optim.from_config(config.optimizer, warmup_steps=10, total_steps=100)
+    jax.eval_shape(optimizer.init, params)
+    assert 0 < rate(0) < rate(10) == pytest.approx(config.optimizer.lr)
+    augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    evaluators.from_config(config.evaluators, steps_per_epoch=10, has_target="encoder" in method.target_of(params))
+    views = jax.eval_shape(method.sample, jax.random.key(0), jax.random.split(jax.random.key(0), 2))
+    image = jax.ShapeDtypeStruct((2, *method.image_size, config.method.channels), "float32")
+    loss, _ = jax.eval_shape(method.loss, params, method.target_of(params), image, views, 0)
+    assert loss.shape == ()
+    image = jax.ShapeDtypeStruct((2, *method.feature_size, config.method.channels), "float32")
+    assert {"patches", "patches_prenorm"} <= jax.eval_shape(method.features, params, image).keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_documents_its_command(name):
+    assert f"--config=configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
+
+
+def test_vit_b_has_the_published_number_of_parameters():
+    assert counts(recipe("vit_b")) == {"encoder": 85_647_360, "projector": 23_086_592, "decoder": 13_404_928}
+
+
+def test_derived_knobs_follow_overrides():
+    config = recipe("vit_b")
+    assert config.optimizer.lr == pytest.approx(2.4e-3)
+    config.batch_size = 256
+    assert config.optimizer.lr == pytest.approx(1.5e-4)
+    config.method.gap = 0
+    assert build(config).image_size == (224, 224)
+
+
+def test_imagenet_recipe_is_the_papers():
+    method = recipe("vit_b").method
+    assert (method.num_visible, method.gap, method.tau, method.similarity_weight) == (20, 4, 0.2, 0.1)
+    assert (method.decoder_depth, method.decoder_width, method.decoder_heads) == (3, 512, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "latent_min"}, "did you mean latent_mim"),
+        ({"taau": 1}, "config.method.taau"),
+        ({"loss": "infonce"}, "patch_infonce"),
+        ({"num_visible": 196}, "num_visible=196 is out of range: it must be 1 .. 194"),
+        ({"heads": 7}, "divisible by heads=7"),
+        ({"gap": -1}, "gap=-1"),
+        ({"tau": 0.0}, "tau=0"),
+    ],
+)
+def test_a_bad_method_is_named(change, message):
+    config = ConfigDict({**recipe("vit_b").method, **change})
+    with pytest.raises(UserError, match=message):
+        methods.from_config(config, total_steps=1, steps_per_epoch=1)
+
+
+def test_a_missing_key_is_named():
+    config = recipe("vit_b").method.to_dict()
+    del config["tau"]
+    with pytest.raises(UserError, match="lacks tau"):
+        methods.from_config(config, total_steps=1, steps_per_epoch=1)

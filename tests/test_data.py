@@ -1,0 +1,182 @@
+"""Sources, bad files, and the stream: the same at any worker count and after any restart."""
+
+import io
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from lmim_jax import sharding
+from lmim_jax.data import decode, loader, sources
+from lmim_jax.errors import UserError
+
+OPTIONS = dict(canvas=40, channels=3, workers=0, threads=1, max_bad_fraction=0.2)
+
+
+def options(**change):
+    return ConfigDict({**OPTIONS, **change})
+
+
+def encoded(pixels, **how):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, **how)
+    return stream.getvalue()
+
+
+def test_folder_with_classes(images):
+    train, test = (sources.folder(images, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (48, 16)
+    assert train.classes == test.classes == ("cat", "dog")
+    assert [train.label(i) for i in (0, 23, 24, 47)] == [0, 0, 1, 1]
+    few = sources.folder(images, "train", max_per_class=3)
+    assert few.files == tuple(
+        f"{name}/{i:02d}.{'jpg' if i % 2 else 'png'}" for name in ("cat", "dog") for i in range(3)
+    )
+
+
+def test_folder_without_classes(images, tmp_path):
+    shutil.copytree(images / "train", tmp_path / "any" / "deep")
+    flat = sources.folder(tmp_path, "train")
+    assert (len(flat), flat.classes, flat.label(0)) == (48, (), -1)
+    assert sources.folder(tmp_path, "test") is None
+
+
+@pytest.mark.parametrize("path", ["", "/no/such/folder"])
+def test_a_missing_folder_is_named(path):
+    with pytest.raises(UserError, match=r"config.data.path=.*is no folder"):
+        sources.folder(path, "train")
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="no images in this folder"):
+        sources.folder(tmp_path, "train")
+
+
+def test_decode_keeps_small_images_and_shrinks_large_ones():
+    rng = np.random.default_rng(0)
+    small, large = (rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((30, 20), (90, 300)))
+    image, size = decode.decode(encoded(small, format="PNG"), 40, 3)
+    assert size.tolist() == [30, 20]
+    np.testing.assert_array_equal(image[:30, :20], small)
+    assert not image[30:].any()
+    assert not image[:, 20:].any()
+    assert decode.decode(encoded(large, format="JPEG"), 40, 3)[1].tolist() == [12, 40]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
+def test_decode_converts_any_colour_mode(mode):
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 30, 30)).convert(mode).save(stream, format="TIFF")
+    image, _ = decode.decode(stream.getvalue(), 8, 3)
+    assert image.shape == (8, 8, 3)
+    assert decode.decode(stream.getvalue(), 8, 1)[0].shape == (8, 8, 1)
+
+
+def damaged():
+    good = encoded(np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8), format="JPEG")
+    return {"empty": b"", "text": b"hello", "half": good[: len(good) // 2], "end": good[:-200]}
+
+
+@pytest.mark.parametrize("name", damaged())
+def test_damaged_images_are_refused(name):
+    with pytest.raises(decode.BadImage):
+        decode.decode(damaged()[name], 40, 3)
+
+
+def test_a_decompression_bomb_is_refused_by_its_header():
+    bomb = encoded(np.zeros((1, 1), np.uint8), format="BMP")
+    bomb = bomb[:18] + np.array([60000, 60000], "<i4").tobytes() + bomb[26:]
+    with pytest.raises(decode.BadImage, match="60000 x 60000"):
+        decode.decode(bomb, 40, 3)
+
+
+@pytest.fixture
+def partly_bad(images, tmp_path):
+    shutil.copytree(images, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train" / "cat" / "03.jpg").write_bytes(b"broken")
+    (tmp_path / "train" / "dog" / "readme.txt").write_text("no image")
+    return tmp_path
+
+
+def batches(folder, *, steps=12, start=0, seed=0, batch_size=8, **change):
+    mesh = sharding.make_mesh()
+    source = sources.folder(folder, "train")
+    return loader.training(
+        source, options(**change), seed=seed, batch_size=batch_size, steps=steps, start=start, mesh=mesh
+    )
+
+
+def hashes(stream):
+    return [hash(np.asarray(batch["image"]).tobytes()) for batch in stream]
+
+
+def test_a_bad_file_is_named_counted_and_replaced(partly_bad, caplog):
+    with caplog.at_level(logging.WARNING, logger="lmim_jax"):
+        stream = list(batches(partly_bad))
+    assert len(stream) == 12
+    assert "1 files are no images: dog/readme.txt" in caplog.text
+    assert caplog.text.count("bad image 1: ") == 1
+    assert "03.jpg" in caplog.text
+    assert all(np.asarray(batch["image"]).any((1, 2, 3)).all() for batch in stream)
+
+
+def test_too_many_bad_files_stop_the_run_with_the_list(partly_bad):
+    with pytest.raises(UserError, match=r"2 of 49 files.*max_bad_fraction=0.03.*03.jpg.*readme.txt"):
+        list(batches(partly_bad, max_bad_fraction=0.03))
+
+
+def test_every_image_once_an_epoch_in_another_order(images):
+    source = sources.folder(images, "train")
+    rows = loader.TrainingOrder(loader.Decoded(source, 40, 3, True), 0, 8, 18, 0, 8)
+    order = [int(rows[i]["index"]) for i in range(len(rows))]
+    epochs = [order[i : i + 48] for i in (0, 48, 96)]
+    assert all(sorted(epoch) == list(range(48)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    other = loader.TrainingOrder(loader.Decoded(source, 40, 3, True), 1, 8, 18, 0, 8)
+    assert [int(other[i]["index"]) for i in range(48)] != epochs[0]
+
+
+def test_processes_share_each_global_batch(images):
+    decoded = loader.Decoded(sources.folder(images, "train"), 40, 3, True)
+    whole = loader.TrainingOrder(decoded, 0, 8, 6, 0, 8)
+    parts = [loader.TrainingOrder(decoded, 0, 8, 6, first, 4) for first in (0, 4)]
+    for step in range(6):
+        rows = [int(part[step * 4 + i]["index"]) for part in parts for i in range(4)]
+        assert rows == [int(whole[step * 8 + i]["index"]) for i in range(8)]
+
+
+def test_the_stream_is_the_same_after_a_restart_and_with_workers(images):
+    whole = hashes(batches(images))
+    assert hashes(batches(images, start=7)) == whole[7:]
+    assert hashes(batches(images, threads=3)) == whole
+    assert hashes(batches(images, start=5, workers=2)) == whole[5:]
+    assert hashes(batches(images, seed=1)) != whole
+
+
+def test_evaluation_covers_every_image_once_and_marks_padding(partly_bad):
+    source = {split: sources.folder(partly_bad, split) for split in ("train", "test")}
+    data = loader.Evaluation(source, options(), lambda batch: batch["image"], sharding.make_mesh())
+    index = np.concatenate([np.asarray(batch["index"]) for batch in data.batches("train", 20)])
+    assert len(index) == 48  # 20 is rounded up to 24, a multiple of the devices
+    assert sorted(index) == [-1, *(i for i in range(48) if i != 3)]  # the broken image is left out
+
+
+def test_shapes_is_drawn_deterministically():
+    from lmim_jax.data import shapes
+
+    first, again, other = shapes.draw("train", 5), shapes.draw("train", 5), shapes.draw("test", 5)
+    np.testing.assert_array_equal(first[0], again[0])
+    assert (first[0] != other[0]).any()
+    assert first[0].shape == (64, 64, 3)
+    assert set(np.unique(first[2])) == {0, 255}
+    assert {shapes.draw("train", i)[1] for i in range(80)} == set(range(10))
+
+
+def test_batches_lie_on_all_devices(images):
+    batch = next(iter(batches(images)))
+    assert len(batch["image"].sharding.device_set) == len(jax.devices()) == 8

@@ -1,0 +1,112 @@
+"""Every evaluator on tiny features; k-NN against a plain computation."""
+
+import functools
+
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from lmim_jax.errors import UserError
+from lmim_jax.evaluators import base, knn
+
+RNG = np.random.default_rng(0)
+
+
+class Data:
+    """An in-memory `loader.Evaluation`: features are the images' channels, batches are padded."""
+
+    classes = ("a", "b", "c")
+
+    def __init__(self, train, test, padding=0):
+        self.sources = {"train": train, "test": test}
+        self.padding = padding
+
+    def batches(self, split, batch_size):
+        x, y = self.sources[split]
+        count = -(-len(x) // batch_size) * batch_size + self.padding * batch_size
+        index = np.where(np.arange(count) < len(x), np.arange(count), -1)
+        for i in range(0, count, batch_size):
+            rows = index[i : i + batch_size]
+            yield {"images": np.where(rows[:, None] < 0, 9e9, x[rows]), "label": y[rows], "index": rows}
+
+
+def features(params, images):
+    return {"patches_prenorm": images[:, None] * params["scale"]}
+
+
+PARAMS = {"scale": np.ones((1, 1, 1), np.float32)}
+
+
+@functools.cache
+def blobs(spread):
+    centers = RNG.normal(size=(3, 8))
+    labels = [RNG.integers(0, 3, n).astype(np.int32) for n in (60, 31)]
+    return [((centers[y] + spread * RNG.normal(size=(len(y), 8))).astype(np.float32), y) for y in labels]
+
+
+def tiny_evaluators(**change):
+    config = ConfigDict({"it": {**tiny.get_config().evaluators.knn.to_dict(), **change}})
+    return base.from_config(config, steps_per_epoch=6, has_target=False)
+
+
+@pytest.mark.parametrize("name", base.names())
+def test_padding_changes_no_figure(name):
+    evaluator = tiny_evaluators(type=name)[0].evaluator
+    train, test = blobs(0.8)
+    assert evaluator.run(features, PARAMS, Data(train, test)) == evaluator.run(features, PARAMS, Data(train, test, 2))
+
+
+def test_knn_equals_a_plain_computation():
+    (x, y), (q, t) = blobs(0.9)
+    unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)
+    cosine = unit(q) @ unit(x).T
+    votes = np.zeros((len(q), 3))
+    for i, row in enumerate(cosine):
+        for j in np.argsort(-row)[:7]:
+            votes[i, y[j]] += np.exp(row[j] / 0.07)
+    others = unit(q) @ unit(q).T - 9 * np.eye(len(q))
+    expected = {
+        "nn1": 100 * np.mean(y[cosine.argmax(1)] == t),
+        "knn7": 100 * np.mean(votes.argmax(1) == t),
+        "loo1": 100 * np.mean(t[others.argmax(1)] == t),
+    }
+    assert knn.accuracies((x, y), (q, t), 7, 0.07, 3) == pytest.approx(expected)
+
+
+def test_perfect_features_score_100_and_shuffled_ones_chance():
+    train, test = blobs(0.01)
+    assert set(knn.accuracies(train, test, 5, 0.07, 3).values()) == {100.0}
+    shuffled = RNG.normal(size=(3000, 8)).astype(np.float32), RNG.integers(0, 3, 3000)
+    for value in knn.accuracies(shuffled, shuffled[:1] + (RNG.integers(0, 3, 3000),), 5, 0.07, 3).values():
+        assert value == pytest.approx(33.3, abs=4)
+
+
+def test_leave_one_out_never_takes_the_image_itself():
+    same = np.ones((4, 3), np.float32)
+    assert knn.accuracies((same, np.zeros(4, int)), (same, np.arange(4)), 2, 0.07, 4)["loo1"] == 0
+
+
+def test_unlabelled_data_has_no_knn():
+    data = Data(*blobs(0.5))
+    data.classes = ()
+    assert tiny_evaluators()[0].evaluator.run(features, PARAMS, data) == {}
+
+
+def test_schedule():
+    every, at_end = tiny_evaluators(every=0.5)[0], tiny_evaluators(every=0)[0]
+    assert [step for step in range(11) if every.due(step, 10)] == [0, 3, 6, 9, 10]
+    assert [step for step in range(11) if at_end.due(step, 10)] == [10]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "kn"}, "did you mean knn"),
+        ({"kk": 3}, "unknown or missing keys kk"),
+        ({"params": "target"}, "no target"),
+    ],
+)
+def test_a_bad_section_is_named(change, message):
+    with pytest.raises(UserError, match=rf"config.evaluators.it.*{message}"):
+        tiny_evaluators(**change)

@@ -1,0 +1,130 @@
+"""The train step: devices and micro-batches change nothing, the optimiser does what the recipe says."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType
+
+from lmim_jax import optim, sharding, state, step
+from lmim_jax.data import augment
+from lmim_jax.errors import UserError
+from lmim_jax.methods import base
+
+
+def setup(**change):
+    config = tiny.get_config()
+    config.method.update(change)
+    method = base.from_config(config.method, total_steps=20, steps_per_epoch=10)
+    images = augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    optimizer, _ = optim.from_config(config.optimizer, warmup_steps=5, total_steps=20)
+    return method, images, optimizer
+
+
+@functools.cache
+def run(devices, micro_batches, steps=4, similarity_weight=0.1):
+    """(losses, final state) of a few steps on a mesh of so many devices."""
+    method, images, optimizer = setup(similarity_weight=similarity_weight)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    current, _ = state.create(method, optimizer, 0, mesh)
+    train_step = jax.jit(step.make_train_step(method, images, optimizer, mesh, micro_batches), donate_argnums=0)
+    rng, losses = np.random.default_rng(0), []
+    for _ in range(steps):
+        image = rng.integers(0, 256, (16, 24, 24, 3), dtype=np.uint8)
+        batch = {"image": image, "size": np.full((16, 2), 24, np.int32)}
+        current, metrics = train_step(current, sharding.to_global(batch, mesh))
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(current.replace(rng=jax.random.key_data(current.rng)))
+
+
+def test_eight_devices_equal_one():
+    (one, first), (eight, second) = run(1, 1), run(8, 1)
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4)  # Adam's first steps amplify rounding
+
+
+@pytest.mark.parametrize(("devices", "micro_batches"), [(1, 4), (4, 2), (8, 2)])
+def test_accumulation_equals_the_whole_batch(devices, micro_batches):
+    whole, _ = run(1, 1, similarity_weight=0.0)
+    parts, final = run(devices, micro_batches, similarity_weight=0.0)
+    np.testing.assert_allclose(parts, whole, rtol=1e-4)
+    assert final.step == 4  # and the EMA moved once per optimiser step:
+    (_, first), (_, last) = run(1, 1, similarity_weight=0.0), run(devices, micro_batches, similarity_weight=0.0)
+    for a, b in zip(jax.tree.leaves(first.target), jax.tree.leaves(last.target), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_similarity_is_of_the_whole_batch_before_it_is_squared():
+    np.testing.assert_allclose(run(8, 1, 1)[0], run(1, 1, 1)[0], rtol=1e-5)
+
+
+def test_gradients_are_reduced_once_per_step():
+    method, images, optimizer = setup(similarity_weight=0.0)
+    mesh = sharding.make_mesh()
+    abstract = jax.eval_shape(lambda: state.init(method, optimizer, jax.random.key(0)))
+    batch = {"image": jax.ShapeDtypeStruct((32, 24, 24, 3), "uint8"), "size": jax.ShapeDtypeStruct((32, 2), "int32")}
+    text = str(jax.make_jaxpr(step.make_train_step(method, images, optimizer, mesh, 4))(abstract, batch))
+    loop = text[text.index("scan[") : text.index("psum", text.rindex("scan["))]
+    assert "all_gather" not in text
+    assert loop.count("psum") == 3  # in the accumulation loop: the three similarities, scalars, and no gradient
+
+
+def test_state_is_a_function_of_the_seed_and_the_target_a_copy():
+    method, _, optimizer = setup()
+    first, again, other = (state.init(method, optimizer, jax.random.key(seed)) for seed in (0, 0, 1))
+    for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(again.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(other.params), strict=True)
+    )
+    for a, b in zip(jax.tree.leaves(first.target), jax.tree.leaves(method.target_of(first.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_ema_is_a_weighted_mean_and_precise_near_the_end():
+    target, new = {"w": np.float32([1.0, 2.0])}, {"w": np.float32([3.0, 2.0])}
+    np.testing.assert_allclose(step.update_target(target, new, 0.25)["w"], [1.5, 2.0])
+    moved = step.update_target(target, new, np.float32(2.5e-7))["w"]
+    assert moved[0] > 1.0
+
+
+def test_decay_spares_what_the_official_code_spares():
+    method, _, _ = setup()
+    params = jax.eval_shape(method.init, jax.random.key(0))
+    rules = tiny.get_config().optimizer.decay_rules
+    decayed = {name for name, on in flatten_dict(optim.by_name(rules, params, ""), sep="/").items() if on}
+    assert {"encoder/cls_token", "decoder/mask_token", "decoder/cls_token"} <= decayed
+    assert {"encoder/block00/attn/qkv/kernel", "projector/linear0/kernel", "decoder/head/kernel"} <= decayed
+    assert not any("bias" in name or "norm" in name or "embed" in name for name in decayed)
+
+
+def test_uncovered_parameters_are_named():
+    with pytest.raises(UserError, match="no rule matches a/b"):
+        optim.by_name([("c.*", True)], {"a": {"b": 1}, "c": 2}, "config.optimizer.decay_rules")
+
+
+def test_adamw_equals_torchs_definition():
+    _, _, optimizer = setup()
+    config, rng = tiny.get_config().optimizer, np.random.default_rng(0)
+    _, rate = optim.from_config(config, warmup_steps=5, total_steps=20)
+    params = {"dense": {"kernel": rng.normal(size=(3, 2)).astype(np.float32)}}
+    opt_state, m, v, expected = optimizer.init(params), 0, 0, params["dense"]["kernel"].astype(float)
+    for t in range(1, 6):
+        grad = rng.normal(size=(3, 2)).astype(np.float32)
+        updates, opt_state = optimizer.update({"dense": {"kernel": grad}}, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        lr = float(rate(t - 1))
+        m, v = 0.9 * m + 0.1 * grad, 0.95 * v + 0.05 * grad.astype(float) ** 2
+        expected = expected * (1 - lr * 0.05) - lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+    np.testing.assert_allclose(params["dense"]["kernel"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "micro_batches", "hint"), [(100, 3, "96 or 120"), (4, 1, "=8"), (0, 1, "=8")])
+def test_an_indivisible_batch_is_refused_with_a_proposal(batch, micro_batches, hint):
+    with pytest.raises(UserError, match=f"config.batch_size={batch} is not divisible.*{hint}"):
+        sharding.check_batch(batch, micro_batches, 8)

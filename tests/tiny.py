@@ -1,0 +1,18 @@
+"""A recipe that trains in seconds: 4 x 4 patches of 4 pixels, 16 wide, 2 deep."""
+
+from configs import vit_b
+
+
+def get_config():
+    """vit_b, shrunk; data.path is to be given."""
+    config = vit_b.get_config()
+    config.batch_size = 8
+    config.epochs = 2
+    config.data.update(canvas=40, threads=1)
+    config.augment.eval_resize = 16
+    config.method.update(grid=(4, 4), patch_size=4, gap=1, width=16, depth=2, heads=2, num_visible=4, dtype="float32")
+    config.method.update(decoder_width=8, decoder_depth=1, decoder_heads=2, projector_depth=2, projector_width=24)
+    config.optimizer.update(base_lr=0.03, warmup_epochs=0.5)
+    config.evaluators.knn.update(every=1.0, batch_size=16, k=5)
+    config.update(log_every=2, checkpoint_every=3)
+    return config
