@@ -40,12 +40,45 @@ def get_config():
     augment.std = (0.229, 0.224, 0.225)
     augment.eval_resize = 256  # evaluation: short side, then a centre crop of grid x patch_size
 
-    method = config.method = ConfigDict()
+    config.method = latent_mim(data.get_ref("channels"))
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.name = "adamw"
+    optimizer.base_lr = 1.5e-4
+    optimizer.lr = optimizer.get_ref("base_lr") * batch_size / 256  # peak: 2.4e-3
+    optimizer.floor = 0.25  # share of the peak where the warm-up starts and the cosine ends
+    optimizer.warmup_epochs = 40.0
+    optimizer.b1, optimizer.b2, optimizer.eps = 0.9, 0.95, 1e-8
+    optimizer.weight_decay = 0.05
+    # (regex on the parameter's path, decayed or not), first full match wins. As in the official code, which goes by
+    # names: patch and decoder embeddings are spared too, CLS and mask tokens are decayed.
+    optimizer.decay_rules = ((".*(bias|norm|embed).*", False), (".*", True))
+
+    config.evaluators = ConfigDict()
+    config.evaluators.knn = dict(
+        type="knn",  # a file in lmim_jax/evaluators/
+        every=10.0,  # epochs; also once at the end. 0: at the end only
+        params="online",  # online | target
+        batch_size=512,
+        feature="patches_prenorm",  # mean over patches, before the final norm: the official feature
+        k=20,
+        temperature=0.07,
+    )
+
+    config.log_every = 50  # steps between lines of metrics
+    config.checkpoint_every = 1000  # steps; also once at the end
+    config.checkpoint_keep = 3  # the newest so many
+    return config
+
+
+def latent_mim(channels):
+    """The method's knobs; the paper's four challenges, and what cures each."""
+    method = ConfigDict()
     method.name = "latent_mim"  # a file in lmim_jax/methods/
     method.grid = (14, 14)  # rows, columns of patches
     method.patch_size = 16
     method.gap = 4  # cells are patch_size + gap wide, with the patch at a random offset inside; the crop is 280 px
-    method.channels = data.get_ref("channels")
+    method.channels = channels
     # encoder; Ti, S, L, H: lmim_jax/models/vit.py VARIANTS
     method.width = 768
     method.depth = 12
@@ -77,31 +110,4 @@ def get_config():
     # precision and kernels
     method.dtype = "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
     method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
-
-    optimizer = config.optimizer = ConfigDict()
-    optimizer.name = "adamw"
-    optimizer.base_lr = 1.5e-4
-    optimizer.lr = optimizer.get_ref("base_lr") * batch_size / 256  # peak: 2.4e-3
-    optimizer.floor = 0.25  # share of the peak where the warm-up starts and the cosine ends
-    optimizer.warmup_epochs = 40.0
-    optimizer.b1, optimizer.b2, optimizer.eps = 0.9, 0.95, 1e-8
-    optimizer.weight_decay = 0.05
-    # (regex on the parameter's path, decayed or not), first full match wins. As in the official code, which goes by
-    # names: patch and decoder embeddings are spared too, CLS and mask tokens are decayed.
-    optimizer.decay_rules = ((".*(bias|norm|embed).*", False), (".*", True))
-
-    config.evaluators = ConfigDict()
-    config.evaluators.knn = dict(
-        type="knn",  # a file in lmim_jax/evaluators/
-        every=10.0,  # epochs; also once at the end. 0: at the end only
-        params="online",  # online | target
-        batch_size=512,
-        feature="patches_prenorm",  # mean over patches, before the final norm: the official feature
-        k=20,
-        temperature=0.07,
-    )
-
-    config.log_every = 50  # steps between lines of metrics
-    config.checkpoint_every = 1000  # steps; also once at the end
-    config.checkpoint_keep = 3  # the newest so many
-    return config
+    return method

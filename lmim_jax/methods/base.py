@@ -74,3 +74,9 @@ def check_range(key, value, low, high=math.inf):
     if not low <= value <= high:
         wanted = f"at least {low}" if high == math.inf else f"{low} .. {high}"
         raise UserError(f"config.method.{key}={value} is out of range: it must be {wanted}")
+
+
+def check_heads(prefix, width, heads):
+    """Raise a UserError unless heads divide the width, and 4 does (sin-cos positions)."""
+    if heads < 1 or width % heads or width % 4:
+        raise UserError(f"config.method.{prefix}width={width} is not divisible by {prefix}heads={heads} and by 4")

@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lmim_jax import losses, masking, schedules
-from lmim_jax.errors import UserError
-from lmim_jax.methods.base import check_choice, check_range
+from lmim_jax.methods.base import check_choice, check_heads, check_range
 from lmim_jax.models import vit
 from lmim_jax.models.decoders import LatentDecoder
 from lmim_jax.models.layers import Dense, patchify, sincos_positions
@@ -75,9 +74,8 @@ class Method:
         check_range("gap", self.gap, 0)
         check_range("tau", self.tau, 1e-6)
         check_range("num_visible", self.num_visible, 1, self.num_patches - 2)
-        for key, width, heads in (("", self.width, self.heads), ("decoder_", self.decoder_width, self.decoder_heads)):
-            if width % heads or width % 4:
-                raise UserError(f"config.method.{key}width={width} is not divisible by {key}heads={heads} and by 4")
+        check_heads("", self.width, self.heads)
+        check_heads("decoder_", self.decoder_width, self.decoder_heads)
 
     @property
     def num_patches(self):
@@ -97,10 +95,13 @@ class Method:
     # -- modules: plain Linen, applied to one sub-tree of params each
 
     @property
+    def _blocks(self):
+        dtype = jnp.dtype(self.dtype)
+        return dict(mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, dtype=dtype, attention=self.attention)
+
+    @property
     def _encoder(self):
-        return vit.ViT(
-            self.width, self.depth, self.heads, self.mlp_ratio, self.norm_eps, jnp.dtype(self.dtype), self.attention
-        )
+        return vit.ViT(self.width, self.depth, self.heads, **self._blocks)
 
     @property
     def _projector(self):
@@ -108,18 +109,8 @@ class Method:
 
     @property
     def _decoder(self):
-        return LatentDecoder(
-            kind=self.decoder,
-            width=self.decoder_width,
-            depth=self.decoder_depth,
-            heads=self.decoder_heads,
-            out_width=self.width,
-            visual_cues=self.visual_cues,
-            mlp_ratio=4,
-            norm_eps=self.norm_eps,
-            dtype=jnp.dtype(self.dtype),
-            attention=self.attention,
-        )
+        size = self.decoder_width, self.decoder_depth, self.decoder_heads
+        return LatentDecoder(self.decoder, *size, self.width, self.visual_cues, **self._blocks)
 
     @property
     def _target_embed(self):
