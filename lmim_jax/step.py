@@ -83,7 +83,7 @@ def make_train_step(method, augment, optimizer, mesh, micro_batches=1):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         target = update_target(state.target, method.target_of(params), method.ema_rate(state.step))
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return state.replace(step=state.step + 1, params=params, target=target, opt_state=opt_state), metrics
 
     return train_step

@@ -13,6 +13,7 @@ import logging
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from lmim_jax import sharding
 from lmim_jax.data import decode
@@ -166,6 +167,8 @@ def _batches(order, rows, start, workers, threads):
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
     iterator = dataset.to_iter_dataset(options)
     if workers:
+        if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which nobody has parsed in a notebook
+            flags.FLAGS.mark_as_parsed()
         iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     return iter(iterator)
 
