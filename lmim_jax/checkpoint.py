@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
@@ -43,6 +44,24 @@ class Checkpoints:
         """Wait for saves under way."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def weights(workdir, method):
+    """The newest weights of a run, without the optimiser: (params, target), numpy trees.
+
+    Raises:
+      UserError: there is no checkpoint below workdir.
+    """
+    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    if not folder.is_dir() or not any(path.name.isdigit() for path in folder.iterdir()):
+        raise UserError(f"{workdir}: no checkpoints here; give the --workdir of a run that has saved one")
+    params = jax.eval_shape(method.init, jax.random.key(0))
+    tree = {"params": params, "target": method.target_of(params)}
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    with ocp.CheckpointManager(folder, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        restore = ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
+        found = manager.restore(manager.latest_step(), args=restore)
+    return found["params"], found["target"]
 
 
 def claim(workdir, config):

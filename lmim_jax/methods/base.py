@@ -57,7 +57,8 @@ def from_config(config, *, total_steps, steps_per_epoch):
         raise UserError(f"config.method.{unknown[0]}: {name} has no such key{hint}")
     if missing := sorted(known - fields.keys()):
         raise UserError(f"config.method lacks {', '.join(missing)}, which {name} needs; see configs/vit_b.py")
-    fields = {field_of[key]: value for key, value in fields.items()}
+    # JSON has no tuples, and fields must be hashable
+    fields = {field_of[key]: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     return method(**fields, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
 
 
