@@ -33,23 +33,26 @@ def main(argv):
 
 def parse_flags(argv):
     """absl's parser, with one line and exit code 2 instead of a traceback on a mistake in the flags."""
-    names = [argument.lstrip("-").split("=")[0] for argument in argv[1:]]
-    if "config" not in names:
+    given = [argument.lstrip("-").partition("=") for argument in argv[1:]]
+    paths = [
+        value or next_one[0]
+        for (name, _, value), next_one in zip(given, [*given[1:], ("",)], strict=True)
+        if name == "config"
+    ]
+    if not paths:
         argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]
+    elif not pathlib.Path(paths[-1].partition(":")[0]).is_file():
+        fail(f"--config={paths[-1]}: no such file; the recipes are in configs/", 2)
     try:
-        rest = flags.FLAGS(argv)
+        return flags.FLAGS(argv)
     except flags.Error as error:
         fail(error, 2)
     except (AttributeError, KeyError) as error:
         while isinstance(error.args[0], Exception):  # ml_collections wraps its message
             error = error.args[0]
         key, _, hint = str(error.args[0]).partition("\n")
-        given = next((name for name in names if name.endswith(f".{key.strip(chr(39))}") or key.strip("'") in name), key)
-        fail(f"unknown config key {given}. {hint or 'Every key is in configs/vit_b.py'}", 2)
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    if not pathlib.Path(path.partition(":")[0]).is_file():
-        fail(f"--config={path}: no such file; the recipes are in configs/", 2)
-    return rest
+        key = next((name for name, *_ in given if key.strip("'") in name.split(".")), key)
+        fail(f"unknown config key {key}. {hint or 'Every key is in configs/vit_b.py'}", 2)
 
 
 def fail(message, code):

@@ -57,7 +57,7 @@ def get_config():
     config.evaluators = ConfigDict()
     config.evaluators.knn = dict(
         type="knn",  # a file in lmim_jax/evaluators/
-        every=10.0,  # epochs; also once at the end. 0: at the end only
+        every=10.0,  # epochs; also at the start and the end of runs at least that long. 0: at the end only
         params="online",  # online | target
         batch_size=512,
         feature="patches_prenorm",  # mean over patches, before the final norm: the official feature

@@ -61,7 +61,8 @@ def make_train_step(method, augment, optimizer, mesh, micro_batches=1):
         step, after the last micro-batch.
       micro_batches: gradient accumulation; the EMA moves once per step all the same.
 
-    The batch is a dict of arrays with a leading batch axis; metrics are float32 scalars, `grad_norm` among them.
+    The batch is a dict of arrays with a leading batch axis; metrics are float32 scalars, those of the method and
+    `grad_norm` and `update_norm`.
     """
     data = PartitionSpec(sharding.DATA)
 
@@ -83,7 +84,8 @@ def make_train_step(method, augment, optimizer, mesh, micro_batches=1):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         target = update_target(state.target, method.target_of(params), method.ema_rate(state.step))
-        metrics["grad_norm"] = optax.tree.norm(grads)
+        # Where both are finite, so are the new parameters: nothing else can spoil a checkpoint.
+        metrics |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         return state.replace(step=state.step + 1, params=params, target=target, opt_state=opt_state), metrics
 
     return train_step

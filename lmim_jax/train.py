@@ -60,6 +60,10 @@ def train(config, workdir):
     has_target = "encoder" in method.target_of(abstract)
     scheduled = evaluators.from_config(config.evaluators, steps_per_epoch=steps_per_epoch, has_target=has_target)
 
+    for evaluator in scheduled:
+        if not evaluator.due(total_steps, total_steps):
+            log.info("%s is not evaluated: the run is shorter than its interval (`every`)", evaluator.title)
+
     # Everything about the config is checked: from here on, files are written
     checkpoint.claim(workdir, config.to_dict())
     checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint_keep)
@@ -118,18 +122,20 @@ def train(config, workdir):
         mesh=mesh,
     )
     meter.resume()
-    for done, batch in enumerate(batches, start + 1):
-        with jax.transfer_guard("disallow"):
-            state, numbers = train_step(state, batch)
-        meter.add(done, numbers)
-        save = done % config.checkpoint_every == 0 or done == total_steps
-        if save or any(evaluator.due(done, total_steps) for evaluator in scheduled):
-            meter.pause()  # and so make sure that this state is finite
-            evaluate(done)
-            if save:
-                checkpoints.save(state, done)
-            meter.resume()
-    checkpoints.close()
+    try:
+        for done, batch in enumerate(batches, start + 1):
+            with jax.transfer_guard("disallow"):
+                state, numbers = train_step(state, batch)
+            meter.add(done, numbers)
+            save = done % config.checkpoint_every == 0 or done == total_steps
+            if save or any(evaluator.due(done, total_steps) for evaluator in scheduled):
+                meter.pause()  # and so make sure that this state is finite
+                evaluate(done)
+                if save:
+                    checkpoints.save(state, done)
+                meter.resume()
+    finally:
+        checkpoints.close()  # saves under way end well, whatever stopped the run
 
     # End
     summary = {

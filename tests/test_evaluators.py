@@ -97,6 +97,7 @@ def test_schedule():
     every, at_end = tiny_evaluators(every=0.5)[0], tiny_evaluators(every=0)[0]
     assert [step for step in range(11) if every.due(step, 10)] == [0, 3, 6, 9, 10]
     assert [step for step in range(11) if at_end.due(step, 10)] == [10]
+    assert not any(every.due(step, 2) for step in range(3))  # a run shorter than the interval
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,13 @@ class Scheduled:
     evaluator: object
 
     def due(self, step, total_steps):
-        """Whether to run after `step` optimiser steps: on schedule, and at the end."""
-        return step == total_steps or bool(self.every and step % self.every == 0)
+        """Whether to run after `step` optimiser steps: on schedule, at the start and at the end.
+
+        A run shorter than the interval is not evaluated: a smoke test of two steps need not embed a whole dataset.
+        """
+        if not self.every:
+            return step == total_steps
+        return total_steps >= self.every and (step % self.every == 0 or step == total_steps)
 
     def run(self, features, state, data):
         """{"title/name": value}; percentages and gauges alike."""
