@@ -40,6 +40,14 @@ class Checkpoints:
         target = jax.tree.map(place, abstract, shardings)
         return self._manager.restore(self.latest(), args=ocp.args.StandardRestore(target))
 
+    def tell(self):
+        """Half a sentence for an error: what a stopped run has left."""
+        return (
+            "no checkpoint had been saved"
+            if self.latest() is None
+            else f"the checkpoint of step {self.latest()} is good"
+        )
+
     def close(self):
         """Wait for saves under way."""
         self._manager.wait_until_finished()

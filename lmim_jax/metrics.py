@@ -28,12 +28,12 @@ class NonFinite(RuntimeError):
     """A loss or gradient became NaN or infinite; the message names step and quantity."""
 
 
-def check_finite(step, values, where):
+def check_finite(step, values, tell):
     """Raise NonFinite if the loss, the gradient norm, or anything else logged at `step` is NaN or infinite."""
     bad = {name: value for name, value in values.items() if not math.isfinite(value)}
     if bad:
         listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
-        raise NonFinite(f"step {step}: {listed}. Stopped; {where}. Try a lower config.optimizer.base_lr")
+        raise NonFinite(f"step {step}: {listed}. Stopped; {tell()}. Try a lower config.optimizer.base_lr")
 
 
 def duration(seconds):
@@ -90,9 +90,9 @@ class Meter:
     Every `log_every` steps it writes their means, with epoch, learning rate, images/s and ETA.
     """
 
-    def __init__(self, writer, *, start, total_steps, steps_per_epoch, batch_size, log_every, learning_rate, where):
-        """`learning_rate`: function of the step; `where`: what to tell of checkpoints when a number is not finite."""
-        self._writer, self._log_every, self._rate, self._where = writer, log_every, learning_rate, where
+    def __init__(self, writer, *, start, total_steps, steps_per_epoch, batch_size, log_every, learning_rate, tell):
+        """`learning_rate`: function of the step; `tell`: gives what to say of checkpoints on NaN."""
+        self._writer, self._log_every, self._rate, self._tell = writer, log_every, learning_rate, tell
         self._total, self._per_epoch, self._batch = total_steps, steps_per_epoch, batch_size
         self._pending, self._window = None, []
         self._done, self._seconds, self._since = start, 0.0, time.perf_counter()
@@ -121,7 +121,7 @@ class Meter:
 
     def _report(self, step, metrics):
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        check_finite(step, values, self._where)
+        check_finite(step, values, self._tell)
         self._window.append(values)
         if step % self._log_every and step != self._total:
             return
@@ -140,7 +140,7 @@ class Meter:
         }
         self._writer.write(step, {**mean, **extra})
         log.info(
-            "step %d/%d  epoch %.2f/%.2f  loss %.4f  %.0f images/s  ETA %s  lr %.2e  %s",
+            "step %d/%d  epoch %.2f/%.2f  loss %.4f  %.4g images/s  ETA %s  lr %.2e  %s",
             *(step, self._total, extra["epoch"], self._total / self._per_epoch, mean.pop("loss")),
             *(self.images_per_second, duration(per_step * (self._total - step)), extra["learning_rate"]),
             "  ".join(f"{name} {value:.3g}" for name, value in mean.items()),

@@ -59,7 +59,6 @@ def train(config, workdir):
     abstract = jax.eval_shape(method.init, jax.random.key(0))
     has_target = "encoder" in method.target_of(abstract)
     scheduled = evaluators.from_config(config.evaluators, steps_per_epoch=steps_per_epoch, has_target=has_target)
-
     for evaluator in scheduled:
         if not evaluator.due(total_steps, total_steps):
             log.info("%s is not evaluated: the run is shorter than its interval (`every`)", evaluator.title)
@@ -97,7 +96,7 @@ def train(config, workdir):
         batch_size=config.batch_size,
         log_every=config.log_every,
         learning_rate=learning_rate,
-        where=f"the last good checkpoint is in {workdir}/checkpoints",
+        tell=checkpoints.tell,
     )
     results = {}
 

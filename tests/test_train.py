@@ -78,6 +78,14 @@ def test_a_finished_run_says_so_and_does_nothing(finished, caplog):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_killed_before_its_summary_is_evaluated_again(finished):
+    config, workdir, summary = finished
+    (workdir / "summary.json").unlink()
+    again = train.train(config, workdir)
+    assert {name: again[name] for name in again if "knn/" in name} == {n: summary[n] for n in summary if "knn/" in n}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+
+
 @pytest.mark.parametrize(
     "change",
     [{"method.tau": 0.3}, {"seed": 1}, {"batch_size": 16}, {"optimizer.b2": 0.99}, {"data.canvas": 64}],

@@ -163,7 +163,7 @@ def rows_of_process(batch_size):
 def _batches(order, rows, start, workers, threads):
     """Iterate over batches of an order from batch `start`, made in the background by threads or worker processes."""
     dataset = grain.MapDataset.source(order)[start * rows :].batch(rows)
-    # Two batches per thread in flight: memory is bounded by that many batches (of canvases) per process.
+    # Memory is bounded by two batches of canvases per thread (and per worker, which has its own threads).
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
     iterator = dataset.to_iter_dataset(options)
     if workers:
@@ -195,6 +195,8 @@ def training(source, config, *, seed, batch_size, steps, start, mesh):
     Raises:
       UserError: too many bad images.
     """
+    if start == steps:  # Grain knows no empty datasets
+        return iter(())
     images = Decoded(source, config.canvas, config.channels, replace=True)
     first, rows = rows_of_process(batch_size)
     order = TrainingOrder(images, seed, batch_size, steps, first, rows)
