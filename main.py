@@ -3,6 +3,7 @@
 Running the same command again goes on where it stopped. Only flags live here; the story is in lmim_jax/train.py.
 """
 
+import itertools
 import pathlib
 import sys
 
@@ -34,11 +35,8 @@ def main(argv):
 def parse_flags(argv):
     """absl's parser, with one line and exit code 2 instead of a traceback on a mistake in the flags."""
     given = [argument.lstrip("-").partition("=") for argument in argv[1:]]
-    paths = [
-        value or next_one[0]
-        for (name, _, value), next_one in zip(given, [*given[1:], ("",)], strict=True)
-        if name == "config"
-    ]
+    pairs = itertools.pairwise([*given, ("", "", "")])
+    paths = [value or following[0] for (name, _, value), following in pairs if name == "config"]
     if not paths:
         argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]
     elif not pathlib.Path(paths[-1].partition(":")[0]).is_file():

@@ -167,6 +167,16 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(images, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize(
+    ("flags", "recipe"),
+    [([], "quickstart"), (["--config", "configs/vit_b.py"], "vit_b"), (["--config=configs/vit_s.py"], "vit_s")],
+)
+def test_the_recipe_is_chosen_by_flag(flags, recipe):
+    script = "import main, sys; main.parse_flags(sys.argv); print(main.flags.FLAGS['config'].config_filename)"
+    told = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == f"configs/{recipe}.py"
+
+
 BAD = {
     "--config.method.taau=1": "unknown config key config.method.taau.*tau",
     "--config.methd.tau=1": "unknown config key config.methd.tau.*method",
