@@ -100,7 +100,7 @@ def test_targets_get_gradient_in_joint_training_only():
 
 
 def test_masked_pixels_do_not_reach_the_online_tokens_nor_visible_ones_the_target():
-    method = build()
+    method = build(target="joint")  # the one kind of target that a gradient can be asked of
     params, target, images, views = inputs(method)
 
     def influence(name):
