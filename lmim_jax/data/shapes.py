@@ -7,6 +7,7 @@ Image i of a split is a function of (VERSION, split, i) alone.
 """
 
 import colorsys
+import contextlib
 import fcntl
 import io
 import logging
@@ -140,5 +141,6 @@ def prepare(folder):
         if not pathlib.Path(builder.data_dir).exists():
             log.info("drawing the dataset `shapes`, once, into %s (about 20 s)", builder.data_dir)
             tfds.disable_progress_bar()
-            builder.download_and_prepare()
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS talks of a download, and there is none
+                builder.download_and_prepare()
     return builder
