@@ -178,6 +178,21 @@ def test_shapes_is_drawn_deterministically():
     assert {shapes.draw("train", i)[1] for i in range(80)} == set(range(10))
 
 
+def test_shapes_is_prepared_once_and_read_encoded(tmp_path, monkeypatch):
+    from lmim_jax.data import shapes
+
+    monkeypatch.setattr(shapes, "SPLITS", {"train": 12, "test": 5})
+    train, test = (sources.shapes(tmp_path, split) for split in ("train", "test"))
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
+    assert (len(train), len(test), len(written)) == (12, 5, 2)
+    again = sources.shapes(tmp_path, "train")
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert [again.read(i) for i in range(12)] == [train.read(i) for i in range(12)]
+    assert decode.decode(train.read(0), 64, 3)[1].tolist() == [64, 64]
+    assert {train.label(i) for i in range(12)} <= set(range(10))
+    assert test.name(3) == "shapes/test[3]"
+
+
 def test_batches_lie_on_all_devices(images):
     batch = next(iter(batches(images)))
     assert len(batch["image"].sharding.device_set) == len(jax.devices()) == 8

@@ -33,7 +33,9 @@ def recipe(images, **change):
 
 
 def lines(workdir):
-    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    """The complete metric lines of a run, which may be going on."""
+    text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def final_state(workdir):
