@@ -5,6 +5,7 @@ published with: outputs rtol 2e-4, atol 2e-5; gradients rtol 2e-3, atol 2e-5.
 """
 
 import functools
+import importlib.util
 import json
 import pathlib
 
@@ -14,6 +15,7 @@ import pytest
 import reference_latent_mim
 
 from lmim_jax import step
+from lmim_jax.methods import base
 from lmim_jax.models.layers import patchify, sincos_positions
 
 FOLDER = pathlib.Path(__file__).parent / "reference"
@@ -42,6 +44,14 @@ def compare(actual, expected, tolerance):
     assert {name(path) for path in actual} == {name(path) for path in expected}
     for path, value in expected.items():
         np.testing.assert_allclose(actual[path], value, **tolerance, err_msg=name(path))
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.npz")), ids=lambda path: path.stem)
+def test_every_case_has_a_reader(path):
+    method = next((name for name in base.names() if path.stem.startswith(name)), None)
+    if method is None:
+        pytest.skip(f"no method in lmim_jax/methods/ that {path.name} is a case of")
+    assert importlib.util.find_spec(f"reference_{method}"), "write one beside reference_latent_mim.py"
 
 
 @pytest.mark.parametrize("path", LATENT_MIM, ids=lambda path: path.stem)
