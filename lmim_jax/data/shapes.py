@@ -1,7 +1,7 @@
 """`shapes`, the embedded dataset: drawn on first use, so that everything runs without a download.
 
 Ten classes of objects, each a body with four or five parts in a class-typical arrangement, colours and kinds. Position,
-scale, rotation, mirroring, the hue of the whole object, background, distractors and noise are nuisance.
+scale, rotation, mirroring, the hue of the whole object, background and noise are nuisance.
 8,192 train and 2,048 test JPEGs of 64 x 64 pixels, with object masks, as a TFDS dataset in ArrayRecord files.
 Image i of a split is a function of (VERSION, split, i) alone.
 """
