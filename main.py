@@ -5,10 +5,11 @@ Running the same command again goes on where it stopped. Only flags live here; t
 
 import itertools
 import pathlib
-import sys
 
 from absl import app, flags
 from ml_collections import config_flags
+
+from lmim_jax.errors import UserError, fail
 
 DEFAULT = "configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, f"Recipe; default: {DEFAULT}.", lock_config=True)
@@ -18,7 +19,6 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: run
 def main(argv):
     """Train as the flags say; one line, and exit code 2 for what only the user can mend, 1 for a run that diverged."""
     from lmim_jax import metrics, train  # here, so that spawned loader workers do not import them
-    from lmim_jax.errors import UserError
 
     recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     metrics.log_to_console()
@@ -27,7 +27,7 @@ def main(argv):
             raise UserError(f"unknown argument {argv[1]!r}; flags look like --config.batch_size=256")
         train.train(_CONFIG.value, _WORKDIR.value or f"runs/{recipe}")
     except UserError as error:
-        fail(error, 2)
+        fail(error)
     except metrics.NonFinite as error:
         fail(error, 1)
 
@@ -40,23 +40,17 @@ def parse_flags(argv):
     if not paths:
         argv = [argv[0], f"--config={DEFAULT}", *argv[1:]]
     elif not pathlib.Path(paths[-1].partition(":")[0]).is_file():
-        fail(f"--config={paths[-1]}: no such file; the recipes are in configs/", 2)
+        fail(f"--config={paths[-1]}: no such file; the recipes are in configs/")
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        fail(error, 2)
+        fail(error)
     except (AttributeError, KeyError) as error:
         while isinstance(error.args[0], Exception):  # ml_collections wraps its message
             error = error.args[0]
         key, _, hint = str(error.args[0]).partition("\n")
         key = next((name for name, *_ in given if key.strip("'") in name.split(".")), key)
-        fail(f"unknown config key {key}. {hint or 'Every key is in configs/vit_b.py'}", 2)
-
-
-def fail(message, code):
-    """Print one line to stderr and exit."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(code)
+        fail(f"unknown config key {key}. {hint or 'Every key is in configs/vit_b.py'}")
 
 
 if __name__ == "__main__":

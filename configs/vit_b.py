@@ -63,9 +63,20 @@ def get_config():
         feature="patches_prenorm",  # mean over patches, before the final norm: the official feature
         k=20,
         temperature=0.07,
+        baselines=False,  # also with raw pixels and colour histograms; for small images only
+    )
+    config.evaluators.pictures = dict(
+        type="pictures",  # what the model is given; PCA and clusters of its features
+        every=10.0,
+        params="online",
+        images=6,  # the same random held-out ones each time
+        feature="patches_prenorm",
+        zoom=2,  # features of images enlarged so many times: a finer grid
+        clusters=4,  # of patches, per image
     )
 
     config.log_every = 50  # steps between lines of metrics
+    config.gauge_images = 512  # held-out images on which the gauges of collapse are read with every such line
     config.checkpoint_every = 1000  # steps; also once at the end
     config.checkpoint_keep = 3  # the newest so many
     return config

@@ -16,7 +16,9 @@ from lmim_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 # Keys that may differ between a run and its continuation: they change no number of the training.
-HARMLESS = re.compile(r"log_every|checkpoint_every|checkpoint_keep|data\.workers|data\.threads|evaluators\..*")
+HARMLESS = re.compile(
+    r"log_every|gauge_images|checkpoint_every|checkpoint_keep|data\.workers|data\.threads|evaluators\..*"
+)
 
 
 class Checkpoints:

@@ -1,5 +1,13 @@
-"""The one exception that is shown to users without a traceback."""
+"""What only the user can mend."""
+
+import sys
 
 
 class UserError(ValueError):
-    """Something only the user can mend: the message names the key or file at fault and says what to do, in one line."""
+    """A mistake in a flag, a config, a file or a folder: the message names it and says what to do."""
+
+
+def fail(message, code=2):
+    """Print one line to stderr and exit; 2 is for what only the user can mend."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(code)

@@ -8,8 +8,10 @@ import time
 import jax
 from clu import parameter_overview
 
-from lmim_jax import checkpoint, files, metrics, optim, sharding
+from lmim_jax import checkpoint, files, gauges, metrics, optim, sharding
+from lmim_jax import summary as summaries
 from lmim_jax.data import augment, loader, sources
+from lmim_jax.data.evaluation import Evaluation
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
@@ -55,7 +57,7 @@ def train(config, workdir):
     optimizer, learning_rate = optim.from_config(config.optimizer, warmup_steps=warmup_steps, total_steps=total_steps)
 
     # Evaluators
-    data = loader.Evaluation(source, config.data, augmentation.evaluation, mesh)
+    data = Evaluation(source, config.data, augmentation, mesh)
     abstract = jax.eval_shape(method.init, jax.random.key(0))
     has_target = "encoder" in method.target_of(abstract)
     scheduled = evaluators.from_config(config.evaluators, steps_per_epoch=steps_per_epoch, has_target=has_target)
@@ -69,7 +71,9 @@ def train(config, workdir):
     start = checkpoints.latest() or 0
     if start == total_steps and summary_path.exists():
         log.info("this run is finished: %d of %d steps, in %s", start, total_steps, workdir)
-        return json.loads(summary_path.read_text())
+        summary = json.loads(summary_path.read_text())
+        log.info(summaries.table(summary, workdir))
+        return summary
 
     # State
     state, shardings = create(method, optimizer, config.seed, mesh)
@@ -88,8 +92,10 @@ def train(config, workdir):
 
     # Loop: at a boundary evaluate and save the *same* state, then go on
     writer = metrics.Writer(workdir, start)
+    gauge = gauges.make(method, data, config.gauge_images)
     meter = metrics.Meter(
         writer,
+        gauges.Alarm(),
         start=start,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
@@ -97,16 +103,17 @@ def train(config, workdir):
         log_every=config.log_every,
         learning_rate=learning_rate,
         tell=checkpoints.tell,
+        began=began,
     )
-    results = {}
 
     def evaluate(done):
         for evaluator in scheduled:
             if evaluator.due(done, total_steps):
                 began = time.perf_counter()
-                results.update(found := evaluator.run(method.features, state, data))
-                writer.write(done, found)
-                listed = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
+                numbers, pictures = evaluator.run(method, state, data)
+                writer.write(done, numbers)
+                writer.draw(done, pictures)
+                listed = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) or evaluator.title
                 log.info("step %d  %s  (%s)", done, listed, metrics.duration(time.perf_counter() - began))
 
     if start in (0, total_steps):
@@ -125,6 +132,8 @@ def train(config, workdir):
         for done, batch in enumerate(batches, start + 1):
             with jax.transfer_guard("disallow"):
                 state, numbers = train_step(state, batch)
+                if done % config.log_every == 0 or done == total_steps:
+                    numbers |= gauge(state.params, state.target)
             meter.add(done, numbers)
             save = done % config.checkpoint_every == 0 or done == total_steps
             if save or any(evaluator.due(done, total_steps) for evaluator in scheduled):
@@ -137,14 +146,12 @@ def train(config, workdir):
         checkpoints.close()  # saves under way end well, whatever stopped the run
 
     # End
-    summary = {
-        "steps": total_steps,
-        "images_per_second": meter.images_per_second,
-        "wall_seconds": time.perf_counter() - began,
-        **results,
-    }
-    if jax.process_index() == 0:
-        files.write(summary_path, json.dumps(summary, indent=2) + "\n")
     writer.close()
-    log.info("finished %d steps in %s; results in %s", total_steps, metrics.duration(summary["wall_seconds"]), workdir)
+    lines = summaries.history(workdir)
+    summary = summaries.summarize(lines, total_steps=total_steps, seconds=meter.wall_seconds)
+    if jax.process_index() == 0:
+        metrics.write_picture(workdir, "curves", summaries.curves(lines, workdir))
+        files.write(summary_path, json.dumps(summary, indent=2) + "\n")
+    log.info("finished %d steps in %s", total_steps, metrics.duration(summary["wall_seconds"]))
+    log.info(summaries.table(summary, workdir))
     return summary

@@ -12,6 +12,7 @@ from PIL import Image
 
 from lmim_jax import sharding
 from lmim_jax.data import decode, loader, sources
+from lmim_jax.data.evaluation import Evaluation
 from lmim_jax.errors import UserError
 
 OPTIONS = dict(canvas=40, channels=3, workers=0, threads=1, max_bad_fraction=0.2)
@@ -159,12 +160,34 @@ def test_the_stream_is_the_same_after_a_restart_and_with_workers(images):
     assert hashes(batches(images, seed=1)) != whole
 
 
-def test_evaluation_covers_every_image_once_and_marks_padding(partly_bad):
+class Plain:
+    """An augmentation that leaves canvases as they are."""
+
+    @staticmethod
+    def evaluation(batch):
+        return batch["image"]
+
+
+def test_evaluation_covers_every_image_once_and_marks_padding(partly_bad, caplog):
     source = {split: sources.folder(partly_bad, split) for split in ("train", "test")}
-    data = loader.Evaluation(source, options(), lambda batch: batch["image"], sharding.make_mesh())
+    data = Evaluation(source, options(), Plain, sharding.make_mesh())
     index = np.concatenate([np.asarray(batch["index"]) for batch in data.batches("train", 20)])
     assert len(index) == 48  # 20 is rounded up to 24, a multiple of the devices
     assert sorted(index) == [-1, *(i for i in range(48) if i != 3)]  # the broken image is left out
+    list(data.batches("train", 20))
+    assert caplog.text.count("03.jpg") == 1, "named once, not at every evaluation"
+
+
+def test_a_sample_is_random_but_the_same_at_every_call(images):
+    source = {split: sources.folder(images, split) for split in ("train", "test")}
+    data = Evaluation(source, options(), Plain, sharding.make_mesh())
+    (batch, indices), (again, _) = data.sample("train", 10), data.sample("train", 10)
+    np.testing.assert_array_equal(batch["image"], again["image"])
+    assert len(set(indices)) == 10
+    assert {source["train"].label(i) for i in indices} == {0, 1}  # files are sorted by class: a slice would not do
+    assert batch["label"].tolist() == [source["train"].label(i) for i in indices] + [-1] * 6  # 8 devices
+    assert batch["index"].tolist() == [*range(10)] + [-1] * 6
+    assert data.masks("train", indices) is None
 
 
 def test_shapes_is_drawn_deterministically():

@@ -14,5 +14,6 @@ def get_config():
     config.method.update(decoder_width=8, decoder_depth=1, decoder_heads=2, projector_depth=2, projector_width=24)
     config.optimizer.update(base_lr=0.03, warmup_epochs=0.5)
     config.evaluators.knn.update(every=1.0, batch_size=16, k=5)
-    config.update(log_every=2, checkpoint_every=3)
+    config.evaluators.pictures.update(every=2.0, images=2)
+    config.update(log_every=2, checkpoint_every=3, gauge_images=16)
     return config

@@ -111,11 +111,19 @@ class Augment:
         if self.interpolation not in KERNELS:
             raise UserError(f"config.augment.interpolation={self.interpolation!r} is none of: {' | '.join(KERNELS)}")
 
+    def _constants(self, images):
+        shape = (1,) * (images.ndim - 1) + (-1,)
+        return (jnp.asarray(x, jnp.float32).reshape(shape) for x in (self.mean, self.std))
+
     def normalize(self, images):
         """Levels 0 .. 255 [..., C] -> (x / 255 - mean) / std, float32."""
-        shape = (1,) * (images.ndim - 1) + (-1,)
-        mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
-        return (images / 255 - mean.reshape(shape)) / std.reshape(shape)
+        mean, std = self._constants(images)
+        return (images / 255 - mean) / std
+
+    def levels(self, images):
+        """The inverse of `normalize`: whole levels 0 .. 255, float32."""
+        mean, std = self._constants(images)
+        return jnp.round((images * std + mean) * 255)
 
     def __call__(self, keys, batch):
         """Random-resized crop, flip, normalise.

@@ -99,24 +99,6 @@ class TrainingOrder:
         return self.images.item(int(epoch_order(self.seed, epoch, length)[place]))
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationOrder:
-    """Every image once, in order, padded to whole batches."""
-
-    images: Decoded
-    batch_size: int
-    first_row: int
-    rows: int
-
-    def __len__(self):
-        return -(-len(self.images.source) // self.batch_size) * self.rows
-
-    def __getitem__(self, i):
-        batch, row = divmod(int(i), self.rows)
-        index = batch * self.batch_size + self.first_row + row
-        return self.images.item(index) if index < len(self.images.source) else self.images.padding()
-
-
 class BadImages:
     """Counts bad images as they turn up, names each once, and stops the run above a share of the source."""
 
@@ -160,7 +142,7 @@ def rows_of_process(batch_size):
     return jax.process_index() * rows, rows
 
 
-def _batches(order, rows, start, workers, threads):
+def read(order, rows, start, workers, threads):
     """Iterate over batches of an order from batch `start`, made in the background by threads or worker processes."""
     dataset = grain.MapDataset.source(order)[start * rows :].batch(rows)
     # Memory is bounded by two batches of canvases per thread (and per worker, which has its own threads).
@@ -173,7 +155,7 @@ def _batches(order, rows, start, workers, threads):
     return iter(iterator)
 
 
-def _ahead(iterator, count=2):
+def ahead(iterator, count=2):
     """Keep `count` items of an iterator of device arrays under way, so that transfers overlap with computation."""
     queue = collections.deque()
     for item in iterator:
@@ -190,7 +172,7 @@ def training(source, config, *, seed, batch_size, steps, start, mesh):
       source: see sources.py. config: `config.data`. seed: of the order. batch_size: global.
 
     Yields:
-      {"image": [B, K, K, C] uint8, "size": [B, 2] int32}, split over the devices.
+      {"image": [B, K, K, C] uint8, "size": [B, 2] int32, "label": [B] int32 (-1: none)}, split over the devices.
 
     Raises:
       UserError: too many bad images.
@@ -203,48 +185,8 @@ def training(source, config, *, seed, batch_size, steps, start, mesh):
     bad = BadImages(images, config.max_bad_fraction)
 
     def placed():
-        for batch in _batches(order, rows, start, config.workers, config.threads):
+        for batch in read(order, rows, start, config.workers, config.threads):
             bad.see(batch["bad"])
-            yield sharding.to_global({name: batch[name] for name in ("image", "size")}, mesh)
+            yield sharding.to_global({name: batch[name] for name in ("image", "size", "label")}, mesh)
 
-    return _ahead(placed())
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The labelled images evaluators see: every image once, unaugmented.
-
-    sources: {"train": source, "test": source or None}; config: `config.data`; transform: batch -> images [B, H, W, C].
-    """
-
-    sources: dict
-    config: object
-    transform: object
-    mesh: object
-
-    @property
-    def classes(self):
-        """Names of the classes; empty where images are unlabelled."""
-        return self.sources["train"].classes
-
-    def batches(self, split, batch_size):
-        """Iterate over a split, as arrays over all devices.
-
-        Yields:
-          {"images": float32 [B, H, W, C] normalised, "label": int32 [B], "index": int32 [B]}; index is -1 for padding
-          and for images that cannot be read: leave these out.
-        """
-        images = Decoded(self.sources[split], self.config.canvas, self.config.channels, replace=False)
-        batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
-        order = EvaluationOrder(images, batch_size, *rows_of_process(batch_size))
-        bad = BadImages(images, self.config.max_bad_fraction)
-        transform = jax.jit(self.transform)
-
-        def placed():
-            for batch in _batches(order, order.rows, 0, self.config.workers, self.config.threads):
-                bad.see(batch["bad"])
-                batch["index"] = np.where(batch.pop("bad") >= 0, -1, batch["index"])
-                batch = sharding.to_global(batch, self.mesh)
-                yield {"images": transform(batch), "label": batch["label"], "index": batch["index"]}
-
-        return _ahead(placed())
+    return ahead(placed())

@@ -1,7 +1,8 @@
 """Where encoded images come from: random access by index, labels where there are any.
 
-A source has `len`, `read(i) -> bytes`, `label(i) -> int` (-1: none), `name(i) -> str`, `classes`, a tuple of names
-(empty: unlabelled), and `ignored`, files that are no images. Sources are picklable: loader workers get a copy.
+A source has `len`, `read(i) -> bytes`, `label(i) -> int` (-1: none), `mask(i) -> bytes or None`, `name(i) -> str`,
+`classes`, a tuple of names (empty: unlabelled), and `ignored`, files that are no images. Sources are picklable: loader
+workers get a copy.
 """
 
 import dataclasses
@@ -57,6 +58,10 @@ class Tfds:
         """The class of image `index`."""
         return self.records[index]["label"]
 
+    def mask(self, index):
+        """The encoded object mask of image `index`, or None where the dataset has none."""
+        return self.records[index].get("mask")
+
     def name(self, index):
         """Dataset, split and index."""
         return f"{self.title}[{index}]"
@@ -99,6 +104,10 @@ class Folder:
     def label(self, index):
         """The class of image `index`, -1 without classes."""
         return self.labels[index]
+
+    def mask(self, index):
+        """None: folders have no masks."""
+        return None
 
     def name(self, index):
         """The full path of image `index`."""

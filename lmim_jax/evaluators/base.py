@@ -2,10 +2,11 @@
 
 An evaluator is a frozen dataclass whose fields are its config, without defaults, and
 
-  run(features, params, data) -> {name: float}
+  run(method, params, data) -> {name: number or picture}
 
-features: `method.features`. params: online weights, or with the target's in their place (`params: target`).
-data: `loader.Evaluation`. A file in this folder *is* a registered evaluator.
+A picture is a uint8 array [H, W, 3]; the run writes it as PNG and to TensorBoard.
+method: see methods/base.py. params: online weights, or with the target's in their place (`params: target`).
+data: an `evaluation.Evaluation`. A file in this folder *is* a registered evaluator.
 """
 
 import dataclasses
@@ -15,8 +16,10 @@ import importlib
 import pkgutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from lmim_jax import sharding
 from lmim_jax.errors import UserError
 
 
@@ -45,11 +48,14 @@ class Scheduled:
             return step == total_steps
         return total_steps >= self.every and (step % self.every == 0 or step == total_steps)
 
-    def run(self, features, state, data):
-        """{"title/name": value}; percentages and gauges alike."""
+    def run(self, method, state, data):
+        """({"title/name": number}, {"title/name": picture})."""
         params = state.params if self.weights == "online" else {**state.params, **state.target}
-        result = self.evaluator.run(features, params, data)
-        return {f"{self.title}/{name}": value for name, value in result.items()}
+        result = self.evaluator.run(method, params, data)
+        split = {True: {}, False: {}}
+        for name, value in result.items():
+            split[isinstance(value, np.ndarray)][f"{self.title}/{name}"] = value
+        return split[False], split[True]
 
 
 def from_config(config, *, steps_per_epoch, has_target):
@@ -88,26 +94,50 @@ def _pop(fields, key, where):
     return fields.pop(key)
 
 
+def fixed_features(images, levels, name):
+    """What needs no encoder, one vector per image.
+
+    Args:
+      images: [B, H, W, C] as the encoder sees them. levels: the same as levels 0 .. 255.
+      name: "pixels": the image itself. "histogram": square root of the share of pixels in each of 6^C colours (so that
+        the cosine is Bhattacharyya's coefficient).
+    """
+    if name == "pixels":
+        return images.reshape(len(images), -1)
+    channels = images.shape[-1]
+    color = jnp.minimum((levels * (6 / 256)).astype(jnp.int32), 5) @ 6 ** jnp.arange(channels)
+    count = lambda row: jnp.bincount(row, length=6**channels)
+    return jnp.sqrt(jax.vmap(count)(color.reshape(len(images), -1)) / color[0].size)
+
+
+FIXED = ("pixels", "histogram")
+
+
 @functools.lru_cache(maxsize=8)
-def _pooled(features, name):
+def _pooled(method, augment, mesh, name):
     """Jitted (params, batch) -> (mean of a feature over tokens [B, D], label [B], index [B]), equal on all devices."""
 
     def pooled(params, batch):
-        x = features(params, batch["images"])[name].astype(np.float32)
+        if name in FIXED:
+            x = fixed_features(batch["images"], augment.levels(batch["images"]), name)
+        else:
+            x = method.features(params, batch["images"])[name]
+        x = x.astype(jnp.float32)
         return (x.mean(axis=1) if x.ndim == 3 else x), batch["label"], batch["index"]
 
-    return jax.jit(pooled)
+    return jax.jit(pooled, out_shardings=sharding.replicated(mesh))
 
 
-def split_features(features, params, data, split, name, batch_size):
+def split_features(method, params, data, split, name, batch_size):
     """A feature of every readable image of a split, averaged over patches where it has any.
 
     Args:
-      name: key of the method's features, "cls" or "patches_prenorm", ...
+      name: key of the method's features, "cls" or "patches_prenorm", ...; or of FIXED.
 
     Returns:
       (float32 [N, D], labels int32 [N]), numpy, in order.
     """
-    rows = [jax.device_get(_pooled(features, name)(params, batch)) for batch in data.batches(split, batch_size)]
+    pooled = _pooled(method, data.augment, data.mesh, name)
+    rows = [jax.device_get(pooled(params, batch)) for batch in data.batches(split, batch_size)]
     x, labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
     return x[index >= 0], labels[index >= 0]

@@ -4,15 +4,17 @@ Three figures, in percent of the test images:
   nn1        the class of the nearest training image
   knn<k>     k nearest training images vote with weight exp(cosine / temperature) (Wu et al. 2018; DINO)
   loo1       the nearest *other test image* (the official Latent MIM figure; much harsher than the other two)
+and the first two on what needs no encoder, where asked for: pixels_nn1, pixels_knn<k>, histogram_nn1, ...
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmim_jax.evaluators.base import split_features
+from lmim_jax.evaluators.base import FIXED, split_features
 
 CHUNK = 512  # queries at a time: CHUNK x bank similarities in memory
 
@@ -25,15 +27,29 @@ class Evaluator:
     k: int
     temperature: float
     batch_size: int
+    baselines: bool
 
-    def run(self, features, params, data):
-        """{"nn1", "knn<k>", "loo1"} in percent; {} where there are no labels or no test images."""
+    def run(self, method, params, data):
+        """{"nn1", "knn<k>", "loo1", ...} in percent; {} where there are no labels or no test images."""
         if not data.classes or data.sources["test"] is None:
             return {}
+        result = self._accuracies(method, params, data, self.feature)
+        for name in FIXED if self.baselines else ():
+            found = _baseline(self, method, data, name)
+            result |= {f"{name}_{figure}": value for figure, value in found.items() if figure != "loo1"}
+        return result
+
+    def _accuracies(self, method, params, data, feature):
         train, test = (
-            split_features(features, params, data, split, self.feature, self.batch_size) for split in ("train", "test")
+            split_features(method, params, data, split, feature, self.batch_size) for split in ("train", "test")
         )
         return accuracies(train, test, self.k, self.temperature, len(data.classes))
+
+
+@functools.lru_cache(maxsize=8)
+def _baseline(evaluator, method, data, name):
+    """The figures of a fixed feature: they never change, so they are computed once."""
+    return evaluator._accuracies(method, {}, data, name)
 
 
 def accuracies(train, test, k, temperature, num_classes):

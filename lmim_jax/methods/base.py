@@ -9,7 +9,8 @@ Its functions are pure:
   loss(params, target, images, views, step) -> (scalar, metrics)
   target_of(params) -> the sub-tree tracked by EMA     {} : no teacher
   ema_rate(step) -> scalar                             1 - momentum, applied right after optimiser step `step`
-  features(params, images, rng=None) -> dict           "patches", "patches_prenorm", "cls", "block07/tokens", ...
+  features(params, images, rng=None) -> dict           "patches", "patches_prenorm", "cls", "block07/tokens", ...;
+                                                       "latents", what targets are made of, where there are any
   image_size, feature_size -> (H, W)                   pixels that `loss` takes, and `features` at evaluation
 
 `rng` serves what the whole batch shares, `keys` [B] what is drawn per image.

@@ -8,7 +8,6 @@ The paper's four challenges, and the switch of each remedy:
   direct regression      loss: patch_infonce | norm_l2 | mse | l1 | smooth_l1; tau; standardize
   correlated patches     num_visible, gap, target_patches, similarity_weight
   weak conditioning      decoder: cross | self; visual_cues; projector_depth, projector_width
-
 Letters: B batch, N patches, V visible, M masked, P pixels of a patch, D width.
 """
 
@@ -124,8 +123,8 @@ class Method:
         pixels = self.patch_size**2 * self.channels
         visible, positions = jnp.zeros((1, self.num_visible, pixels)), jnp.zeros((1, self.num_visible, self.width))
         tokens = jnp.zeros((1, self.num_visible + 1, self.width))
-        counts = self.num_visible, self.num_patches - self.num_visible
-        latent = [jnp.zeros((1, count, self.decoder_width)) for count in counts]
+        split = self.num_visible, self.num_patches - self.num_visible
+        latent = [jnp.zeros((1, count, self.decoder_width)) for count in split]
         params = {
             "encoder": self._encoder.init(keys[0], visible, positions)["params"],
             "projector": self._projector.init(keys[1], tokens).get("params", {}),
@@ -173,12 +172,12 @@ class Method:
           step: optimiser step, for the similarity schedule.
 
         Returns:
-          (loss, metrics), float32 scalars: the reconstruction term, the three similarities, patch accuracy.
+          (loss, metrics), float32 scalars: the reconstruction term, the three similarities, patch accuracy and chance.
         """
         forward = self.forward(params, target, images, views)
         predictions, targets = forward["predictions"][:, 1:], forward["targets"][:, -views["masked"].shape[1] :]
-        standardized = losses.standardize_over_patches(predictions) if self.standardize else predictions
-        logits = losses.discrimination_logits(standardized, targets, self.tau)
+        compared = losses.standardize_over_patches(predictions) if self.standardize else predictions
+        logits = losses.discrimination_logits(compared, targets, self.tau)
         if self.loss_ == "patch_infonce":
             reconstruction = losses.patch_infonce(logits, self.tau)
         else:
@@ -194,6 +193,7 @@ class Method:
             "similarity_visible": of_visible,
             "similarity_targets": losses.similarity(targets),
             "patch_accuracy": losses.patch_accuracy(logits),
+            "patch_chance": jnp.float32(1 / logits.shape[-1]),
         }
 
     def forward(self, params, target, images, views):
@@ -204,8 +204,8 @@ class Method:
           masked ones last) projected target tokens, [B, V + M, D] without CLS for random_projection;
           predictions [B, 1 + M, D].
         """
-        visible, masked = views["visible"], views["masked"]
-        patches = patchify(images, self.grid, self.patch_size, self.gap, views.get("offsets"))
+        visible, masked, offsets = views["visible"], views["masked"], views.get("offsets")
+        patches = patchify(images, self.grid, self.patch_size, self.gap, offsets)
         tokens = self._encode(params, masking.take(patches, visible), visible)
         seen = masked if self.target_patches == "masked" else jnp.concatenate([visible, masked], axis=1)
         targets = self._targets(params, target, masking.take(patches, seen), seen)
@@ -234,14 +234,17 @@ class Method:
         """What evaluators see: tokens of full images, without gap, mask or projector.
 
         Args:
-          params: with "encoder".
+          params: with "encoder" and, for "latents", what the latents to predict are made by.
           images: [B, H, W, C], H and W multiples of the patch size; positions span the training grid's range.
 
         Returns:
-          See `vit.features`.
+          See `vit.features`; and latents [B, N, D], what predictions are compared with.
         """
         del rng
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
         positions = jnp.asarray(sincos_positions(grid, self.width, self.grid))[None]
         patches = patchify(images, grid, self.patch_size)
-        return vit.features(self._encoder, params["encoder"], patches, positions)
+        out = vit.features(self._encoder, params["encoder"], patches, positions)
+        if self.target == "random_projection":
+            return {**out, "latents": self._target_embed.apply({"params": params["target_embed"]}, patches)}
+        return {**out, "latents": self._projector.apply({"params": params["projector"]}, out["patches"])}

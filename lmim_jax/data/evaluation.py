@@ -1,0 +1,128 @@
+"""The labelled images that evaluators see: every image once, unaugmented; or a fixed random few."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from lmim_jax import sharding
+from lmim_jax.data import decode, loader
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOrder:
+    """Every image once, in order, padded to whole batches."""
+
+    images: loader.Decoded
+    batch_size: int
+    first_row: int
+    rows: int
+
+    def __len__(self):
+        return -(-len(self.images.source) // self.batch_size) * self.rows
+
+    def __getitem__(self, i):
+        batch, row = divmod(int(i), self.rows)
+        index = batch * self.batch_size + self.first_row + row
+        return self.images.item(index) if index < len(self.images.source) else self.images.padding()
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """Some images of a source, as a source."""
+
+    source: object
+    indices: tuple[int, ...]
+    ignored: tuple[str, ...] = ()
+
+    def __len__(self):
+        return len(self.indices)
+
+    def read(self, index):
+        """The encoded bytes of the image."""
+        return self.source.read(self.indices[index])
+
+    def label(self, index):
+        """The class of the image, -1 without classes."""
+        return self.source.label(self.indices[index])
+
+    def name(self, index):
+        """The name of the image in its source."""
+        return self.source.name(self.indices[index])
+
+
+class Evaluation:
+    """Images of both splits for evaluators.
+
+    sources: {"train": source, "test": source or None}; config: `config.data`; augment: an `augment.Augment`; mesh:
+    where batches are placed.
+    """
+
+    def __init__(self, sources, config, augment, mesh):
+        self.sources, self.config, self.augment, self.mesh = sources, config, augment, mesh
+        self._bad = {}  # by split, so that a bad image is named once, not at every evaluation
+
+    @property
+    def classes(self):
+        """Names of the classes; empty where images are unlabelled."""
+        return self.sources["train"].classes
+
+    @property
+    def held_out(self):
+        """The split to show and to watch: "test", or "train" where there is no other."""
+        return "test" if self.sources["test"] else "train"
+
+    @functools.cached_property
+    def _transform(self):
+        return jax.jit(self.augment.evaluation)
+
+    def batches(self, split, batch_size):
+        """Iterate over a split, as arrays over all devices.
+
+        Yields:
+          {"images": float32 [B, H, W, C] normalised, "label": int32 [B], "index": int32 [B]}; index is -1 for padding
+          and for images that cannot be read: leave these out.
+        """
+        images = self._decoded(self.sources[split])
+        if split not in self._bad:
+            self._bad[split] = loader.BadImages(images, self.config.max_bad_fraction)
+
+        def placed():
+            for batch in self._read(images, batch_size, self.config.workers):
+                self._bad[split].see(batch.pop("bad"))
+                batch = sharding.to_global(batch, self.mesh)
+                yield {"images": self._transform(batch), "label": batch["label"], "index": batch["index"]}
+
+        return loader.ahead(placed())
+
+    def sample(self, split, count):
+        """The same random images of a split at every call: one batch, padded to a multiple of the devices.
+
+        Returns:
+          (batch, indices): as from `batches`, and the canvases "image" [B, K, K, C] uint8 and "size" [B, 2] int32;
+          indices of the images in the source, in order of the rows.
+        """
+        source = self.sources[split]
+        indices = tuple(int(i) for i in loader.epoch_order(0, 0, len(source))[:count])
+        (batch,) = self._read(self._decoded(Selected(source, indices)), len(indices), workers=0)
+        batch.pop("bad")
+        batch = sharding.to_global(batch, self.mesh)
+        return {**batch, "images": self._transform(batch)}, indices
+
+    def masks(self, split, indices):
+        """Object masks of some images as canvases, uint8 [B, K, K, C] of 0 and 255; None where one has no mask."""
+        files = [self.sources[split].mask(index) for index in indices]
+        if None in files:
+            return None
+        return np.stack([decode.decode(file, self.config.canvas, self.config.channels)[0] for file in files])
+
+    def _decoded(self, source):
+        return loader.Decoded(source, self.config.canvas, self.config.channels, replace=False)
+
+    def _read(self, images, batch_size, workers):
+        """Batches of this process's rows, numpy; index is -1 for what is to be left out."""
+        batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+        order = EvaluationOrder(images, batch_size, *loader.rows_of_process(batch_size))
+        for batch in loader.read(order, order.rows, 0, workers, self.config.threads):
+            yield {**batch, "index": np.where(batch["bad"] >= 0, -1, batch["index"])}

@@ -1,0 +1,130 @@
+"""Drawing: figures that a newcomer can read, as uint8 arrays [H, W, 3]. Nothing here knows of a method or a run.
+
+Letters: K images of a picture, h w grid rows and columns, p patch size.
+"""
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+SEEN, HIDDEN = "#2a9d3a", "#c8442e"
+CLUSTERS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
+MASK = ListedColormap(["#222222", "#f2f2f2"])
+
+
+def _grid(labels, columns, title, note, legend, side=1.5):
+    """A figure of pictures, a row per label, with a title above, a legend and a note below: (figure, axes)."""
+    width, height = side * columns + 0.3, side * len(labels) + 1.15
+    figure = Figure(figsize=(width, height), dpi=110)
+    axes = figure.subplots(len(labels), columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    for ax, label in zip(axes[:, 0], labels, strict=True):
+        ax.set_ylabel(label, fontsize=8)
+    margins = dict(left=0.28 / width, right=1 - 0.04 / width, top=1 - 0.36 / height, bottom=0.78 / height)
+    figure.subplots_adjust(**margins, wspace=0.04, hspace=0.04)
+    figure.suptitle(title, y=1 - 0.08 / height, fontsize=10, fontweight="bold")
+    place = dict(loc="upper center", bbox_to_anchor=(0.5, 0.74 / height), ncols=len(legend))
+    figure.legend(handles=legend, fontsize=7.5, frameon=False, borderaxespad=0, **place)
+    figure.text(0.5, 0.08 / height, note, ha="center", va="bottom", fontsize=7.5)
+    return figure, axes
+
+
+def _pixels(figure):
+    """The drawn figure as an array."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _show(ax, image):
+    """An image [H, W, C] of levels 0 .. 255; channels other than 1 and 3 are shown as the mean of all."""
+    image = np.asarray(image)
+    image = image if image.shape[-1] == 3 else np.repeat(image.mean(-1, keepdims=True), 3, axis=-1)
+    ax.imshow(np.clip(image, 0, 255).astype(np.uint8), interpolation="nearest")
+
+
+def masking(inputs, crops, windows):
+    """What training sees: the image, its crop with the sampled windows, and what each of the two encoders gets.
+
+    Args:
+      inputs: K images [H, W, C] as they are, levels 0 .. 255. crops: [K, H, W, C], augmented, levels 0 .. 255.
+      windows: per image, a list of (top, left, side, visible) in pixels of the crop, one per patch.
+    """
+    seen, total = sum(visible for *_, visible in windows[0]), len(windows[0])
+    figure, axes = _grid(
+        ("image", "crop, windows", "visible", "hidden"),
+        len(crops),
+        "What the model is given",
+        f"A random crop, one window per cell. The online encoder sees {seen} of {total} windows ('visible');\n"
+        f"from them, what the target encoder makes of the other {total - seen} ('hidden') is predicted.",
+        [Patch(ec=SEEN, fc="none", label="visible"), Patch(ec=HIDDEN, fc="none", label="hidden")],
+    )
+    for column, (original, crop, patches) in enumerate(zip(inputs, crops, windows, strict=True)):
+        of_kind = {kind: np.full_like(crop, 128) for kind in (True, False)}
+        for top, left, side, visible in patches:
+            window = np.s_[top : top + side, left : left + side]
+            of_kind[bool(visible)][window] = crop[window]
+            color = SEEN if visible else HIDDEN
+            frame = Rectangle((left - 0.5, top - 0.5), side, side, fill=False, lw=1.2 if visible else 0.4, ec=color)
+            axes[1, column].add_patch(frame)
+        for ax, picture in zip(axes[:, column], (original, crop, of_kind[True], of_kind[False]), strict=True):
+            _show(ax, picture)
+    return _pixels(figure)
+
+
+def features(inputs, colors, clusters, masks):
+    """What the encoder makes of whole images: PCA of its patch features as colours, and their clusters.
+
+    Args:
+      inputs: [K, H, W, C] levels 0 .. 255. colors: [K, h, w, 3] in 0 .. 1. clusters: [K, h, w] int.
+      masks: bool [K, H, W], true where the object is, or None.
+    """
+    count = int(clusters.max()) + 1
+    palette = ListedColormap([CLUSTERS[i % len(CLUSTERS)] for i in range(count)])
+    labels = ["image", "PCA as RGB", "clusters"]
+    legend = [Patch(fc=palette(i), label=f"cluster {i + 1}") for i in range(count)]
+    note = (
+        "Patches of one colour have similar features. PCA: one space for all images. Clusters: Ward's, image by image."
+    )
+    if masks is not None:
+        labels += ["true mask"]
+        legend += [Patch(fc=MASK(1), ec="k", label="object"), Patch(fc=MASK(0), label="background")]
+        note += "\nThe true mask of the object is only shown, never trained on."
+    figure, axes = _grid(labels, len(inputs), "What the encoder sees: features of patches", note, legend)
+    for column in range(len(inputs)):
+        _show(axes[0, column], inputs[column])
+        axes[1, column].imshow(colors[column], interpolation="nearest")
+        axes[2, column].imshow(clusters[column], cmap=palette, vmin=-0.5, vmax=count - 0.5, interpolation="nearest")
+        if masks is not None:
+            axes[3, column].imshow(masks[column], cmap=MASK, vmin=0, vmax=1, interpolation="nearest")
+    return _pixels(figure)
+
+
+def curves(panels, title):
+    """Curves over optimiser steps, a panel each.
+
+    Args:
+      panels: sequence of (title, {label: ([steps], [values])}, {label: constant}); constants are dashed lines.
+    """
+    columns = 3
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 2.9 * rows), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for (name, lines, constants), ax in zip(panels, axes, strict=False):  # panels first, or an axis is lost
+        for label, (steps, values) in lines.items():
+            ax.plot(steps, values, label=label, lw=1.5, marker="." if len(steps) < 12 else None)
+        for i, (label, value) in enumerate(constants.items()):
+            ax.axhline(value, ls=(0, (4, 2 + i)), lw=1, color=str(0.25 + 0.2 * i), label=label)
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    for ax in list(axes):
+        ax.set_visible(False)
+    return _pixels(figure)
