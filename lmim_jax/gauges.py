@@ -77,11 +77,20 @@ class Alarm:
     """Warns, once, when the gauges say that the representation collapses."""
 
     def __init__(self):
-        self._given = False
+        self._given, self._before = False, 0.0
 
     def see(self, step, values):
-        """Take note of a line of metrics."""
-        if self._given or values.get("collapse_index", 0.0) <= COLLAPSED:
+        """Take note of a line of metrics: a collapse index above COLLAPSED twice, and not falling, is the sign."""
+        if "collapse_index" not in values:
+            return
+        before, self._before = self._before, values["collapse_index"]
+        if self._given or min(before, self._before) <= COLLAPSED or self._before < before - 0.01:
             return
         self._given = True
-        log.warning("step %d: collapsing", step)
+        log.warning(
+            "step %d: COLLAPSING. Different images get nearly the same latents: collapse index %.3f, effective rank "
+            "%.1f, feature std %.2f. A falling loss means nothing now. To try, in this order: "
+            "config.method.target=ema, config.method.loss=patch_infonce, config.method.similarity_weight=0.1, "
+            "a lower config.optimizer.base_lr",
+            *(step, self._before, values["effective_rank"], values["feature_std"]),
+        )

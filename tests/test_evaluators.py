@@ -96,7 +96,7 @@ def test_baselines_need_no_encoder_and_are_computed_once(run):
     found = evaluator.run(*run)
     assert {"pixels_knn5", "histogram_knn5", "pixels_nn1", "histogram_nn1"} <= found.keys()
     assert found["histogram_knn5"] == 100  # the two classes of these images differ in colour
-    method, params, data = run
+    method, _, data = run
     data.batches = None
     try:
         assert knn._baseline(evaluator, method, data, "pixels")["knn5"] == found["pixels_knn5"]
@@ -114,7 +114,7 @@ def test_a_histogram_is_the_share_of_pixels_in_each_color():
 
 
 def test_pictures_show_each_cluster_and_each_window(run):
-    method, _, data = run
+    method, *_ = run
     tokens = np.repeat(np.eye(4)[[0, 1, 1, 2, 2, 2, 3, 3, 3, 3]], 1, axis=0)
     assert pictures.cluster(tokens, 4).tolist() == [3, 2, 2, 1, 1, 1, 0, 0, 0, 0]
     assert pictures.pca_rgb(RNG.normal(size=(2, 9, 5))).shape == (2, 9, 3)

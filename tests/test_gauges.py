@@ -1,5 +1,7 @@
 """Gauges of collapse on features whose figures are known; padding changes nothing; the alarm."""
 
+import logging
+
 import jax
 import numpy as np
 import pytest
@@ -38,3 +40,22 @@ def test_padding_changes_nothing(gauge):
     weight = np.repeat(np.float32([1, 0]), [9, 3])
     assert float(gauge(padded, weight)) == pytest.approx(float(gauge(x, weight[:9])), rel=1e-5)
     assert np.isfinite(jax.jit(gauge)(padded, weight))
+
+
+@pytest.mark.parametrize(
+    ("indices", "warned_at"),
+    [
+        ([0.5, 0.96, 0.97, 0.99], [3]),  # twice above, once told
+        ([0.5, 0.96, 0.94, 0.96, 0.94], []),  # never twice in a row
+        ([0.99, 0.97, 0.955, 0.9, 0.6], []),  # a fresh network that is getting better
+        ([0.999, 0.999, 0.999], [2]),
+    ],
+)
+def test_the_alarm_is_given_once_and_not_while_the_index_falls(indices, warned_at, caplog):
+    alarm = gauges.Alarm()
+    with caplog.at_level(logging.WARNING, logger="lmim_jax"):
+        for step, index in enumerate(indices, 1):
+            alarm.see(step, {"collapse_index": index, "effective_rank": 1.5, "feature_std": 0.1})
+    assert [record.args[0] for record in caplog.records] == warned_at
+    if warned_at:
+        assert "config.method.target=ema" in caplog.text

@@ -1,9 +1,10 @@
 """`shapes`, the embedded dataset: drawn on first use, so that everything runs without a download.
 
 Ten classes of objects, each a body with four or five parts in a class-typical arrangement, colours and kinds. Position,
-scale, rotation, mirroring, the hue of the whole object, background and noise are nuisance.
+scale, rotation, mirroring, hue, saturation and brightness of the whole object, the background and the small shapes that
+lie on it, and noise are nuisance: so much of each that neither pixels nor colours alone give the class away.
 8,192 train and 2,048 test JPEGs of 64 x 64 pixels, with object masks, as a TFDS dataset in ArrayRecord files.
-Image i of a split is a function of (VERSION, split, i) alone.
+Image i of a split is a function of (major version, split, i) alone.
 """
 
 import colorsys
@@ -66,22 +67,25 @@ def _outline(kind):
 
 def draw(split, index):
     """One image: (picture uint8 [64, 64, 3], label, mask uint8 [64, 64] of 0 and 255)."""
-    rng = np.random.default_rng([1, sorted(SPLITS).index(split), index])
+    rng = np.random.default_rng([2, sorted(SPLITS).index(split), index])
     label = int(rng.integers(len(CLASSES)))
     picture = Image.fromarray(_texture(rng)).resize((DRAWN, DRAWN), Image.Resampling.BILINEAR)
     mask = Image.new("L", (DRAWN, DRAWN))
     paint, paint_mask = ImageDraw.Draw(picture), ImageDraw.Draw(mask)
-    scale, center = rng.uniform(0.5, 0.9) * SIZE, rng.uniform(0.6, 1.4, 2) * SIZE
-    angle, mirror = rng.uniform(-0.35, 0.35), rng.choice([-1, 1])
-    hue, value = rng.uniform(), rng.uniform(0.75, 1.1)
+    for _ in range(rng.integers(5)):  # distractors, behind the object
+        points = _outline(int(rng.integers(3))) * rng.uniform(6, 16, 2) + rng.uniform(0, DRAWN, 2)
+        paint.polygon([tuple(point) for point in points], fill=tuple(int(c) for c in rng.integers(0, 255, 3)))
+    scale, center = rng.uniform(0.7, 1.05) * SIZE, rng.uniform(0.65, 1.35, 2) * SIZE
+    angle, mirror = rng.uniform(-0.6, 0.6), rng.choice([-1, 1])
+    hue, saturation, value = rng.uniform(-0.15, 0.15), rng.uniform(0.5, 1.3), rng.uniform(0.6, 1.2)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     for part in OBJECTS[label]:
         h, s, v = part["hsv"]
-        jitter = (h + hue + rng.normal(0, 0.03)) % 1, min(1, s * rng.uniform(0.8, 1.2)), min(1, v * value)
-        color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(*jitter))
+        s, v = s * saturation * rng.uniform(0.8, 1.2), v * value
+        color = colorsys.hsv_to_rgb((h + hue + rng.normal(0, 0.03)) % 1, min(1, s), min(1, v))
         points = (_outline(part["kind"]) * part["half"] + part["center"]) * scale * [mirror, 1]
         polygon = [tuple(point) for point in points @ turn + center]
-        paint.polygon(polygon, fill=color)
+        paint.polygon(polygon, fill=tuple(int(255 * c) for c in color))
         paint_mask.polygon(polygon, fill=255)
     shrink = lambda image: image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     pixels = np.asarray(shrink(picture)) + rng.normal(0, 5, (SIZE, SIZE, 3))
@@ -100,8 +104,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of `shapes`."""
 
     name = "shapes"
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Body and parts."}  # noqa: RUF012  (read by TFDS)
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {"2.0.0": "Larger objects, distractors."}  # noqa: RUF012  (read by TFDS)
     pkg_dir_path = None
 
     def _info(self):
