@@ -1,4 +1,4 @@
-"""Writing files so that a kill leaves the old one or the new one, never half of one."""
+"""Writing files so that a kill or a power cut leaves the old one or the new one, never half of one."""
 
 import os
 import pathlib
@@ -14,3 +14,13 @@ def write(path, text):
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    flush_folder(path.parent)
+
+
+def flush_folder(path):
+    """Flush a folder's entries (names, not contents) to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
