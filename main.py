@@ -18,7 +18,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: run
 
 def main(argv):
     """Train as the flags say; one line, and exit code 2 for what only the user can mend, 1 for a run that diverged."""
-    from lmim_jax import metrics, train  # here, so that spawned loader workers do not import them
+    from lmim_jax import checkpoint, metrics, preemption, train  # here: spawned loader workers do not need them
 
     recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     metrics.log_to_console()
@@ -28,8 +28,10 @@ def main(argv):
         train.train(_CONFIG.value, _WORKDIR.value or f"runs/{recipe}")
     except UserError as error:
         fail(error)
-    except metrics.NonFinite as error:
+    except (metrics.NonFinite, checkpoint.SaveFailed) as error:
         fail(error, 1)
+    except preemption.Preempted as error:
+        fail(f"{error}; its state is saved, run the same command again to go on", preemption.EXIT_CODE)
 
 
 def parse_flags(argv):

@@ -79,6 +79,11 @@ def get_config():
     config.gauge_images = 512  # held-out images on which the gauges of collapse are read with every such line
     config.checkpoint_every = 1000  # steps; also once at the end
     config.checkpoint_keep = 3  # the newest so many
+    config.checkpoint_keep_every = 0  # and every multiple of so many steps; 0: none
+    config.checkpoint_best = ""  # and the one with the highest value of this metric, such as "knn/knn20"
+    config.checkpoint_max_failures = 5  # stop when so many saves in a row fail
+    config.on_nonfinite = "stop"  # stop | skip: what to do about a step whose loss or gradient is NaN or infinite
+    config.max_skipped = 10  # skip: stop after so many in a row
     return config
 
 

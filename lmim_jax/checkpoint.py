@@ -1,95 +1,247 @@
-"""Checkpoints with Orbax, and the guard that a working directory belongs to one config."""
+"""Checkpoints: written by Orbax, sealed by a manifest, verified before use, and never trusted without one.
 
-import json
+workdir/checkpoints/512/state/...        what Orbax wrote, a folder per tensor
+workdir/checkpoints/512/manifest.json    written last: sizes, checksums, shapes
+workdir/checkpoints/aside/512-damaged    a step that did not verify
+"""
+
 import logging
 import pathlib
-import re
+import shutil
+import threading
+import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 
-from lmim_jax import files
+from lmim_jax import manifest
 from lmim_jax.errors import UserError
+from lmim_jax.preemption import Preempted
+from lmim_jax.writers import history
 
 log = logging.getLogger(__name__)
 
-# Keys that may differ between a run and its continuation: they change no number of the training.
-HARMLESS = re.compile(
-    r"log_every|gauge_images|checkpoint_every|checkpoint_keep|data\.workers|data\.threads|evaluators\..*"
-)
+FOLDER, ASIDE, DELETED = "checkpoints", "aside", "deleted-"
+
+
+class SaveFailed(RuntimeError):
+    """Checkpoints could not be written, several times in a row; the message says why."""
+
+
+def steps(workdir):
+    """Folders of the steps below workdir/checkpoints, whatever their state: {step: path}, oldest first."""
+    root = pathlib.Path(workdir, FOLDER)
+    found = {int(path.name): path for path in root.glob("*") if path.name.isdigit()} if root.is_dir() else {}
+    return dict(sorted(found.items()))
+
+
+def good_step(workdir, set_aside=False):
+    """The newest step that verifies, all checksums included; None where there is no step at all.
+
+    Steps that do not are named in a warning and, where asked for, moved to checkpoints/aside.
+
+    Raises:
+      UserError: there are steps, and none is good.
+    """
+    problems = {}
+    for step, path in reversed(steps(workdir).items()):
+        verdict = manifest.verify(path)
+        if verdict.state == "good":
+            if problems:
+                log.warning("RESTORING AN OLDER CHECKPOINT, step %d: %s", step, "; ".join(problems.values()))
+            return step
+        problems[step] = f"step {step} is {verdict}"
+        if set_aside:
+            problems[step] += f", moved to {_move_aside(path, verdict.state)}"
+    if problems:
+        told = "; ".join(problems.values())
+        raise UserError(f"{workdir} has no good checkpoint: {told}. To start over, choose another --workdir")
+
+
+def _move_aside(path, state):
+    """Move a step out of the way: checkpoints/aside/512-damaged; an older one of that name is replaced."""
+    to = path.parent / ASIDE / f"{path.name}-{state}"
+    shutil.rmtree(to, ignore_errors=True)
+    to.parent.mkdir(exist_ok=True)
+    path.rename(to)
+    return to
 
 
 class Checkpoints:
-    """Steps of a TrainState below workdir/checkpoints, saved in the background; the newest `keep` are kept."""
+    """Saves in the background, one at a time; restores what verifies; deletes what is no longer to be kept.
 
-    def __init__(self, workdir, keep):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints", options=options)
+    A failed save is told at once, its leftovers are removed, and the good steps stay. To be used in a `with` block, at
+    whose end saves under way are waited for.
+    """
+
+    def __init__(self, workdir, config):
+        """`config`: checkpoint_keep, checkpoint_keep_every, checkpoint_best, checkpoint_max_failures are read."""
+        self._workdir, self._root, self._config = (
+            pathlib.Path(workdir),
+            pathlib.Path(workdir).absolute() / FOLDER,
+            config,
+        )
+        self._thread, self._error, self._failures = None, None, 0
+        self._orbax = _orbax()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.wait(must_succeed=kind in (None, Preempted))  # a preempted run that is not saved must not look like one
+        self._orbax.close()
+
+    @property
+    def failing(self):
+        """Whether the last save failed."""
+        return self._failures > 0
 
     def latest(self):
-        """The newest complete step, or None."""
-        return self._manager.latest_step()
-
-    def save(self, state, step):
-        """Save in the background (the copy off the devices is done when this returns)."""
-        self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+        """The newest sealed step, or None; its contents are not verified."""
+        sealed = [step for step, path in steps(self._workdir).items() if (path / manifest.NAME).exists()]
+        return sealed[-1] if sealed else None
 
     def restore(self, abstract, shardings):
-        """The newest state, placed by `shardings`; a tree of another shape is an error."""
+        """The newest good state, placed by `shardings`, or None where nothing was saved yet.
+
+        Raises:
+          UserError: no step is good, or its tensors have other names, shapes or dtypes.
+        """
+        first = jax.process_index() == 0
+        step = good_step(self._workdir, set_aside=True) if first else None
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+        if step < 0:
+            return None
+        folder = self._root / str(step)
+        known, wanted = manifest.read(folder)["tensors"], _tensors(abstract)
+        if differing := sorted(name for name in known.keys() | wanted.keys() if known.get(name) != wanted.get(name)):
+            listed = "; ".join(f"{n}: {_form(known.get(n))} -> {_form(wanted.get(n))}" for n in differing[:3])
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise UserError(f"the checkpoint of step {step} in {self._workdir} holds another model: {listed}{more}")
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        target = jax.tree.map(place, abstract, shardings)
-        return self._manager.restore(self.latest(), args=ocp.args.StandardRestore(target))
+        target = jax.tree.map(place, _plain(abstract), shardings)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        found = self._orbax.restore(folder / "state", args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
+        return found.replace(rng=jax.random.wrap_key_data(found.rng))
+
+    def save(self, state, step):
+        """Start saving a state; it may be donated once this returns.
+
+        Raises:
+          SaveFailed: `checkpoint_max_failures` saves in a row have failed.
+        """
+        began = time.perf_counter()
+        self.wait()
+        folder = self._root / str(step)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._orbax.save(folder / "state", args=ocp.args.PyTreeSave(_plain(state)), force=True)
+        except Exception as error:
+            self._failed(step, error)
+        else:
+            self._thread = threading.Thread(target=self._seal, args=(step, _tensors(state)), name=f"seal step {step}")
+            self._thread.start()
+        if self._failures >= self._config.checkpoint_max_failures:
+            raise SaveFailed(f"{self._failures} saves in a row failed: {self._error}; {self.tell()}")
+        log.info("saving step %d (training was held up for %.2f s)", step, time.perf_counter() - began)
+
+    def wait(self, must_succeed=False):
+        """Wait for the save under way.
+
+        Raises:
+          SaveFailed: it must succeed, and did not.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if must_succeed and self.failing:
+            raise SaveFailed(f"the state is not saved: {self._error}; {self.tell()}")
 
     def tell(self):
         """Half a sentence for an error: what a stopped run has left."""
-        return (
-            "no checkpoint had been saved"
-            if self.latest() is None
-            else f"the checkpoint of step {self.latest()} is good"
+        latest = self.latest()
+        return "no checkpoint had been saved" if latest is None else f"the checkpoint of step {latest} is good"
+
+    def _seal(self, step, tensors):
+        """In the background: once Orbax is done, write the manifest; then, and only then, delete old steps."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                manifest.write(self._root / str(step), tensors, step=step)
+                self._delete_old()
+        except Exception as error:  # disk full, folder gone, ...: training goes on, and the save is tried again
+            self._failed(step, error)
+        else:
+            self._failures, self._error = 0, None
+
+    def _failed(self, step, error):
+        """Report a failed save and remove what it has left."""
+        self._failures, self._error = self._failures + 1, _first_line(error)
+        shutil.rmtree(self._root / str(step), ignore_errors=True)
+        self._orbax = _orbax()  # the old one would raise the error again
+        log.error(
+            "SAVING STEP %d FAILED (%d of %d in a row before the run stops): %s; %s. Trying again soon",
+            *(step, self._failures, self._config.checkpoint_max_failures, self._error, self.tell()),
         )
 
-    def close(self):
-        """Wait for saves under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def _delete_old(self):
+        """Delete sealed steps that nothing asks to keep; renamed first, so that none is ever half a step."""
+        sealed = [step for step, path in steps(self._workdir).items() if (path / manifest.NAME).exists()]
+        newest, every, best = (self._config[f"checkpoint_{name}"] for name in ("keep", "keep_every", "best"))
+        keep = set(sealed[-newest:]) | {step for step in sealed if every and step % every == 0}
+        lines = history(self._workdir) if best else []
+        values = {line["step"]: line[best] for line in lines if best in line and line["step"] in sealed}
+        keep |= {max(values, key=values.get)} if values else set()
+        for step in set(sealed) - keep:
+            (self._root / str(step)).rename(self._root / f"{DELETED}{step}")
+        for path in self._root.glob(f"{DELETED}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def weights(workdir, method):
-    """The newest weights of a run, without the optimiser: (params, target), numpy trees.
+    """The newest good weights of a run, without the optimiser: (params, target), numpy trees.
 
     Raises:
-      UserError: there is no checkpoint below workdir.
+      UserError: there is no checkpoint below workdir, or none is good.
     """
-    folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    if not folder.is_dir() or not any(path.name.isdigit() for path in folder.iterdir()):
+    step = good_step(workdir)
+    if step is None:
         raise UserError(f"{workdir}: no checkpoints here; give the --workdir of a run that has saved one")
     params = jax.eval_shape(method.init, jax.random.key(0))
     tree = {"params": params, "target": method.target_of(params)}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    with ocp.CheckpointManager(folder, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
-        restore = ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
-        found = manager.restore(manager.latest_step(), args=restore)
+    restore = ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
+    found = _orbax().restore(pathlib.Path(workdir).absolute() / FOLDER / str(step) / "state", args=restore)
     return found["params"], found["target"]
 
 
-def claim(workdir, config):
-    """Make `workdir` the directory of a run with `config` (a plain nested dict), or check that it is.
+def _orbax():
+    """A folder per tensor, so that damage can be named; not compressed: float32 weights do not shrink."""
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
+    return ocp.AsyncCheckpointer(handler)
 
-    Raises:
-      UserError: it belongs to a run with another config; the differing keys are listed.
-    """
-    path = pathlib.Path(workdir, "config.json")
-    config = json.loads(json.dumps(config))  # as it will be read back: tuples are lists
-    if path.exists():
-        known, ours = (flatten_dict(x, sep=".", keep_empty_nodes=False) for x in (json.loads(path.read_text()), config))
-        keys = sorted(key for key in known.keys() | ours.keys() if not HARMLESS.fullmatch(key))
-        differing = [key for key in keys if known.get(key, "absent") != ours.get(key, "absent")]
-        if differing:
-            listed = ", ".join(f"{key} {known.get(key, 'absent')} -> {ours.get(key, 'absent')}" for key in differing)
-            raise UserError(f"{workdir} is the run of another config ({listed}); choose another --workdir")
-        return
-    if jax.process_index() == 0:
-        files.write(path, json.dumps(config, indent=2) + "\n")
-        log.info("new run in %s", workdir)
+
+def _plain(state):
+    """A state (of arrays or of shapes) with its random key as plain numbers."""
+    key_data = jax.random.key_data
+    abstract = isinstance(state.rng, jax.ShapeDtypeStruct)
+    return state.replace(rng=jax.eval_shape(key_data, state.rng) if abstract else key_data(state.rng))
+
+
+def _tensors(state):
+    """{path: {"shape", "dtype"}} of a state."""
+    paths = jax.tree_util.tree_leaves_with_path(_plain(state))
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in paths}
+
+
+def _form(tensor):
+    """A tensor's shape and dtype for people."""
+    return f"{tensor['dtype']}{tensor['shape']}" if tensor else "absent"
+
+
+def _first_line(error):
+    """The first line of an error's message, at most 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

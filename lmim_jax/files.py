@@ -17,6 +17,12 @@ def write(path, text):
     flush_folder(path.parent)
 
 
+def write_all(file, data):
+    """Write all of `data` to an unbuffered file, or raise an OSError (a write may stop short on a full disk)."""
+    while data:
+        data = data[file.write(data) :]
+
+
 def flush_folder(path):
     """Flush a folder's entries (names, not contents) to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,17 +1,12 @@
-"""Numbers on their way out: averaging, the NaN guard, speed and ETA; console, JSONL and TensorBoard."""
+"""Numbers of the steps: averaging, the NaN guard, speed and ETA; the console."""
 
-import json
 import logging
 import math
-import pathlib
 import statistics
 import time
 
 import absl.logging
 import jax
-from PIL import Image
-
-from lmim_jax import files
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +23,26 @@ def log_to_console():
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient became NaN or infinite; the message names step and quantity."""
+    """Something became NaN or infinite; the message names step and quantities, the likely cause first."""
+
+
+CAUSES = ("input_mean", "target_norm", "loss")  # what a NaN elsewhere may come from, first things first
+
+
+QUIET = {"loss", "input_mean", "update_norm", "target_norm"}  # not in the second line on the console
 
 
 def check_finite(step, values, tell):
-    """Raise NonFinite if the loss, the gradient norm, or anything else logged at `step` is NaN or infinite."""
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if bad:
-        listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
-        raise NonFinite(f"step {step}: {listed}. Stopped; {tell()}. Try a lower config.optimizer.base_lr")
+    """Raise NonFinite if the loss, the gradient norm, or anything else measured at `step` is NaN or infinite."""
+    if bad := bad_values(values):
+        raise NonFinite(f"step {step}: {bad}. Stopped; {tell()}. Try a lower config.optimizer.base_lr")
+
+
+def bad_values(values):
+    """The values that are NaN or infinite, as text, the likely cause first; "" where all are finite."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    bad.sort(key=lambda name: CAUSES.index(name) if name in CAUSES else len(CAUSES))
+    return ", ".join(f"{name} = {values[name]}" for name in bad)
 
 
 def duration(seconds):
@@ -47,63 +53,6 @@ def duration(seconds):
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
-class Writer:
-    """Writes metric lines to workdir/metrics.jsonl and TensorBoard, on the first process only."""
-
-    def __init__(self, workdir, start):
-        """Open the writers; lines of steps after `start` (of a run that was killed) are dropped."""
-        self._workdir, self._file, self._board = workdir, None, None
-        self.wall_seconds = 0.0  # that the run had taken before this start
-        if jax.process_index():
-            return
-        from tensorboardX import SummaryWriter
-
-        path = pathlib.Path(workdir, "metrics.jsonl")
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
-            files.write(path, "".join(line + "\n" for line in kept))
-            self.wall_seconds = max((json.loads(line).get("wall_seconds", 0.0) for line in kept), default=0.0)
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(pathlib.Path(workdir, "tensorboard")), purge_step=start + 1)
-
-    def write(self, step, values):
-        """One line: {"step": ..., name: value, ...}."""
-        if self._file:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
-
-    def draw(self, step, pictures):
-        """Pictures {name: uint8 [H, W, 3]} as workdir/pictures/NAME_STEP.png and in TensorBoard."""
-        if self._file:
-            for name, picture in pictures.items():
-                write_picture(self._workdir, f"{name.rpartition('/')[2]}_{step:07d}", picture)
-                self._board.add_image(name, picture, step, dataformats="HWC")
-            self._board.flush()
-
-    def close(self):
-        """Flush and close."""
-        if self._file:
-            self._file.close()
-            self._board.close()
-
-
-def write_picture(workdir, name, picture):
-    """Write uint8 [H, W, 3] to workdir/pictures/name.png."""
-    folder = pathlib.Path(workdir, "pictures")
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(folder / f"{name}.png", optimize=True)
-
-
-def _step_of(line):
-    """The step of a metrics line; infinite for a line cut off by a kill, so that it is dropped."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf
-
-
 class Meter:
     """Collects the metrics of each step, one step late, so that the host never waits for the step it just started.
 
@@ -111,16 +60,16 @@ class Meter:
     step has (the gauges) as they are.
     """
 
-    def __init__(
-        self, writer, alarm, *, start, total_steps, steps_per_epoch, batch_size, log_every, learning_rate, tell, began
-    ):
-        """`alarm`: see `gauges.Alarm`; `learning_rate`: function of the step.
+    def __init__(self, writer, alarm, config, *, start, total_steps, steps_per_epoch, learning_rate, tell, began):
+        """`alarm`: see `gauges.Alarm`; `config`: batch_size, log_every, on_nonfinite, max_skipped are read.
 
-        `tell`: gives what to say of checkpoints on NaN; `began`: `time.perf_counter()` at the start of the process.
+        `learning_rate`: function of the step; `tell`: gives what to say of checkpoints on NaN; `began`:
+        `time.perf_counter()` at the start of the process.
         """
-        self._writer, self._alarm, self._began = writer, alarm, began
-        self._log_every, self._rate, self._tell = log_every, learning_rate, tell
-        self._total, self._per_epoch, self._batch = total_steps, steps_per_epoch, batch_size
+        self._writer, self._alarm, self._began, self._rate, self._tell = writer, alarm, began, learning_rate, tell
+        self._batch, self._log_every = config.batch_size, config.log_every
+        self._max_skipped = config.max_skipped if config.on_nonfinite == "skip" else 0
+        self._total, self._per_epoch, self._skipped = total_steps, steps_per_epoch, 0
         self._pending, self._window = None, []
         self._done, self._seconds, self._since = start, 0.0, time.perf_counter()
 
@@ -152,7 +101,8 @@ class Meter:
 
     def _report(self, step, metrics):
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        check_finite(step, values, self._tell)
+        if self._skip(step, values):
+            values = {"skipped": 1.0}
         self._window.append(values)
         if step % self._log_every and step != self._total:
             return
@@ -175,8 +125,18 @@ class Meter:
         self._writer.write(step, {**mean, **extra})
         log.info(
             "step %d/%d  epoch %.2f/%.2f  loss %.4f  %.4g images/s  ETA %s  lr %.2e",
-            *(step, self._total, extra["epoch"], self._total / self._per_epoch, mean["loss"]),
+            *(step, self._total, extra["epoch"], self._total / self._per_epoch, mean.get("loss", math.nan)),
             *(extra["images_per_second"], duration(per_step * (self._total - step)), extra["learning_rate"]),
         )
-        log.info("    %s", "  ".join(f"{name} {value:.3g}" for name, value in mean.items() if name != "loss"))
+        told = {name: value for name, value in mean.items() if name not in QUIET}
+        log.info("    %s", "  ".join(f"{name} {value:.3g}" for name, value in told.items()))
         self._alarm.see(step, mean)
+
+    def _skip(self, step, values):
+        """Whether this step was skipped as not finite; NonFinite where it must not be, or too many were in a row."""
+        self._skipped = self._skipped + 1 if values.get("skipped") else 0
+        if not self._skipped or self._skipped > self._max_skipped:
+            check_finite(step, values, self._tell)
+            return False
+        log.warning("step %d skipped (%d in a row): %s", step, self._skipped, bad_values(values))
+        return True

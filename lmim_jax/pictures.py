@@ -93,7 +93,7 @@ def features(inputs, colors, clusters, masks):
     if masks is not None:
         labels += ["true mask"]
         legend += [Patch(fc=MASK(1), ec="k", label="object"), Patch(fc=MASK(0), label="background")]
-        note += "\nThe true mask of the object is only shown, never trained on."
+        note += " The true mask is only shown, never trained on."
     figure, axes = _grid(labels, len(inputs), "What the encoder sees: features of patches", note, legend)
     for column in range(len(inputs)):
         _show(axes[0, column], inputs[column])

@@ -38,7 +38,7 @@ def gradients(method, augment, micro_batches, params, target, rng, step, batch):
         step_rng, keys = image_keys(rng, step, part.pop("position"))
         images, views = draw(method, augment, step_rng, keys, part)
         grads, metrics = jax.grad(method.loss, has_aux=True)(params, target, images, views, step)
-        return grads, metrics
+        return grads, {"input_mean": images.mean(), **metrics}
 
     if micro_batches == 1:
         return of_part(dict(batch))
@@ -50,7 +50,7 @@ def gradients(method, augment, micro_batches, params, target, rng, step, batch):
     return jax.tree.map(lambda x: x / micro_batches, total)
 
 
-def make_train_step(method, augment, optimizer, mesh, micro_batches=1):
+def make_train_step(method, augment, optimizer, mesh, micro_batches=1, skip_nonfinite=False):
     """Build `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Args:
@@ -60,9 +60,10 @@ def make_train_step(method, augment, optimizer, mesh, micro_batches=1):
       mesh: with axis `data`; every device works on its own rows, and gradients are averaged over devices once per
         step, after the last micro-batch.
       micro_batches: gradient accumulation; the EMA moves once per step all the same.
+      skip_nonfinite: a step whose loss, gradient or update is NaN or infinite changes nothing but the step number.
 
     The batch is a dict of arrays with a leading batch axis; metrics are float32 scalars, those of the method and
-    `grad_norm` and `update_norm`.
+    `input_mean`, `grad_norm`, `update_norm`, `target_norm` (and `skipped`, 1 or 0).
     """
     data = PartitionSpec(sharding.DATA)
 
@@ -84,8 +85,15 @@ def make_train_step(method, augment, optimizer, mesh, micro_batches=1):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         target = update_target(state.target, method.target_of(params), method.ema_rate(state.step))
-        # Where both are finite, so are the new parameters: nothing else can spoil a checkpoint.
-        metrics |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        # Where all of these are finite, so is the new state: nothing else can spoil a checkpoint.
+        metrics |= {name: optax.tree.norm(tree) for name, tree in (("grad_norm", grads), ("update_norm", updates))}
+        metrics |= {"target_norm": jnp.float32(optax.tree.norm(target))}
+        new, old = (params, target, opt_state), (state.params, state.target, state.opt_state)
+        if skip_nonfinite:
+            finite = jnp.isfinite(metrics["loss"] + metrics["grad_norm"] + metrics["update_norm"])
+            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+            metrics |= {"skipped": 1.0 - finite}
+        params, target, opt_state = new
         return state.replace(step=state.step + 1, params=params, target=target, opt_state=opt_state), metrics
 
     return train_step

@@ -24,10 +24,11 @@ NEXT = (
 )
 
 
-def history(workdir):
-    """All lines of a run's metrics.jsonl, a list of dicts."""
-    path = pathlib.Path(workdir, "metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def finished(workdir, total_steps):
+    """The summary of a finished run, or None."""
+    path = pathlib.Path(workdir, "summary.json")
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    return summary if summary.get("steps") == total_steps else None
 
 
 def summarize(lines, *, total_steps, seconds):

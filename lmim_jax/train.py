@@ -1,5 +1,6 @@
 """The story of a training run, top to bottom."""
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -8,14 +9,17 @@ import time
 import jax
 from clu import parameter_overview
 
-from lmim_jax import checkpoint, files, gauges, metrics, optim, sharding
+from lmim_jax import files, gauges, metrics, optim, preemption, sharding
 from lmim_jax import summary as summaries
+from lmim_jax import workdir as workdirs
+from lmim_jax.checkpoint import Checkpoints
 from lmim_jax.data import augment, loader, sources
 from lmim_jax.data.evaluation import Evaluation
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
 from lmim_jax.step import make_train_step
+from lmim_jax.writers import Writer, history, write_picture
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +35,10 @@ def train(config, workdir):
       The summary, a dict, also written to workdir/summary.json.
 
     Raises:
-      UserError: what only the user can mend. NonFinite: a loss or gradient was NaN or infinite.
+      UserError: what only the user can mend. NonFinite: a loss or gradient was NaN or infinite. Preempted: SIGTERM or
+      SIGUSR1 came, and the state is saved. SaveFailed: several checkpoints in a row could not be written.
     """
     began = time.perf_counter()
-    summary_path = pathlib.Path(workdir, "summary.json")
 
     # Devices
     mesh = sharding.make_mesh()
@@ -57,7 +61,6 @@ def train(config, workdir):
     optimizer, learning_rate = optim.from_config(config.optimizer, warmup_steps=warmup_steps, total_steps=total_steps)
 
     # Evaluators
-    data = Evaluation(source, config.data, augmentation, mesh)
     abstract = jax.eval_shape(method.init, jax.random.key(0))
     has_target = "encoder" in method.target_of(abstract)
     scheduled = evaluators.from_config(config.evaluators, steps_per_epoch=steps_per_epoch, has_target=has_target)
@@ -66,92 +69,100 @@ def train(config, workdir):
             log.info("%s is not evaluated: the run is shorter than its interval (`every`)", evaluator.title)
 
     # Everything about the config is checked: from here on, files are written
-    checkpoint.claim(workdir, config.to_dict())
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint_keep)
-    start = checkpoints.latest() or 0
-    if start == total_steps and summary_path.exists():
-        log.info("this run is finished: %d of %d steps, in %s", start, total_steps, workdir)
-        summary = json.loads(summary_path.read_text())
+    belongs = config.to_dict(), source["train"].identity()
+    workdirs.check(workdir, *belongs)
+    if summary := summaries.finished(workdir, total_steps):
+        log.info("this run is finished: %d of %d steps, in %s", total_steps, total_steps, workdir)
         log.info(summaries.table(summary, workdir))
         return summary
+    with workdirs.Lock(workdir), Checkpoints(workdir, config) as checkpoints, preemption.Notice() as notice:
+        workdirs.claim(workdir, *belongs)
 
-    # State
-    state, shardings = create(method, optimizer, config.seed, mesh)
-    count = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
-    log.info("parameters: %s", ", ".join(f"{name} {number:,}" for name, number in count.items()))
-    if start:
-        state = checkpoints.restore(state, shardings)
-        log.info("resuming after step %d of %d", start, total_steps)
+        # State
+        state, shardings = create(method, optimizer, config.seed, mesh)
+        count = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
+        log.info("parameters: %s", ", ".join(f"{name} {number:,}" for name, number in count.items()))
+        start = 0
+        if restored := checkpoints.restore(state, shardings):
+            state, start = restored, int(restored.step)
+            log.info("resuming after step %d of %d", start, total_steps)
 
-    # Step
-    train_step = jax.jit(
-        make_train_step(method, augmentation, optimizer, mesh, config.micro_batches),
-        donate_argnums=0,
-        out_shardings=(shardings, sharding.replicated(mesh)),
-    )
+        # Step
+        skip = config.on_nonfinite == "skip"
+        train_step = jax.jit(
+            make_train_step(method, augmentation, optimizer, mesh, config.micro_batches, skip),
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(mesh)),
+        )
 
-    # Loop: at a boundary evaluate and save the *same* state, then go on
-    writer = metrics.Writer(workdir, start)
-    gauge = gauges.make(method, data, config.gauge_images)
-    meter = metrics.Meter(
-        writer,
-        gauges.Alarm(),
-        start=start,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=config.batch_size,
-        log_every=config.log_every,
-        learning_rate=learning_rate,
-        tell=checkpoints.tell,
-        began=began,
-    )
+        # Loop: at a boundary evaluate and save the *same* state, then go on
+        data = Evaluation(source, config.data, augmentation, mesh, check=notice.check)
+        gauge = gauges.make(method, data, config.gauge_images)
+        writer = Writer(workdir, start)
+        meter = metrics.Meter(
+            writer,
+            gauges.Alarm(),
+            config,
+            start=start,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            learning_rate=learning_rate,
+            tell=checkpoints.tell,
+            began=began,
+        )
 
-    def evaluate(done):
-        for evaluator in scheduled:
-            if evaluator.due(done, total_steps):
-                began = time.perf_counter()
-                numbers, pictures = evaluator.run(method, state, data)
-                writer.write(done, numbers)
-                writer.draw(done, pictures)
-                listed = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) or evaluator.title
-                log.info("step %d  %s  (%s)", done, listed, metrics.duration(time.perf_counter() - began))
+        def evaluate(done):
+            for evaluator in scheduled:
+                if evaluator.due(done, total_steps) and not (done == start and writer.has(evaluator.title)):
+                    began = time.perf_counter()
+                    numbers, pictures = evaluator.run(method, state, data)
+                    writer.write(done, numbers)
+                    writer.draw(done, pictures)
+                    listed = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) or evaluator.title
+                    log.info("step %d  %s  (%s)", done, listed, metrics.duration(time.perf_counter() - began))
 
-    if start in (0, total_steps):
-        evaluate(start)
-    batches = loader.training(
-        source["train"],
-        config.data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        steps=total_steps,
-        start=start,
-        mesh=mesh,
-    )
-    meter.resume()
-    try:
+        with contextlib.suppress(preemption.Interrupted):  # by a signal, which the loop heeds after its next step
+            evaluate(start)
+        batches = loader.training(
+            source["train"],
+            config.data,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            steps=total_steps,
+            start=start,
+            mesh=mesh,
+        )
+        meter.resume()
         for done, batch in enumerate(batches, start + 1):
+            last, log_due = done == total_steps, done % config.log_every == 0
             with jax.transfer_guard("disallow"):
                 state, numbers = train_step(state, batch)
-                if done % config.log_every == 0 or done == total_steps:
+                if log_due or last:
                     numbers |= gauge(state.params, state.target)
             meter.add(done, numbers)
-            save = done % config.checkpoint_every == 0 or done == total_steps
+            stop = notice.given(done)
+            save = stop or last or done % config.checkpoint_every == 0 or (log_due and checkpoints.failing)
             if save or any(evaluator.due(done, total_steps) for evaluator in scheduled):
                 meter.pause()  # and so make sure that this state is finite
-                evaluate(done)
+                with contextlib.suppress(preemption.Interrupted):
+                    if not stop:
+                        evaluate(done)
                 if save:
                     checkpoints.save(state, done)
+                if stop:
+                    raise preemption.Preempted(f"stopped after step {done} of {total_steps}")
                 meter.resume()
-    finally:
-        checkpoints.close()  # saves under way end well, whatever stopped the run
+        checkpoints.wait(must_succeed=True)
+        if notice.heard:  # in the last evaluation
+            raise preemption.Preempted(f"stopped in the evaluation after step {total_steps}")
 
-    # End
-    writer.close()
-    lines = summaries.history(workdir)
-    summary = summaries.summarize(lines, total_steps=total_steps, seconds=meter.wall_seconds)
-    if jax.process_index() == 0:
-        metrics.write_picture(workdir, "curves", summaries.curves(lines, workdir))
-        files.write(summary_path, json.dumps(summary, indent=2) + "\n")
+        # End
+        writer.close()
+        lines = history(workdir)
+        summary = summaries.summarize(lines, total_steps=total_steps, seconds=meter.wall_seconds)
+        if jax.process_index() == 0:
+            write_picture(workdir, "curves", summaries.curves(lines, workdir))
+            files.write(pathlib.Path(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
     log.info("finished %d steps in %s", total_steps, metrics.duration(summary["wall_seconds"]))
     log.info(summaries.table(summary, workdir))
     return summary

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from lmim_jax import metrics, train
+from lmim_jax import checkpoint, metrics, train
 from lmim_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,14 +39,10 @@ def lines(workdir):
 
 
 def final_state(workdir):
-    """{path: array} of the newest checkpoint."""
-    manager = ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints")
-    state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
-    manager.close()
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    as_array = lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x)
-    return {jax.tree_util.keystr(path): as_array(leaf) for path, leaf in leaves}
+    """{path: array} of the newest checkpoint, read by Orbax alone."""
+    *_, newest = checkpoint.steps(workdir).values()
+    state = ocp.PyTreeCheckpointer().restore(newest.absolute() / "state")
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +61,12 @@ def test_a_run_tells_what_it_did(finished):
     keys = {"grad_norm", "reconstruction", "patch_accuracy", "similarity_predictions", "learning_rate", "epoch"}
     assert keys <= training[0].keys()
     assert [line["step"] for line in told if "knn/knn5" in line] == [0, 6, 12]
-    assert {"knn/nn1", "knn/knn5", "knn/loo1", "images_per_second", "wall_seconds"} <= summary.keys()
+    gauges = {"collapse_index", "effective_rank", "feature_std", "patch_chance", "similarity_targets"}
+    assert all(gauges <= line.keys() for line in training)
+    assert {"knn/nn1", "knn/knn5", "knn/loo1", "images_per_second", "wall_seconds", "collapse_index"} <= summary.keys()
+    assert summary["knn5"] == {"untrained": told[0]["knn/knn5"], "trained": summary["knn/knn5"]}
+    names = {f"{name}_{step:07d}.png" for name in ("given", "seen") for step in (0, 12)} | {"curves.png"}
+    assert {path.name for path in (workdir / "pictures").iterdir()} == names
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert any((workdir / "tensorboard").iterdir())
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [6, 9, 12]  # keep 3
@@ -77,6 +78,8 @@ def test_a_finished_run_says_so_and_does_nothing(finished, caplog):
     with caplog.at_level(logging.INFO, logger="lmim_jax"):
         assert train.train(config, workdir) == summary
     assert "this run is finished: 12 of 12 steps" in caplog.text
+    assert "trained encoder" in caplog.text
+    assert "What next" in caplog.text
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
@@ -112,7 +115,7 @@ def test_nan_stops_the_run_naming_step_and_quantity(images, tmp_path, key):
     with pytest.raises(metrics.NonFinite, match=r"step \d+: .*(loss|_norm) = (nan|inf)") as caught:
         train.train(recipe(images, **{key: value, "checkpoint_every": 1, "evaluators": {}}), tmp_path)
     step = int(str(caught.value).split(":")[0].removeprefix("step "))
-    kept = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    kept = list(checkpoint.steps(tmp_path))
     assert kept == list(range(1, step))[-3:]  # every finite state, and nothing after it
     assert all(math.isfinite(value) for line in lines(tmp_path) for value in line.values())
 

@@ -56,11 +56,11 @@ class Evaluation:
     """Images of both splits for evaluators.
 
     sources: {"train": source, "test": source or None}; config: `config.data`; augment: an `augment.Augment`; mesh:
-    where batches are placed.
+    where batches are placed; check: called at every batch, may raise to cut an evaluation short.
     """
 
-    def __init__(self, sources, config, augment, mesh):
-        self.sources, self.config, self.augment, self.mesh = sources, config, augment, mesh
+    def __init__(self, sources, config, augment, mesh, check=lambda: None):
+        self.sources, self.config, self.augment, self.mesh, self._check = sources, config, augment, mesh, check
         self._bad = {}  # by split, so that a bad image is named once, not at every evaluation
 
     @property
@@ -90,6 +90,7 @@ class Evaluation:
 
         def placed():
             for batch in self._read(images, batch_size, self.config.workers):
+                self._check()
                 self._bad[split].see(batch.pop("bad"))
                 batch = sharding.to_global(batch, self.mesh)
                 yield {"images": self._transform(batch), "label": batch["label"], "index": batch["index"]}
@@ -111,11 +112,15 @@ class Evaluation:
         return {**batch, "images": self._transform(batch)}, indices
 
     def masks(self, split, indices):
-        """Object masks of some images as canvases, uint8 [B, K, K, C] of 0 and 255; None where one has no mask."""
+        """Object masks of some images, as canvases {"image": uint8 [B, K, K, C] of 0 and 255, "size": [B, 2]}, numpy.
+
+        None where an image has no mask.
+        """
         files = [self.sources[split].mask(index) for index in indices]
         if None in files:
             return None
-        return np.stack([decode.decode(file, self.config.canvas, self.config.channels)[0] for file in files])
+        images, sizes = zip(*(decode.decode(f, self.config.canvas, self.config.channels) for f in files), strict=True)
+        return {"image": np.stack(images), "size": np.stack(sizes)}
 
     def _decoded(self, source):
         return loader.Decoded(source, self.config.canvas, self.config.channels, replace=False)

@@ -1,12 +1,13 @@
 """Where encoded images come from: random access by index, labels where there are any.
 
 A source has `len`, `read(i) -> bytes`, `label(i) -> int` (-1: none), `mask(i) -> bytes or None`, `name(i) -> str`,
-`classes`, a tuple of names (empty: unlabelled), and `ignored`, files that are no images. Sources are picklable: loader
-workers get a copy.
+`classes`, a tuple of names (empty: unlabelled), `identity() -> dict`, and `ignored`, files that are no images. Sources
+are picklable: loader workers get a copy.
 """
 
 import dataclasses
 import difflib
+import hashlib
 import logging
 import os
 import pathlib
@@ -58,6 +59,10 @@ class Tfds:
         """The class of image `index`."""
         return self.records[index]["label"]
 
+    def identity(self):
+        """What tells these images from others, for config.json."""
+        return {"source": self.title, "images": len(self)}
+
     def mask(self, index):
         """The encoded object mask of image `index`, or None where the dataset has none."""
         return self.records[index].get("mask")
@@ -77,7 +82,7 @@ def shapes(path, split):
     builder = dataset.prepare(path or cache)
     encoded = {"image": tfds.decode.SkipDecoding(), "mask": tfds.decode.SkipDecoding()}
     records = builder.as_data_source(split=split, decoders=encoded)
-    return Tfds(records, f"shapes/{split}", dataset.CLASSES)
+    return Tfds(records, f"{builder.info.full_name}/{split}", dataset.CLASSES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +109,11 @@ class Folder:
     def label(self, index):
         """The class of image `index`, -1 without classes."""
         return self.labels[index]
+
+    def identity(self):
+        """What tells these images from others, for config.json: their number and a checksum of their names."""
+        names = hashlib.sha256("\n".join(self.files).encode("utf-8", "surrogateescape")).hexdigest()
+        return {"source": "folder", "images": len(self), "names": names}
 
     def mask(self, index):
         """None: folders have no masks."""

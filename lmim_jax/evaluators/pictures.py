@@ -4,12 +4,16 @@ Letters: K images, h w grid rows and columns, D width.
 """
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.cluster import hierarchy
 
 from lmim_jax import pictures, sharding
+
+REFERENCE = 64  # images whose mean feature at each position is subtracted: what is left tells of the image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,49 +27,59 @@ class Evaluator:
 
     def run(self, method, params, data):
         """{"given": picture, "seen": picture}."""
-        batch, indices = data.sample(data.held_out, self.images)
+        batch, indices = data.sample(data.held_out, max(self.images, REFERENCE))
+        canvases = {name: batch[name] for name in ("image", "size")}
         return {
-            "given": self._given(method, data, batch, len(indices)),
-            "seen": self._seen(method, params, data, batch, indices),
+            "given": self._given(method, data, canvases, indices),
+            "seen": self._seen(method, params, data, canvases, indices),
         }
 
-    def _given(self, method, data, batch, count):
+    def _given(self, method, data, canvases, indices):
         """Crops, windows and masks, drawn as in training; the same draw at every evaluation."""
-
-        def draw(batch):
-            keys = jax.random.split(jax.random.key(0), len(batch["image"]))
-            return data.augment.levels(data.augment(keys, batch)), method.sample(jax.random.key(0), keys)
-
-        canvases = {name: batch[name] for name in ("image", "size")}
-        crops, views = _on_host(draw, data.mesh, canvases)
+        crops, views = jax.device_get(_draw(method, data.augment, data.mesh)(canvases))
+        count = min(self.images, len(indices))
         windows = [_windows(method, views, k) for k in range(count)]
         return pictures.masking(_whole(data, canvases)[:count], crops[:count], windows)
 
-    def _seen(self, method, params, data, batch, indices):
+    def _seen(self, method, params, data, canvases, indices):
         """PCA and clusters of the features of enlarged images, on a grid `zoom` times as fine as in training."""
         enlarged = dataclasses.replace(
             data.augment,
             eval_resize=self.zoom * data.augment.eval_resize,
             eval_size=tuple(self.zoom * side for side in data.augment.eval_size),
         )
-
-        def of(params, batch):
-            images = enlarged.evaluation(batch)
-            return enlarged.levels(images), method.features(params, images)[self.feature]
-
-        inputs, tokens = _on_host(of, data.mesh, params, {name: batch[name] for name in ("image", "size")})
-        inputs, tokens = inputs[: len(indices)], tokens[: len(indices)].astype(np.float32)
-        grid = tuple(self.zoom * side for side in method.grid)
-        masks = data.masks(data.held_out, indices)
+        inputs, tokens = jax.device_get(_encode(method, enlarged, data.mesh, self.feature)(params, canvases))
+        tokens = tokens[: len(indices)]
+        tokens = (tokens - tokens.mean(axis=0))[: self.images]
+        masks = data.masks(data.held_out, indices[: self.images])
         if masks is not None:
-            sizes = np.asarray(jax.device_get(batch["size"]))[: len(indices)]
-            images = jax.jit(lambda batch: enlarged.levels(enlarged.evaluation(batch)))({"image": masks, "size": sizes})
-            masks = np.asarray(images).mean(-1) > 127
+            masks = np.asarray(enlarged.levels(enlarged.evaluation(masks))).mean(-1) > 127
+        shape = (len(tokens), *(self.zoom * side for side in method.grid))
         clusters = np.stack([cluster(of_image, self.clusters) for of_image in tokens])
-        count = len(tokens)
-        return pictures.features(
-            inputs, pca_rgb(tokens).reshape(count, *grid, 3), clusters.reshape(count, *grid), masks
-        )
+        colors = pca_rgb(tokens).reshape(*shape, 3)
+        return pictures.features(inputs[: self.images], colors, clusters.reshape(shape), masks)
+
+
+@functools.lru_cache(maxsize=2)
+def _draw(method, augment, mesh):
+    """Jitted canvases -> (crops as levels, views), drawn as in training, on all processes."""
+
+    def draw(canvases):
+        keys = jax.random.split(jax.random.key(0), len(canvases["image"]))
+        return augment.levels(augment(keys, canvases)), method.sample(jax.random.key(0), keys)
+
+    return jax.jit(draw, out_shardings=sharding.replicated(mesh))
+
+
+@functools.lru_cache(maxsize=2)
+def _encode(method, augment, mesh, feature):
+    """Jitted (params, canvases) -> (images as levels, a feature [K, N, D] float32), on all processes."""
+
+    def encode(params, canvases):
+        images = augment.evaluation(canvases)
+        return augment.levels(images), method.features(params, images)[feature].astype(jnp.float32)
+
+    return jax.jit(encode, out_shardings=sharding.replicated(mesh))
 
 
 def pca_rgb(tokens):
@@ -88,11 +102,6 @@ def cluster(tokens, count):
     return np.argsort(order)[labels]
 
 
-def _on_host(function, mesh, *args):
-    """A function of sharded arrays, computed by all processes together; its results, numpy, on each of them."""
-    return jax.device_get(jax.jit(function, out_shardings=sharding.replicated(mesh))(*args))
-
-
 def _windows(method, views, k):
     """Patches of training image k: a list of (top, left, side, visible), in pixels of the crop."""
     (height, width), (h, w) = method.image_size, method.grid
@@ -106,5 +115,6 @@ def _windows(method, views, k):
 
 def _whole(data, canvases):
     """The images as they are, cut out of their canvases: a list of [H, W, C]."""
-    images, sizes = _on_host(lambda batch: (batch["image"], batch["size"]), data.mesh, canvases)
-    return [image[:height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
+    copy = jax.jit(lambda x: x, out_shardings=sharding.replicated(data.mesh))
+    canvases = jax.device_get(copy(canvases))
+    return [canvas[:h, :w] for canvas, (h, w) in zip(canvases["image"], canvases["size"], strict=True)]
