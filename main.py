@@ -14,15 +14,19 @@ from lmim_jax.errors import UserError, fail
 DEFAULT = "configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, f"Recipe; default: {DEFAULT}.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/NAME_OF_THE_RECIPE.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "Several processes: host:port of the first (else: detected).")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which of them this is, from 0.")
 
 
 def main(argv):
     """Train as the flags say; one line, and exit code 2 for what only the user can mend, 1 for a run that diverged."""
-    from lmim_jax import checkpoint, metrics, preemption, train  # here: spawned loader workers do not need them
+    from lmim_jax import checkpoint, distributed, metrics, preemption, train  # here: loader workers do not need them
 
     recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    metrics.log_to_console()
     try:
+        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        metrics.log_to_console()
         if len(argv) > 1:
             raise UserError(f"unknown argument {argv[1]!r}; flags look like --config.batch_size=256")
         train.train(_CONFIG.value, _WORKDIR.value or f"runs/{recipe}")

@@ -24,6 +24,7 @@ from lmim_jax.writers import history
 log = logging.getLogger(__name__)
 
 FOLDER, ASIDE, DELETED = "checkpoints", "aside", "deleted-"
+SEALED = "sealed-before"  # an empty file: some step was once complete, so finding none now means damage
 
 
 class SaveFailed(RuntimeError):
@@ -38,7 +39,7 @@ def steps(workdir):
 
 
 def good_step(workdir, set_aside=False):
-    """The newest step that verifies, all checksums included; None where there is no step at all.
+    """The newest step that verifies, all checksums included; None where none was ever complete.
 
     Steps that do not are named in a warning and, where asked for, moved to checkpoints/aside.
 
@@ -55,9 +56,13 @@ def good_step(workdir, set_aside=False):
         problems[step] = f"step {step} is {verdict}"
         if set_aside:
             problems[step] += f", moved to {_move_aside(path, verdict.state)}"
-    if problems:
-        told = "; ".join(problems.values())
+    told = "; ".join(problems.values())
+    if pathlib.Path(workdir, FOLDER, SEALED).exists():
+        told = told or "all of them are gone"
         raise UserError(f"{workdir} has no good checkpoint: {told}. To start over, choose another --workdir")
+    if problems:
+        log.warning("starting from the beginning, as no save was ever completed: %s", told)
+    return None
 
 
 def _move_aside(path, state):
@@ -117,7 +122,8 @@ class Checkpoints:
         folder = self._root / str(step)
         known, wanted = manifest.read(folder)["tensors"], _tensors(abstract)
         if differing := sorted(name for name in known.keys() | wanted.keys() if known.get(name) != wanted.get(name)):
-            listed = "; ".join(f"{n}: {_form(known.get(n))} -> {_form(wanted.get(n))}" for n in differing[:3])
+            form = lambda tensor: f"{tensor['dtype']}{tensor['shape']}" if tensor else "absent"
+            listed = "; ".join(f"{n}: {form(known.get(n))} -> {form(wanted.get(n))}" for n in differing[:3])
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise UserError(f"the checkpoint of step {step} in {self._workdir} holds another model: {listed}{more}")
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -170,6 +176,7 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 manifest.write(self._root / str(step), tensors, step=step)
+                (self._root / SEALED).touch()
                 self._delete_old()
         except Exception as error:  # disk full, folder gone, ...: training goes on, and the save is tried again
             self._failed(step, error)
@@ -235,11 +242,6 @@ def _tensors(state):
     paths = jax.tree_util.tree_leaves_with_path(_plain(state))
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     return {name(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in paths}
-
-
-def _form(tensor):
-    """A tensor's shape and dtype for people."""
-    return f"{tensor['dtype']}{tensor['shape']}" if tensor else "absent"
 
 
 def _first_line(error):

@@ -32,3 +32,20 @@ def images(tmp_path_factory):
                 noise = rng.integers(0, 120, (height, width, 3)) + np.array([100 * label, 60, 100 * (1 - label)])
                 Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i:02d}.{'jpg' if i % 2 else 'png'}")
     return root
+
+
+def pytest_addoption(parser):
+    parser.addoption("--faults", action="store_true", help="the whole fault suite, and nothing else (40 minutes)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--faults"):
+        faults = [item for item in items if "faults" in item.path.parts]
+        config.hook.pytest_deselected(items=[item for item in items if item not in faults])
+        items[:] = faults
+
+
+@pytest.fixture(scope="session")
+def full(request):
+    """Whether the whole fault suite was asked for."""
+    return request.config.getoption("--faults")

@@ -1,0 +1,84 @@
+"""Runs as processes: started, watched, killed, compared."""
+
+import hashlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import conftest
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lmim_jax import checkpoint, manifest
+
+ROOT = pathlib.Path(conftest.ROOT)
+LIMIT = 300  # seconds that anything may take on a busy machine
+
+
+def start(images, workdir, *flags, processes=1):
+    """main.py as users call it, as so many processes of one device each: a list of Popen."""
+    environment = {**os.environ, "XLA_FLAGS": conftest.FAST, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    common = [sys.executable, "main.py", "--config=tests/tiny.py", f"--config.data.path={images}"]
+    common += [f"--workdir={workdir}", "--config.log_every=1", "--config.evaluators.knn.every=0"]
+    common += ["--config.evaluators.pictures.every=0", *flags]
+    ranks = [[]]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        where = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
+        ranks = [[*where, f"--process_id={i}"] for i in range(processes)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [subprocess.Popen([*common, *rank], cwd=ROOT, env=environment, **pipes) for rank in ranks]
+
+
+def finish(running):
+    """Wait for processes: [(exit code, output)]."""
+    outputs = [process.communicate(timeout=LIMIT)[0] for process in running]
+    return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
+
+
+def lines(workdir):
+    """The complete metric lines of a run, which may be going on."""
+    path = pathlib.Path(workdir, "metrics.jsonl")
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def losses(workdir):
+    """{step: loss} of a run."""
+    return {line["step"]: line["loss"] for line in lines(workdir) if "loss" in line}
+
+
+def step_of(workdir):
+    """The last step that a run has logged, 0 before the first."""
+    return max(losses(workdir), default=0)
+
+
+def wait_for(condition, running):
+    """Wait until a condition holds; the processes must live meanwhile."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        for process in running:
+            assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.002)
+
+
+def saving(workdir):
+    """Whether a save is under way: a step without a manifest."""
+    return any(not (path / manifest.NAME).exists() for path in checkpoint.steps(workdir).values())
+
+
+def digest(workdir, step):
+    """SHA-256 over all tensors of a saved step, names and bytes, as read by Orbax."""
+    state = ocp.PyTreeCheckpointer().restore(checkpoint.steps(workdir)[step].absolute() / "state")
+    whole = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(state), key=str):
+        whole.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    return whole.hexdigest()

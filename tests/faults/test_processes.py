@@ -1,0 +1,105 @@
+"""Kills, signals and rivals: real processes. Numbers in brackets: by default / with --faults."""
+
+import random
+import re
+import signal
+
+import processes
+import pytest
+
+EPOCHS = 20  # 120 steps, a checkpoint every 3
+FLAGS = f"--config.epochs={EPOCHS}", "--config.checkpoint_keep=100"
+LAST = 6 * EPOCHS
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """An uninterrupted run: its folder, the digest of its last state and its losses."""
+    workdir = tmp_path_factory.mktemp("whole")
+    ((code, output),) = processes.finish(processes.start(images, workdir, *FLAGS))
+    assert code == 0, output
+    return workdir, processes.digest(workdir, LAST), processes.losses(workdir)
+
+
+def equals(whole, workdir):
+    """Assert that a run has ended in the same state, by the same losses, as the uninterrupted one."""
+    _, digest, losses = whole
+    assert len(losses) == LAST
+    assert processes.losses(workdir) == losses
+    assert processes.digest(workdir, LAST) == digest
+
+
+def moments(number):
+    """When to kill, given the folder of a run: before the first save, inside a save, or at a random step."""
+    before = lambda workdir, first: True
+    inside = lambda workdir, first: processes.saving(workdir)
+    ahead = lambda steps: lambda workdir, first: processes.step_of(workdir) >= min(first + steps, LAST - 1)
+    return [
+        (before, inside, ahead(random.randrange(1, 25)), ahead(random.randrange(1, 25)))[i % 4] for i in range(number)
+    ]
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_kill_9_at_any_moment_changes_no_bit(images, whole, tmp_path, part, full):
+    """[1 run killed 3 times / 5 runs killed 10 times each]"""
+    if part and not full:
+        pytest.skip("more of the same; ./launch/test.sh --faults")
+    kills = 0
+    for now in moments(10 if full else 3):
+        (process,) = running = processes.start(images, tmp_path, *FLAGS, f"--config.data.workers={int(kills % 3 == 2)}")
+        first = processes.step_of(tmp_path)
+        if first >= LAST - 2:
+            processes.finish(running)
+            break
+        processes.wait_for(lambda now=now, first=first: (tmp_path / "lock").exists() and now(tmp_path, first), running)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    ((code, output),) = processes.finish(processes.start(images, tmp_path, *FLAGS))
+    assert code == 0, output
+    assert kills >= 3
+    equals(whole, tmp_path)
+
+
+@pytest.mark.parametrize("number", (1, 2))
+@pytest.mark.parametrize("repetition", range(10))
+def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, number, repetition, full):
+    """[1 + 1 runs / 10 with one process and 10 with two]; SIGTERM and SIGUSR1 in turn, to one of the processes."""
+    if repetition and not full:
+        pytest.skip("more of the same; ./launch/test.sh --faults")
+    running = processes.start(images, tmp_path, *FLAGS, "--config.checkpoint_every=1000", processes=number)
+    moment = random.randrange(1, LAST // 2)
+    processes.wait_for(lambda: processes.step_of(tmp_path) >= moment, running)
+    random.choice(running).send_signal((signal.SIGTERM, signal.SIGUSR1)[repetition % 2])
+    ended = processes.finish(running)
+    assert [code for code, _ in ended] == [75] * number, ended
+    (step,) = {int(re.search(r"stopped after step (\d+)", output)[1]) for _, output in ended}
+    assert moment <= step < LAST
+    assert list(processes.checkpoint.steps(tmp_path)) == [step]
+    assert processes.manifest.verify(processes.checkpoint.steps(tmp_path)[step]).state == "good"
+    for code, output in processes.finish(processes.start(images, tmp_path, *FLAGS, processes=number)):
+        assert code == 0, output
+        assert number > 1 or f"resuming after step {step} " in output
+    if number == 1:
+        equals(whole, tmp_path)
+    else:  # another order of summation: equal to rounding
+        found = processes.losses(tmp_path)
+        assert found == pytest.approx(whole[2], rel=2e-3)
+
+
+def test_a_second_writer_is_refused_and_a_dead_ones_lock_taken_over(images, tmp_path):
+    (first,) = running = processes.start(images, tmp_path, "--config.epochs=1000")
+    processes.wait_for(lambda: processes.step_of(tmp_path) >= 3, running)
+    ((code, output),) = processes.finish(processes.start(images, tmp_path, "--config.epochs=1000"))
+    assert code == 2
+    assert f"pid {first.pid}, since 20" in output.splitlines()[-1]
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    (third,) = running = processes.start(images, tmp_path, "--config.epochs=1000")
+    before = processes.step_of(tmp_path)
+    processes.wait_for(lambda: processes.step_of(tmp_path) > before, running)
+    third.send_signal(signal.SIGTERM)
+    ((code, output),) = processes.finish(running)
+    assert code == 75
+    assert "taking over" in output
+    assert not (tmp_path / "lock").exists()
