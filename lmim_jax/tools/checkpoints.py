@@ -1,0 +1,58 @@
+"""The checkpoints of a run: which there are, how large, and whether they are good.
+
+    python -m lmim_jax.tools.checkpoints WORKDIR            by names and sizes of files
+    python -m lmim_jax.tools.checkpoints WORKDIR --verify   by their contents: every checksum
+
+Exit code 1 where a step is damaged or partial.
+"""
+
+import datetime
+import pathlib
+import sys
+
+from absl import app, flags
+
+from lmim_jax import checkpoint, manifest
+from lmim_jax.errors import UserError, fail
+
+_VERIFY = flags.DEFINE_bool("verify", False, "Read every file and compare its checksum.")
+
+
+def table(workdir, verify):
+    """Lines for people, and whether all steps are good.
+
+    Raises:
+      UserError: there is nothing to list.
+    """
+    root = pathlib.Path(workdir, checkpoint.FOLDER)
+    steps = checkpoint.steps(workdir)
+    aside = sorted((root / checkpoint.ASIDE).glob("*")) if root.is_dir() else []
+    if not steps and not aside:
+        raise UserError(f"{workdir}: no checkpoints here; give the --workdir of a run")
+    lines, all_good = [f"{'step':>10}  {'state':<8}  {'size':>9}  saved"], True
+    for step, path in steps.items():
+        verdict = manifest.verify(path, contents=verify)
+        all_good &= verdict.state == "good"
+        when = "-"
+        if verdict.state == "good":
+            when = datetime.datetime.fromtimestamp(manifest.read(path)["time"]).isoformat(" ", "minutes")
+        lines.append(f"{step:>10}  {verdict.state:<8}  {verdict.size / 1e6:>6.1f} MB  {when}")
+        lines += [f"{'':>12}{problem}" for problem in verdict.problems[:5]]
+    lines += [f"set aside: {path}" for path in aside]
+    return lines, all_good
+
+
+def main(argv):
+    """As the flags say."""
+    if len(argv) != 2:
+        fail("give one folder: python -m lmim_jax.tools.checkpoints WORKDIR [--verify]")
+    try:
+        lines, all_good = table(argv[1], _VERIFY.value)
+    except UserError as error:
+        fail(error)
+    print("\n".join(lines))
+    sys.exit(not all_good)
+
+
+if __name__ == "__main__":
+    app.run(main)

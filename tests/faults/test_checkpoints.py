@@ -1,0 +1,293 @@
+"""Damage, full disks and lost folders. Numbers in brackets: by default / with --faults."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lmim_jax import checkpoint, manifest, sharding, writers
+from lmim_jax.errors import UserError
+from lmim_jax.state import TrainState
+from lmim_jax.tools import checkpoints as tool
+
+MESH = sharding.make_mesh()
+
+
+def state(seed, size=40):
+    """A state of a few small tensors (size^2 numbers each)."""
+    key = jax.random.key(seed)
+    tensor = lambda i: jax.random.normal(jax.random.fold_in(key, i), (size, size))
+    params = {"encoder": {f"block{i:02d}": {"kernel": tensor(i), "bias": tensor(i)[0]} for i in range(3)}}
+    return TrainState(jnp.int32(seed), params, {"encoder": params["encoder"]["block00"]}, (jnp.int32(3),), key)
+
+
+def shardings(of):
+    return jax.tree.map(lambda _: sharding.replicated(MESH), of)
+
+
+def same(a, b):
+    plain = lambda x: jax.tree.map(np.asarray, x.replace(rng=jax.random.key_data(x.rng)))
+    return jax.tree.all(jax.tree.map(np.array_equal, plain(a), plain(b)))
+
+
+def save(workdir, *steps, size=40, **change):
+    config = tiny.get_config()
+    config.update(change)
+    with checkpoint.Checkpoints(workdir, config) as checkpoints:
+        for step in steps:
+            checkpoints.save(state(step, size), step)
+    return checkpoints
+
+
+def restore(workdir, size=40):
+    fresh = state(0, size)
+    with checkpoint.Checkpoints(workdir, tiny.get_config()) as checkpoints:
+        return checkpoints.restore(fresh, shardings(fresh))
+
+
+def files(folder):
+    """All files of a step that hold anything."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def flip(path, rng):
+    """Flip one random bit of a file."""
+    data = bytearray(path.read_bytes())
+    bit = rng.randrange(8 * len(data))
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_what_is_saved_is_restored(tmp_path):
+    save(tmp_path, 1, 2)
+    assert same(restore(tmp_path), state(2))
+    assert restore(tmp_path / "nothing") is None
+
+
+def test_every_flipped_bit_is_detected_and_its_file_named(tmp_path, full):
+    """[100 / 1,000 bits, over all files of a step, evenly]"""
+    save(tmp_path, 1)
+    step, rng = tmp_path / "checkpoints" / "1", random.Random(0)
+    paths = files(step)
+    for i in range(1000 if full else 100):
+        path = paths[i % len(paths)]
+        good = path.read_bytes()
+        flip(path, rng)
+        verdict = manifest.verify(step)
+        assert verdict.state == "damaged", path
+        assert path.name in verdict.problems[0]
+        if path.parent.name.startswith("params."):
+            assert f"(tensor {path.parent.name.replace('.', '/')})" in verdict.problems[0]
+        path.write_bytes(good)
+    assert manifest.verify(step).state == "good"
+
+
+def damage(path, kind, rng):
+    """Flip a bit, cut a file to a share of its size, or delete it."""
+    if kind == "flip":
+        flip(path, rng)
+    elif kind == "delete":
+        path.unlink()
+    else:
+        os.truncate(path, int(kind * path.stat().st_size))
+
+
+def test_a_damaged_step_is_set_aside_and_the_one_before_restored(tmp_path, caplog, full):
+    """[8 / 50 flips; cuts to 0, 50 and 99.9 %; every file deleted in turn (by default every fifth)]"""
+    save(tmp_path / "good", 1, 2)
+    paths, rng = files(tmp_path / "good" / "checkpoints" / "2"), random.Random(1)
+    cases = [(rng.choice(paths), "flip") for _ in range(50 if full else 8)]
+    cases += [(rng.choice(paths), share) for share in (0, 0.5, 0.999)]
+    cases += [(path, "delete") for path in paths[:: 1 if full else 5]]
+    cases += [(paths[0].parents[0] / manifest.NAME, "delete")] if paths[0].parents[0].name == "2" else []
+    for i, (path, kind) in enumerate(cases):
+        run = tmp_path / f"run{i}"
+        shutil.copytree(tmp_path / "good", run)
+        damage(run / path.relative_to(tmp_path / "good"), kind, rng)
+        caplog.clear()
+        assert same(restore(run), state(1)), (path, kind)
+        (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert "RESTORING AN OLDER CHECKPOINT, step 1: step 2 is" in warning
+        assert path.name in warning
+        assert list(checkpoint.steps(run)) == [1]
+        assert [path.name.split("-")[0] for path in (run / "checkpoints" / "aside").iterdir()] == ["2"]
+        shutil.rmtree(run)
+
+
+def test_without_any_good_step_the_error_says_so(tmp_path):
+    save(tmp_path, 1, 2)
+    for step in (1, 2):
+        flip(files(tmp_path / "checkpoints" / str(step) / "state")[3], random.Random(0))
+    with pytest.raises(UserError, match=r"no good checkpoint: step 2 is damaged: state/.*; step 1 is damaged"):
+        restore(tmp_path)
+    with pytest.raises(UserError, match="no good checkpoint: all of them are gone"):
+        shutil.rmtree(tmp_path / "checkpoints" / "aside")
+        restore(tmp_path)
+
+
+def test_a_first_save_cut_short_is_no_damage(tmp_path, caplog):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "1" / manifest.NAME).unlink()
+    (tmp_path / "checkpoints" / checkpoint.SEALED).unlink()
+    assert restore(tmp_path) is None
+    assert "no save was ever completed: step 1 is partial: manifest.json is missing" in caplog.text
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_tensor(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"holds another model: params/encoder/.*float32\[40\] -> float32\[41\]"):
+        restore(tmp_path, size=41)
+    other = state(0).replace(step=jnp.float32(0))
+    with (
+        checkpoint.Checkpoints(tmp_path, tiny.get_config()) as checkpoints,
+        pytest.raises(UserError, match=r"step: int32\[\] -> float32\[\]"),
+    ):
+        checkpoints.restore(other, shardings(other))
+
+
+def test_retention_keeps_the_newest_every_mth_and_the_best(tmp_path):
+    lines = [{"step": step, "knn/knn5": value} for step, value in ((1, 5.0), (3, 9.0), (5, 7.0), (9, 8.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    change = {"checkpoint_keep": 2, "checkpoint_keep_every": 4, "checkpoint_best": "knn/knn5"}
+    save(tmp_path, *range(1, 10), **change)
+    assert list(checkpoint.steps(tmp_path)) == [3, 4, 8, 9]
+    assert all(manifest.verify(path).state == "good" for path in checkpoint.steps(tmp_path).values())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 40 MB."""
+    if os.geteuid():
+        pytest.skip("mounting a small disk needs root")
+    path = tmp_path / "disk"
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", path], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+def used(path):
+    return shutil.disk_usage(path).used
+
+
+def test_a_full_disk_is_told_at_once_leaks_nothing_and_is_tried_again(small_disk, caplog):
+    size = 1000  # 4 MB a tensor, 16 MB a state
+    save(small_disk, 1, size=size)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(15 << 20))
+    before = used(small_disk)
+    config = tiny.get_config()
+    with checkpoint.Checkpoints(small_disk, config) as checkpoints:
+        checkpoints.save(state(2, size), 2)
+        checkpoints.wait()
+        assert checkpoints.failing
+        assert "SAVING STEP 2 FAILED" in caplog.text
+        assert "the checkpoint of step 1 is good" in caplog.text
+        assert used(small_disk) == before
+        assert manifest.verify(checkpoint.steps(small_disk)[1]).state == "good"
+        filler.unlink()
+        checkpoints.save(state(3, size), 3)
+    assert not checkpoints.failing
+    assert same(restore(small_disk, size), state(3, size))
+
+
+def test_after_so_many_failures_the_run_stops_with_the_reason(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    config = tiny.get_config()
+    config.checkpoint_max_failures = 3
+    with (
+        pytest.raises(checkpoint.SaveFailed, match=r"3 saves in a row failed: .*; no checkpoint had been saved"),
+        checkpoint.Checkpoints(tmp_path, config) as checkpoints,
+    ):
+        for step in range(1, 9):
+            checkpoints.save(state(step), step)
+    assert step == 3
+
+
+def test_a_folder_that_vanishes_costs_one_save_at_most(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "run", tiny.get_config()) as checkpoints:
+        checkpoints.save(state(1), 1)
+        checkpoints.wait()
+        shutil.rmtree(tmp_path / "run")
+        checkpoints.save(state(2), 2)
+    assert same(restore(tmp_path / "run"), state(2))
+
+
+READ_ONLY = """
+import os, pathlib, sys
+sys.path[:0] = ["tests", "tests/faults", "."]
+import test_checkpoints as t
+warm, run = (pathlib.Path(path) for path in sys.argv[1:])
+t.save(warm, 1)  # imports all there is, while it may
+if os.geteuid() == 0:  # permissions do not stop root
+    os.setgroups([])
+    os.setegid(65534)
+    os.seteuid(65534)
+with t.checkpoint.Checkpoints(run, t.tiny.get_config()) as checkpoints:
+    checkpoints.save(t.state(1), 1)
+    checkpoints.wait()
+    print("failing", checkpoints.failing)
+    run.chmod(0o700)
+    checkpoints.save(t.state(2), 2)
+print("steps", list(t.checkpoint.steps(run)))
+"""
+
+
+def test_a_read_only_folder_fails_and_works_again(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir(mode=0o500)
+    if os.geteuid() == 0:
+        os.chown(run, 65534, 65534)
+        for path in (tmp_path, *tmp_path.parents[:-2]):
+            path.chmod(0o755)
+    command = [sys.executable, "-c", READ_ONLY, str(tmp_path / "warm"), str(run)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "failing True\nsteps [2]\n", done.stderr
+    assert "Permission denied" in done.stderr
+
+
+def test_metrics_wait_for_space_and_are_all_there_in_the_end(small_disk, caplog):
+    writer = writers.Writer(small_disk, 0)
+    writer.write(1, {"loss": 1.0})
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(1 << 16)):
+                pass
+        except OSError:
+            pass
+    for step in range(2, 400):  # more than the pages at hand
+        writer.write(step, {"loss": float(step), "padding" * 20: 1.0})
+        writer.draw(step, {"given": np.zeros((300, 300, 3), np.uint8)} if step == 5 else {})
+    assert 1 <= caplog.text.count("cannot write to") < 10  # small pieces of space turn up now and then
+    filler.unlink()
+    writer.write(400, {"loss": 400.0})
+    writer.close()
+    assert [line["step"] for line in writers.history(small_disk)] == list(range(1, 401))
+
+
+def test_the_tool_lists_every_step_and_finds_the_damage(tmp_path):
+    save(tmp_path, 1, 2, 3)
+    _, all_good = tool.table(tmp_path, verify=True)
+    assert all_good
+    (tmp_path / "checkpoints" / "2" / manifest.NAME).unlink()
+    path = files(tmp_path / "checkpoints" / "3" / "state")[-1]
+    flip(path, random.Random(0))
+    by_size, _ = tool.table(tmp_path, verify=False)
+    assert [line.split()[1] for line in by_size if line.split()[0].isdigit()] == ["good", "partial", "good"]
+    by_content, all_good = tool.table(tmp_path, verify=True)
+    assert [line.split()[1] for line in by_content if line.split()[0].isdigit()] == ["good", "partial", "damaged"]
+    assert any(path.name in line and "wrong checksum" in line for line in by_content)
+    assert not all_good
+    with pytest.raises(UserError, match="no checkpoints here"):
+        tool.table(tmp_path / "nowhere", verify=False)
