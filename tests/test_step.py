@@ -1,5 +1,6 @@
 """The train step: devices and micro-batches change nothing, the optimiser does what the recipe says."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import tiny
 from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType
 
-from lmim_jax import optim, sharding, state, step
+from lmim_jax import metrics, optim, sharding, state, step
 from lmim_jax.data import augment
 from lmim_jax.errors import UserError
 from lmim_jax.methods import base
@@ -36,8 +37,8 @@ def run(devices, micro_batches, similarity_weight=0.1):
     for i in range(4):
         image = rng.integers(0, 256, (16, 24, 24, 3), dtype=np.uint8)
         batch = {"image": image, "size": np.full((16, 2), 24, np.int32)}
-        current, metrics = train_step(current, sharding.to_global(batch, mesh))
-        losses.append(float(metrics["loss"]))
+        current, found = train_step(current, sharding.to_global(batch, mesh))
+        losses.append(float(found["loss"]))
         if i == 0:
             first = jax.device_get(current.opt_state[0].mu)
     return losses, first, jax.device_get(current.target), int(current.step)
@@ -145,3 +146,50 @@ def test_adamw_equals_torchs_definition():
 def test_an_indivisible_batch_is_refused_with_a_proposal(batch, micro_batches, hint):
     with pytest.raises(UserError, match=f"config.batch_size={batch} is not divisible.*{hint}"):
         sharding.check_batch(batch, micro_batches, 8)
+
+
+def sick_step(method, augmentation, optimizer, skip):
+    """(state, jitted step) whose images are NaN in batches that say so."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    poisoned = lambda keys, batch: augmentation(keys, batch) * batch["poison"].reshape(-1, 1, 1, 1)
+    current, _ = state.create(method, optimizer, 0, mesh)
+    train_step = jax.jit(step.make_train_step(method, poisoned, optimizer, mesh, 2, skip_nonfinite=skip))
+
+    def batch(poison):
+        image = np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), dtype=np.uint8)
+        rows = {"image": image, "size": np.full((8, 2), 24, np.int32), "poison": np.full(8, poison, np.float32)}
+        return sharding.to_global(rows, mesh)
+
+    return current, lambda current, poison=1.0: train_step(current, batch(poison))
+
+
+def test_a_skipped_step_changes_nothing_but_its_number():
+    method, augmentation, optimizer = setup()
+    current, train_step = sick_step(method, augmentation, optimizer, skip=True)
+    current, found = train_step(current)
+    assert found["skipped"] == 0
+    after, found = train_step(current, np.nan)
+    assert found["skipped"] == 1
+    assert np.isnan(found["input_mean"])
+    assert int(after.step) == int(current.step) + 1
+    for name in ("params", "target", "opt_state"):
+        close(getattr(current, name), getattr(after, name), rtol=0)
+    healthy, found = train_step(after)
+    assert found["skipped"] == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((healthy.params, healthy.target)))
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    method, augmentation, optimizer = setup()
+
+    class Sick(type(method)):
+        def loss(self, params, *args):
+            loss, metrics = super().loss(params, *args)
+            return loss + jax.numpy.sqrt(0 * params["encoder"]["cls_token"].sum()), metrics  # 0, with gradient 0 / 0
+
+    sick = Sick(**{field.name: getattr(method, field.name) for field in dataclasses.fields(method)})
+    current, train_step = sick_step(sick, augmentation, optimizer, skip=False)
+    _, found = train_step(current)
+    assert np.isfinite(found["loss"])
+    with pytest.raises(metrics.NonFinite, match=r"step 5: .*grad_norm = nan.*; all is well"):
+        metrics.check_finite(5, {name: float(value) for name, value in found.items()}, lambda: "all is well")
