@@ -21,15 +21,17 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which 
 
 def main(argv):
     """Train as the flags say; one line, and exit code 2 for what only the user can mend, 1 for a run that diverged."""
-    from lmim_jax import checkpoint, distributed, metrics, preemption, train  # here: loader workers do not need them
+    from lmim_jax import checkpoint, distributed, metrics, preemption, train, workdir  # not for loader workers
 
     recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    folder = _WORKDIR.value or f"runs/{recipe}"
     try:
+        workdir.pin_kernels(folder, _CONFIG.value.deterministic)
         distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         metrics.log_to_console()
         if len(argv) > 1:
             raise UserError(f"unknown argument {argv[1]!r}; flags look like --config.batch_size=256")
-        train.train(_CONFIG.value, _WORKDIR.value or f"runs/{recipe}")
+        train.train(_CONFIG.value, folder)
     except UserError as error:
         fail(error)
     except (metrics.NonFinite, checkpoint.SaveFailed) as error:

@@ -18,6 +18,7 @@ def get_config():
     config.batch_size = batch_size  # images per optimiser step, over all devices
     config.micro_batches = 1  # gradient accumulation: equal parts of the batch, one after the other
     config.epochs = epochs  # an epoch is floor(images / batch_size) steps
+    config.deterministic = True  # GPUs: only kernels whose sums do not depend on timing, so that runs repeat to the bit
     config.total_steps = config_dict.placeholder(int)  # instead of epochs; the warm-up keeps its share of the run
 
     data = config.data = ConfigDict()

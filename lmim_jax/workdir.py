@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import socket
 import threading
 import time
@@ -59,6 +60,25 @@ def claim(workdir, config, data):
 def _as_read(config, data):
     """The content of config.json, as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps({**config, "training_images": data}))
+
+
+def pin_kernels(workdir, deterministic):
+    """On NVIDIA GPUs, keep XLA's choice of kernels with the run, so that a restart computes the same program.
+
+    XLA times several kernels for an operation when it compiles, and may choose another one next time, whose sums are
+    rounded otherwise. To be called before jax looks for devices; works through the environment variable XLA_FLAGS.
+
+    Args:
+      deterministic: also leave out kernels whose sums depend on timing.
+    """
+    if not shutil.which("nvidia-smi"):
+        return
+    rank = os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
+    path = pathlib.Path(workdir).absolute() / f"gpu_kernels_{rank}.textproto"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = [f"--xla_gpu_{'load_autotune_results_from' if path.exists() else 'dump_autotune_results_to'}={path}"]
+    flags += ["--xla_gpu_exclude_nondeterministic_ops=true"] if deterministic else []
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 
 
 class Lock:

@@ -1,0 +1,96 @@
+"""Benchmarks. What there is:
+
+    python -m lmim_jax.tools.bench --what=checkpoint --config=configs/vit_b.py [--folder=DIR]
+
+checkpoint: how long a save holds up training, how long until it is safe, how long a verified restore takes; beside plain
+Orbax (its CheckpointManager, default options), on the state of the recipe's method.
+"""
+
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+import orbax.checkpoint as ocp
+from absl import app, flags
+from ml_collections import config_flags
+
+from lmim_jax import checkpoint, metrics, optim, sharding
+from lmim_jax.errors import UserError, fail
+from lmim_jax.methods import base as methods
+from lmim_jax.state import create
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Recipe.", lock_config=True)
+_WHAT = flags.DEFINE_enum("what", None, ["checkpoint"], "What to measure.", required=True)
+_FOLDER = flags.DEFINE_string("folder", None, "checkpoint: where to write; default: the system's temporary folder.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "How often; medians are reported.")
+
+
+def checkpoints(config, folder, repeats):
+    """{"gigabytes", "ours": {"stall", "safe", "restore"}, "orbax": {...}}, seconds, medians."""
+    method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    optimizer, _ = optim.from_config(config.optimizer, warmup_steps=1, total_steps=1)
+    state, shardings = create(method, optimizer, config.seed, sharding.make_mesh())
+    state = jax.block_until_ready(state)
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(state.replace(rng=jax.random.key_data(state.rng)))]
+    runs = {"ours": [], "orbax": []}
+    for repeat in range(repeats):
+        for name, measure in (("ours", _ours), ("orbax", _orbax)):
+            with tempfile.TemporaryDirectory(dir=folder) as run:
+                runs[name].append(measure(state, shardings, config, pathlib.Path(run), repeat + 1))
+    keys = "stall", "safe", "restore"
+    medians = {
+        name: dict(zip(keys, map(statistics.median, zip(*found, strict=True)), strict=True))
+        for name, found in runs.items()
+    }
+    return {"gigabytes": sum(sizes) / 1e9, **medians}
+
+
+def _ours(state, shardings, config, run, step):
+    """Seconds (stall, until sealed, restore with verification)."""
+    with checkpoint.Checkpoints(run, config) as saves:
+        began = time.perf_counter()
+        saves.save(state, step)
+        stall = time.perf_counter() - began
+        saves.wait(must_succeed=True)
+        safe = time.perf_counter() - began
+    with checkpoint.Checkpoints(run, config) as saves:
+        began = time.perf_counter()
+        jax.block_until_ready(saves.restore(state, shardings).params)
+        return stall, safe, time.perf_counter() - began
+
+
+def _orbax(state, shardings, config, run, step):
+    """The same with Orbax's manager alone: nothing is verified."""
+    del config
+    with ocp.CheckpointManager(run / "orbax") as manager:
+        began = time.perf_counter()
+        manager.save(step, args=ocp.args.StandardSave(state))
+        stall = time.perf_counter() - began
+        manager.wait_until_finished()
+        safe = time.perf_counter() - began
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    with ocp.CheckpointManager(run / "orbax") as manager:
+        began = time.perf_counter()
+        restore = ocp.args.StandardRestore(jax.tree.map(place, state, shardings))
+        jax.block_until_ready(manager.restore(step, args=restore).params)
+        return stall, safe, time.perf_counter() - began
+
+
+def main(_):
+    """As the flags say."""
+    metrics.log_to_console()
+    try:
+        found = checkpoints(_CONFIG.value, _FOLDER.value, _REPEATS.value)
+    except UserError as error:
+        fail(error)
+    print(json.dumps(found, indent=2))
+    print(f"\n{found['gigabytes']:.2f} GB        stall    safe after    restore   (seconds)")
+    for name in ("ours", "orbax"):
+        print(f"{name:<12}" + "".join(f"{found[name][key]:>11.2f}" for key in ("stall", "safe", "restore")))
+
+
+if __name__ == "__main__":
+    app.run(main)
