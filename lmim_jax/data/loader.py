@@ -9,6 +9,9 @@ import dataclasses
 import functools
 import itertools
 import logging
+import multiprocessing
+import os
+import threading
 
 import grain
 import jax
@@ -151,8 +154,21 @@ def read(order, rows, start, workers, threads):
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which nobody has parsed in a notebook
             flags.FLAGS.mark_as_parsed()
-        iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        iterator = iterator.mp_prefetch(options, worker_init_fn=_end_with_parent)
     return iter(iterator)
+
+
+def _end_with_parent(index, count):
+    """In a worker: end when the process that wants the images is killed, instead of living on as an orphan."""
+    del index, count
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch the parent").start()
 
 
 def ahead(iterator, count=2):

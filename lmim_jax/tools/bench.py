@@ -2,8 +2,8 @@
 
     python -m lmim_jax.tools.bench --what=checkpoint --config=configs/vit_b.py [--folder=DIR]
 
-checkpoint: how long a save holds up training, how long until it is safe, how long a verified restore takes; beside plain
-Orbax (its CheckpointManager, default options), on the state of the recipe's method.
+checkpoint: how long a save holds up training, until it is safe, and a verified restore; beside plain Orbax
+(its CheckpointManager, default options), on the state of the recipe's method.
 """
 
 import json

@@ -23,6 +23,12 @@ LIMIT = 300  # seconds that anything may take on a busy machine
 def start(images, workdir, *flags, processes=1):
     """main.py as users call it, as so many processes of one device each: a list of Popen."""
     environment = {**os.environ, "XLA_FLAGS": conftest.FAST, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    # The same few programs over and over: compiled once
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(images.parent / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    environment |= cache
     common = [sys.executable, "main.py", "--config=tests/tiny.py", f"--config.data.path={images}"]
     common += [f"--workdir={workdir}", "--config.log_every=1", "--config.evaluators.knn.every=0"]
     common += ["--config.evaluators.pictures.every=0", *flags]

@@ -53,7 +53,7 @@ def test_kill_9_at_any_moment_changes_no_bit(images, whole, tmp_path, part, full
             break
         processes.wait_for(lambda now=now, first=first: (tmp_path / "lock").exists() and now(tmp_path, first), running)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=20)
         kills += 1
     ((code, output),) = processes.finish(processes.start(images, tmp_path, *FLAGS))
     assert code == 0, output
@@ -85,6 +85,13 @@ def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, numb
     else:  # another order of summation: equal to rounding
         found = processes.losses(tmp_path)
         assert found == pytest.approx(whole[2], rel=2e-3)
+
+
+def test_no_worker_outlives_a_killed_run(images, tmp_path):
+    (process,) = running = processes.start(images, tmp_path, "--config.epochs=1000", "--config.data.workers=2")
+    processes.wait_for(lambda: processes.step_of(tmp_path) >= 1, running)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=20)  # ends when the last process that holds the pipe is gone
 
 
 def test_a_second_writer_is_refused_and_a_dead_ones_lock_taken_over(images, tmp_path):
