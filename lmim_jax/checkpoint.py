@@ -18,60 +18,17 @@ from jax.experimental import multihost_utils
 
 from lmim_jax import manifest
 from lmim_jax.errors import UserError
+from lmim_jax.manifest import FOLDER, SEALED, good_step, steps
 from lmim_jax.preemption import Preempted
 from lmim_jax.writers import history
 
 log = logging.getLogger(__name__)
 
-FOLDER, ASIDE, DELETED = "checkpoints", "aside", "deleted-"
-SEALED = "sealed-before"  # an empty file: some step was once complete, so finding none now means damage
+DELETED = "deleted-"  # prefix of a step on its way out
 
 
 class SaveFailed(RuntimeError):
     """Checkpoints could not be written, several times in a row; the message says why."""
-
-
-def steps(workdir):
-    """Folders of the steps below workdir/checkpoints, whatever their state: {step: path}, oldest first."""
-    root = pathlib.Path(workdir, FOLDER)
-    found = {int(path.name): path for path in root.glob("*") if path.name.isdigit()} if root.is_dir() else {}
-    return dict(sorted(found.items()))
-
-
-def good_step(workdir, set_aside=False):
-    """The newest step that verifies, all checksums included; None where none was ever complete.
-
-    Steps that do not are named in a warning and, where asked for, moved to checkpoints/aside.
-
-    Raises:
-      UserError: there are steps, and none is good.
-    """
-    problems = {}
-    for step, path in reversed(steps(workdir).items()):
-        verdict = manifest.verify(path)
-        if verdict.state == "good":
-            if problems:
-                log.warning("RESTORING AN OLDER CHECKPOINT, step %d: %s", step, "; ".join(problems.values()))
-            return step
-        problems[step] = f"step {step} is {verdict}"
-        if set_aside:
-            problems[step] += f", moved to {_move_aside(path, verdict.state)}"
-    told = "; ".join(problems.values())
-    if pathlib.Path(workdir, FOLDER, SEALED).exists():
-        told = told or "all of them are gone"
-        raise UserError(f"{workdir} has no good checkpoint: {told}. To start over, choose another --workdir")
-    if problems:
-        log.warning("starting from the beginning, as no save was ever completed: %s", told)
-    return None
-
-
-def _move_aside(path, state):
-    """Move a step out of the way: checkpoints/aside/512-damaged; an older one of that name is replaced."""
-    to = path.parent / ASIDE / f"{path.name}-{state}"
-    shutil.rmtree(to, ignore_errors=True)
-    to.parent.mkdir(exist_ok=True)
-    path.rename(to)
-    return to
 
 
 class Checkpoints:
@@ -83,11 +40,8 @@ class Checkpoints:
 
     def __init__(self, workdir, config):
         """`config`: checkpoint_keep, checkpoint_keep_every, checkpoint_best, checkpoint_max_failures are read."""
-        self._workdir, self._root, self._config = (
-            pathlib.Path(workdir),
-            pathlib.Path(workdir).absolute() / FOLDER,
-            config,
-        )
+        self._workdir, self._config = pathlib.Path(workdir), config
+        self._root = self._workdir.absolute() / FOLDER
         self._thread, self._error, self._failures = None, None, 0
         self._orbax = _orbax()
 
@@ -114,9 +68,16 @@ class Checkpoints:
         Raises:
           UserError: no step is good, or its tensors have other names, shapes or dtypes.
         """
-        first = jax.process_index() == 0
-        step = good_step(self._workdir, set_aside=True) if first else None
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+        step, problem = None, None
+        if jax.process_index() == 0:
+            try:
+                step = good_step(self._workdir, set_aside=True)
+            except UserError as error:
+                problem = error
+        found = (-1 if step is None else step, problem is not None)
+        step, failed = (int(x) for x in multihost_utils.broadcast_one_to_all(np.int32(found)))
+        if failed:
+            raise problem or UserError("process 0 finds no good checkpoint; see its message")
         if step < 0:
             return None
         folder = self._root / str(step)

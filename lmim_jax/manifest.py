@@ -8,13 +8,20 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
+import shutil
 import time
 
 from lmim_jax import files
+from lmim_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 NAME = "manifest.json"
+FOLDER, ASIDE = "checkpoints", "aside"  # of the steps in a workdir, and of damaged ones in it
+SEALED = "sealed-before"  # an empty file: some step was once complete, so finding none now means damage
 CHUNK = 1 << 22  # bytes read at a time
 
 
@@ -96,6 +103,49 @@ def verify(folder, contents=True):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         problems = tuple(filter(None, pool.map(problem, manifest["files"].items())))
     return Verdict("damaged" if problems else "good", problems, size)
+
+
+def steps(workdir):
+    """Folders of the steps below workdir/checkpoints, whatever their state: {step: path}, oldest first."""
+    root = pathlib.Path(workdir, FOLDER)
+    found = {int(path.name): path for path in root.glob("*") if path.name.isdigit()} if root.is_dir() else {}
+    return dict(sorted(found.items()))
+
+
+def good_step(workdir, set_aside=False):
+    """The newest step that verifies, all checksums included; None where none was ever complete.
+
+    Steps that do not are named in a warning and, where asked for, moved to checkpoints/aside.
+
+    Raises:
+      UserError: there are steps, and none is good.
+    """
+    problems = {}
+    for step, path in reversed(steps(workdir).items()):
+        verdict = verify(path)
+        if verdict.state == "good":
+            if problems:
+                log.warning("RESTORING AN OLDER CHECKPOINT, step %d: %s", step, "; ".join(problems.values()))
+            return step
+        problems[step] = f"step {step} is {verdict}"
+        if set_aside:
+            problems[step] += f", moved to {_move_aside(path, verdict.state)}"
+    told = "; ".join(problems.values())
+    if pathlib.Path(workdir, FOLDER, SEALED).exists():
+        told = told or "all of them are gone"
+        raise UserError(f"{workdir} has no good checkpoint: {told}. To start over, choose another --workdir")
+    if problems:
+        log.warning("starting from the beginning, as no save was ever completed: %s", told)
+    return None
+
+
+def _move_aside(path, state):
+    """Move a step out of the way: checkpoints/aside/512-damaged; an older one of that name is replaced."""
+    to = path.parent / ASIDE / f"{path.name}-{state}"
+    shutil.rmtree(to, ignore_errors=True)
+    to.parent.mkdir(exist_ok=True)
+    path.rename(to)
+    return to
 
 
 def _title(name):

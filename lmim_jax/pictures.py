@@ -88,7 +88,8 @@ def features(inputs, colors, clusters, masks):
     labels = ["image", "PCA as RGB", "clusters"]
     legend = [Patch(fc=palette(i), label=f"cluster {i + 1}") for i in range(count)]
     note = (
-        "Patches of one colour have similar features. PCA: one space for all images. Clusters: Ward's, image by image."
+        "Patches of one colour have similar features, after the mean over images at each position is subtracted.\n"
+        "PCA: one space for all images. Clusters: Ward's, image by image."
     )
     if masks is not None:
         labels += ["true mask"]

@@ -12,7 +12,7 @@ import sys
 
 from absl import app, flags
 
-from lmim_jax import checkpoint, manifest
+from lmim_jax import manifest
 from lmim_jax.errors import UserError, fail
 
 _VERIFY = flags.DEFINE_bool("verify", False, "Read every file and compare its checksum.")
@@ -24,9 +24,9 @@ def table(workdir, verify):
     Raises:
       UserError: there is nothing to list.
     """
-    root = pathlib.Path(workdir, checkpoint.FOLDER)
-    steps = checkpoint.steps(workdir)
-    aside = sorted((root / checkpoint.ASIDE).glob("*")) if root.is_dir() else []
+    root = pathlib.Path(workdir, manifest.FOLDER)
+    steps = manifest.steps(workdir)
+    aside = sorted((root / manifest.ASIDE).glob("*")) if root.is_dir() else []
     if not steps and not aside:
         raise UserError(f"{workdir}: no checkpoints here; give the --workdir of a run")
     lines, all_good = [f"{'step':>10}  {'state':<8}  {'size':>9}  saved"], True

@@ -3,6 +3,7 @@
 import random
 import re
 import signal
+import time
 
 import processes
 import pytest
@@ -70,8 +71,10 @@ def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, numb
     running = processes.start(images, tmp_path, *FLAGS, "--config.checkpoint_every=1000", processes=number)
     moment = random.randrange(1, LAST // 2)
     processes.wait_for(lambda: processes.step_of(tmp_path) >= moment, running)
+    began = time.monotonic()
     random.choice(running).send_signal((signal.SIGTERM, signal.SIGUSR1)[repetition % 2])
     ended = processes.finish(running)
+    assert time.monotonic() - began < 30, ended
     assert [code for code, _ in ended] == [75] * number, ended
     (step,) = {int(re.search(r"stopped after step (\d+)", output)[1]) for _, output in ended}
     assert moment <= step < LAST
