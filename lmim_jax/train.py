@@ -112,6 +112,7 @@ def train(config, workdir):
         )
 
         def evaluate(done):
+            """Run what is due after `done` steps, and is not there yet from before a restart."""
             for evaluator in scheduled:
                 if evaluator.due(done, total_steps) and not (done == start and writer.has(evaluator.title)):
                     began = time.perf_counter()

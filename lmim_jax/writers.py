@@ -42,11 +42,10 @@ class Writer:
         """One line: {"step": ..., name: value, ...}; nothing where there are no values."""
         if not self._first or not values:
             return
-        self._pending += json.dumps({"step": step, **values}).encode() + b"\n"
-        self._try(self._append)
         from tensorboardX.summary import scalar
 
-        self._try(self._record, step, [scalar(name, value) for name, value in values.items()])
+        self._pending += json.dumps({"step": step, **values}).encode() + b"\n"
+        self._try((self._append,), (self._record, step, [scalar(name, value) for name, value in values.items()]))
 
     def draw(self, step, pictures):
         """Pictures {name: uint8 [H, W, 3]} as workdir/pictures/NAME_STEP.png and in TensorBoard."""
@@ -54,28 +53,32 @@ class Writer:
             return
         from tensorboardX.summary import image
 
-        for name, picture in pictures.items():
-            self._try(write_picture, self._workdir, f"{name.rpartition('/')[2]}_{step:07d}", picture)
-        self._try(self._record, step, [image(name, picture, dataformats="HWC") for name, picture in pictures.items()])
+        titles = {name: f"{name.rpartition('/')[2]}_{step:07d}" for name in pictures}
+        summaries = [image(name, picture, dataformats="HWC") for name, picture in pictures.items()]
+        drawn = [(write_picture, self._workdir, titles[name], picture) for name, picture in pictures.items()]
+        self._try(*drawn, (self._record, step, summaries))
 
     def close(self):
         """Write what is still pending, and close."""
         if self._pending:
-            self._try(self._append)
+            self._try((self._append,))
         if self._board:
-            self._try(self._board.close)
+            self._try((self._board.close,))
 
-    def _try(self, act, *args):
-        """Do it; a failure is told once, and numbers wait in memory."""
-        try:
-            act(*args)
-        except OSError as error:
-            self._board = None
-            if not self._failing:
-                log.error("cannot write to %s (%s): metrics wait in memory until it works again", self._workdir, error)
-            self._failing = True
-        else:
-            self._failing = self._failing and bool(self._pending)
+    def _try(self, *acts):
+        """Do each (function, arguments ...); failures in a row are told once, and numbers wait in memory."""
+        failed = False
+        for act, *args in acts:
+            try:
+                act(*args)
+            except OSError as error:
+                self._board, failed = None, True
+                if not self._failing:
+                    log.error(
+                        "cannot write to %s (%s): metrics wait in memory, to be tried again", self._workdir, error
+                    )
+                self._failing = True
+        self._failing = failed
 
     def _append(self):
         """Append the pending lines, or none of them."""

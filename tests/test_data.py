@@ -213,7 +213,9 @@ def test_shapes_is_prepared_once_and_read_encoded(tmp_path, monkeypatch):
     assert [again.read(i) for i in range(12)] == [train.read(i) for i in range(12)]
     assert decode.decode(train.read(0), 64, 3)[1].tolist() == [64, 64]
     assert {train.label(i) for i in range(12)} <= set(range(10))
-    assert test.name(3) == "shapes/test[3]"
+    assert test.name(3) == "shapes/2.0.0/test[3]"
+    assert train.identity() == {"source": "shapes/2.0.0/train", "images": 12}
+    assert decode.decode(test.mask(3), 64, 3)[0].max() == 255
 
 
 def test_batches_lie_on_all_devices(images):

@@ -58,7 +58,7 @@ def test_a_run_tells_what_it_did(finished):
     assert {path.name for path in (workdir / "pictures").iterdir()} == names
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert any((workdir / "tensorboard").iterdir())
-    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [6, 9, 12]  # keep 3
+    assert list(checkpoint.steps(workdir)) == [6, 9, 12]  # keep 3
 
 
 def test_a_finished_run_says_so_and_does_nothing(finished, caplog):

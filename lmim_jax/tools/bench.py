@@ -22,11 +22,6 @@ from lmim_jax.errors import UserError, fail
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Recipe.", lock_config=True)
-_WHAT = flags.DEFINE_enum("what", None, ["checkpoint"], "What to measure.", required=True)
-_FOLDER = flags.DEFINE_string("folder", None, "checkpoint: where to write; default: the system's temporary folder.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "How often; medians are reported.")
-
 
 def checkpoints(config, folder, repeats):
     """{"gigabytes", "ours": {"stall", "safe", "restore"}, "orbax": {...}}, seconds, medians."""
@@ -83,7 +78,7 @@ def main(_):
     """As the flags say."""
     metrics.log_to_console()
     try:
-        found = checkpoints(_CONFIG.value, _FOLDER.value, _REPEATS.value)
+        found = checkpoints(flags.FLAGS.config, flags.FLAGS.folder, flags.FLAGS.repeats)
     except UserError as error:
         fail(error)
     print(json.dumps(found, indent=2))
@@ -92,5 +87,14 @@ def main(_):
         print(f"{name:<12}" + "".join(f"{found[name][key]:>11.2f}" for key in ("stall", "safe", "restore")))
 
 
+def define_flags():
+    """Here, and not at import: tools are imported side by side by tests."""
+    config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Recipe.", lock_config=True)
+    flags.DEFINE_enum("what", None, ["checkpoint"], "What to measure.", required=True)
+    flags.DEFINE_string("folder", None, "checkpoint: where to write; default: the system's temporary folder.")
+    flags.DEFINE_integer("repeats", 3, "How often; medians are reported.")
+
+
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -26,10 +26,6 @@ from lmim_jax.step import image_keys
 
 log = logging.getLogger("lmim_jax.tools.ceiling")
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Recipe.", lock_config=True)
-_EPOCHS = flags.DEFINE_integer("epochs", 20, "Epochs of supervised training.")
-_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak of the one-cycle learning rate.")
-
 
 def train(config, epochs, learning_rate):
     """Accuracy on the test images, in percent, of the recipe's encoder trained with labels."""
@@ -92,11 +88,19 @@ def main(_):
     """As the flags say; one line, and exit code 2 for what only the user can mend."""
     metrics.log_to_console()
     try:
-        accuracy = train(_CONFIG.value, _EPOCHS.value, _RATE.value)
+        accuracy = train(flags.FLAGS.config, flags.FLAGS.epochs, flags.FLAGS.learning_rate)
     except UserError as error:
         fail(error)
     log.info("trained with labels: %.1f %% of the test images are classified right", accuracy)
 
 
+def define_flags():
+    """Here, and not at import: tools are imported side by side by tests."""
+    config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Recipe.", lock_config=True)
+    flags.DEFINE_integer("epochs", 20, "Epochs of supervised training.")
+    flags.DEFINE_float("learning_rate", 1e-3, "Peak of the one-cycle learning rate.")
+
+
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -15,8 +15,6 @@ from absl import app, flags
 from lmim_jax import manifest
 from lmim_jax.errors import UserError, fail
 
-_VERIFY = flags.DEFINE_bool("verify", False, "Read every file and compare its checksum.")
-
 
 def table(workdir, verify):
     """Lines for people, and whether all steps are good.
@@ -47,12 +45,18 @@ def main(argv):
     if len(argv) != 2:
         fail("give one folder: python -m lmim_jax.tools.checkpoints WORKDIR [--verify]")
     try:
-        lines, all_good = table(argv[1], _VERIFY.value)
+        lines, all_good = table(argv[1], flags.FLAGS.verify)
     except UserError as error:
         fail(error)
     print("\n".join(lines))
     sys.exit(not all_good)
 
 
+def define_flags():
+    """Here, and not at import: tools are imported side by side by tests."""
+    flags.DEFINE_bool("verify", False, "Read every file and compare its checksum.")
+
+
 if __name__ == "__main__":
+    define_flags()
     app.run(main)
