@@ -138,7 +138,7 @@ def train(config, workdir):
             last, log_due = done == total_steps, done % config.log_every == 0
             with jax.transfer_guard("disallow"):
                 state, numbers = train_step(state, batch)
-                if log_due or last:
+                if log_due:
                     numbers |= gauge(state.params, state.target)
             meter.add(done, numbers)
             stop = notice.given(done)
