@@ -11,10 +11,13 @@ import subprocess
 import sys
 
 import conftest
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
+import lmim_jax
 from lmim_jax import checkpoint, metrics, train
 from lmim_jax.errors import UserError
 from lmim_jax.writers import history
@@ -78,6 +81,22 @@ def test_a_run_killed_before_its_summary_is_evaluated_again(finished):
     again = train.train(config, workdir)
     assert {name: again[name] for name in again if "knn/" in name} == {n: summary[n] for n in summary if "knn/" in n}
     (workdir / "summary.json").write_text(json.dumps(summary))
+
+
+def test_weights_load_alone_in_a_notebook(finished, tmp_path):
+    _, workdir, _ = finished
+    method, online = lmim_jax.load(workdir)
+    _, target = lmim_jax.load(workdir, target=True)
+    *_, newest = checkpoint.steps(workdir).values()
+    saved = ocp.PyTreeCheckpointer().restore(newest.absolute() / "state")
+    for params, name in ((online, "params"), (target, "target")):
+        jax.tree.map(np.testing.assert_array_equal, params["encoder"], saved[name]["encoder"])
+    assert method.features(online, np.zeros((1, 16, 16, 3), np.float32))["patches"].shape == (1, 16, 16)
+    with pytest.raises(UserError, match=r"is no run: it has no config.json"):
+        lmim_jax.load(tmp_path)
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    with pytest.raises(UserError, match=r"no checkpoints here"):
+        lmim_jax.load(tmp_path)
 
 
 HARMFUL = [

@@ -74,7 +74,7 @@ def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, numb
     began = time.monotonic()
     random.choice(running).send_signal((signal.SIGTERM, signal.SIGUSR1)[repetition % 2])
     ended = processes.finish(running)
-    assert time.monotonic() - began < 30, ended
+    assert time.monotonic() - began < (30 if full else 120), ended  # other tests run beside this one by default
     assert [code for code, _ in ended] == [75] * number, ended
     (step,) = {int(re.search(r"stopped after step (\d+)", output)[1]) for _, output in ended}
     assert moment <= step < LAST
