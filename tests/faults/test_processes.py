@@ -59,6 +59,7 @@ def test_kill_9_at_any_moment_changes_no_bit(images, whole, tmp_path, part, full
     ((code, output),) = processes.finish(processes.start(images, tmp_path, *FLAGS))
     assert code == 0, output
     assert kills >= 3
+    print(f"killed {kills} times")  # shown by -rP
     equals(whole, tmp_path)
 
 
