@@ -79,7 +79,7 @@ def get_config():
     config.log_every = 50  # steps between lines of metrics
     config.gauge_images = 512  # held-out images on which the gauges of collapse are read with every such line
     config.checkpoint_every = 1000  # steps; also once at the end
-    config.checkpoint_keep = 3  # the newest so many
+    config.checkpoint_keep = 3  # the newest so many; 0: all
     config.checkpoint_keep_every = 0  # and every multiple of so many steps; 0: none
     config.checkpoint_best = ""  # and the one with the highest value of this metric, such as "knn/knn20"
     config.checkpoint_max_failures = 5  # stop when so many saves in a row fail

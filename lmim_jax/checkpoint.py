@@ -138,11 +138,15 @@ class Checkpoints:
             if jax.process_index() == 0:
                 manifest.write(self._root / str(step), tensors, step=step)
                 (self._root / SEALED).touch()
-                self._delete_old()
         except Exception as error:  # disk full, folder gone, ...: training goes on, and the save is tried again
             self._failed(step, error)
-        else:
-            self._failures, self._error = 0, None
+            return
+        self._failures, self._error = 0, None
+        if jax.process_index() == 0:
+            try:
+                self._delete_old()
+            except OSError as error:  # what has just been sealed is good all the same
+                log.error("old checkpoints could not be deleted: %s", error)
 
     def _failed(self, step, error):
         """Report a failed save and remove what it has left."""

@@ -15,6 +15,7 @@ from lmim_jax import workdir as workdirs
 from lmim_jax.checkpoint import Checkpoints
 from lmim_jax.data import augment, loader, sources
 from lmim_jax.data.evaluation import Evaluation
+from lmim_jax.errors import UserError
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
@@ -67,6 +68,9 @@ def train(config, workdir):
     for evaluator in scheduled:
         if not evaluator.due(total_steps, total_steps):
             log.info("%s is not evaluated: the run is shorter than its interval (`every`)", evaluator.title)
+
+    if config.on_nonfinite not in ("stop", "skip"):
+        raise UserError(f"config.on_nonfinite={config.on_nonfinite!r} is none of: stop | skip")
 
     # Everything about the config is checked: from here on, files are written
     belongs = config.to_dict(), source["train"].identity()

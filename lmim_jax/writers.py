@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lmim_jax import files
+from lmim_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +60,15 @@ class Writer:
         self._try(*drawn, (self._record, step, summaries))
 
     def close(self):
-        """Write what is still pending, and close."""
+        """Write what is still pending, and close.
+
+        Raises:
+          UserError: there is still no room for it.
+        """
         if self._pending:
             self._try((self._append,))
+            if self._pending:
+                raise UserError(f"{self._path}: its last lines cannot be written; make room, and run the command again")
         if self._board:
             self._try((self._board.close,))
 

@@ -201,9 +201,37 @@ def command(images, workdir, *flags):
     [([], "quickstart"), (["--config", "configs/vit_b.py"], "vit_b"), (["--config=configs/vit_s.py"], "vit_s")],
 )
 def test_the_recipe_is_chosen_by_flag(flags, recipe):
-    script = "import main, sys; main.parse_flags(sys.argv); print(main.flags.FLAGS['config'].config_filename)"
+    script = (
+        "import main, sys; main.command.parse_flags(sys.argv, main.DEFAULT);"
+        "print(main.flags.FLAGS['config'].config_filename)"
+    )
     told = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == f"configs/{recipe}.py"
+
+
+def test_skipping_stops_after_too_many_in_a_row(images, tmp_path, caplog):
+    change = {"augment.std": (0.0, 0.0, 0.0), "on_nonfinite": "skip", "max_skipped": 3, "evaluators": {}}
+    with pytest.raises(metrics.NonFinite, match=r"step 4: input_mean = "):
+        train.train(recipe(images, **change), tmp_path)
+    assert [record.args[:2] for record in caplog.records if "skipped" in record.msg] == [(1, 1), (2, 2), (3, 3)]
+
+
+TOOLS = {
+    "ceiling --config.methd.tau=1": "unknown config key config.methd.tau",
+    "ceiling --config=configs/none.py": "configs/none.py: no such file",
+    "bench": "--what",
+    "checkpoints": "give one folder",
+    "checkpoints /nowhere --verify": "no checkpoints here",
+}
+
+
+@pytest.mark.parametrize("call", TOOLS)
+def test_a_tool_called_wrongly_says_so_in_one_line(call):
+    command = [sys.executable, "-m", *f"lmim_jax.tools.{call}".split()]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 2, told.stderr
+    assert "Traceback" not in told.stderr
+    assert re.search(TOOLS[call], told.stderr.splitlines()[-1]), told.stderr
 
 
 BAD = {
@@ -217,6 +245,7 @@ BAD = {
     "--config.batch_size=4096": "more than the 48 training images",
     "--config.method.num_visible=16": "config.method.num_visible=16",
     "--config.data.source=foldr": "did you mean folder",
+    "--config.on_nonfinite=skp": "config.on_nonfinite='skp' is none of: stop | skip",
 }
 
 

@@ -14,11 +14,10 @@ import time
 
 import jax
 import orbax.checkpoint as ocp
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from lmim_jax import checkpoint, metrics, optim, sharding
-from lmim_jax.errors import UserError, fail
+from lmim_jax import checkpoint, command, metrics, optim, sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
 
@@ -77,10 +76,7 @@ def _orbax(state, shardings, config, run, step):
 def main(_):
     """As the flags say."""
     metrics.log_to_console()
-    try:
-        found = checkpoints(flags.FLAGS.config, flags.FLAGS.folder, flags.FLAGS.repeats)
-    except UserError as error:
-        fail(error)
+    found = checkpoints(flags.FLAGS.config, flags.FLAGS.folder, flags.FLAGS.repeats)
     print(json.dumps(found, indent=2))
     print(f"\n{found['gigabytes']:.2f} GB        stall    safe after    restore   (seconds)")
     for name in ("ours", "orbax"):
@@ -89,7 +85,7 @@ def main(_):
 
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
-    config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Recipe.", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "Recipe; default: configs/quickstart.py.", lock_config=True)
     flags.DEFINE_enum("what", None, ["checkpoint"], "What to measure.", required=True)
     flags.DEFINE_string("folder", None, "checkpoint: where to write; default: the system's temporary folder.")
     flags.DEFINE_integer("repeats", 3, "How often; medians are reported.")
@@ -97,4 +93,4 @@ def define_flags():
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command.run(main, "configs/quickstart.py")

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from lmim_jax import metrics, sharding
+from lmim_jax import command, metrics, sharding
 from lmim_jax.data import augment, loader, sources
 from lmim_jax.data.evaluation import Evaluation
-from lmim_jax.errors import UserError, fail
+from lmim_jax.errors import UserError
 from lmim_jax.methods import base as methods
 from lmim_jax.step import image_keys
 
@@ -85,22 +85,19 @@ def train(config, epochs, learning_rate):
 
 
 def main(_):
-    """As the flags say; one line, and exit code 2 for what only the user can mend."""
+    """As the flags say."""
     metrics.log_to_console()
-    try:
-        accuracy = train(flags.FLAGS.config, flags.FLAGS.epochs, flags.FLAGS.learning_rate)
-    except UserError as error:
-        fail(error)
+    accuracy = train(flags.FLAGS.config, flags.FLAGS.epochs, flags.FLAGS.learning_rate)
     log.info("trained with labels: %.1f %% of the test images are classified right", accuracy)
 
 
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
-    config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Recipe.", lock_config=True)
+    config_flags.DEFINE_config_file("config", None, "Recipe; default: configs/quickstart.py.", lock_config=True)
     flags.DEFINE_integer("epochs", 20, "Epochs of supervised training.")
     flags.DEFINE_float("learning_rate", 1e-3, "Peak of the one-cycle learning rate.")
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command.run(main, "configs/quickstart.py")

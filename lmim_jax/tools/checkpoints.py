@@ -10,10 +10,10 @@ import datetime
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from lmim_jax import manifest
-from lmim_jax.errors import UserError, fail
+from lmim_jax import command, manifest
+from lmim_jax.errors import UserError
 
 
 def table(workdir, verify):
@@ -43,11 +43,8 @@ def table(workdir, verify):
 def main(argv):
     """As the flags say."""
     if len(argv) != 2:
-        fail("give one folder: python -m lmim_jax.tools.checkpoints WORKDIR [--verify]")
-    try:
-        lines, all_good = table(argv[1], flags.FLAGS.verify)
-    except UserError as error:
-        fail(error)
+        raise UserError("give one folder: python -m lmim_jax.tools.checkpoints WORKDIR [--verify]")
+    lines, all_good = table(argv[1], flags.FLAGS.verify)
     print("\n".join(lines))
     sys.exit(not all_good)
 
@@ -59,4 +56,4 @@ def define_flags():
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command.run(main)

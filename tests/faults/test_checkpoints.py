@@ -162,6 +162,12 @@ def test_retention_keeps_the_newest_every_mth_and_the_best(tmp_path):
     assert all(manifest.verify(path).state == "good" for path in checkpoint.steps(tmp_path).values())
 
 
+def test_a_step_stays_though_old_ones_cannot_be_deleted(tmp_path, caplog):
+    save(tmp_path, 1, checkpoint_best="knn/knn5")  # and there is no metrics.jsonl to find the best in
+    assert "old checkpoints could not be deleted" in caplog.text
+    assert same(restore(tmp_path), state(1))
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 40 MB."""

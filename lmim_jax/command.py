@@ -1,0 +1,47 @@
+"""What main.py and the tools share as commands: one line and an exit code for every mistake, instead of a traceback."""
+
+import itertools
+import pathlib
+
+from absl import app, flags
+
+from lmim_jax.errors import UserError, fail
+
+
+def run(main, default_config=None):
+    """Parse the flags and call `main(argv)`.
+
+    Args:
+      default_config: the recipe where `--config` is not given; None: a command without a recipe.
+
+    Exits with 2 and one line on stderr for a mistake in the flags, and for a UserError.
+    """
+
+    def reporting(argv):
+        try:
+            return main(argv)
+        except UserError as error:
+            fail(error)
+
+    app.run(reporting, flags_parser=lambda argv: parse_flags(argv, default_config))
+
+
+def parse_flags(argv, default_config):
+    """absl's parser, with one line and exit code 2 instead of a traceback on a mistake in the flags."""
+    given = [argument.lstrip("-").partition("=") for argument in argv[1:]]
+    pairs = itertools.pairwise([*given, ("", "", "")])
+    paths = [value or following[0] for (name, _, value), following in pairs if name == "config"]
+    if not paths and default_config:
+        argv = [argv[0], f"--config={default_config}", *argv[1:]]
+    elif paths and not pathlib.Path(paths[-1].partition(":")[0]).is_file():
+        fail(f"--config={paths[-1]}: no such file; the recipes are in configs/")
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(error)
+    except (AttributeError, KeyError) as error:
+        while isinstance(error.args[0], Exception):  # ml_collections wraps its message
+            error = error.args[0]
+        key, _, hint = str(error.args[0]).partition("\n")
+        key = next((name for name, *_ in given if key.strip("'") in name.split(".")), key)
+        fail(f"unknown config key {key}. {hint or 'Every key is in configs/vit_b.py'}")
