@@ -83,7 +83,10 @@ def saving(workdir):
 
 def digest(workdir, step):
     """SHA-256 over all tensors of a saved step, names and bytes, as read by Orbax."""
-    state = ocp.PyTreeCheckpointer().restore(checkpoint.steps(workdir)[step].absolute() / "state")
+    path, reader = checkpoint.steps(workdir)[step].absolute() / "state", ocp.PyTreeCheckpointer()
+    # as plain arrays, wherever the devices were that saved them
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
+    state = reader.restore(path, restore_args=plain)
     whole = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(state), key=str):
         whole.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
