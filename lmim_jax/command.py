@@ -37,7 +37,7 @@ def parse_flags(argv, default_config):
         fail(f"--config={paths[-1]}: no such file; the recipes are in configs/")
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
+    except (flags.Error, UserError) as error:
         fail(error)
     except (AttributeError, KeyError) as error:
         while isinstance(error.args[0], Exception):  # ml_collections wraps its message

