@@ -47,10 +47,13 @@ def get_config():
     optimizer.name = "adamw"
     optimizer.base_lr = 1.5e-4
     optimizer.lr = optimizer.get_ref("base_lr") * batch_size / 256  # peak: 2.4e-3
-    optimizer.floor = 0.25  # share of the peak where the warm-up starts and the cosine ends
+    optimizer.warmup_start = 0.25  # share of the peak where the warm-up starts
     optimizer.warmup_epochs = 40.0
+    optimizer.floor = 0.25  # share of the peak where the cosine ends
+    optimizer.rebased = True  # the cosine begins after the warm-up; False: with the run, under the warm-up
     optimizer.b1, optimizer.b2, optimizer.eps = 0.9, 0.95, 1e-8
-    optimizer.weight_decay = 0.05
+    optimizer.weight_decay = 0.05  # at the start
+    optimizer.weight_decay_end = optimizer.get_ref("weight_decay")  # at the end, along half a cosine
     # (regex on the parameter's path, decayed or not), first full match wins. As in the official code, which goes by
     # names: patch and decoder embeddings are spared too, CLS and mask tokens are decayed.
     optimizer.decay_rules = ((".*(bias|norm|embed).*", False), (".*", True))

@@ -51,13 +51,17 @@ def from_config(config, *, warmup_steps, total_steps):
     """
     if config.name != "adamw":
         raise UserError(f"config.optimizer.name={config.name!r} is not known; there is: adamw")
-    rate = schedules.warmup_cosine(config.lr, config.floor * config.lr, warmup_steps, total_steps)
+    start, floor = config.warmup_start * config.lr, config.floor * config.lr
+    rate = schedules.warmup_cosine(start, config.lr, floor, warmup_steps, total_steps, config.rebased)
+    decay = lambda step: schedules.cosine(config.weight_decay, config.weight_decay_end, step / total_steps)
 
     def decayed(params):
         scale = by_name(config.decay_rules, params, "config.optimizer.decay_rules")
         return jax.tree.map(bool, scale)
 
-    optimizer = optax.adamw(
-        rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
+    optimizer = optax.chain(  # AdamW, with a schedule for the decay too
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(decay, mask=decayed),
+        optax.scale_by_learning_rate(rate),
     )
     return optimizer, rate

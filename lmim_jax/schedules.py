@@ -11,18 +11,27 @@ def cosine(start, end, progress):
     return end + (start - end) * jnp.cos(0.5 * jnp.pi * progress) ** 2
 
 
-def warmup_cosine(peak, floor, warmup_steps, total_steps):
-    """Learning rate: linear from floor to peak over the warm-up, then half a cosine back to the floor.
+def linear(start, end, progress):
+    """From start to end along a line."""
+    return end + (start - end) * (1 - progress)
 
-    The warm-up starts at the floor, not at 0 (official `adjust_learning_rate`; 25 % of the peak in its recipe).
+
+def warmup_cosine(start, peak, floor, warmup_steps, total_steps, rebased=True):
+    """Learning rate: linear from start to peak over the warm-up, then half a cosine to the floor.
+
+    Args:
+      rebased: the cosine begins at the peak, after the warm-up; False: with the run, and the smaller of the two counts
+        (PiLaMIM).
 
     Returns:
-      A function of the step (0-based).
+      A function of the step (0-based). Latent MIM's warm-up starts at its floor, 25 % of the peak (official
+      `adjust_learning_rate`), MAE's at 0.
     """
 
     def rate(step):
-        warmup = floor + (peak - floor) * step / max(warmup_steps, 1)
-        decay = cosine(peak, floor, (step - warmup_steps) / max(total_steps - warmup_steps, 1))
-        return jnp.where(step < warmup_steps, warmup, decay)
+        warmup = linear(start, peak, step / max(warmup_steps, 1))
+        begin = warmup_steps if rebased else 0
+        decay = cosine(peak, floor, (step - begin) / max(total_steps - begin, 1))
+        return jnp.where(step < warmup_steps, warmup if rebased else jnp.minimum(warmup, decay), decay)
 
     return rate

@@ -91,7 +91,7 @@ def test_take_gathers_rows_of_each_image():
 
 def test_schedules_have_the_official_values():
     # Official values for ImageNet-1k, 800 epochs with 40 of warm-up: epoch -> learning rate, momentum, similarity.
-    rate = schedules.warmup_cosine(2.4e-3, 6e-4, 40, 800)
+    rate = schedules.warmup_cosine(6e-4, 2.4e-3, 6e-4, 40, 800)
     for epoch, expected in ((0, 6e-4), (20, 1.5e-3), (40, 2.4e-3), (420, 1.5e-3), (800, 6e-4)):
         np.testing.assert_allclose(rate(epoch), expected, rtol=1e-6)
     for epoch, momentum, similarity in ((0, 0.99, 0.75), (200, 0.99146, 0.677), (420, 0.99539, 0.480), (800, 1, 0.25)):

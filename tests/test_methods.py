@@ -27,13 +27,12 @@ SWITCHES = [  # each value of each switch at least once
 
 
 def build(name="latent_mim", **change):
-    return base.from_config({**tiny.get_config().method, "name": name, **change}, total_steps=10, steps_per_epoch=5)
+    return base.from_config({**tiny.method(name), **change}, total_steps=10, steps_per_epoch=5)
 
 
 def inputs(method, batch=3):
     rng = np.random.default_rng(0)
-    channels = tiny.get_config().method.channels if not hasattr(method, "channels") else method.channels
-    images = rng.normal(size=(batch, *method.image_size, channels)).astype(np.float32)
+    images = rng.normal(size=(batch, *method.image_size, method.channels)).astype(np.float32)
     params = jax.jit(method.init)(jax.random.key(0))
     return (
         params,

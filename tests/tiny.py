@@ -1,6 +1,9 @@
 """A recipe that trains in seconds: 4 x 4 patches of 4 pixels, 16 wide, 2 deep."""
 
-from configs import vit_b
+from configs import small, vit_b
+
+SIZES = dict(grid=(4, 4), patch_size=4, gap=1, width=16, depth=2, heads=2, num_visible=4, projector_depth=2)
+SIZES |= dict(decoder_width=8, decoder_depth=1, decoder_heads=2, projector_width=24, dtype="float32")
 
 
 def get_config():
@@ -10,10 +13,16 @@ def get_config():
     config.epochs = 2
     config.data.update(canvas=40, threads=1)
     config.augment.eval_resize = 16
-    config.method.update(grid=(4, 4), patch_size=4, gap=1, width=16, depth=2, heads=2, num_visible=4, dtype="float32")
-    config.method.update(decoder_width=8, decoder_depth=1, decoder_heads=2, projector_depth=2, projector_width=24)
+    config.method.update(SIZES)
     config.optimizer.update(base_lr=0.03, warmup_epochs=0.5)
     config.evaluators.knn.update(every=1.0, batch_size=16, k=5)
     config.evaluators.pictures.update(every=2.0, images=2)
     config.update(log_every=2, checkpoint_every=3, gauge_images=16)
     return config
+
+
+def method(name):
+    """The config section of any method, shrunk: that of its small twin in configs/small.py."""
+    section = small.get_config(f"{name},shapes").method
+    section.update({key: value for key, value in SIZES.items() if key in section})
+    return section

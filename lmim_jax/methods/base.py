@@ -23,6 +23,9 @@ import importlib
 import math
 import pkgutil
 
+import jax
+
+from lmim_jax import masking
 from lmim_jax.errors import UserError
 
 
@@ -57,7 +60,7 @@ def from_config(config, *, total_steps, steps_per_epoch):
         hint = f"; did you mean {near[0]}?" if near else f" (it has: {', '.join(sorted(known))})"
         raise UserError(f"config.method.{unknown[0]}: {name} has no such key{hint}")
     if missing := sorted(known - fields.keys()):
-        raise UserError(f"config.method lacks {', '.join(missing)}, which {name} needs; see configs/vit_b.py")
+        raise UserError(f"config.method lacks {', '.join(missing)}, which {name} needs; see its recipe in configs/")
     # JSON has no tuples, and fields must be hashable
     fields = {field_of[key]: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     return method(**fields, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -82,3 +85,13 @@ def check_heads(prefix, width, heads):
     """Raise a UserError unless heads divide the width, and 4 does (sin-cos positions)."""
     if heads < 1 or width % heads or width % 4:
         raise UserError(f"config.method.{prefix}width={width} is not divisible by {prefix}heads={heads} and by 4")
+
+
+def check_sampler(method):
+    """Raise a UserError unless `method.sampler` is one of masking.SPLITS and can split its grid by its mask_ratio."""
+    check_choice("sampler", method.sampler, masking.SPLITS)
+    split = masking.SPLITS[method.sampler]
+    try:
+        jax.eval_shape(lambda key: split(key, method.grid, method.mask_ratio), jax.random.key(0))
+    except ValueError as error:
+        raise UserError(f"config.method.sampler={method.sampler}: {error}") from error

@@ -1,4 +1,4 @@
-"""Latent decoders: from visible tokens to a prediction for every masked patch.
+"""Decoders: from visible tokens to a prediction for every masked patch.
 
 Letters: B batch, V visible, M masked, D encoder width, d decoder width.
 """
@@ -68,3 +68,38 @@ class LatentDecoder(nn.Module):
         else:
             raise ValueError(f"unknown decoder {self.kind!r}: cross | self")
         return Dense(self.out_width, self.dtype, name="head")(layer_norm(self.norm_eps, self.dtype, "norm")(x))
+
+
+class TokenDecoder(nn.Module):
+    """Plain blocks over the encoder's tokens and one mask token per patch to be predicted.
+
+    MAE's decoder, both of PiLaMIM's, and I-JEPA's predictor.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    out_width: int
+    mlp_ratio: float
+    norm_eps: float
+    dtype: Dtype
+    attention: str
+    qkv_bias: bool = True
+    final_norm: bool = True
+
+    @nn.compact
+    def __call__(self, tokens, positions, masked_positions, mask=None):
+        """Encoder tokens to predictions of all of them and of the masked patches, the latter last: [B, T + M, out].
+
+        Args:
+          tokens: [B, T, D]. positions: [B or 1, T, d], of CLS too where there is one. masked_positions: [B, M, d].
+          mask: bool [B, T + M], True = this token may be looked at; None: all.
+        """
+        token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(self.dtype)
+        known = Dense(self.width, self.dtype, name="embed")(tokens) + positions.astype(self.dtype)
+        x = jnp.concatenate([known, token + masked_positions.astype(self.dtype)], axis=1)
+        block = (self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, self.qkv_bias)
+        for i in range(self.depth):
+            x = Block(*block, name=f"block{i:02d}")(x, mask)
+        x = layer_norm(self.norm_eps, self.dtype, "norm")(x) if self.final_norm else x
+        return Dense(self.out_width, self.dtype, name="head")(x)

@@ -54,25 +54,26 @@ def unpatchify(patches, grid, patch_size):
     return x.reshape(batch, h * p, w * p, -1)
 
 
-def sincos_positions(grid, width, trained_grid=None):
+def sincos_positions(grid, width, trained_grid=None, integer=False):
     """Fixed sin-cos position vectors, float32 [N, D]: the first half encodes the column, the second the row.
 
-    Along an axis of n cells the positions are linspace(0, n_trained, n): n / (n - 1) apart at the training size
-    (not integers, as in MAE), and the same range at any other size.
+    Along an axis of n cells the positions are linspace(0, n_trained, n): n / (n - 1) apart at the training size,
+    and the same range at any other size.
 
     Args:
       grid: (h, w) of this image.
       width: D, divisible by 4.
       trained_grid: (h, w) the model was trained with; None: this grid.
+      integer: linspace(0, n_trained - 1, n) instead, 0, 1, 2, ... at the training size (MAE, I-JEPA).
 
-    Source: official `PositionalEmbedding` (spacing measured: 14/13 for 14 cells).
+    Source: official Latent MIM `PositionalEmbedding` (spacing measured: 14/13 for 14 cells); MAE `pos_embed.py`.
     """
     if width % 4:
         raise ValueError(f"sin-cos positions need a width divisible by 4, not {width}")
     frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
 
     def encode(n, n_trained):
-        angles = np.linspace(0, 1, n)[:, None] * n_trained * frequencies
+        angles = np.linspace(0, 1, n)[:, None] * (n_trained - integer) * frequencies
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [n, D/2]
 
     (h, w), (trained_h, trained_w) = grid, trained_grid or grid
@@ -135,13 +136,15 @@ def layer_norm(epsilon, dtype, name):
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def attend(query, key, value, implementation):
+def attend(query, key, value, implementation, mask=None):
     """softmax(q k^T / sqrt(D/A)) v with a float32 softmax: [B, T, A, D/A], [B, S, A, D/A] x 2 -> [B, T, A, D/A].
 
     Args:
       implementation: "xla" anywhere, "cudnn" (fused; bfloat16 on an NVIDIA GPU only; an error elsewhere).
+      mask: bool [B, S], True = this key counts; None: all do.
     """
-    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    mask = None if mask is None else mask[:, None, None, :]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
 
 
 class Attention(nn.Module):
@@ -150,19 +153,20 @@ class Attention(nn.Module):
     heads: int
     dtype: Dtype
     implementation: str
+    qkv_bias: bool = True
 
     @nn.compact
-    def __call__(self, x):
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(self, x, mask=None):
+        """[B, T, D] -> [B, T, D]; mask: see `attend`."""
         batch, tokens, width = x.shape
-        qkv = Dense(3 * width, self.dtype, name="qkv")(x)
+        qkv = Dense(3 * width, self.dtype, self.qkv_bias, name="qkv")(x)
         query, key, value = (
             part.reshape(batch, tokens, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1)
         )
         if self.is_mutable_collection("intermediates"):  # attention maps, only where somebody asks for them
             scores = jnp.einsum("btad,bsad->bats", query, key, preferred_element_type=jnp.float32)
             self.sow("intermediates", "attention", nn.softmax(scores * (width // self.heads) ** -0.5))
-        x = attend(query, key, value, self.implementation).reshape(batch, tokens, width)
+        x = attend(query, key, value, self.implementation, mask).reshape(batch, tokens, width)
         return Dense(width, self.dtype, name="proj")(x)
 
 
@@ -207,12 +211,13 @@ class Block(nn.Module):
     norm_eps: float
     dtype: Dtype
     attention: str
+    qkv_bias: bool = True
 
     @nn.compact
-    def __call__(self, x):
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(self, x, mask=None):
+        """[B, T, D] -> [B, T, D]; mask: see `attend`."""
         norm = lambda name: layer_norm(self.norm_eps, self.dtype, name)
-        x = x + Attention(self.heads, self.dtype, self.attention, name="attn")(norm("norm1")(x))
+        x = x + Attention(self.heads, self.dtype, self.attention, self.qkv_bias, name="attn")(norm("norm1")(x), mask)
         x = x + Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(norm("norm2")(x))
         self.sow("intermediates", "tokens", x)
         return x

@@ -32,19 +32,24 @@ class ViT(nn.Module):
     norm_eps: float
     dtype: Dtype
     attention: str
+    qkv_bias: bool = True
+    cls: bool = True
+    final_norm_eps: float | None = None  # None: norm_eps
 
     @nn.compact
-    def __call__(self, patches, positions):
+    def __call__(self, patches, positions, mask=None):
         """Patches [B, T, P], positions [B or 1, T, D] -> tokens after and before the final norm, [B, 1 + T, D] each.
 
-        Row 0 is CLS.
+        Row 0 is CLS; without one, [B, T, D]. mask: bool [B, T], True = this token may be looked at (only without CLS).
         """
         x = Dense(self.width, self.dtype, name="patch_embed")(patches) + positions.astype(self.dtype)
-        cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (len(x), 1, self.width)), x], axis=1)
+        if self.cls:
+            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1)
+        block = (self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, self.qkv_bias)
         for i in range(self.depth):
-            x = Block(self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, name=f"block{i:02d}")(x)
-        return layer_norm(self.norm_eps, self.dtype, "norm")(x), x
+            x = Block(*block, name=f"block{i:02d}")(x, mask)
+        return layer_norm(self.final_norm_eps or self.norm_eps, self.dtype, "norm")(x), x
 
 
 def features(encoder, params, patches, positions):
@@ -56,11 +61,12 @@ def features(encoder, params, patches, positions):
     Returns:
       cls [B, D], patches [B, N, D] after the final norm; cls_prenorm and patches_prenorm before it;
       block00/tokens [B, 1 + N, D] and block00/attention [B, A, 1 + N, 1 + N] (A heads) of every block.
-      Under `jit`, what is not used is not computed.
+      An encoder without CLS has no cls, and one row less. Under `jit`, what is not used is not computed.
     """
     (tokens, prenorm), state = encoder.apply({"params": params}, patches, positions, mutable=["intermediates"])
-    out = {"cls": tokens[:, 0], "patches": tokens[:, 1:]}
-    out |= {"cls_prenorm": prenorm[:, 0], "patches_prenorm": prenorm[:, 1:]}
+    first = int(encoder.cls)
+    out = {"patches": tokens[:, first:], "patches_prenorm": prenorm[:, first:]}
+    out |= {"cls": tokens[:, 0], "cls_prenorm": prenorm[:, 0]} if encoder.cls else {}
     for name, block in state["intermediates"].items():
         out[f"{name}/tokens"], out[f"{name}/attention"] = block["tokens"][0], block["attn"]["attention"][0]
     return out

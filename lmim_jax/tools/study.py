@@ -60,18 +60,18 @@ class Run:
         """Start it on some CPU cores, with a share of an accelerator's memory; its process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         files.write(self.folder / "command.txt", self._noted)
+        # seeds share compiled programs
         environment = {"JAX_COMPILATION_CACHE_DIR": str(self.folder.parents[1].absolute() / "compiled"), **os.environ}
         if share < 1:
             environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * share:.3f}"
-        with (self.folder / "log.txt").open("ab") as output:
-            return subprocess.Popen(
-                [sys.executable, *self.command],
-                cwd=ROOT,
-                env=environment,  # seeds share compiled programs
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                preexec_fn=lambda: os.sched_setaffinity(0, cores),
-            )
+        mine = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cores)  # which the child inherits
+        try:
+            with (self.folder / "log.txt").open("ab") as output:
+                to = dict(stdout=output, stderr=subprocess.STDOUT)
+                return subprocess.Popen([sys.executable, *self.command], cwd=ROOT, env=environment, **to)
+        finally:
+            os.sched_setaffinity(0, mine)
 
     def last_words(self):
         """Why it failed: the last line of its log that names an error, or just the last."""
