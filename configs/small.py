@@ -8,8 +8,11 @@ paper says of targets, masks, losses and schedules. A run takes 2 to 4 minutes o
 is in RESULTS.md.
 """
 
-from configs import quickstart
+from configs import mae_vit_b, quickstart
 from lmim_jax.errors import UserError
+
+SIZES = dict(grid=(8, 8), patch_size=8, width=96, depth=4, heads=4, dtype="float32")
+DECODER = dict(decoder_width=64, decoder_depth=2, decoder_heads=4)
 
 
 def get_config(which="latent_mim,shapes"):
@@ -30,6 +33,17 @@ def latent_mim(config):
     """As in quickstart."""
 
 
+def latent_mim_lite(config):
+    """Targets are a frozen random projection of the patches, without a teacher."""
+    config.method.target = "random_projection"
+
+
+def mae(config):
+    """MAE."""
+    config.method = mae_vit_b.mae(config.data.get_ref("channels"))
+    config.method.update(**SIZES, **DECODER)
+
+
 def shapes(config):
     """As in quickstart: 8,192 drawn images of 64 pixels."""
 
@@ -44,5 +58,5 @@ def cifar10(config):
         config.method.gap = 1
 
 
-METHODS = {"latent_mim": latent_mim}
+METHODS = {"latent_mim": latent_mim, "latent_mim_lite": latent_mim_lite, "mae": mae}
 DATASETS = {"shapes": shapes, "cifar10": cifar10}

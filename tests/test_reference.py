@@ -13,22 +13,33 @@ import jax
 import numpy as np
 import pytest
 import reference_latent_mim
+import reference_mae
 
 from lmim_jax import step
 from lmim_jax.methods import base
 from lmim_jax.models.layers import patchify, sincos_positions
 
 FOLDER = pathlib.Path(__file__).parent / "reference"
-LATENT_MIM = sorted(FOLDER.glob("latent_mim_*.npz"))
+LATENT_MIM, MAE = (sorted(FOLDER.glob(f"{name}*.npz")) for name in ("latent_mim", "mae"))
 OUTPUT, GRADIENT = dict(rtol=2e-4, atol=2e-5), dict(rtol=2e-3, atol=2e-5)
+
+
+def read(path):
+    """(arrays of a case, its config)."""
+    with np.load(path, allow_pickle=False) as file:
+        case = dict(file)
+    return case, json.loads(str(case["config_json"]))
+
+
+def group(case, prefix):
+    """The arrays of a case below a prefix, without it."""
+    return {name.removeprefix(prefix): case[name] for name in case if name.startswith(prefix)}
 
 
 @functools.cache
 def latent_mim(path):
     """Run a case once: (case, config, EMA'd target, forward, loss, metrics, gradients, patches)."""
-    with np.load(path, allow_pickle=False) as file:
-        case = dict(file)
-    config = json.loads(str(case["config_json"]))
+    case, config = read(path)
     method, params, target, images, views = reference_latent_mim.load(case, config)
     target = step.update_target(target, method.target_of(params), method.ema_rate(0))
     forward = jax.jit(method.forward)(params, target, images, views)
@@ -77,11 +88,24 @@ class TestLatentMIM:
 
     def test_gradients(self, path):
         case, _, _, _, _, _, grads, _ = latent_mim(path)
-        expected = reference_latent_mim.group(case, "grad/")
+        expected = group(case, "grad/")
         expected = reference_latent_mim.tree(expected)
         compare(grads, expected, GRADIENT)
 
     def test_ema(self, path):
         case, _, target, *_ = latent_mim(path)
-        ema = {f"encoder.{name}": value for name, value in reference_latent_mim.group(case, "ema/").items()}
+        ema = {f"encoder.{name}": value for name, value in group(case, "ema/").items()}
         compare(target, reference_latent_mim.tree(ema), OUTPUT)
+
+
+@pytest.mark.parametrize("path", MAE, ids=lambda path: path.stem)
+def test_mae(path):
+    case, config = read(path)
+    method, params, images, views = reference_mae.load(case, config)
+    pixels = jax.jit(method.forward)(params, {}, images, views)["pixels"]
+    order = np.concatenate([views["visible"], views["masked"]], axis=1)
+    np.testing.assert_allclose(pixels, np.take_along_axis(case["out/pred"], order[..., None], 1), **OUTPUT)
+    assert (np.take_along_axis(case["out/mask"], views["masked"], 1) == 1).all()
+    (loss, _), grads = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(params, {}, images, views, 0)
+    np.testing.assert_allclose(loss, case["out/loss"], **OUTPUT)
+    compare(grads, reference_mae.tree(group(case, "grad/")), GRADIENT)

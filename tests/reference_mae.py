@@ -1,0 +1,65 @@
+"""Reads reference cases of the official MAE: sizes, weights and inputs in this project's terms."""
+
+import re
+
+import numpy as np
+
+from lmim_jax.methods.mae import Method
+
+
+def method(c):
+    """The method with the sizes and options of a case's config_json."""
+    return Method(
+        grid=(c["image"] // c["patch"],) * 2,
+        patch_size=c["patch"],
+        channels=3,
+        width=c["dim"],
+        depth=c["depth"],
+        heads=c["heads"],
+        mlp_ratio=4,
+        norm_eps=1e-6,
+        decoder_width=c["decoder_dim"],
+        decoder_depth=c["decoder_depth"],
+        decoder_heads=c["decoder_heads"],
+        sampler="random",
+        mask_ratio=c["mask_ratio"],
+        norm_pix=c["norm_pix_loss"],
+        dtype="float32",
+        attention="xla",
+        total_steps=1,
+        steps_per_epoch=1,
+    )
+
+
+def tree(arrays):
+    """{official name: array} -> our nested dict, in our layouts; fixed positions are left out."""
+    out = {"encoder": {}, "decoder": {}}
+    for name, value in arrays.items():
+        if "pos_embed" in name:
+            continue
+        part = "decoder" if name.startswith("decoder_") or name == "mask_token" else "encoder"
+        name = name.removeprefix("decoder_").replace("pred.", "head.").replace("patch_embed.proj.", "patch_embed.")
+        name = re.sub(r"blocks\.(\d+)\.", lambda match: f"block{int(match[1]):02d}.", name)
+        *path, leaf = name.split(".")
+        node = out[part]
+        for key in path:
+            node = node.setdefault(key, {})
+        if leaf == "weight" and "norm" in path[-1]:
+            node["scale"] = value
+        elif (
+            leaf == "weight"
+        ):  # a patch embedding is a convolution [out, C, p, p]; our pixels are (row, column, channel)
+            node["kernel"] = (value.transpose(0, 2, 3, 1).reshape(len(value), -1) if value.ndim == 4 else value).T
+        else:
+            node[leaf] = value
+    return out
+
+
+def load(case, config):
+    """(method, params, images [B, H, W, C], views)."""
+    ours = method(config)
+    params = tree({name.removeprefix("state/"): case[name] for name in case if name.startswith("state/")})
+    order = case["in/shuffle_idx"].astype(np.int32)
+    visible = int(ours.num_patches * (1 - ours.mask_ratio))
+    views = {"visible": order[:, :visible], "masked": order[:, visible:]}
+    return ours, params, case["in/images_nchw"].transpose(0, 2, 3, 1), views
