@@ -4,6 +4,7 @@ Letters: B batch, N patches, V visible, M masked, D width.
 Index arrays have static lengths, so that every program compiles once.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -53,6 +54,94 @@ SPLITS = {  # (key, grid, mask_ratio) -> (visible [V], masked [M])
     "checkerboard": checkerboard_split,
     "checkerboard2": functools.partial(checkerboard_split, cell=2),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiblock:
+    """I-JEPA's masks: a few target blocks, and one context block without what the targets cover.
+
+    Index arrays are padded to static lengths, with a mask each.
+
+    Args:
+      grid: (h, w). blocks: targets per image. scale, aspect: ranges of a target's area (share of N) and height / width.
+      context_scale: range of the context block's area; it is square.
+      capacity: K, length of the context array; what a context has beyond it is cut.
+      min_context: a context of no more patches than this is drawn again, 20 times, then with one target ignored, ...
+      biased: as the released sampler: one draw u sets both scale and aspect, and block sizes are shared by the batch;
+        the last row and column are never drawn; contexts are cut, in raster order, to the shortest in a group of
+        `group` images. Else sizes are drawn per image, scale and aspect apart; blocks lie anywhere; contexts beyond the
+        capacity are cut at random.
+      group: images in such a group. The others are drawn for the purpose, instead of being those of the batch: so the
+        masks of an image are the same on any number of devices, and as likely as in the official groups.
+
+    Source: I-JEPA (Assran et al., CVPR 2023), section 3; official `src/masks/multiblock.py`.
+    """
+
+    grid: tuple[int, int]
+    blocks: int
+    scale: tuple[float, float]
+    aspect: tuple[float, float]
+    context_scale: tuple[float, float]
+    capacity: int
+    min_context: int
+    group: int
+    biased: bool
+
+    def __call__(self, rng, keys):
+        """Masks of a batch: context [B, K] and targets [B, blocks, T] int32, context_mask and target_mask bool."""
+        size_key, group_key = jax.random.split(rng)
+        keep = self.capacity
+        if self.biased:
+            size_keys = jnp.broadcast_to(size_key, keys.shape)
+            _, others = jax.vmap(self._draw, (None, 0))(size_key, jax.random.split(group_key, self.group - 1))
+            keep = others.sum(axis=1).min(initial=keep)
+        else:
+            size_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
+        targets, context = jax.vmap(self._draw)(size_keys, keys)
+        order = jnp.zeros(context.shape)
+        if not self.biased:
+            order = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), context.shape[1:]))(keys)
+        order = jnp.argsort(jnp.where(context, order, 2), axis=1, stable=True)[:, : self.capacity].astype(jnp.int32)
+        context_mask = jnp.arange(order.shape[1])[None] < jnp.minimum(keep, context.sum(axis=1))[:, None]
+        longest = int(self._sizes(self.scale, self.aspect).prod(axis=1).max())
+        index = jnp.argsort(~targets, axis=2, stable=True)[:, :, :longest].astype(jnp.int32)
+        target_mask = jnp.arange(longest)[None, None] < targets.sum(axis=2)[:, :, None]
+        masks = {"context_mask": context_mask, "target_mask": target_mask}
+        return {"context": order, "targets": index, **masks}
+
+    def _sizes(self, scale, aspect):
+        """Table [4096, 2] of equally likely (height, width)."""
+        n = 4096 if self.biased else 64
+        u = (np.arange(n) + 0.5) / n
+        u, v = (u, u) if self.biased else (np.repeat(u, n), np.tile(u, n))
+        area = np.floor(math.prod(self.grid) * (scale[0] + u * (scale[1] - scale[0])))
+        ratio = aspect[0] + v * (aspect[1] - aspect[0])
+        sizes = np.round(np.sqrt(np.stack([area * ratio, area / ratio], axis=1)))
+        return np.clip(sizes, 1, np.array(self.grid) - self.biased).astype(np.int32)
+
+    def _block(self, key, size):
+        """Bool [N]: a block of that size somewhere."""
+        inside = []
+        for key_of_axis, length, cells in zip(jax.random.split(key), size, self.grid, strict=True):
+            start = jax.random.randint(key_of_axis, (), 0, cells - length + (not self.biased))
+            places = jnp.arange(cells)
+            inside.append((places >= start) & (places < start + length))
+        return (inside[0][:, None] & inside[1][None]).ravel()
+
+    def _draw(self, size_key, key):
+        """Bool targets [blocks, N] and context [N] of one image; its sizes are drawn from `size_key`."""
+        tables = self._sizes(self.scale, self.aspect), self._sizes(self.context_scale, (1.0, 1.0))
+        draws = [jax.random.randint(k, (), 0, len(t)) for k, t in zip(jax.random.split(size_key), tables, strict=True)]
+        of_target, of_context = (jnp.asarray(table)[draw] for table, draw in zip(tables, draws, strict=True))
+        target_key, context_key = jax.random.split(key)
+        targets = jax.vmap(self._block, (0, None))(jax.random.split(target_key, self.blocks), of_target)
+        tries = jax.vmap(self._block, (0, None))(jax.random.split(context_key, 20), of_context)
+        # Free of all targets; if that is too little in all tries, of all but the last, of all but the last two, ...
+        covered = jnp.cumsum(targets, axis=0) > 0
+        covered = jnp.concatenate([covered[::-1], jnp.zeros_like(covered[:1])])  # [blocks + 1, N]
+        contexts = (tries[None] & ~covered[:, None]).reshape(-1, tries.shape[-1])
+        enough = contexts.sum(axis=1) > self.min_context
+        return targets, contexts[jnp.where(enough.any(), enough.argmax(), contexts.sum(axis=1).argmax())]
 
 
 def window_offsets(key, grid, gap):

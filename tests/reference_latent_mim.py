@@ -3,8 +3,11 @@
 import re
 
 import numpy as np
+from test_reference import group
 
 from lmim_jax.methods.latent_mim import Method
+from lmim_jax.models.layers import patchify, sincos_positions
+from lmim_jax.step import update_target
 
 LOSSES = {"infonce_patches": "patch_infonce", "norm_l2": "norm_l2"}
 
@@ -78,11 +81,6 @@ def tree(arrays):
     return out
 
 
-def group(case, prefix):
-    """The arrays of a case below a prefix, without it."""
-    return {name.removeprefix(prefix): case[name] for name in case if name.startswith(prefix)}
-
-
 def views(case):
     """The case's mask indices and window offsets."""
     out = {"visible": case["in/visible_idx"].astype(np.int32), "masked": case["in/masked_idx"].astype(np.int32)}
@@ -92,10 +90,38 @@ def views(case):
 
 
 def load(case, config):
-    """(method, params, target before the EMA update, images [B, H, W, C], views)."""
-    weights = group(case, "state/")
+    """(method, params, target, images [B, H, W, C], views); the EMA moves before the targets are made."""
+    weights, ours = group(case, "state/"), method(config)
     encoder = lambda name: tree({f"encoder.{k}": v for k, v in group(weights, name).items()})
     decoder = tree({name: value for name, value in weights.items() if name.startswith("decoder.")})
     params = {**encoder("encoder."), "decoder": decoder["decoder"]}
-    images = case["in/images_nchw"].transpose(0, 2, 3, 1)
-    return method(config), params, encoder("target_encoder."), images, views(case)
+    target = update_target(encoder("target_encoder."), ours.target_of(params), ours.ema_rate(0))
+    return ours, params, target, case["in/images_nchw"].transpose(0, 2, 3, 1), views(case)
+
+
+def outputs(case, run):
+    """Pairs (ours, theirs) of what the forward pass gives and the loss reports; `run`: see test_reference.py."""
+    names = {"visible": "encoder_tokens", "targets": "target_tokens", "predictions": "decoder_tokens"}
+    yield from ((run.forward[name], case[f"out/{official}"]) for name, official in names.items())
+    for name, official in (("predictions", "pred"), ("visible", "vis"), ("targets", "trg")):
+        yield run.metrics[f"similarity_{name}"], case[f"out/avg_sim_{official}"]
+    yield run.loss, case["out/loss"]
+    yield patchify(run.images, run.method.grid, *patches_of(run)), case["mid/patches"]
+    table = case["state/encoder.pos_embed.pos_embeds"]
+    positions = sincos_positions(run.method.grid, run.method.width)
+    yield positions, table[-len(positions) :]
+
+
+def patches_of(run):
+    """What `patchify` takes after images and grid."""
+    return run.method.patch_size, run.method.gap, run.views.get("offsets")
+
+
+def gradients(case):
+    """Expected gradients, a tree like the parameters."""
+    return tree(group(case, "grad/"))
+
+
+def ema(case, run):
+    """Pair (ours, theirs) of the teacher after an update."""
+    return run.target, tree({f"encoder.{name}": value for name, value in group(case, "ema/").items()})

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+from test_reference import group
 
 from lmim_jax.methods.mae import Method
 
@@ -55,11 +56,32 @@ def tree(arrays):
     return out
 
 
-def load(case, config):
-    """(method, params, images [B, H, W, C], views)."""
-    ours = method(config)
-    params = tree({name.removeprefix("state/"): case[name] for name in case if name.startswith("state/")})
+def views(case, visible):
+    """Patch ids: the first `visible` of each row of the case's permutation, and the rest."""
     order = case["in/shuffle_idx"].astype(np.int32)
-    visible = int(ours.num_patches * (1 - ours.mask_ratio))
-    views = {"visible": order[:, :visible], "masked": order[:, visible:]}
-    return ours, params, case["in/images_nchw"].transpose(0, 2, 3, 1), views
+    return {"visible": order[:, :visible], "masked": order[:, visible:]}
+
+
+def load(case, config):
+    """(method, params, target, images [B, H, W, C], views)."""
+    ours = method(config)
+    places = views(case, int(ours.num_patches * (1 - ours.mask_ratio)))
+    return ours, tree(group(case, "state/")), {}, case["in/images_nchw"].transpose(0, 2, 3, 1), places
+
+
+def outputs(case, run):
+    """Pairs (ours, theirs) of what the forward pass gives and the loss reports; `run`: see test_reference.py."""
+    order = np.concatenate([run.views["visible"], run.views["masked"]], axis=1)
+    yield run.forward["pixels"], np.take_along_axis(case["out/pred"], order[..., None], 1)
+    yield np.take_along_axis(case["out/mask"], run.views["masked"], 1), np.ones(run.views["masked"].shape)
+    yield run.loss, case["out/loss"]
+
+
+def gradients(case):
+    """Expected gradients, a tree like the parameters."""
+    return tree(group(case, "grad/"))
+
+
+def ema(case, run):
+    """There is no teacher."""
+    return run.target, {}

@@ -1,34 +1,24 @@
 """The official implementations' numbers: tokens, losses, gradients and EMA of tests/reference/*.npz.
 
-A file's prefix names the method, tests/reference_<method>.py reads its cases. Tolerances are those the numbers were
+A file's prefix names the method, and tests/reference_<method>.py reads its cases. Tolerances are those the numbers were
 published with: outputs rtol 2e-4, atol 2e-5; gradients rtol 2e-3, atol 2e-5.
 """
 
 import functools
-import importlib.util
+import importlib
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
 import pytest
-import reference_latent_mim
-import reference_mae
 
-from lmim_jax import step
 from lmim_jax.methods import base
-from lmim_jax.models.layers import patchify, sincos_positions
 
-FOLDER = pathlib.Path(__file__).parent / "reference"
-LATENT_MIM, MAE = (sorted(FOLDER.glob(f"{name}*.npz")) for name in ("latent_mim", "mae"))
 OUTPUT, GRADIENT = dict(rtol=2e-4, atol=2e-5), dict(rtol=2e-3, atol=2e-5)
-
-
-def read(path):
-    """(arrays of a case, its config)."""
-    with np.load(path, allow_pickle=False) as file:
-        case = dict(file)
-    return case, json.loads(str(case["config_json"]))
+CASES = sorted((pathlib.Path(__file__).parent / "reference").glob("*.npz"))
+each_case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 
 
 def group(case, prefix):
@@ -37,15 +27,18 @@ def group(case, prefix):
 
 
 @functools.cache
-def latent_mim(path):
-    """Run a case once: (case, config, EMA'd target, forward, loss, metrics, gradients, patches)."""
-    case, config = read(path)
-    method, params, target, images, views = reference_latent_mim.load(case, config)
-    target = step.update_target(target, method.target_of(params), method.ema_rate(0))
+def run(path):
+    """Run a case once: (its arrays, its reader, everything that came out of it)."""
+    with np.load(path, allow_pickle=False) as file:
+        case = dict(file)
+    name = next(name for name in base.names() if path.stem.startswith(name))
+    reader = importlib.import_module(f"reference_{name}")
+    method, params, target, images, views = reader.load(case, json.loads(str(case["config_json"])))
     forward = jax.jit(method.forward)(params, target, images, views)
-    (loss, metrics), grads = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(params, target, images, views, 0)
-    patches = patchify(images, method.grid, method.patch_size, method.gap, views.get("offsets"))
-    return case, config, target, forward, loss, metrics, grads, patches
+    value = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+    (loss, metrics), grads = value(params, target, images, views, 0)
+    inputs = dict(method=method, params=params, target=target, images=images, views=views)
+    return case, reader, types.SimpleNamespace(**inputs, forward=forward, loss=loss, metrics=metrics, grads=grads)
 
 
 def compare(actual, expected, tolerance):
@@ -57,55 +50,23 @@ def compare(actual, expected, tolerance):
         np.testing.assert_allclose(actual[path], value, **tolerance, err_msg=name(path))
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.npz")), ids=lambda path: path.stem)
-def test_every_case_has_a_reader(path):
-    method = next((name for name in base.names() if path.stem.startswith(name)), None)
-    if method is None:
-        pytest.skip(f"no method in lmim_jax/methods/ that {path.name} is a case of")
-    assert importlib.util.find_spec(f"reference_{method}"), "write one beside reference_latent_mim.py"
+@each_case
+def test_tokens_and_losses(path):
+    case, reader, ours = run(path)
+    pairs = list(reader.outputs(case, ours))
+    assert len(pairs) >= 3
+    for actual, expected in pairs:
+        assert np.shape(actual) == np.shape(expected)
+        np.testing.assert_allclose(actual, expected, **OUTPUT)
 
 
-@pytest.mark.parametrize("path", LATENT_MIM, ids=lambda path: path.stem)
-class TestLatentMIM:
-    def test_inputs(self, path):
-        case, config, *_, patches = latent_mim(path)
-        np.testing.assert_array_equal(patches, case["mid/patches"])
-        table = case["state/encoder.pos_embed.pos_embeds"]
-        positions = sincos_positions((config["grid"],) * 2, config["dim"])
-        np.testing.assert_allclose(positions, table[-len(positions) :], atol=1e-5)
-
-    def test_tokens(self, path):
-        case, _, _, forward, *_ = latent_mim(path)
-        np.testing.assert_allclose(forward["visible"], case["out/encoder_tokens"], **OUTPUT)
-        np.testing.assert_allclose(forward["targets"], case["out/target_tokens"], **OUTPUT)
-        np.testing.assert_allclose(forward["predictions"], case["out/decoder_tokens"], **OUTPUT)
-
-    def test_loss(self, path):
-        case, _, _, _, loss, metrics, *_ = latent_mim(path)
-        np.testing.assert_allclose(loss, case["out/loss"], **OUTPUT)
-        for ours, theirs in (("predictions", "pred"), ("visible", "vis"), ("targets", "trg")):
-            np.testing.assert_allclose(metrics[f"similarity_{ours}"], case[f"out/avg_sim_{theirs}"], **OUTPUT)
-
-    def test_gradients(self, path):
-        case, _, _, _, _, _, grads, _ = latent_mim(path)
-        expected = group(case, "grad/")
-        expected = reference_latent_mim.tree(expected)
-        compare(grads, expected, GRADIENT)
-
-    def test_ema(self, path):
-        case, _, target, *_ = latent_mim(path)
-        ema = {f"encoder.{name}": value for name, value in group(case, "ema/").items()}
-        compare(target, reference_latent_mim.tree(ema), OUTPUT)
+@each_case
+def test_gradients(path):
+    case, reader, ours = run(path)
+    compare(ours.grads, reader.gradients(case), GRADIENT)
 
 
-@pytest.mark.parametrize("path", MAE, ids=lambda path: path.stem)
-def test_mae(path):
-    case, config = read(path)
-    method, params, images, views = reference_mae.load(case, config)
-    pixels = jax.jit(method.forward)(params, {}, images, views)["pixels"]
-    order = np.concatenate([views["visible"], views["masked"]], axis=1)
-    np.testing.assert_allclose(pixels, np.take_along_axis(case["out/pred"], order[..., None], 1), **OUTPUT)
-    assert (np.take_along_axis(case["out/mask"], views["masked"], 1) == 1).all()
-    (loss, _), grads = jax.jit(jax.value_and_grad(method.loss, has_aux=True))(params, {}, images, views, 0)
-    np.testing.assert_allclose(loss, case["out/loss"], **OUTPUT)
-    compare(grads, reference_mae.tree(group(case, "grad/")), GRADIENT)
+@each_case
+def test_ema(path):
+    case, reader, ours = run(path)
+    compare(*reader.ema(case, ours), OUTPUT)

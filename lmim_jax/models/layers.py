@@ -82,6 +82,13 @@ def sincos_positions(grid, width, trained_grid=None, integer=False):
     return table.astype(np.float32)
 
 
+def resample_positions(positions, trained_grid, grid):
+    """Learned position vectors [1, N, D] of one grid, interpolated (bicubic) to another: [1, h w, D]."""
+    width = positions.shape[-1]
+    table = jax.image.resize(positions.reshape(*trained_grid, width), (*grid, width), "bicubic", antialias=False)
+    return positions if grid == trained_grid else table.reshape(1, -1, width)
+
+
 def gelu(x):
     """Exact GELU, x Phi(x), as torch computes it (Flax's default is the tanh approximation)."""
     return nn.gelu(x, approximate=False)
