@@ -8,7 +8,7 @@ paper says of targets, masks, losses and schedules. A run takes 2 to 4 minutes o
 is in RESULTS.md.
 """
 
-from configs import mae_vit_b, quickstart
+from configs import mae_vit_b, pilamim_vit_b, quickstart
 from lmim_jax.errors import UserError
 
 SIZES = dict(grid=(8, 8), patch_size=8, width=96, depth=4, heads=4, dtype="float32")
@@ -44,6 +44,12 @@ def mae(config):
     config.method.update(**SIZES, **DECODER)
 
 
+def pilamim(config):
+    """PiLaMIM."""
+    config.method = pilamim_vit_b.pilamim(config.data.get_ref("channels"))
+    config.method.update(**SIZES, **DECODER, latent_decoder_width=64)
+
+
 def shapes(config):
     """As in quickstart: 8,192 drawn images of 64 pixels."""
 
@@ -58,5 +64,5 @@ def cifar10(config):
         config.method.gap = 1
 
 
-METHODS = {"latent_mim": latent_mim, "latent_mim_lite": latent_mim_lite, "mae": mae}
+METHODS = {"latent_mim": latent_mim, "latent_mim_lite": latent_mim_lite, "mae": mae, "pilamim": pilamim}
 DATASETS = {"shapes": shapes, "cifar10": cifar10}

@@ -1,0 +1,127 @@
+"""Reads reference cases of the official PiLaMIM: sizes, weights and inputs in this project's terms."""
+
+import re
+
+import numpy as np
+from reference_mae import views
+from test_reference import group
+
+from lmim_jax.methods.pilamim import Method
+from lmim_jax.models.layers import unpatchify
+from lmim_jax.step import update_target
+
+PARTS = {
+    "encoder": "encoder",
+    "decoder_embed": "pixel_decoder.embed",
+    "decoder": "pixel_decoder",
+    "decoder_latent_embed": "latent_decoder.embed",
+    "target_decoder": "latent_decoder",
+}
+CHANNELS = 3
+
+
+def method(c):
+    """The method with the sizes and options of a case's config_json."""
+    return Method(
+        grid=(c["image"] // c["patch"],) * 2,
+        patch_size=c["patch"],
+        channels=CHANNELS,
+        width=c["dim"],
+        depth=c["depth"],
+        heads=c["heads"],
+        mlp_ratio=4,
+        norm_eps=c["layer_norm_eps"]["blocks"],
+        final_norm_eps=c["layer_norm_eps"]["final"],
+        qkv_bias=False,
+        decoder_width=c["decoder_dim"],
+        decoder_depth=c["decoder_depth"],
+        decoder_heads=c["decoder_heads"],
+        latent_decoder_width=c["latent_decoder_dim"],
+        sampler="random",
+        mask_ratio=c["mask_ratio"],
+        align_targets=True,
+        pixel_weight=1.0,
+        latent_weight=1.0,
+        cls_weight=1.0,
+        momentum_start=c["momentum"],
+        momentum_end=c["momentum"],
+        dtype="float32",
+        attention="xla",
+        total_steps=1,
+        steps_per_epoch=1,
+    )
+
+
+def pixel_order(x):
+    """The last axis of x from (channel, row, column), which the official head has, to our (row, column, channel)."""
+    side = round((x.shape[-1] // CHANNELS) ** 0.5)
+    return np.moveaxis(x.reshape(*x.shape[:-1], CHANNELS, side, side), -3, -1).reshape(x.shape)
+
+
+def ours(name, value):
+    """(path in our tree, array in our layout) of an official parameter."""
+    part, name = name.split(".", 1)
+    name = re.sub(r"transformer\.(\d+)\.", lambda match: f"block{int(match[1]):02d}.", name)
+    name = name.replace("patchify.", "patch_embed.").replace("layer_norm.", "norm.").replace("head_latent.", "head.")
+    *path, leaf = f"{PARTS[part]}.{name}".split(".")
+    if leaf == "pos_embedding":
+        return (*path, "positions"), value.transpose(1, 0, 2)
+    if value.ndim == 4:
+        value = value.transpose(0, 2, 3, 1).reshape(len(value), -1)
+    if path == ["pixel_decoder", "head"]:
+        value = pixel_order(value.T).T if value.ndim == 2 else pixel_order(value)
+    if leaf == "weight":
+        return (*path, "scale" if "norm" in path[-1] else "kernel"), value.T
+    return (*path, leaf), value
+
+
+def tree(arrays):
+    """{official name: array} -> our nested dict."""
+    out = {}
+    for name, value in arrays.items():
+        (*path, leaf), value = ours(name, value)
+        node = out
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = value
+    return out
+
+
+def teacher(arrays):
+    """The same of the encoder alone, whose names lack the prefix."""
+    return tree({f"encoder.{name}": value for name, value in arrays.items()})
+
+
+def load(case, config):
+    """(method, params, target before the EMA update, images [B, H, W, C], views)."""
+    state, model = group(case, "state/"), method(config)
+    params = tree({name: value for name, value in state.items() if not name.startswith("target_encoder.")})
+    places = views(case, int(model.num_patches * (1 - model.mask_ratio)))
+    return model, params, teacher(group(state, "target_encoder.")), case["in/images_nchw"].transpose(0, 2, 3, 1), places
+
+
+def outputs(case, run):
+    """Pairs (ours, theirs) of what the forward pass gives and the loss reports; `run`: see test_reference.py."""
+    order = np.concatenate([run.views["visible"], run.views["masked"]], axis=1)
+    back = np.argsort(order, axis=1)[..., None]
+    image = unpatchify(
+        np.take_along_axis(np.asarray(run.forward["pixels"]), back, 1), run.method.grid, run.method.patch_size
+    )
+    yield image, case["out/predicted_image"].transpose(0, 2, 3, 1)
+    yield np.take_along_axis(np.asarray(run.forward["latents"])[:, 1:], back, 1), case["out/predicted_latent"]
+    yield run.forward["latents"][:, 0], case["out/cls_latent_pred"]
+    yield run.forward["targets"][:, 1:], case["out/target_latent"]
+    yield run.forward["targets"][:, 0], case["out/cls_target"]
+    for name in ("pixel", "latent", "cls"):
+        yield run.metrics[f"{name}_loss"], case[f"out/loss_{name}"]
+
+
+def gradients(case):
+    """Expected gradients, a tree like the parameters."""
+    return tree(group(case, "grad/"))
+
+
+def ema(case, run):
+    """Pair (ours, theirs) of the teacher after an update, which comes after the loss."""
+    updated = update_target(run.target, run.method.target_of(run.params), run.method.ema_rate(0))
+    return updated, teacher(group(case, "ema/"))
