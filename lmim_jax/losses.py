@@ -60,20 +60,34 @@ def norm_l2(predictions, targets):
     return mse(predictions, (targets - mean) / jnp.sqrt(variance + 1e-6))
 
 
-def mse(predictions, targets):
-    """Mean squared error."""
-    return jnp.mean(jnp.square(predictions.astype(jnp.float32) - targets.astype(jnp.float32)))
+def mse(predictions, targets, mask=None):
+    """Mean squared error; mask: see `_mean`."""
+    return _mean(jnp.square(predictions.astype(jnp.float32) - targets.astype(jnp.float32)), mask)
 
 
-def l1(predictions, targets):
-    """Mean absolute error."""
-    return jnp.mean(jnp.abs(predictions.astype(jnp.float32) - targets.astype(jnp.float32)))
+def l1(predictions, targets, mask=None):
+    """Mean absolute error; mask: see `_mean`."""
+    return _mean(jnp.abs(predictions.astype(jnp.float32) - targets.astype(jnp.float32)), mask)
 
 
-def smooth_l1(predictions, targets):
-    """Huber loss with threshold 1 (torch's `smooth_l1_loss`, beta 1): quadratic below, linear above."""
+def smooth_l1(predictions, targets, mask=None):
+    """Huber loss with threshold 1 (torch's `smooth_l1_loss`): quadratic below, linear above; mask: see `_mean`."""
     error = jnp.abs(predictions.astype(jnp.float32) - targets.astype(jnp.float32))
-    return jnp.mean(jnp.where(error < 1, 0.5 * error * error, error - 0.5))
+    return _mean(jnp.where(error < 1, 0.5 * error * error, error - 0.5), mask)
+
+
+def _mean(errors, mask):
+    """Mean of errors [B, ..., D] over everything, or, per image, over the tokens where `mask` [B, ...] is true."""
+    if mask is None:
+        return errors.mean()
+    weight = mask / mask.sum(axis=tuple(range(1, mask.ndim)), keepdims=True)
+    return (errors.mean(axis=-1) * weight).sum() / len(mask)
+
+
+def layer_norm(x, epsilon):
+    """Last axis to mean 0 and (biased) variance 1, without scale and bias, float32 (torch's `layer_norm`)."""
+    x = x.astype(jnp.float32)
+    return (x - x.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(x.var(axis=-1, keepdims=True) + epsilon)
 
 
 REGRESSION = {"norm_l2": norm_l2, "mse": mse, "l1": l1, "smooth_l1": smooth_l1}
