@@ -8,7 +8,7 @@ paper says of targets, masks, losses and schedules. A run takes 2 to 4 minutes o
 is in RESULTS.md.
 """
 
-from configs import mae_vit_b, pilamim_vit_b, quickstart
+from configs import ijepa_vit_b, mae_vit_b, pilamim_vit_b, quickstart
 from lmim_jax.errors import UserError
 
 SIZES = dict(grid=(8, 8), patch_size=8, width=96, depth=4, heads=4, dtype="float32")
@@ -50,6 +50,12 @@ def pilamim(config):
     config.method.update(**SIZES, **DECODER, latent_decoder_width=64)
 
 
+def ijepa(config):
+    """I-JEPA; on 8 x 8 patches its context has 14 of them on average."""
+    config.method = ijepa_vit_b.ijepa(config.data.get_ref("channels"))
+    config.method.update(**SIZES, **DECODER, context_capacity=32, min_context=3)
+
+
 def shapes(config):
     """As in quickstart: 8,192 drawn images of 64 pixels."""
 
@@ -64,5 +70,5 @@ def cifar10(config):
         config.method.gap = 1
 
 
-METHODS = {"latent_mim": latent_mim, "latent_mim_lite": latent_mim_lite, "mae": mae, "pilamim": pilamim}
+METHODS = {method.__name__: method for method in (latent_mim, latent_mim_lite, pilamim, mae, ijepa)}
 DATASETS = {"shapes": shapes, "cifar10": cifar10}

@@ -1,0 +1,114 @@
+"""Reads reference cases of the official I-JEPA: sizes, weights and inputs in this project's terms."""
+
+import re
+
+import jax
+import numpy as np
+from test_reference import group
+
+from lmim_jax.methods.ijepa import Method
+from lmim_jax.step import update_target
+
+RENAMED = (
+    ("encoder.pos_embed", "encoder.positions"),
+    ("predictor_proj.", "head."),
+    ("predictor_", ""),
+    ("patch_embed.proj.", "patch_embed."),
+)
+
+
+class Perturbed(Method):
+    """The cases' encoders have random noise on everything, fixed positions included: read them from the weights."""
+
+    def _positions(self, encoder):
+        return jax.lax.stop_gradient(encoder["positions"])
+
+
+def method(c, blocks):
+    """The method with the sizes and options of a case's config_json."""
+    grid = (c["image"] // c["patch"],) * 2
+    return Perturbed(
+        grid=grid,
+        patch_size=c["patch"],
+        channels=3,
+        width=c["dim"],
+        depth=c["depth"],
+        heads=c["heads"],
+        mlp_ratio=4,
+        norm_eps=1e-6,
+        decoder_width=c["predictor_dim"],
+        decoder_depth=c["predictor_depth"],
+        decoder_heads=c["predictor_heads"],
+        blocks=blocks,
+        target_scale=(0.15, 0.2),
+        target_aspect=(0.75, 1.5),
+        context_scale=(0.85, 1.0),
+        context_capacity=grid[0] * grid[1],
+        min_context=4,
+        mask_batch=1,
+        biased_masks=True,
+        loss_="smooth_l1",
+        momentum_start=0.996,
+        momentum_end=1.0,
+        dtype="float32",
+        attention="xla",
+        total_steps=1,
+        steps_per_epoch=1,
+    )
+
+
+def tree(arrays):
+    """{official name: array} -> our nested dict, in our layouts."""
+    out = {}
+    for name, value in arrays.items():
+        if name.endswith("predictor_pos_embed"):  # without noise, and ours are equal
+            continue
+        for official, ours in RENAMED:
+            name = name.replace(official, ours)
+        name = re.sub(r"blocks\.(\d+)\.", lambda match: f"block{int(match[1]):02d}.", name)
+        *path, leaf = name.split(".")
+        node = out
+        for key in path:
+            node = node.setdefault(key, {})
+        if leaf == "weight" and "norm" in path[-1]:
+            node["scale"] = value
+        elif leaf == "weight":
+            node["kernel"] = (value.transpose(0, 2, 3, 1).reshape(len(value), -1) if value.ndim == 4 else value).T
+        else:
+            node[leaf] = value
+    return out
+
+
+def load(case, config):
+    """(method, params, target, images [B, H, W, C], views), the views padded by what must not matter."""
+    state = tree(group(case, "state/"))
+    context, targets = (case[f"in/{name}_idx"].astype(np.int32) for name in ("context", "target"))
+    views = {"context": np.pad(context, ((0, 0), (0, 3))), "targets": np.pad(targets, ((0, 0), (0, 0), (0, 2)))}
+    views["context_mask"] = np.pad(np.ones(context.shape, bool), ((0, 0), (0, 3)))
+    views["target_mask"] = np.pad(np.ones(targets.shape, bool), ((0, 0), (0, 0), (0, 2)))
+    params = {name: state[name] for name in ("encoder", "predictor")}
+    images = case["in/images_nchw"].transpose(0, 2, 3, 1)
+    return method(config, targets.shape[1]), params, {"encoder": state["target_encoder"]}, images, views
+
+
+def outputs(case, run):
+    """Pairs (ours, theirs) of what the forward pass gives and the loss reports; `run`: see test_reference.py."""
+    real = case["out/pred"].shape[2]
+    yield run.forward["predictions"][:, :, :real], case["out/pred"]
+    yield run.forward["targets"][:, :, :real], case["out/target"]
+    yield run.loss, case["out/loss"]
+
+
+def gradients(case):
+    """Expected gradients, a tree like the parameters; positions are fixed in the official code."""
+    expected = tree(group(case, "grad/"))
+    expected["encoder"]["positions"] = np.zeros_like(case["state/encoder.pos_embed"])
+    return expected
+
+
+def ema(case, run):
+    """The cases hold none: the teacher after an update at momentum 0.996, worked out by numpy."""
+    state = tree(group(case, "state/"))
+    updated = update_target(run.target, run.method.target_of(run.params), run.method.ema_rate(0))
+    both = state["target_encoder"], state["encoder"]
+    return updated, {"encoder": jax.tree.map(lambda old, new: 0.996 * old + 0.004 * new, *both)}
