@@ -51,9 +51,9 @@ def pilamim(config):
 
 
 def ijepa(config):
-    """I-JEPA; on 8 x 8 patches its context has 14 of them on average."""
+    """I-JEPA; on 8 x 8 patches its context has 11 of them on average, and 17 at most in 200 batches."""
     config.method = ijepa_vit_b.ijepa(config.data.get_ref("channels"))
-    config.method.update(**SIZES, **DECODER, context_capacity=32, min_context=3)
+    config.method.update(**SIZES, **DECODER, context_capacity=20, min_context=3)
 
 
 def shapes(config):

@@ -88,7 +88,7 @@ class Multiblock:
     biased: bool
 
     def __call__(self, rng, keys):
-        """Masks of a batch: context [B, K] and targets [B, blocks, T] int32, context_mask and target_mask bool."""
+        """Masks of a batch: visible [B, K] (the context) and targets [B, blocks, T] int32, with a mask of each."""
         size_key, group_key = jax.random.split(rng)
         keep = self.capacity
         if self.biased:
@@ -106,8 +106,7 @@ class Multiblock:
         longest = int(self._sizes(self.scale, self.aspect).prod(axis=1).max())
         index = jnp.argsort(~targets, axis=2, stable=True)[:, :, :longest].astype(jnp.int32)
         target_mask = jnp.arange(longest)[None, None] < targets.sum(axis=2)[:, :, None]
-        masks = {"context_mask": context_mask, "target_mask": target_mask}
-        return {"context": order, "targets": index, **masks}
+        return {"visible": order, "visible_mask": context_mask, "targets": index, "target_mask": target_mask}
 
     def _sizes(self, scale, aspect):
         """Table [4096, 2] of equally likely (height, width)."""

@@ -60,7 +60,7 @@ def masking(inputs, crops, windows):
         len(crops),
         "What the model is given",
         f"A random crop, one window per cell. The online encoder sees {seen} of {total} windows ('visible');\n"
-        f"from them, what the target encoder makes of the other {total - seen} ('hidden') is predicted.",
+        "from them, what is in the others ('hidden'), or what a target encoder makes of it, is predicted.",
         [Patch(ec=SEEN, fc="none", label="visible"), Patch(ec=HIDDEN, fc="none", label="hidden")],
     )
     for column, (original, crop, patches) in enumerate(zip(inputs, crops, windows, strict=True)):

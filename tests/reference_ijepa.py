@@ -83,8 +83,8 @@ def load(case, config):
     """(method, params, target, images [B, H, W, C], views), the views padded by what must not matter."""
     state = tree(group(case, "state/"))
     context, targets = (case[f"in/{name}_idx"].astype(np.int32) for name in ("context", "target"))
-    views = {"context": np.pad(context, ((0, 0), (0, 3))), "targets": np.pad(targets, ((0, 0), (0, 0), (0, 2)))}
-    views["context_mask"] = np.pad(np.ones(context.shape, bool), ((0, 0), (0, 3)))
+    views = {"visible": np.pad(context, ((0, 0), (0, 3))), "targets": np.pad(targets, ((0, 0), (0, 0), (0, 2)))}
+    views["visible_mask"] = np.pad(np.ones(context.shape, bool), ((0, 0), (0, 3)))
     views["target_mask"] = np.pad(np.ones(targets.shape, bool), ((0, 0), (0, 0), (0, 2)))
     params = {name: state[name] for name in ("encoder", "predictor")}
     images = case["in/images_nchw"].transpose(0, 2, 3, 1)

@@ -106,7 +106,8 @@ def _windows(method, views, k):
     """Patches of training image k: a list of (top, left, side, visible), in pixels of the crop."""
     (height, width), (h, w) = method.image_size, method.grid
     offsets = views["offsets"][k].reshape(-1, 2) if "offsets" in views else np.zeros((h * w, 2), int)
-    visible = set(views["visible"][k].tolist())
+    visible = views["visible"][k]
+    visible = set(visible[views["visible_mask"][k]].tolist() if "visible_mask" in views else visible.tolist())
     return [
         (i // w * (height // h) + top, i % w * (width // w) + left, method.patch_size, i in visible)
         for i, (top, left) in enumerate(offsets.tolist())

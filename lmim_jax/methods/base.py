@@ -5,7 +5,9 @@ A method is a frozen dataclass whose fields are its config, without defaults, so
 Its functions are pure:
 
   init(rng) -> params                                  {"encoder": ..., ...}
-  sample(rng, keys) -> views                           every random choice of the loss: mask indices, window offsets
+  sample(rng, keys) -> views                           every random choice of the loss: "visible" [B, V], the patches
+                                                       that the encoder sees (where padded, bool "visible_mask" says
+                                                       which count), window "offsets", ...
   loss(params, target, images, views, step) -> (scalar, metrics)
   target_of(params) -> the sub-tree tracked by EMA     {} : no teacher
   ema_rate(step) -> scalar                             1 - momentum, applied right after optimiser step `step`

@@ -103,7 +103,7 @@ class Method:
         return initializers.normal(keys[2], params)
 
     def sample(self, rng, keys):
-        """Draw context [B, K] and targets [B, blocks, T] patch ids, with context_mask and target_mask; `rng`: sizes."""
+        """Draw visible [B, K] and targets [B, blocks, T] patch ids, with a mask of each; `rng` gives block sizes."""
         return self._masks(rng, keys)
 
     def target_of(self, params):
@@ -125,22 +125,22 @@ class Method:
         loss = LOSSES[self.loss_](forward["predictions"], forward["targets"], mask)
         return loss, {
             "loss": loss,
-            "context_patches": views["context_mask"].sum(axis=1).mean(dtype=jnp.float32),
+            "context_patches": views["visible_mask"].sum(axis=1).mean(dtype=jnp.float32),
             "target_patches": mask.sum(axis=2).mean(dtype=jnp.float32),
         }
 
     def forward(self, params, target, images, views):
         """predictions and targets [B, blocks, T, D]; where views["target_mask"] is false they mean nothing."""
-        context, targets = views["context"], views["targets"]
+        context, targets = views["visible"], views["targets"]
         batch, blocks, length = targets.shape
         patches = patchify(images, self.grid, self.patch_size)
         seen = masking.take(patches, context), masking.take(self._positions(params["encoder"]), context)
-        tokens, _ = self._encoder.apply({"params": params["encoder"]}, *seen, views["context_mask"])
+        tokens, _ = self._encoder.apply({"params": params["encoder"]}, *seen, views["visible_mask"])
         # The predictor sees the context and one block: blocks are images to it
         each = lambda x: jnp.repeat(x, blocks, axis=0)
         places = jnp.asarray(sincos_positions(self.grid, self.decoder_width, integer=True))[None]
         hidden = masking.take(places, targets.reshape(batch * blocks, length))
-        mask = jnp.concatenate([each(views["context_mask"]), views["target_mask"].reshape(-1, length)], axis=1)
+        mask = jnp.concatenate([each(views["visible_mask"]), views["target_mask"].reshape(-1, length)], axis=1)
         known = each(tokens), each(masking.take(places, context))
         predictions = self._predictor.apply({"params": params["predictor"]}, *known, hidden, mask)[:, -length:]
         teacher = jax.lax.stop_gradient(target["encoder"])
