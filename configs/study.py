@@ -68,4 +68,5 @@ def get_config(dataset="shapes"):
         ("ladder", "previous", ladder if dataset == "shapes" else ("naive", "ema", "similarity", final)),
         ("ablations", "first", (final, *(name for name, *_ in ablations))),
     )
+    config.cost = False  # of training: see configs/compare.py
     return config

@@ -88,14 +88,13 @@ def conclusions(rows, against):
     """Sentences on [(name, what, values)]: each row against the previous or the first one (or none: ranked)."""
     rows = [row for row in rows if row[2]]
     if against == "none":
-        ranked = sorted(
-            (row for row in rows if "knn/knn20" in row[2]), key=lambda row: -statistics.mean(row[2]["knn/knn20"])
-        )
+        known = [(name, values["knn/knn20"]) for name, _, values in rows if "knn/knn20" in values]
         sentences = []
-        for (name, _, better), (other, _, worse) in itertools.pairwise(ranked):
-            apart = verdict(worse["knn/knn20"], better["knn/knn20"]) == "rises"
-            rank = "is above" if apart else "cannot be told from"
-            sentences.append(f"{name} ({cell(better['knn/knn20'], 1)}) {rank} {other} ({cell(worse['knn/knn20'], 1)})")
+        for (name, better), (other, worse) in itertools.pairwise(
+            sorted(known, key=lambda row: -statistics.mean(row[1]))
+        ):
+            rank = "is above" if verdict(worse, better) == "rises" else "cannot be told from"
+            sentences.append(f"k-NN 20: {name} ({cell(better, 1)}) {rank} {other} ({cell(worse, 1)})")
         return sentences
     pairs = itertools.pairwise(rows) if against == "previous" else ((rows[0], row) for row in rows[1:])
     sentences = []

@@ -1,7 +1,7 @@
 """Floating-point operations of a method, counted in its traced program; nothing is compiled or run.
 
-Counted are matrix products and convolutions, 2 per multiply-add, loops as often as they run: the model's FLOPs, by which
-utilisation is stated. What is recomputed to save memory is not counted, nor are element-wise operations (2 % at ViT-B).
+Counted are matrix products and convolutions, 2 per multiply-add, loops as often as they run: the model's FLOPs, by
+which utilisation is stated. What is recomputed to save memory is not counted, nor is element-wise work (2 % at ViT-B).
 """
 
 import collections

@@ -14,7 +14,7 @@ def get_config():
     config.epochs = 2
     config.data.update(canvas=40, threads=1)
     config.augment.eval_resize = 16
-    config.method.update(SIZES)
+    _shrink(config.method)
     config.optimizer.update(base_lr=0.03, warmup_epochs=0.5)
     config.evaluators.knn.update(every=1.0, batch_size=16, k=5)
     config.evaluators.pictures.update(every=2.0, images=2)
@@ -25,5 +25,10 @@ def get_config():
 def method(name):
     """The config section of any method, shrunk: that of its small twin in configs/small.py."""
     section = small.get_config(f"{name},shapes").method
-    section.update({key: value for key, value in SIZES.items() if key in section})
+    _shrink(section)
     return section
+
+
+def _shrink(section):
+    """Give a method's config section the sizes above, as far as it has such keys."""
+    section.update({key: value for key, value in SIZES.items() if key in section})

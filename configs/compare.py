@@ -1,0 +1,31 @@
+"""All methods side by side: equal encoder, data, epochs, optimiser and evaluation; only the method differs.
+
+    python -m lmim_jax.tools.study --config=configs/compare.py --out=runs/compare                   (on `shapes`)
+    python -m lmim_jax.tools.study --config=configs/compare.py:cifar10 --set=data.path=CIFAR10 --out=runs/compare_c10
+
+Beside quality stands what training costs: FLOPs and images per second, measured when all runs are done. About half an
+hour on two CPU cores. What it came to is in RESULTS.md; at this size and length it says little of ImageNet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import small
+
+WORDS = {
+    "latent_mim": "latents, patch discrimination",
+    "latent_mim_lite": "a random projection of patches, patch discrimination",
+    "pilamim": "pixels, latents and CLS, regression",
+    "mae": "normalised pixels, regression",
+    "ijepa": "latents of blocks, regression",
+    "bootmae": "normalised pixels and latents, regression",
+}
+
+
+def get_config(dataset="shapes"):
+    """What tools/study.py runs; see there. `dataset`: shapes | cifar10."""
+    config = ConfigDict()
+    config.seeds = (0, 1)
+    config.runs = tuple((name, WORDS[name], f"configs/small.py:{name},{dataset}", ()) for name in small.METHODS)
+    config.groups = (("comparison", "none", tuple(small.METHODS)),)
+    config.cost = True  # measure what training costs
+    return config
