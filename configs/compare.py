@@ -25,7 +25,12 @@ def get_config(dataset="shapes"):
     """What tools/study.py runs; see there. `dataset`: shapes | cifar10."""
     config = ConfigDict()
     config.seeds = (0, 1)
-    config.runs = tuple((name, WORDS[name], f"configs/small.py:{name},{dataset}", ()) for name in small.METHODS)
-    config.groups = (("comparison", "none", tuple(small.METHODS)),)
+    recipe = lambda name: f"configs/small.py:{name},{dataset}"
+    shuffled = ("pilamim_shuffled", "the same, targets shuffled", recipe("pilamim"), ("method.align_targets=False",))
+    config.runs = (*((name, WORDS[name], recipe(name), ()) for name in small.METHODS), shuffled)
+    config.groups = (
+        ("comparison", "none", tuple(small.METHODS)),
+        ("what the released code of PiLaMIM does", "first", ("pilamim", "pilamim_shuffled")),
+    )
     config.cost = True  # measure what training costs
     return config

@@ -23,6 +23,10 @@ SWITCHES = [  # each value of each switch at least once
     {"visual_cues": False, "standardize": False, "projector_depth": 0},
     {"grid": (2, 5), "num_visible": 3, "channels": 5},
     {"dtype": "bfloat16"},
+    {"name": "mae", "norm_pix": False, "sampler": "checkerboard", "mask_ratio": 0.5},
+    {"name": "pilamim", "align_targets": False, "qkv_bias": True, "sampler": "checkerboard2", "mask_ratio": 0.5},
+    {"name": "ijepa", "biased_masks": False, "loss": "mse"},
+    {"name": "ijepa", "dtype": "bfloat16", "loss": "l1"},
 ]
 
 
@@ -112,6 +116,27 @@ def test_masked_pixels_do_not_reach_the_online_tokens_nor_visible_ones_the_targe
         pixels = influence(name)
         assert (np.take_along_axis(np.asarray(pixels), views[seen], 1) > 0).all()
         assert (np.take_along_axis(np.asarray(pixels), views[hidden], 1) == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_encoder_does_not_see_does_not_reach_predictions(name):
+    method = build(name)
+    params, target, images, views = inputs(method)
+
+    def weighed(images):
+        forward = method.forward(params, target, images, views)
+        told = [forward[key] for key in ("pixels", "latents", "predictions") if key in forward]
+        return sum((x * np.random.default_rng(0).normal(size=x.shape)).sum() for x in told)
+
+    gradient = jax.jit(jax.grad(weighed))(images)
+    gap = getattr(method, "gap", 0)
+    moved = patchify(np.abs(gradient), method.grid, method.patch_size, gap, views.get("offsets")).sum(-1) > 0
+    seen = np.zeros(moved.shape, bool)
+    for row, visible, counts in zip(
+        seen, views["visible"], views.get("visible_mask", views["visible"] >= 0), strict=True
+    ):
+        row[visible[counts]] = True
+    np.testing.assert_array_equal(moved, seen)
 
 
 def test_standardisation_matters_to_infonce_alone():
