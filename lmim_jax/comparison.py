@@ -124,11 +124,11 @@ def curves(rows, folders):
                 lines[name] = common, means
         if lines:
             panels.append((heading, lines, {}))
-    return pictures.curves(panels, "Mean over seeds") if panels else None
+    return pictures.curves(panels, "Mean over seeds", shared_legend=True) if panels else None
 
 
 def publish(out, command, groups, described, folders):
-    """Write OUT/table.md, OUT/results.json and OUT/index.html.
+    """Write OUT/table.md, OUT/results.json, OUT/index.html, and its figures as OUT/TITLE.png.
 
     Args:
       groups: [(title, compared with, names)]. described: {name: words}. folders: {name: {seed: folder}}, finished runs.
@@ -143,6 +143,7 @@ def publish(out, command, groups, described, folders):
         page += [f"<h2>{html.escape(title)}</h2>", _html_table(rows)]
         page += ["<ul>", *(f"<li>{html.escape(sentence)}.</li>" for sentence in said), "</ul>"]
         if (picture := curves(rows, folders)) is not None:
+            Image.fromarray(picture).save(out / f"{title.replace(' ', '_')}.png", optimize=True)
             page += [f'<img alt="curves of {html.escape(title)}" src="data:image/png;base64,{_png(picture)}">']
     note = "Mean over seeds ± half their range. A change is called one only where the seeds of both do not overlap."
     files.write(out / "table.md", "\n\n".join([*text, note]) + "\n")

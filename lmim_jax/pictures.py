@@ -105,27 +105,35 @@ def features(inputs, colors, clusters, masks):
     return _pixels(figure)
 
 
-def curves(panels, title):
+def curves(panels, title, shared_legend=False):
     """Curves over optimiser steps, a panel each.
 
     Args:
       panels: sequence of (title, {label: ([steps], [values])}, {label: constant}); constants are dashed lines.
+      shared_legend: one legend below all panels, that of the panel with most lines, for panels with the same labels.
     """
     columns = 3
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4 * columns, 2.9 * rows), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=11, fontweight="bold")
     axes = figure.subplots(rows, columns, squeeze=False).flat
+    fullest = max((lines for _, lines, _ in panels), key=len)
+    color = {label: f"C{i}" if i < 10 else str(i % 7 / 8) for i, label in enumerate(fullest)} if shared_legend else {}
     for (name, lines, constants), ax in zip(panels, axes, strict=False):  # panels first, or an axis is lost
         for label, (steps, values) in lines.items():
-            ax.plot(steps, values, label=label, lw=1.5, marker="." if len(steps) < 12 else None)
+            marker = "." if len(steps) < 12 else None
+            ax.plot(steps, values, label=label, lw=1.5, marker=marker, color=color.get(label))
         for i, (label, value) in enumerate(constants.items()):
             ax.axhline(value, ls=(0, (4, 2 + i)), lw=1, color=str(0.25 + 0.2 * i), label=label)
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("step", fontsize=8)
         ax.tick_params(labelsize=7)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+        if not shared_legend:
+            ax.legend(fontsize=7)
+        elif lines is fullest:
+            figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+            fullest = None
     for ax in list(axes):
         ax.set_visible(False)
     return _pixels(figure)
