@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmim_jax.models import layers
+from lmim_jax.models import blocks, layers
 from lmim_jax.models.vit import ViT
 
 
@@ -66,7 +66,22 @@ def test_attention_equals_the_textbook():
     q, k, v = (rng.normal(size=(2, t, 3, 8)).astype(np.float32) for t in (5, 7, 7))
     scores = np.einsum("btad,bsad->bats", q, k) / 8**0.5
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    np.testing.assert_allclose(layers.attend(q, k, v, "xla"), np.einsum("bats,bsad->btad", weights, v), atol=1e-5)
+    np.testing.assert_allclose(blocks.attend(q, k, v, "xla"), np.einsum("bats,bsad->btad", weights, v), atol=1e-5)
+
+
+def test_a_bias_left_out_is_a_bias_of_zero():
+    x = np.random.default_rng(0).normal(size=(2, 5, 10)).astype(np.float32)  # 10 wide in 4 heads of 2
+    some, every = (blocks.CrossAttention(4, jnp.dtype("float32"), "xla", on) for on in ((True, False, True), True))
+    params = some.init(jax.random.key(0), x, x[:, :, :6])["params"]
+    assert params["kv"]["kernel"].shape == (6, 16)
+    params["kv"]["bias"] = np.arange(8, dtype=np.float32)
+    full = {**params, "kv": {**params["kv"], "bias": np.r_[np.zeros(8), np.arange(8)].astype(np.float32)}}
+    first, second = (
+        np.asarray(layer.apply({"params": p}, x, x[:, :, :6])) for layer, p in ((some, params), (every, full))
+    )
+    np.testing.assert_array_equal(first, second)
+    without = blocks.Attention(2, jnp.dtype("float32"), "xla", False).init(jax.random.key(0), x)["params"]
+    assert without["qkv"].keys() == {"kernel"}
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():

@@ -6,7 +6,8 @@ Letters: B batch, V visible, M masked, D encoder width, d decoder width.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lmim_jax.models.layers import Block, CrossBlock, Dense, Dtype, layer_norm
+from lmim_jax.models.blocks import Block, CrossBlock
+from lmim_jax.models.layers import Dense, Dtype, layer_norm
 
 
 def visual_cues(visible, visible_positions, masked_positions):

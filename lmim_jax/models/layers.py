@@ -1,7 +1,7 @@
-"""Building blocks of every Vision Transformer here: patches, positions, attention, MLP, blocks.
+"""What every Vision Transformer here starts from: patches, positions, linear layers, norms.
 
 Letters: B batch, H W image height and width, C channels, h w grid rows and columns, N = h w patches,
-p patch size, P = p p C pixels of a patch, T S tokens, D width, A attention heads.
+p patch size, P = p p C pixels of a patch, D width.
 """
 
 import flax.linen as nn
@@ -110,9 +110,8 @@ def _matmul_forward(x, kernel):
 
 def _matmul_backward(residuals, dy):
     x, kernel = residuals
-    return jax.lax.dot_general(dy, kernel, (((1,), (1,)), ((), ()))), jax.lax.dot_general(
-        x, dy, (((0,), (0,)), ((), ()))
-    )
+    product = lambda a, b, axis: jax.lax.dot_general(a, b, (((axis,), (axis,)), ((), ())))
+    return product(dy, kernel, 1), product(x, dy, 0)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -122,129 +121,27 @@ class Dense(nn.Module):
     """Linear layer over all tokens of a batch as one matrix product: kernel [in, out] xavier-uniform, bias zero.
 
     The init is that of MAE and Latent MIM. Parameters are float32, the product is in `dtype`.
+    use_bias: a tuple says which of as many equal parts of the output have a bias.
     """
 
     features: int
     dtype: Dtype
-    use_bias: bool = True
+    use_bias: bool | tuple[bool, ...] = True
 
     @nn.compact
     def __call__(self, x):
         """[..., in] -> [..., out]."""
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
         y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel.astype(self.dtype))
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None]
+        if np.any(self.use_bias):
+            on = np.repeat(self.use_bias, self.features // np.size(self.use_bias))
+            bias = self.param("bias", nn.initializers.zeros, (int(on.sum()),))
+            if not on.all():
+                bias = jnp.zeros(self.features).at[np.flatnonzero(on)].set(bias)
+            y = y + bias.astype(self.dtype)[None]
         return y.reshape(*x.shape[:-1], self.features)
 
 
 def layer_norm(epsilon, dtype, name):
     """LayerNorm with float32 statistics by the two-pass variance, as torch computes them."""
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
-
-
-def attend(query, key, value, implementation, mask=None):
-    """softmax(q k^T / sqrt(D/A)) v with a float32 softmax: [B, T, A, D/A], [B, S, A, D/A] x 2 -> [B, T, A, D/A].
-
-    Args:
-      implementation: "xla" anywhere, "cudnn" (fused; bfloat16 on an NVIDIA GPU only; an error elsewhere).
-      mask: bool [B, S], True = this key counts; None: all do.
-    """
-    mask = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused qkv projection, ordered (q, k, v) on the output axis."""
-
-    heads: int
-    dtype: Dtype
-    implementation: str
-    qkv_bias: bool = True
-
-    @nn.compact
-    def __call__(self, x, mask=None):
-        """[B, T, D] -> [B, T, D]; mask: see `attend`."""
-        batch, tokens, width = x.shape
-        qkv = Dense(3 * width, self.dtype, self.qkv_bias, name="qkv")(x)
-        query, key, value = (
-            part.reshape(batch, tokens, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1)
-        )
-        if self.is_mutable_collection("intermediates"):  # attention maps, only where somebody asks for them
-            scores = jnp.einsum("btad,bsad->bats", query, key, preferred_element_type=jnp.float32)
-            self.sow("intermediates", "attention", nn.softmax(scores * (width // self.heads) ** -0.5))
-        x = attend(query, key, value, self.implementation, mask).reshape(batch, tokens, width)
-        return Dense(width, self.dtype, name="proj")(x)
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention from queries to a context, with one fused key-value projection, ordered (k, v)."""
-
-    heads: int
-    dtype: Dtype
-    implementation: str
-
-    @nn.compact
-    def __call__(self, x, context):
-        """[B, T, D], [B, S, D] -> [B, T, D]."""
-        batch, tokens, width = x.shape
-        split = (batch, -1, self.heads, width // self.heads)
-        query = Dense(width, self.dtype, name="q")(x).reshape(split)
-        key, value = (
-            part.reshape(split) for part in jnp.split(Dense(2 * width, self.dtype, name="kv")(context), 2, -1)
-        )
-        x = attend(query, key, value, self.implementation).reshape(batch, tokens, width)
-        return Dense(width, self.dtype, name="proj")(x)
-
-
-class Mlp(nn.Module):
-    """Linear, exact GELU, Linear."""
-
-    hidden: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x):
-        """[B, T, D] -> [B, T, D]."""
-        width = x.shape[-1]
-        return Dense(width, self.dtype, name="fc2")(gelu(Dense(self.hidden, self.dtype, name="fc1")(x)))
-
-
-class Block(nn.Module):
-    """Pre-LN Transformer block: x += SelfAttention(LN x); x += MLP(LN x)."""
-
-    heads: int
-    mlp_ratio: float
-    norm_eps: float
-    dtype: Dtype
-    attention: str
-    qkv_bias: bool = True
-
-    @nn.compact
-    def __call__(self, x, mask=None):
-        """[B, T, D] -> [B, T, D]; mask: see `attend`."""
-        norm = lambda name: layer_norm(self.norm_eps, self.dtype, name)
-        x = x + Attention(self.heads, self.dtype, self.attention, self.qkv_bias, name="attn")(norm("norm1")(x), mask)
-        x = x + Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(norm("norm2")(x))
-        self.sow("intermediates", "tokens", x)
-        return x
-
-
-class CrossBlock(nn.Module):
-    """Pre-LN decoder block: x += SelfAttention(LN x); x += CrossAttention(LN x, LN context); x += MLP(LN x)."""
-
-    heads: int
-    mlp_ratio: float
-    norm_eps: float
-    dtype: Dtype
-    attention: str
-
-    @nn.compact
-    def __call__(self, x, context):
-        """[B, T, D], [B, S, D] -> [B, T, D]."""
-        norm = lambda name: layer_norm(self.norm_eps, self.dtype, name)
-        x = x + Attention(self.heads, self.dtype, self.attention, name="self_attn")(norm("norm1")(x))
-        x = x + CrossAttention(self.heads, self.dtype, self.attention, name="cross_attn")(
-            norm("norm2q")(x), norm("norm2kv")(context)
-        )
-        return x + Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(norm("norm3")(x))

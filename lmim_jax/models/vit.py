@@ -6,7 +6,8 @@ Letters: B batch, T tokens, P pixels of a patch, D width.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lmim_jax.models.layers import Block, Dense, Dtype, gelu, layer_norm
+from lmim_jax.models.blocks import Block
+from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm
 
 # Sizes by their usual names (An Image is Worth 16x16 Words, table 1; DeiT for Ti and S).
 VARIANTS = {
@@ -32,7 +33,7 @@ class ViT(nn.Module):
     norm_eps: float
     dtype: Dtype
     attention: str
-    qkv_bias: bool = True
+    qkv_bias: bool | tuple[bool, bool, bool] = True
     cls: bool = True
     final_norm_eps: float | None = None  # None: norm_eps
 
