@@ -8,7 +8,7 @@ paper says of targets, masks, losses and schedules. A run takes 2 to 4 minutes o
 is in RESULTS.md.
 """
 
-from configs import ijepa_vit_b, mae_vit_b, pilamim_vit_b, quickstart
+from configs import bootmae_vit_b, ijepa_vit_b, mae_vit_b, pilamim_vit_b, quickstart
 from lmim_jax.errors import UserError
 
 SIZES = dict(grid=(8, 8), patch_size=8, width=96, depth=4, heads=4, dtype="float32")
@@ -56,6 +56,14 @@ def ijepa(config):
     config.method.update(**SIZES, **DECODER, context_capacity=20, min_context=3)
 
 
+def bootmae(config):
+    """BootMAE; its momentum rises at the same shares of the run, between values for 500 steps instead of 500,000."""
+    config.method = bootmae_vit_b.bootmae(config.data.get_ref("channels"))
+    config.method.update(**SIZES, decoder_width=64)
+    config.method.update(num_visible=16, block_total=39, block_smallest=5, block_largest=20)
+    config.method.update(momentum=(0.99, 0.995, 0.999), momentum_epochs=(1, 4))
+
+
 def shapes(config):
     """As in quickstart: 8,192 drawn images of 64 pixels."""
 
@@ -70,5 +78,5 @@ def cifar10(config):
         config.method.gap = 1
 
 
-METHODS = {method.__name__: method for method in (latent_mim, latent_mim_lite, pilamim, mae, ijepa)}
+METHODS = {method.__name__: method for method in (latent_mim, latent_mim_lite, pilamim, mae, ijepa, bootmae)}
 DATASETS = {"shapes": shapes, "cifar10": cifar10}

@@ -1,6 +1,6 @@
 """Pure loss functions on arrays. Everything is computed in float32, whatever comes in.
 
-Letters: B batch, M masked patches, N tokens, D width.
+Letters: B batch, M masked patches, N tokens, D width, P pixels of a patch, h w grid rows and columns.
 """
 
 import jax
@@ -27,6 +27,30 @@ def standardize_over_patches(x):
     """
     x = x.astype(jnp.float32)
     return (x - x.mean(axis=1, keepdims=True)) / (x.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+
+
+def standardize_pixels(patches, channels):
+    """Per patch and channel, mean 0 and (biased) variance 1 over the pixels: (result, mean, deviation), each [B, M, P].
+
+    P = pixels x channels, channels last. The variance gets 1e-5 added, so flat patches become 0.
+    Source: BootMAE. (MAE standardises over all channels of a patch at once, by the unbiased variance.)
+    """
+    x = patches.astype(jnp.float32).reshape(*patches.shape[:-1], -1, channels)
+    mean, deviation = x.mean(axis=-2, keepdims=True), jnp.sqrt(x.var(axis=-2, keepdims=True) + 1e-5)
+    back = lambda y: jnp.broadcast_to(y, x.shape).reshape(patches.shape)
+    return back((x - mean) / deviation), back(mean), back(deviation)
+
+
+def masked_neighbours(masked, grid):
+    """Share of the 3 x 3 neighbourhood of every masked patch that is masked: ids [B, M] -> float32 [B, M].
+
+    A patch is in its own neighbourhood; beyond the border nothing is masked. Source: BootMAE's `weight_mask`.
+    """
+    h, w = grid
+    mask = jnp.zeros((len(masked), h * w)).at[jnp.arange(len(masked))[:, None], masked].set(1)
+    padded = jnp.pad(mask.reshape(-1, h, w), ((0, 0), (1, 1), (1, 1)))
+    around = sum(padded[:, row : row + h, column : column + w] for row in range(3) for column in range(3))
+    return jnp.take_along_axis(around.reshape(-1, h * w) / 9, masked, axis=1)
 
 
 def discrimination_logits(predictions, targets, tau):

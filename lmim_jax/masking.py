@@ -1,6 +1,6 @@
 """Which patches are seen: index samplers, one per-image key each, and gathering by index.
 
-Letters: B batch, N patches, V visible, M masked, D width.
+Letters: B batch, N patches, V visible, M masked, D width, h w grid rows and columns.
 Index arrays have static lengths, so that every program compiles once.
 """
 
@@ -141,6 +141,68 @@ class Multiblock:
         contexts = (tries[None] & ~covered[:, None]).reshape(-1, tries.shape[-1])
         enough = contexts.sum(axis=1) > self.min_context
         return targets, contexts[jnp.where(enough.any(), enough.argmax(), contexts.sum(axis=1).argmax())]
+
+
+PROPOSALS, ROUNDS = 16, 1000  # blocks tried at a time, and rounds at most; 120 of 196 patches take about 10 rounds
+
+
+def block_mask(key, grid, total, smallest, largest, aspect):
+    """Mask exactly `total` patches of one image with blocks: bool [h, w], True = masked.
+
+    Until they are masked: a block of an area uniform on [smallest, min(largest, patches missing)] and a height / width
+    log-uniform on [aspect, 1 / aspect], at a uniform place, is taken if it is lower and narrower than the grid and
+    masks a patch or more that is not masked yet, but no more than are missing, nor more than `largest`.
+
+    Args:
+      grid: (h, w). total: patches to mask. smallest, largest: areas in patches, floats or ints. aspect: in (0, 1].
+
+    Source: BEiT (arXiv 2106.08254), algorithm 1; BootMAE's `masking_generator.py`.
+    """
+    h, w = grid
+
+    def propose(key, limit):
+        """Rows [K, h] and columns [K, w] of K blocks, True inside, and whether they are small enough, [K]."""
+        keys = jax.random.split(key, 4)
+        low, high = jnp.minimum(smallest, limit), jnp.maximum(smallest, limit)  # where less than `smallest` is missing
+        area = jax.random.uniform(keys[0], (PROPOSALS,), minval=low, maxval=high)
+        stretch = aspect ** jax.random.uniform(keys[1], (PROPOSALS,), minval=-1.0, maxval=1.0)
+        height, width = (jnp.round(jnp.sqrt(x)).astype(jnp.int32) for x in (area * stretch, area / stretch))
+
+        def inside(key, size, cells):
+            start = jax.random.randint(key, (PROPOSALS,), 0, jnp.maximum(cells - size + 1, 1))[:, None]
+            at = jnp.arange(cells)[None]
+            return (at >= start) & (at < start + size[:, None])
+
+        return inside(keys[2], height, h), inside(keys[3], width, w), (height < h) & (width < w)
+
+    def add(state):
+        turn, mask = state
+        limit = jnp.minimum(total - mask.sum(), largest)
+        rows, columns, fits = propose(jax.random.fold_in(key, turn), limit)
+        new = jnp.sum(rows[:, :, None] & columns[:, None] & ~mask[None], axis=(1, 2))
+        taken = fits & (new > 0) & (new <= limit)
+        first = jnp.argmax(taken)
+        return turn + 1, mask | (rows[first][:, None] & columns[first][None] & taken[first])
+
+    missing = lambda state: (state[0] < ROUNDS) & (state[1].sum() < total)
+    return jax.lax.while_loop(missing, add, (0, jnp.zeros(grid, bool)))[1]
+
+
+def block_split(key, mask, num_visible, exposed):
+    """Split the patches of one image: what a mask covers is masked, but for `exposed` patches, and others at random.
+
+    Args:
+      mask: bool [h, w], as from `block_mask`, with at most M = h w - num_visible masked.
+      exposed: scalar int, so many patches of the blocks are visible all the same.
+
+    Returns:
+      (visible [V], masked [M]) int32, each in random order; together a permutation of range(h w).
+
+    Source: BootMAE's `mask_to_index`, where `exposed` is a roll of the order of patches by 0 .. 3, one for the batch.
+    """
+    order = jnp.argsort(mask.ravel() + jax.random.uniform(key, (mask.size,))).astype(jnp.int32)
+    order = jnp.roll(order, exposed)
+    return order[:num_visible], order[num_visible:]
 
 
 def window_offsets(key, grid, gap):

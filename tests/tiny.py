@@ -5,6 +5,7 @@ from configs import small, vit_b
 SIZES = dict(grid=(4, 4), patch_size=4, gap=1, width=16, depth=2, heads=2, num_visible=4, projector_depth=2)
 SIZES |= dict(decoder_width=8, decoder_depth=1, decoder_heads=2, projector_width=24, latent_decoder_width=12)
 SIZES |= dict(context_capacity=8, min_context=1, mask_batch=2, dtype="float32")
+SIZES |= dict(block_total=8, block_smallest=2, block_largest=4)
 
 
 def get_config():

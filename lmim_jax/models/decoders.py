@@ -1,13 +1,13 @@
 """Decoders: from visible tokens to a prediction for every masked patch.
 
-Letters: B batch, V visible, M masked, D encoder width, d decoder width.
+Letters: B batch, V visible, M masked, D encoder width, d decoder width, P = p p C pixels of a patch.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from lmim_jax.models.blocks import Block, CrossBlock
-from lmim_jax.models.layers import Dense, Dtype, layer_norm
+from lmim_jax.models.layers import Dense, Dtype, layer_norm, matmul
 
 
 def visual_cues(visible, visible_positions, masked_positions):
@@ -104,3 +104,53 @@ class TokenDecoder(nn.Module):
             x = Block(*block, name=f"block{i:02d}")(x, mask)
         x = layer_norm(self.norm_eps, self.dtype, "norm")(x) if self.final_norm else x
         return Dense(self.out_width, self.dtype, name="head")(x)
+
+
+class TargetAwareDecoder(nn.Module):
+    """Predicts something of every masked patch from the encoder's last tokens and the features of one of its layers.
+
+    [CLS, visible, mask token + position] through blocks of self-attention, cross-attention to those features, MLP.
+    So what a target needs of the visible patches (such as their pixels) can bypass the encoder's last layers.
+    Only masked patches have a position here. head: the module behind the final norm.
+    Source: BootMAE, section 3.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    head: nn.Module
+    mlp_ratio: float
+    norm_eps: float
+    dtype: Dtype
+    attention: str
+    qkv_bias: bool | tuple[bool, bool, bool]
+
+    @nn.compact
+    def __call__(self, tokens, context, positions):
+        """Tokens [B, 1 + V, D], context [B, 1 + V, D], positions [B, M, d] of the masked -> [B, M, out]."""
+        init = nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0)
+        mask = self.param("mask_token", init, (1, 1, self.width)).astype(self.dtype)
+        x = Dense(self.width, self.dtype, name="embed")(tokens)
+        x = jnp.concatenate([x, mask + positions.astype(self.dtype)], axis=1)
+        block = self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, self.qkv_bias
+        for i in range(self.depth):
+            x = CrossBlock(*block, name=f"block{i:02d}")(x, context)
+        return self.head(layer_norm(self.norm_eps, self.dtype, "norm")(x[:, -positions.shape[1] :]))
+
+
+class PixelHead(nn.Module):
+    """A transposed convolution as wide as its stride: a linear layer to the pixels of a patch, one bias per channel."""
+
+    patch_size: int
+    channels: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, M, d] -> [B, M, P], ordered (row, column, channel)."""
+        pixels = self.patch_size**2
+        init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # torch's: within 1 / sqrt(P)
+        kernel = self.param("kernel", init, (x.shape[-1], pixels * self.channels)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,)).astype(self.dtype)
+        y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel) + jnp.tile(bias, pixels)[None]
+        return y.reshape(*x.shape[:-1], -1)
