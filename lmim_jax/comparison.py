@@ -24,6 +24,8 @@ COLUMNS = {  # metric: (heading, decimals)
     "effective_rank": ("effective rank", 1),
     "knn/nn1": ("1-NN %", 1),
     "knn/knn20": ("k-NN 20 %", 1),
+    "gflop_per_image": ("GFLOP / image", 2),
+    "step_images_per_second": ("images/s", 0),
 }
 JUDGED = ("collapse_index", "effective_rank", "knn/knn20")  # what sentences are made of
 STYLE = """
@@ -127,16 +129,17 @@ def curves(rows, folders):
     return pictures.curves(panels, "Mean over seeds", shared_legend=True) if panels else None
 
 
-def publish(out, command, groups, described, folders):
+def publish(out, command, groups, described, folders, costs):
     """Write OUT/table.md, OUT/results.json, OUT/index.html, and its figures as OUT/TITLE.png.
 
     Args:
       groups: [(title, compared with, names)]. described: {name: words}. folders: {name: {seed: folder}}, finished runs.
+      costs: {name: {metric: [value]}}, of training.
     """
     out = pathlib.Path(out)
     text, page, results = [], [f"<h1>{html.escape(out.name)}</h1><p><code>{html.escape(command)}</code></p>"], {}
     for title, against, names in groups:
-        rows = [(name, described[name], figures(folders[name])) for name in names]
+        rows = [(name, described[name], figures(folders[name]) | costs.get(name, {})) for name in names]
         said = conclusions(rows, against)
         results[title] = {name: {"what": what, "seeds": sorted(folders[name]), **values} for name, what, values in rows}
         text += [f"## {title}", table(rows), "\n".join(f"- {sentence}." for sentence in said)]

@@ -3,13 +3,15 @@
     python -m lmim_jax.tools.study --config=configs/study.py --out=runs/study [--only=ladder] [--parallel=2]
                                    [--set=KEY=VALUE ...]
 
-A study's config has `seeds`, `runs` (name, what it is, recipe, changes to the recipe) and `groups` (title, what a row
-is compared with, names of runs). Every run is a process of main.py in OUT/NAME/seedS, with its own log; the same
-command goes on where it stopped. At the end, and after every run: OUT/index.html, OUT/table.md and OUT/results.json.
+A study's config has `seeds`, `runs` (name, what it is, recipe, changes to the recipe), `groups` (title, what a row is
+compared with, names of runs) and `cost` (whether to measure what training costs). Every run is a process of main.py in
+OUT/NAME/seedS, with its own log; the same command goes on where it stopped. After every run there are OUT/index.html,
+OUT/table.md and OUT/results.json.
 """
 
 import collections
 import dataclasses
+import json
 import logging
 import os
 import pathlib
@@ -146,6 +148,29 @@ def execute(runs, parallel, done):
     return failed
 
 
+def costs(runs, out):
+    """What training costs, measured run by run with nothing beside it, and kept in OUT/cost.json.
+
+    Returns:
+      {name: {"gflop_per_image": [x], "step_images_per_second": [y]}}.
+    """
+    path = out / "cost.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for run in {run.name: run for run in reversed(runs)}.values():  # one seed of each
+        if run.name in known:
+            continue
+        log.info("measuring what training %s costs", run.name)
+        bench = [sys.executable, "-m", "lmim_jax.tools.bench", "--what=step", *run.command[1:-1]]
+        result = subprocess.run(bench, cwd=ROOT, capture_output=True, text=True)
+        if result.returncode:
+            raise UserError(f"measuring {run.name} failed: {result.stderr.strip().splitlines()[-1]}")
+        found = json.loads(result.stdout)
+        known[run.name] = {"gflop_per_image": [found["gflop_per_image"]]}
+        known[run.name]["step_images_per_second"] = [found["images_per_second"]]
+        files.write(path, json.dumps(known, indent=2) + "\n")
+    return known
+
+
 def main(_):
     """As the flags say."""
     jax.config.update("jax_platforms", "cpu")  # this process only: accelerators are for the runs
@@ -156,20 +181,23 @@ def main(_):
     missing = [run for run in runs if not run.finished]
     log.info("%d runs, %d of them finished; results in %s/index.html", len(runs), len(runs) - len(missing), out)
 
-    def publish(_=None):
+    def publish(_=None, cost=None):
         described = {name: what for name, what, *_ in flag.config.runs}
         folders = collections.defaultdict(dict)
         for run in runs:
             if run.finished:
                 folders[run.name][run.seed] = run.folder
-        command_line = " ".join([f"--config={recipe}", *(f"--set={change}" for change in flag.set)])
-        comparison.publish(out, f"python -m lmim_jax.tools.study {command_line}", groups, described, folders)
+        only = [f"--only={','.join(flag.only)}"] if flag.only else []
+        command_line = " ".join([f"--config={recipe}", *only, *(f"--set={change}" for change in flag.set)])
+        comparison.publish(
+            out, f"python -m lmim_jax.tools.study {command_line}", groups, described, folders, cost or {}
+        )
 
     try:
         failed = execute(missing, flag.parallel, publish)
     except KeyboardInterrupt:
         fail("stopped; the states of the runs are saved, run the same command again to go on", 75)
-    publish()
+    publish(cost=costs(runs, out) if flag.config.cost and not failed else None)
     log.info("\n%s", (out / "table.md").read_text())
     if failed:
         fail(f"{len(failed)} runs failed; their logs are {', '.join(str(run.folder / 'log.txt') for run in failed)}", 1)
