@@ -151,7 +151,8 @@ def block_mask(key, grid, total, smallest, largest, aspect):
 
     Until they are masked: a block of an area uniform on [smallest, min(largest, patches missing)] and a height / width
     log-uniform on [aspect, 1 / aspect], at a uniform place, is taken if it is lower and narrower than the grid and
-    masks a patch or more that is not masked yet, but no more than are missing, nor more than `largest`.
+    masks a patch or more that is not masked yet, but no more than are missing, nor more than `largest`. Sizes of which
+    no block can be taken end it after ROUNDS rounds, with fewer masked.
 
     Args:
       grid: (h, w). total: patches to mask. smallest, largest: areas in patches, floats or ints. aspect: in (0, 1].

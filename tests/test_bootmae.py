@@ -337,6 +337,11 @@ def test_blocks_cover_exactly_so_many_patches_and_the_split_is_a_partition():
     assert ((blocks & (masks == 0)).sum((1, 2)) == 2).all()  # exposed
 
 
+def test_blocks_that_cannot_be_are_given_up():
+    key = jax.random.key(0)
+    assert masking.block_mask(key, (4, 4), 8, 9, 9, 1.0).sum() == 0  # blocks of 3 x 3 only, each one patch too many
+
+
 def test_masks_have_the_statistics_of_the_released_sampler():
     blocks, masks, official_blocks, official_masks, _ = samples()
     for ours, theirs in ((blocks, official_blocks), (masks, official_masks)):
