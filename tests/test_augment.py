@@ -87,7 +87,8 @@ def torchvision_box(rng, height, width, scale=(0.2, 1.0), ratio=(0.75, 4 / 3)):
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 90), (30, 300)])
 def test_boxes_are_distributed_as_torchvisions(height, width):
     count, rng = 4000, np.random.default_rng(1)
-    sample = jax.vmap(lambda key: augment.sample_crop(key, height, width, (0.2, 1.0), (0.75, 4 / 3)))
+    size, scale, ratio = np.array([height, width], np.int32), (0.2, 1.0), (0.75, 4 / 3)
+    sample = jax.vmap(lambda key: augment.fit_crop(augment.draw_crop(key, scale, ratio), size, 300, ratio))
     ours = np.asarray(sample(jax.random.split(jax.random.key(0), count)), float)
     theirs = np.array([torchvision_box(rng, height, width) for _ in range(count)], float)
     assert (ours >= 0).all()
