@@ -97,7 +97,7 @@ def data():
     data.canvas = 512  # host decodes into a canvas of this side; larger images are shrunk to fit
     data.channels = 3  # 1 grey, 3 RGB
     data.workers = 0  # decoding processes per host; 0: threads. The stream is the same at any number
-    data.threads = 2  # decoding threads per process; as many as there are cores
+    data.threads = 0  # decoding threads per process; 0: as many as there are cores
     data.timeout = 30.0  # seconds without a batch after which the run stops and names the worker that hangs
     data.resize_on = "device"  # device | host: where training images are cropped and resized; the same boxes and pixels
     data.max_bad_fraction = 0.01  # stop when more of the files than this are no usable images

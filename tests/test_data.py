@@ -58,44 +58,6 @@ def test_an_empty_folder_is_named(tmp_path):
         sources.folder(tmp_path, "train")
 
 
-def test_decode_keeps_small_images_and_shrinks_large_ones():
-    rng = np.random.default_rng(0)
-    small, large = (rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((30, 20), (90, 300)))
-    image, size = decode.on_canvas(encoded(small, format="PNG"), 40, 3)
-    assert size.tolist() == [30, 20]
-    np.testing.assert_array_equal(image[:30, :20], small)
-    assert not image[30:].any()
-    assert not image[:, 20:].any()
-    assert decode.decode(encoded(large, format="JPEG"), 40, 3).shape == (12, 40, 3)
-
-
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
-def test_decode_converts_any_colour_mode(mode):
-    stream = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 30, 30)).convert(mode).save(stream, format="TIFF")
-    for channels in (1, 3, 4):
-        assert decode.decode(stream.getvalue(), 8, channels).shape == (8, 8, channels)
-
-
-def damaged():
-    good = encoded(np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8), format="JPEG")
-    return {"empty": b"", "text": b"hello", "half": good[: len(good) // 2], "end": good[:-200]}
-
-
-@pytest.mark.parametrize("name", damaged())
-def test_damaged_images_are_refused(name):
-    with pytest.raises(decode.BadImage):
-        decode.decode(damaged()[name], 40, 3)
-
-
-def test_a_decompression_bomb_is_refused_by_its_header():
-    bomb = encoded(np.zeros((8, 8), np.uint8), format="JPEG")
-    frame = bomb.index(b"\xff\xc0") + 5  # marker, length, precision; then height and width
-    bomb = bomb[:frame] + np.array([9000, 8000], ">u2").tobytes() + bomb[frame + 4 :]
-    with pytest.raises(decode.BadImage, match="8000 x 9000 pixels, more than 50000000"):
-        decode.decode(bomb, 40, 3)
-
-
 @pytest.fixture
 def partly_bad(images, tmp_path):
     shutil.copytree(images, tmp_path, dirs_exist_ok=True)

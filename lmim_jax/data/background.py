@@ -27,19 +27,25 @@ def pool(threads):
     return futures.ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
 
+def threads_of(config):
+    """How many threads decode in each process, by `config.data`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
+    return config.threads or max(1, cores // max(1, config.workers))
+
+
 def parts_of(workers, rows):
     """Into how many parts the rows of a batch go, one per worker."""
     return max(1, min(workers, rows))
 
 
 def elements(order, start, workers):
-    """Iterate over the elements of an order from `start`, made by a thread of this process, or by worker processes.
+    """Iterate over the elements of an order from `start`, made by threads of this process, or by worker processes.
 
-    Element i is made by worker i % workers. At most two are made ahead per process.
+    Element i is made by worker i % workers. Two are in the making per process, so that no thread waits for the last
+    image of a batch.
     """
     dataset = grain.MapDataset.source(order)[start:]
-    one_ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    iterator = dataset.to_iter_dataset(one_ahead)
+    iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which nobody has parsed in a notebook
             flags.FLAGS.mark_as_parsed()
@@ -88,10 +94,15 @@ class Crew:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    @property
+    def pids(self):
+        """The worker processes that have made something so far."""
+        return tuple(self._pids.values())
+
     def suspect(self):
         """Who was to make the element that does not come, in words."""
         if not self._workers:
-            return "the decoding threads"
+            return "a decoding thread"
         worker = self._next % self._workers
         pid = self._pids.get(worker)
         return f"data worker {worker} of {self._workers} ({f'pid {pid}' if pid else 'not started'})"

@@ -122,7 +122,8 @@ class Evaluation:
         return {"image": np.stack(images), "size": np.stack(sizes)}
 
     def _decoded(self, source):
-        return loader.Decoded(source, self.config.canvas, self.config.channels, self.config.threads, replace=False)
+        threads = background.threads_of(self.config)
+        return loader.Decoded(source, self.config.canvas, self.config.channels, threads, replace=False)
 
     def _crew(self, images, batch_size, workers):
         """Batches of this process's rows, numpy."""

@@ -192,7 +192,7 @@ def rows_of_process(batch_size):
 def training(source, config, *, seed, batch_size, steps, start, mesh, crop=None):
     """Training batches from step `start` to `steps`, decoded in the background and placed on the devices ahead of use.
 
-    Host memory: 3 batches of this process's rows (5 with worker processes); device memory: 3 batches.
+    Host memory: at most 4 batches of this process's rows (7 with worker processes); on the devices: at most 4.
 
     Args:
       source: see sources.py. config: `config.data`. seed: of the order. batch_size: global.
@@ -207,7 +207,8 @@ def training(source, config, *, seed, batch_size, steps, start, mesh, crop=None)
     """
     if start == steps:  # Grain knows no empty datasets
         return iter(())
-    images = Decoded(source, config.canvas, config.channels, config.threads, replace=True, crop=crop)
+    threads = background.threads_of(config)
+    images = Decoded(source, config.canvas, config.channels, threads, replace=True, crop=crop)
     first, rows = rows_of_process(batch_size)
     parts = background.parts_of(config.workers, rows)
     order = TrainingOrder(images, seed, batch_size, steps, first, rows, parts)

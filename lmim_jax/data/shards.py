@@ -101,3 +101,4 @@ def finish(target, classes, tasks):
     manifest = {task.path.name: note for task, note in zip(tasks, notes, strict=True)}
     files.write(target / MANIFEST, json.dumps(manifest, indent=2))
     shutil.rmtree(target / UNFINISHED)
+    tfrecord.sweep(target)

@@ -61,6 +61,12 @@ def write_array_record(path, examples):
     return count
 
 
+def sweep(folder):
+    """Remove what killed writers have left; to be called when all is written."""
+    for path in pathlib.Path(folder).glob(".*.tmp"):
+        path.unlink()
+
+
 def convert(path):
     """Write the ArrayRecord file of one TFRecord file, unless it is there; returns (its path, number of records)."""
     from array_record.python import array_record_module
@@ -98,6 +104,7 @@ def shards(folder):
 
 def announce(folder):
     """Add to dataset_info.json that there are ArrayRecord files too; TensorFlow goes on using the TFRecord files."""
+    sweep(folder)
     path = pathlib.Path(folder, "dataset_info.json")
     info = json.loads(path.read_text())
     formats = info.get("alternativeFileFormats", [])
