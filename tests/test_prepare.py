@@ -120,7 +120,15 @@ def test_damage_is_found(pets, tmp_path):
     manifest, problems = prepare.verify(copy, 100)
     assert not problems
     assert {facts["records"] for facts in manifest.values()} == {48, 16}
-    shard = next(copy.glob("*test*"))
+    shard, train = next(copy.glob("*test*")), next(copy.glob("*train*"))
+    content = bytearray(train.read_bytes())
+    content[len(content) // 8] ^= 1  # inside a record
+    train.write_bytes(content)
+    source = sources.from_config(config(dir=tmp_path), "train")
+    found = loader.Decoded(source, 40, 3, 1, replace=False).batch(np.arange(48))
+    assert (found["bad"] >= 0).sum() == 1
+    assert len(prepare.verify(copy, 100)[1]) == 2  # its record, its checksum
+    shutil.copy(pets / train.name, train)
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     assert prepare.verify(copy, 0)[1] == [f"{shard.name}: not as in manifest.json"]
 

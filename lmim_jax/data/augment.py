@@ -35,42 +35,50 @@ def bilinear(x):
 KERNELS = {"bicubic": bicubic, "bilinear": bilinear}
 
 
-def resize_weights(start, length, low, high, canvas, size, kernel):
-    """The matrix [S, K] that resizes the interval [start, start + length) of an axis to S samples.
+def resize_weights(grid, low, high, canvas, size, kernel):
+    """The matrix [S, K] that resamples an axis of the canvas.
 
-    Where the interval is shrunk the kernel is widened by the scale (antialiasing); weights outside [low, high), the
-    samples that may be read, are 0, and each row sums to 1, as in Pillow.
+    Where the axis is shrunk the kernel is widened by the scale (antialiasing); weights outside [low, high), the samples
+    that may be read, are 0, and each row sums to 1, as in Pillow.
 
     Args:
-      start, length: the box along this axis, in canvas samples (scalars, any float).
+      grid: int32 (start, first, numerator, denominator): output i lies at start + (first + i + 1/2) numerator /
+        denominator. Distances are divided once, as whole numbers: float32 positions would be off by 3e-5 of a pixel.
       low, high: valid range: the box itself when the image is cropped first (training), the image otherwise.
       canvas: K. size: S. kernel: function of the distance in source samples.
     """
-    scale = length / size
-    width = jnp.maximum(scale, 1.0)
-    center = start + (jnp.arange(size) + 0.5) * scale
+    start, first, numerator, denominator = grid
     samples = jnp.arange(canvas)
-    weights = kernel((samples[None, :] + 0.5 - center[:, None]) / width)
+    sources = (2 * samples - 2 * start + 1) * denominator
+    targets = (2 * (first + jnp.arange(size)) + 1) * numerator
+    weights = kernel((sources[None, :] - targets[:, None]) / (2 * jnp.maximum(numerator, denominator)))
     weights = jnp.where((samples >= low) & (samples < high), weights, 0.0)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def crop_resize(image, box, valid, size, kernel):
-    """Resize a box of one canvas to S x S' pixels, rounded to whole levels after each axis, as Pillow does.
+def resample(image, grids, valid, size, kernel):
+    """Resample the rows and columns of one canvas, rounded to whole levels after each axis, as Pillow does.
 
     Args:
-      image: [K, K, C] uint8. box: (top, left, height, width). valid: (top, left, bottom, right), what may be read.
-      size: (S, S'), rows and columns. kernel: a value of KERNELS.
+      image: [K, K, C] uint8. grids: of rows and columns, see `resize_weights`. valid: (top, left, bottom, right), what
+      may be read. size: (S, S'), rows and columns. kernel: a value of KERNELS.
 
     Returns:
       float32 [S, S', C] of whole numbers in 0 .. 255.
     """
     canvas = image.shape[0]
-    rows = resize_weights(box[0], box[2], valid[0], valid[2], canvas, size[0], kernel)
-    columns = resize_weights(box[1], box[3], valid[1], valid[3], canvas, size[1], kernel)
+    rows = resize_weights(grids[0], valid[0], valid[2], canvas, size[0], kernel)
+    columns = resize_weights(grids[1], valid[1], valid[3], canvas, size[1], kernel)
     level = lambda x: jnp.clip(jnp.floor(x + 0.5), 0, 255)
     x = level(jnp.einsum("sj,ijc->isc", columns, image.astype(jnp.float32), precision=PRECISION))
     return level(jnp.einsum("ti,isc->tsc", rows, x, precision=PRECISION))
+
+
+def crop_resize(image, box, size, kernel):
+    """Crop a box (top, left, height, width), int32, out of one canvas and resize it; see `resample`."""
+    top, left, height, width = box
+    grids = (top, 0, height, size[0]), (left, 0, width, size[1])
+    return resample(image, grids, (top, left, top + height, left + width), size, kernel)
 
 
 def draw_crop(key, scale, ratio):
@@ -171,8 +179,8 @@ class Augment:
 
         def one(key, image, size):
             draw = self.draw(key)
-            top, left, height, width = box = fit_crop(draw, size, image.shape[0], self.ratio)
-            x = crop_resize(image, box, (top, left, top + height, left + width), self.image_size, kernel)
+            box = fit_crop(draw, size, image.shape[0], self.ratio)
+            x = crop_resize(image, box, self.image_size, kernel)
             return jnp.where(draw["flip"], x[:, ::-1], x)
 
         if "size" not in batch:  # cropped on the host
@@ -189,10 +197,9 @@ class Augment:
         def one(image, size):
             # torchvision: the long side is int(resize * long / short); centre crop offsets round half to even.
             resized = self.eval_resize * size // jnp.min(size)
-            scale = size / resized
-            crop = jnp.asarray(self.eval_size)
-            box = jnp.concatenate([jnp.round((resized - crop) / 2) * scale, crop * scale])
-            return crop_resize(image, box, (0, 0, size[0], size[1]), self.eval_size, kernel)
+            first = jnp.round((resized - jnp.asarray(self.eval_size)) / 2).astype(jnp.int32)
+            grids = [(0, first[axis], size[axis], resized[axis]) for axis in (0, 1)]
+            return resample(image, grids, (0, 0, size[0], size[1]), self.eval_size, kernel)
 
         return self.normalize(jax.vmap(one)(batch["image"], batch["size"]))
 

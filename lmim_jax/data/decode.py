@@ -17,6 +17,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 50_000_000  # decompression bombs; read from the header, before anything is decoded
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 SCALES = (8, 4, 2)  # by which a JPEG can be shrunk while it is decoded
+FLIP = Image.Transpose
+TURNED = {2: FLIP.FLIP_LEFT_RIGHT, 3: FLIP.ROTATE_180, 4: FLIP.FLIP_TOP_BOTTOM, 5: FLIP.TRANSPOSE, 6: FLIP.ROTATE_90}
+TURNED |= {7: FLIP.TRANSVERSE, 8: FLIP.ROTATE_270}  # EXIF orientation -> what turns the upright image back
 
 
 class BadImage(ValueError):
@@ -120,6 +123,8 @@ def _pillow(data, canvas, channels):
         warnings.simplefilter("ignore")  # our own pixel cap is below Pillow's warning; metadata quirks are harmless
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         check_size(*image.size)
+        if image.format == "TIFF" and (turned := image.tag_v2.get(0x0112)) in TURNED:
+            image = image.transpose(TURNED[turned])  # Pillow turns TIFFs upright, and only them
         height, width = _size_in(canvas, *image.size[::-1])
         image.draft(None, (width, height))  # a JPEG's shrinking transform: the same power of two as `_scale`
         if image.mode.startswith("I;16"):

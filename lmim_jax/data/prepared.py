@@ -66,10 +66,15 @@ class Tfds:
         return {"source": self.title, "images": len(self), **chosen}
 
     def _example(self, index):
+        """The features of an example; OSError where it cannot be read."""
+        from google.protobuf import message
         from tensorflow_datasets.proto import tf_example_pb2
 
-        raw = self.records[int(index if self.kept is None else self.kept[index])]
-        return tf_example_pb2.Example.FromString(raw).features.feature
+        try:
+            raw = self.records[int(index if self.kept is None else self.kept[index])]
+            return tf_example_pb2.Example.FromString(raw).features.feature
+        except (RuntimeError, ValueError, message.DecodeError) as error:  # as ArrayRecord tells damage
+            raise OSError(f"the record is damaged: {error}") from error
 
 
 def _bytes(example, name):

@@ -67,17 +67,21 @@ def sweep(folder):
         path.unlink()
 
 
-def convert(path):
-    """Write the ArrayRecord file of one TFRecord file, unless it is there; returns (its path, number of records)."""
+def count_records(path):
+    """The number of records in an ArrayRecord file. UserError where it is damaged."""
     from array_record.python import array_record_module
 
+    try:
+        # Without reading ahead: that looks for records behind the last one, and complains about what it finds there
+        return array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0").num_records()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def convert(path):
+    """Write the ArrayRecord file of one TFRecord file, unless it is there; returns (its path, number of records)."""
     out = path.with_name(path.name.replace(".tfrecord", ".array_record"))
-    if out.exists():
-        reader = array_record_module.ArrayRecordReader(str(out))
-        count = reader.num_records()
-        reader.close()
-        return out, count
-    return out, write_array_record(out, records(path))
+    return out, count_records(out) if out.exists() else write_array_record(out, records(path))
 
 
 def shards(folder):

@@ -100,7 +100,6 @@ def verify(folder, sample):
     with the manifest where there is one.
     """
     import tensorflow_datasets as tfds
-    from array_record.python import array_record_module
 
     folder = pathlib.Path(folder).expanduser()
     try:
@@ -111,15 +110,18 @@ def verify(folder, sample):
     for split, info in builder.info.splits.items():
         source = prepared.split_of(builder, split)
         for path, length in zip(map(pathlib.Path, info.filepaths), info.shard_lengths, strict=True):
-            reader = array_record_module.ArrayRecordReader(str(path))
-            manifest[path.name] = {**shards.facts(path), "records": reader.num_records()}
-            reader.close()
-            if manifest[path.name]["records"] != length:
-                problems.append(f"{path.name}: {manifest[path.name]['records']} records instead of {length}")
+            try:
+                found = tfrecord.count_records(path)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            manifest[path.name] = {**shards.facts(path), "records": found}
+            if found != length:
+                problems.append(f"{path.name}: {found} records instead of {length}")
         for i in np.random.default_rng(0).permutation(len(source))[:sample]:
             try:
                 decode.decode(source.record(i)[0], 0, 3)
-            except decode.BadImage as error:
+            except (decode.BadImage, OSError) as error:
                 problems.append(f"{source.name(i)}: {error}")
     if (folder / shards.MANIFEST).exists():
         known = json.loads((folder / shards.MANIFEST).read_text())
