@@ -72,15 +72,19 @@ def count_records(path):
     from array_record.python import array_record_module
 
     try:
-        # Without reading ahead: that looks for records behind the last one, and complains about what it finds there
         return array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0").num_records()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
+def beside(path):
+    """The ArrayRecord file that belongs to a TFRecord file (or to itself)."""
+    return path.with_name(path.name.replace(".tfrecord-", ".array_record-"))
+
+
 def convert(path):
     """Write the ArrayRecord file of one TFRecord file, unless it is there; returns (its path, number of records)."""
-    out = path.with_name(path.name.replace(".tfrecord", ".array_record"))
+    out = beside(path)
     return out, count_records(out) if out.exists() else write_array_record(out, records(path))
 
 

@@ -84,11 +84,11 @@ def convert_tfrecords(folder, count):
     """
     folder = pathlib.Path(folder).expanduser()
     originals = tfrecord.shards(folder)
-    expected = {path.name.replace(".tfrecord", ".array_record"): length for path, length in originals.items()}
+    expected = {tfrecord.beside(path): length for path, length in originals.items()}
     sizes = [path.stat().st_size for path in originals]
     for path, found in _in_parallel(tfrecord.convert, list(originals), count, sizes, "B"):
-        if found != expected[path.name]:
-            raise UserError(f"{path} has {found} records instead of {expected[path.name]}")
+        if found != expected[path]:
+            raise UserError(f"{path} has {found} records instead of {expected[path]}")
     tfrecord.announce(folder)
     return folder
 
@@ -109,7 +109,8 @@ def verify(folder, sample):
     manifest, problems = {}, []
     for split, info in builder.info.splits.items():
         source = prepared.split_of(builder, split)
-        for path, length in zip(map(pathlib.Path, info.filepaths), info.shard_lengths, strict=True):
+        for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
+            path = tfrecord.beside(pathlib.Path(path))
             try:
                 found = tfrecord.count_records(path)
             except UserError as error:

@@ -9,12 +9,14 @@ import sys
 
 import conftest
 import numpy as np
+import processes
 import pytest
 import stream_process
 import test_stream
 from ml_collections import ConfigDict
 
 from lmim_jax.data import loader, sources
+from lmim_jax.tools import prepare
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -48,3 +50,19 @@ def test_two_processes_share_the_batches_of_one(images):
         half = slice(4 * rank, 4 * rank + 4)
         expected = [f"rows {hashlib.sha256(batch[half].tobytes()).hexdigest()}" for batch in whole[3:]]
         assert [line for line in output.splitlines() if line.startswith("rows")] == expected
+
+
+@pytest.mark.parametrize("resize_on", ["device", "host"])
+def test_a_folder_and_the_dataset_made_of_it_train_alike(resize_on, images, tmp_path, full):
+    if not full:
+        pytest.skip("with --faults only: two whole runs")
+    prepare.convert_folder(images, tmp_path, "pets", 0, 1)
+    dataset = "--config.data.source=tfds", "--config.data.name=pets", f"--config.data.dir={tmp_path}"
+    losses = []
+    for name, flags in (("folder", ()), ("tfds", dataset)):
+        common = "--config.epochs=1", f"--config.data.resize_on={resize_on}"
+        ((code, output),) = processes.finish(processes.start(images, tmp_path / name, *common, *flags))
+        assert code == 0, output
+        losses.append(processes.losses(tmp_path / name))
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]
