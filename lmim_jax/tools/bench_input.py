@@ -126,16 +126,16 @@ def _pillow_crop(data, config, size, rng):
 def _whole(source, config, crop, threads, workers, count):
     """(per CPU second, per second) of the loader: from the source to batches of numpy arrays."""
     images = loader.Decoded(source, config.canvas, config.channels, threads, replace=True, crop=crop)
-    warm = 2 * max(workers, 1)  # batches until everything has started
-    size = min(ROWS, len(source))
-    order = loader.TrainingOrder(images, 0, size, warm + count // size, 0, size, max(workers, 1))
+    size, around = min(ROWS, len(source)), 4  # batches before and after the measured ones: all are busy all the time
+    order = loader.TrainingOrder(images, 0, size, count // size + 2 * around, 0, size, max(workers, 1))
     crew = background.Crew(order, 0, workers)
-    for _ in range(warm):
+    for _ in range(around):
         next(crew)
     pids = [os.getpid(), *crew.pids]
     began, used = time.perf_counter(), _cpu_seconds(pids)
-    made = sum(len(batch["index"]) for batch in crew)
-    return made / max(_cpu_seconds(pids) - used, 1e-9), made / (time.perf_counter() - began)
+    for _ in range(count // size):
+        next(crew)
+    return count / (_cpu_seconds(pids) - used), count / (time.perf_counter() - began)
 
 
 def _cpu_seconds(pids):
