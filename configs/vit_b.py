@@ -21,16 +21,7 @@ def get_config():
     config.deterministic = True  # GPUs: only kernels whose sums do not depend on timing, so that runs repeat to the bit
     config.total_steps = config_dict.placeholder(int)  # instead of epochs; the warm-up keeps its share of the run
 
-    data = config.data = ConfigDict()
-    data.source = "folder"  # folder | shapes (embedded, drawn on first use)
-    data.path = ""  # folder: with images at any depth, or with train/CLASS/ and test/CLASS/; shapes: where to keep it
-    data.train_per_class = 0  # folder: only the first so many images of each class, by file name; 0: all
-    data.test_per_class = 0
-    data.canvas = 512  # host decodes into a canvas of this side; larger images are shrunk to fit
-    data.channels = 3  # 1 grey, 3 RGB
-    data.workers = 0  # decoding processes per host; 0: threads. The stream is the same at any number
-    data.threads = 2  # decoding threads per process
-    data.max_bad_fraction = 0.01  # stop when more of the files than this are no usable images
+    config.data = data()
 
     augment = config.augment = ConfigDict()  # on the device, as torchvision's RandomResizedCrop
     augment.scale = (0.2, 1.0)  # share of the area a crop takes
@@ -41,7 +32,7 @@ def get_config():
     augment.std = (0.229, 0.224, 0.225)
     augment.eval_resize = 256  # evaluation: short side, then a centre crop of grid x patch_size
 
-    config.method = latent_mim(data.get_ref("channels"))
+    config.method = latent_mim(config.data.get_ref("channels"))
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.name = "adamw"
@@ -89,6 +80,28 @@ def get_config():
     config.on_nonfinite = "stop"  # stop | skip: what to do about a step whose loss or gradient is NaN or infinite
     config.max_skipped = 10  # skip: stop after so many in a row
     return config
+
+
+def data():
+    """Where images come from, and how they are brought to the devices."""
+    data = ConfigDict()
+    data.source = "folder"  # folder | tfds | shapes (embedded, drawn on first use)
+    data.path = ""  # folder: with images at any depth, or with train/CLASS/ and test/CLASS/; shapes: where to keep it
+    data.name = ""  # tfds: dataset, or dataset/config:version, prepared in ArrayRecord files
+    data.dir = ""  # tfds: the folder that holds it; "": TFDS's own, ~/tensorflow_datasets
+    data.train_split = "train"  # folder: name of the sub-folder; tfds: split or a slice of it, such as train[:1%]
+    data.test_split = "test"  # "": none
+    data.classes = ""  # a file with the names of the classes to keep, one a line, in order of their numbers; "": all
+    data.train_per_class = 0  # folder: only the first so many images of each class, by file name; 0: all
+    data.test_per_class = 0
+    data.canvas = 512  # host decodes into a canvas of this side; larger images are shrunk to fit
+    data.channels = 3  # 1 grey, 3 RGB
+    data.workers = 0  # decoding processes per host; 0: threads. The stream is the same at any number
+    data.threads = 0  # decoding threads per process; 0: as many as there are cores
+    data.timeout = 30.0  # seconds without a batch after which the run stops and names the worker that hangs
+    data.resize_on = "device"  # device | host: where training images are cropped and resized; the same boxes and pixels
+    data.max_bad_fraction = 0.01  # stop when more of the files than this are no usable images
+    return data
 
 
 def latent_mim(channels):

@@ -5,7 +5,7 @@ import pathlib
 
 from absl import app, flags
 
-from lmim_jax.errors import UserError, fail
+from lmim_jax.errors import Stuck, UserError, fail
 
 
 def run(main, default_config=None):
@@ -14,7 +14,7 @@ def run(main, default_config=None):
     Args:
       default_config: the recipe where `--config` is not given; None: a command without a recipe.
 
-    Exits with 2 and one line on stderr for a mistake in the flags, and for a UserError.
+    Exits with one line on stderr: 2 for a mistake in the flags, and for a UserError; 1 where the data do not come.
     """
 
     def reporting(argv):
@@ -22,6 +22,8 @@ def run(main, default_config=None):
             return main(argv)
         except UserError as error:
             fail(error)
+        except Stuck as error:
+            fail(error, 1)
 
     app.run(reporting, flags_parser=lambda argv: parse_flags(argv, default_config))
 

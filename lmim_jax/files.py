@@ -4,13 +4,13 @@ import os
 import pathlib
 
 
-def write(path, text):
-    """Write a text file atomically: to a temporary beside it, flushed to disk, then renamed."""
+def write(path, content):
+    """Write a file atomically: to a temporary beside it, flushed to disk, then renamed. content: str or bytes."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -25,6 +25,13 @@ def image_keys(rng, step, positions):
     return rng, jax.vmap(lambda position: jax.random.fold_in(rng, position))(positions)
 
 
+def augment_keys(seed, step, positions):
+    """The keys that `draw` gives to `augment` for these positions of a step, in a run of this seed (see state.init)."""
+    _, rng = jax.random.split(jax.random.key(seed))
+    _, keys = image_keys(rng, step, positions)
+    return jax.vmap(jax.random.split)(keys)[:, 0]
+
+
 def draw(method, augment, rng, keys, batch):
     """Images and views of a batch: all randomness of a step. Returns (images [B, H, W, C], views)."""
     augment_keys, view_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)

@@ -1,6 +1,7 @@
 """The story of a training run, top to bottom."""
 
 import contextlib
+import functools
 import json
 import logging
 import pathlib
@@ -13,13 +14,13 @@ from lmim_jax import files, gauges, metrics, optim, preemption, sharding
 from lmim_jax import summary as summaries
 from lmim_jax import workdir as workdirs
 from lmim_jax.checkpoint import Checkpoints
-from lmim_jax.data import augment, loader, sources
+from lmim_jax.data import augment, host_crop, loader, sources
 from lmim_jax.data.evaluation import Evaluation
 from lmim_jax.errors import UserError
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
-from lmim_jax.step import make_train_step
+from lmim_jax.step import augment_keys, make_train_step
 from lmim_jax.writers import Writer, history, write_picture
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def train(config, workdir):
     # Method
     method = methods.from_config(config.method, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     augmentation = augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    crop = host_crop.from_config(config.data, augmentation, functools.partial(augment_keys, config.seed))
 
     # Optimiser
     warmup_steps = config.optimizer.warmup_epochs / config.epochs * total_steps
@@ -136,6 +138,7 @@ def train(config, workdir):
             steps=total_steps,
             start=start,
             mesh=mesh,
+            crop=crop,
         )
         meter.resume()
         for done, batch in enumerate(batches, start + 1):

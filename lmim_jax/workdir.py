@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # Keys that may differ between a run and its continuation: they change no number of the training.
 HARMLESS = re.compile(
-    r"log_every|gauge_images|checkpoint_\w+|data\.(path|workers|threads|max_bad_fraction)|evaluators\..*|max_skipped"
+    r"log_every|gauge_images|checkpoint_\w+|data\.(path|dir|classes|test_split|workers|threads|timeout|max_bad_fraction)|evaluators\..*|max_skipped"
 )
 HEARTBEAT = 20.0  # seconds between signs of life in the lock
 STALE = 120.0  # seconds without one after which a writer on another host counts as dead

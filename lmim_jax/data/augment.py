@@ -7,12 +7,15 @@ Letters: B batch, K canvas side, C channels, S output side.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmim_jax.errors import UserError
 
+TABLE_BITS = 12
 PRECISION = jax.lax.Precision.HIGH  # pixel values need more than bfloat16's 8 bits
 
 
@@ -32,65 +35,95 @@ def bilinear(x):
 KERNELS = {"bicubic": bicubic, "bilinear": bilinear}
 
 
-def resize_weights(start, length, low, high, canvas, size, kernel):
-    """The matrix [S, K] that resizes the interval [start, start + length) of an axis to S samples.
+def resize_weights(grid, low, high, canvas, size, kernel):
+    """The matrix [S, K] that resamples an axis of the canvas.
 
-    Where the interval is shrunk the kernel is widened by the scale (antialiasing); weights outside [low, high), the
-    samples that may be read, are 0, and each row sums to 1, as in Pillow.
+    Where the axis is shrunk the kernel is widened by the scale (antialiasing); weights outside [low, high), the samples
+    that may be read, are 0, and each row sums to 1, as in Pillow.
 
     Args:
-      start, length: the box along this axis, in canvas samples (scalars, any float).
+      grid: int32 (start, first, numerator, denominator): output i lies at start + (first + i + 1/2) numerator /
+        denominator. Distances are divided once, as whole numbers: float32 positions would be off by 3e-5 of a pixel.
       low, high: valid range: the box itself when the image is cropped first (training), the image otherwise.
       canvas: K. size: S. kernel: function of the distance in source samples.
     """
-    scale = length / size
-    width = jnp.maximum(scale, 1.0)
-    center = start + (jnp.arange(size) + 0.5) * scale
+    start, first, numerator, denominator = grid
     samples = jnp.arange(canvas)
-    weights = kernel((samples[None, :] + 0.5 - center[:, None]) / width)
+    sources = (2 * samples - 2 * start + 1) * denominator
+    targets = (2 * (first + jnp.arange(size)) + 1) * numerator
+    weights = kernel((sources[None, :] - targets[:, None]) / (2 * jnp.maximum(numerator, denominator)))
     weights = jnp.where((samples >= low) & (samples < high), weights, 0.0)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def crop_resize(image, box, valid, size, kernel):
-    """Resize a box of one canvas to S x S' pixels, rounded to whole levels after each axis, as Pillow does.
+def resample(image, grids, valid, size, kernel):
+    """Resample the rows and columns of one canvas, rounded to whole levels after each axis, as Pillow does.
 
     Args:
-      image: [K, K, C] uint8. box: (top, left, height, width). valid: (top, left, bottom, right), what may be read.
-      size: (S, S'), rows and columns. kernel: a value of KERNELS.
+      image: [K, K, C] uint8. grids: of rows and columns, see `resize_weights`. valid: (top, left, bottom, right), what
+      may be read. size: (S, S'), rows and columns. kernel: a value of KERNELS.
 
     Returns:
       float32 [S, S', C] of whole numbers in 0 .. 255.
     """
     canvas = image.shape[0]
-    rows = resize_weights(box[0], box[2], valid[0], valid[2], canvas, size[0], kernel)
-    columns = resize_weights(box[1], box[3], valid[1], valid[3], canvas, size[1], kernel)
+    rows = resize_weights(grids[0], valid[0], valid[2], canvas, size[0], kernel)
+    columns = resize_weights(grids[1], valid[1], valid[3], canvas, size[1], kernel)
     level = lambda x: jnp.clip(jnp.floor(x + 0.5), 0, 255)
     x = level(jnp.einsum("sj,ijc->isc", columns, image.astype(jnp.float32), precision=PRECISION))
     return level(jnp.einsum("ti,isc->tsc", rows, x, precision=PRECISION))
 
 
-def sample_crop(key, height, width, scale, ratio):
-    """A random-resized-crop box (top, left, height, width), int32, drawn as torchvision's `RandomResizedCrop` does.
+def crop_resize(image, box, size, kernel):
+    """Crop a box (top, left, height, width), int32, out of one canvas and resize it; see `resample`."""
+    top, left, height, width = box
+    grids = (top, 0, height, size[0]), (left, 0, width, size[1])
+    return resample(image, grids, (top, left, top + height, left + width), size, kernel)
 
-    Ten tries of an area share uniform on `scale` and an aspect log-uniform on `ratio`; if none fits, the centre with
-    the nearest allowed aspect.
+
+def draw_crop(key, scale, ratio):
+    """The random part of a random-resized crop, as torchvision's `RandomResizedCrop` draws it: ten tries and a place.
+
+    A try has an area share uniform on `scale` and an aspect log-uniform on `ratio`. All numbers are looked up in tables
+    (of 4096 values) or made of random bits, so that every backend draws the same to the bit.
+
+    Returns:
+      {"sides": float32 [2, 10], heights and widths over the square root of the image's area; "place": float32 [2]}.
     """
-    keys = jax.random.split(key, 4)
-    area = height * width * jax.random.uniform(keys[0], (10,), minval=scale[0], maxval=scale[1])
-    aspect = jnp.exp(jax.random.uniform(keys[1], (10,), minval=jnp.log(ratio[0]), maxval=jnp.log(ratio[1])))
-    crop_w = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
-    crop_h = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
-    fits = (crop_w > 0) & (crop_w <= width) & (crop_h > 0) & (crop_h <= height)
-    first = jnp.argmax(fits)
-    crop_h, crop_w = crop_h[first], crop_w[first]
-    top = jnp.floor(jax.random.uniform(keys[2]) * (height - crop_h + 1)).astype(jnp.int32)
-    left = jnp.floor(jax.random.uniform(keys[3]) * (width - crop_w + 1)).astype(jnp.int32)
-    center_h = jnp.where(width < ratio[0] * height, jnp.round(width / ratio[0]), height).astype(jnp.int32)
-    center_w = jnp.where(width > ratio[1] * height, jnp.round(height * ratio[1]), width).astype(jnp.int32)
-    found = jnp.stack([jnp.minimum(top, height - crop_h), jnp.minimum(left, width - crop_w), crop_h, crop_w])
-    center = jnp.stack([(height - center_h) // 2, (width - center_w) // 2, center_h, center_w])
-    return jnp.where(fits.any(), found, center)
+    middles = (np.arange(1 << TABLE_BITS) + 0.5) / (1 << TABLE_BITS)
+    shares = np.sqrt(scale[0] + (scale[1] - scale[0]) * middles)
+    aspects = np.sqrt(ratio[0] * (ratio[1] / ratio[0]) ** middles)
+    share_key, aspect_key, place_key = jax.random.split(key, 3)
+    index = lambda key: jax.random.bits(key, (10,), "uint32") >> (32 - TABLE_BITS)
+    share, aspect = jnp.asarray(shares, jnp.float32)[index(share_key)], index(aspect_key)
+    heights, widths = (share * jnp.asarray(table, jnp.float32)[aspect] for table in (1 / aspects, aspects))
+    return {"sides": jnp.stack([heights, widths]), "place": jax.random.uniform(place_key, (2,))}
+
+
+def fit_crop(draw, size, longest, ratio, xp=jnp):
+    """The crop box (top, left, height, width) that a draw gives in an image, int32 [4].
+
+    The first of the tries that fits; if none does, the centre with the nearest allowed aspect. Only whole numbers,
+    looked-up square roots and single float32 products: numpy (`xp=np`) and every backend get the same box.
+
+    Args:
+      draw: of `draw_crop`. size: int32 [2], (height, width). longest: no side is longer (the canvas).
+    """
+    root = xp.asarray(_roots(longest))[size]
+    sides = xp.rint(draw["sides"] * (root[0] * root[1])).astype(np.int32)
+    fits = ((sides > 0) & (sides <= size[:, None])).all(0)
+    crop = sides[:, xp.argmax(fits)]
+    corner = xp.floor(draw["place"] * (size - crop + 1).astype(np.float32)).astype(np.int32)
+    limits = xp.rint(size[::-1] * np.array([1 / ratio[0], ratio[1]], np.float32)).astype(np.int32)
+    center = xp.minimum(size, limits)
+    found = xp.concatenate([xp.minimum(corner, size - crop), crop])
+    return xp.where(fits.any(), found, xp.concatenate([(size - center) // 2, center]))
+
+
+@functools.cache
+def _roots(longest):
+    """Square roots of 0 .. longest, float32."""
+    return np.sqrt(np.arange(longest + 1)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +158,19 @@ class Augment:
         mean, std = self._constants(images)
         return jnp.round((images * std + mean) * 255)
 
+    def draw(self, key):
+        """All random numbers of one image: those of `draw_crop`, and "flip", a bool."""
+        crop_key, flip_key = jax.random.split(key)
+        flip = jax.random.bernoulli(flip_key) & self.flip
+        return {**draw_crop(crop_key, self.scale, self.ratio), "flip": flip}
+
     def __call__(self, keys, batch):
         """Random-resized crop, flip, normalise.
 
         Args:
           keys: [B], one key per image.
-          batch: image [B, K, K, C] uint8, size [B, 2] int32 (height, width).
+          batch: image [B, K, K, C] uint8, size [B, 2] int32 (height, width); or crops without "size", which are only
+            normalised.
 
         Returns:
           float32 [B, *image_size, C].
@@ -138,11 +178,13 @@ class Augment:
         kernel = KERNELS[self.interpolation]
 
         def one(key, image, size):
-            crop_key, flip_key = jax.random.split(key)
-            top, left, height, width = box = sample_crop(crop_key, size[0], size[1], self.scale, self.ratio)
-            x = crop_resize(image, box, (top, left, top + height, left + width), self.image_size, kernel)
-            return jnp.where(jax.random.bernoulli(flip_key), x[:, ::-1], x) if self.flip else x
+            draw = self.draw(key)
+            box = fit_crop(draw, size, image.shape[0], self.ratio)
+            x = crop_resize(image, box, self.image_size, kernel)
+            return jnp.where(draw["flip"], x[:, ::-1], x)
 
+        if "size" not in batch:  # cropped on the host
+            return self.normalize(batch["image"])
         return self.normalize(jax.vmap(one)(keys, batch["image"], batch["size"]))
 
     def evaluation(self, batch):
@@ -155,10 +197,9 @@ class Augment:
         def one(image, size):
             # torchvision: the long side is int(resize * long / short); centre crop offsets round half to even.
             resized = self.eval_resize * size // jnp.min(size)
-            scale = size / resized
-            crop = jnp.asarray(self.eval_size)
-            box = jnp.concatenate([jnp.round((resized - crop) / 2) * scale, crop * scale])
-            return crop_resize(image, box, (0, 0, size[0], size[1]), self.eval_size, kernel)
+            first = jnp.round((resized - jnp.asarray(self.eval_size)) / 2).astype(jnp.int32)
+            grids = [(0, first[axis], size[axis], resized[axis]) for axis in (0, 1)]
+            return resample(image, grids, (0, 0, size[0], size[1]), self.eval_size, kernel)
 
         return self.normalize(jax.vmap(one)(batch["image"], batch["size"]))
 

@@ -7,25 +7,27 @@ import jax
 import numpy as np
 
 from lmim_jax import sharding
-from lmim_jax.data import decode, loader
+from lmim_jax.data import background, decode, loader
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationOrder:
-    """Every image once, in order, padded to whole batches."""
+    """Every image once, in order, padded to whole batches; parts as in `loader.TrainingOrder`."""
 
     images: loader.Decoded
     batch_size: int
     first_row: int
     rows: int
+    parts: int
 
     def __len__(self):
-        return -(-len(self.images.source) // self.batch_size) * self.rows
+        return -(-len(self.images.source) // self.batch_size) * self.parts
 
     def __getitem__(self, i):
-        batch, row = divmod(int(i), self.rows)
-        index = batch * self.batch_size + self.first_row + row
-        return self.images.item(index) if index < len(self.images.source) else self.images.padding()
+        batch, part = divmod(int(i), self.parts)
+        rows = np.arange(part * self.rows // self.parts, (part + 1) * self.rows // self.parts)
+        indices = batch * self.batch_size + self.first_row + rows
+        return self.images.batch(np.where(indices < len(self.images.source), indices, -1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +41,9 @@ class Selected:
     def __len__(self):
         return len(self.indices)
 
-    def read(self, index):
-        """The encoded bytes of the image."""
-        return self.source.read(self.indices[index])
-
-    def label(self, index):
-        """The class of the image, -1 without classes."""
-        return self.source.label(self.indices[index])
+    def record(self, index):
+        """(encoded bytes, class) of the image."""
+        return self.source.record(self.indices[index])
 
     def name(self, index):
         """The name of the image in its source."""
@@ -88,14 +86,14 @@ class Evaluation:
         if split not in self._bad:
             self._bad[split] = loader.BadImages(images, self.config.max_bad_fraction)
 
-        def placed():
-            for batch in self._read(images, batch_size, self.config.workers):
-                self._check()
-                self._bad[split].see(batch.pop("bad"))
-                batch = sharding.to_global(batch, self.mesh)
-                yield {"images": self._transform(batch), "label": batch["label"], "index": batch["index"]}
+        def place(batch):
+            self._bad[split].see(batch["bad"])
+            return self._placed(batch)
 
-        return loader.ahead(placed())
+        crew = self._crew(images, batch_size, self.config.workers)
+        for batch in background.ahead(crew, place, self.config.timeout, images.reading):
+            self._check()
+            yield {"images": self._transform(batch), "label": batch["label"], "index": batch["index"]}
 
     def sample(self, split, count):
         """The same random images of a split at every call: one batch, padded to a multiple of the devices.
@@ -106,9 +104,8 @@ class Evaluation:
         """
         source = self.sources[split]
         indices = tuple(int(i) for i in loader.epoch_order(0, 0, len(source))[:count])
-        (batch,) = self._read(self._decoded(Selected(source, indices)), len(indices), workers=0)
-        batch.pop("bad")
-        batch = sharding.to_global(batch, self.mesh)
+        (batch,) = self._crew(self._decoded(Selected(source, indices)), len(indices), workers=0)
+        batch = self._placed(batch)
         return {**batch, "images": self._transform(batch)}, indices
 
     def masks(self, split, indices):
@@ -119,15 +116,23 @@ class Evaluation:
         files = [self.sources[split].mask(index) for index in indices]
         if None in files:
             return None
-        images, sizes = zip(*(decode.decode(f, self.config.canvas, self.config.channels) for f in files), strict=True)
+        images, sizes = zip(
+            *(decode.on_canvas(f, self.config.canvas, self.config.channels) for f in files), strict=True
+        )
         return {"image": np.stack(images), "size": np.stack(sizes)}
 
     def _decoded(self, source):
-        return loader.Decoded(source, self.config.canvas, self.config.channels, replace=False)
+        threads = background.threads_of(self.config)
+        return loader.Decoded(source, self.config.canvas, self.config.channels, threads, replace=False)
 
-    def _read(self, images, batch_size, workers):
-        """Batches of this process's rows, numpy; index is -1 for what is to be left out."""
+    def _crew(self, images, batch_size, workers):
+        """Batches of this process's rows, numpy."""
         batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
-        order = EvaluationOrder(images, batch_size, *loader.rows_of_process(batch_size))
-        for batch in loader.read(order, order.rows, 0, workers, self.config.threads):
-            yield {**batch, "index": np.where(batch["bad"] >= 0, -1, batch["index"])}
+        first, rows = loader.rows_of_process(batch_size)
+        order = EvaluationOrder(images, batch_size, first, rows, background.parts_of(workers, rows))
+        return background.Crew(order, 0, workers)
+
+    def _placed(self, batch):
+        """A batch on the devices; index is -1 for what is to be left out."""
+        index = np.where(batch["bad"] >= 0, -1, batch["index"])
+        return sharding.to_global({**{k: batch[k] for k in ("image", "size", "label")}, "index": index}, self.mesh)

@@ -4,25 +4,25 @@ The order is a pure function of (seed, epoch, index), and the position in it of 
 gives the same stream, and resuming is starting at a step.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
 import logging
-import multiprocessing
 import os
 import threading
 
-import grain
+import grain.multiprocessing
 import jax
 import numpy as np
-from absl import flags
 
 from lmim_jax import sharding
-from lmim_jax.data import decode
+from lmim_jax.data import background, decode
 from lmim_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+
+CHUNK = 4  # rows that a thread decodes at a time
+_reading = {}  # by thread: what is being read, to be named when it hangs
 
 
 @functools.lru_cache(maxsize=2)  # an epoch, and the next one while prefetching
@@ -33,53 +33,92 @@ def epoch_order(seed, epoch, length):
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Images of a source as dicts of arrays; what cannot be decoded is marked, and replaced for training.
+    """Images of a source as batches of arrays; what cannot be decoded is marked, and replaced for training.
 
-    canvas: K; channels: C; replace: a bad image gives the next good one (training) instead of a blank (evaluation).
+    canvas: K; channels: C; threads: that decode; replace: a bad image gives the next good one (training) instead of a
+    blank (evaluation); crop: an `augment.HostCrop` instead of canvases, or None.
     """
 
     source: object
     canvas: int
     channels: int
+    threads: int
     replace: bool
+    crop: object = None
 
-    def item(self, index):
-        """image [K, K, C] uint8, size [2], label, index of the image taken, bad: index of the one asked for, or -1."""
-        bad = -1
-        for offset in range(len(self.source) if self.replace else 1):
+    @property
+    def shape(self):
+        """Of a row of "image": a canvas, or a crop."""
+        return (*(self.crop.size if self.crop else (self.canvas, self.canvas)), self.channels)
+
+    def batch(self, indices, step=0, positions=()):
+        """A batch, decoded by several threads straight into its rows.
+
+        Args:
+          indices: [B], which images; -1: none, a blank row. step, positions: [B], where in the stream, for crops.
+
+        Returns:
+          image uint8 [B, *shape], size [B, 2] (height, width), label [B], index [B] of the images taken, bad [B]: the
+          index asked for where that image is bad, or -1; int32; and pid, who made it.
+        """
+        new = grain.multiprocessing.SharedMemoryArray if background.in_worker else np.empty
+        batch = {"image": new((len(indices), *self.shape), np.uint8), "size": np.full((len(indices), 2), self.canvas)}
+        batch |= {name: np.full(len(indices), -1) for name in ("label", "index", "bad")}
+        draws = self.crop.draws(step, positions) if self.crop else [None] * len(indices)
+
+        def fill(first):
+            for row in range(first, min(first + CHUNK, len(indices))):
+                self._fill({name: column[row : row + 1] for name, column in batch.items()}, indices[row], draws[row])
+
+        for _ in background.pool(self.threads).map(fill, range(0, len(indices), CHUNK)):
+            pass
+        numbers = {name: column.astype(np.int32) for name, column in batch.items() if name != "image"}
+        return {**batch, **numbers, "pid": np.int32(os.getpid())}
+
+    def _fill(self, row, index, draw):
+        """Write one row of a batch, given as views of length one."""
+        for offset in range(len(self.source) if self.replace else min(1, index + 1)):
             taken = (index + offset) % len(self.source)
             try:
-                image, size = decode.decode(self.source.read(taken), self.canvas, self.channels)
+                pixels, label = self._read(taken)
             except (decode.BadImage, OSError):
-                bad = index
+                row["bad"][:] = index
+                continue
+            if self.crop:
+                row["image"][0] = self.crop(pixels, draw)
             else:
-                return self._row(image, size, self.source.label(taken), taken, bad)
-        return self._row(*self._blank(), -1, index, bad)
+                row["size"][0] = decode.place(pixels, row["image"][0])
+            row["label"][:], row["index"][:] = label, taken
+            return
+        row["image"][:], row["index"][:] = 0, index
+
+    def _read(self, index):
+        """(pixels, class) of an image of the source."""
+        thread = threading.get_ident()
+        _reading[thread] = self, index
+        try:
+            data, label = self.source.record(index)
+            return decode.decode(data, self.canvas, self.channels), label
+        finally:
+            del _reading[thread]
 
     def why(self, index):
         """Name of a bad image and what is wrong with it."""
         try:
-            decode.decode(self.source.read(index), self.canvas, self.channels)
+            self._read(index)
         except (decode.BadImage, OSError) as error:
             return f"{self.source.name(index)} ({error})"
         return f"{self.source.name(index)} (readable now)"
 
-    def padding(self):
-        """A row that fills up the last batch: blank, index -1."""
-        return self._row(*self._blank(), -1, -1, -1)
-
-    def _blank(self):
-        size = np.full(2, self.canvas, np.int32)
-        return np.zeros((self.canvas, self.canvas, self.channels), np.uint8), size
-
-    def _row(self, image, size, label, index, bad):
-        number = np.int32
-        return {"image": image, "size": size, "label": number(label), "index": number(index), "bad": number(bad)}
+    def reading(self):
+        """What the threads of this process read right now, for a message."""
+        names = [images.source.name(index) for images, index in list(_reading.values()) if images is self]
+        return f", at {', '.join(names[:4])}" if names else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOrder:
-    """Random-access rows of this process for all steps of a run: row i belongs to step i // rows.
+    """Random access to the rows of this process, in `parts` per step: element i is part i % parts of step i // parts.
 
     Each epoch is floor(N / batch_size) steps over its own permutation; the remainder is dropped.
     """
@@ -90,16 +129,21 @@ class TrainingOrder:
     steps: int
     first_row: int
     rows: int
+    parts: int = 1
 
     def __len__(self):
-        return self.steps * self.rows
+        return self.steps * self.parts
 
     def __getitem__(self, i):
-        step, row = divmod(int(i), self.rows)
+        step, part = divmod(int(i), self.parts)
+        positions = self.first_row + np.arange(part * self.rows // self.parts, (part + 1) * self.rows // self.parts)
+        return self.images.batch(self.indices(step)[positions], step, positions)
+
+    def indices(self, step):
+        """Which images are in the global batch of a step, [batch_size]."""
         length = len(self.images.source)
         epoch, step = divmod(step, length // self.batch_size)
-        place = step * self.batch_size + self.first_row + row
-        return self.images.item(int(epoch_order(self.seed, epoch, length)[place]))
+        return epoch_order(self.seed, epoch, length)[step * self.batch_size : (step + 1) * self.batch_size]
 
 
 class BadImages:
@@ -145,64 +189,34 @@ def rows_of_process(batch_size):
     return jax.process_index() * rows, rows
 
 
-def read(order, rows, start, workers, threads):
-    """Iterate over batches of an order from batch `start`, made in the background by threads or worker processes."""
-    dataset = grain.MapDataset.source(order)[start * rows :].batch(rows)
-    # Memory is bounded by two batches of canvases per thread (and per worker, which has its own threads).
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
-    iterator = dataset.to_iter_dataset(options)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which nobody has parsed in a notebook
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        iterator = iterator.mp_prefetch(options, worker_init_fn=_end_with_parent)
-    return iter(iterator)
+def training(source, config, *, seed, batch_size, steps, start, mesh, crop=None):
+    """Training batches from step `start` to `steps`, decoded in the background and placed on the devices ahead of use.
 
-
-def _end_with_parent(index, count):
-    """In a worker: end when the process that wants the images is killed, instead of living on as an orphan."""
-    del index, count
-    parent = multiprocessing.parent_process()
-
-    def watch():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="watch the parent").start()
-
-
-def ahead(iterator, count=2):
-    """Keep `count` items of an iterator of device arrays under way, so that transfers overlap with computation."""
-    queue = collections.deque()
-    for item in iterator:
-        queue.append(item)
-        if len(queue) > count:
-            yield queue.popleft()
-    yield from queue
-
-
-def training(source, config, *, seed, batch_size, steps, start, mesh):
-    """Training batches from step `start` to `steps`.
+    Host memory: at most 4 batches of this process's rows (7 with worker processes); on the devices: at most 4.
 
     Args:
       source: see sources.py. config: `config.data`. seed: of the order. batch_size: global.
+      crop: an `augment.HostCrop` where images are cropped here, or None.
 
     Yields:
-      {"image": [B, K, K, C] uint8, "size": [B, 2] int32, "label": [B] int32 (-1: none)}, split over the devices.
+      {"image": [B, K, K, C] uint8, "size": [B, 2] int32, "label": [B] int32 (-1: none)}, split over the devices;
+      with `crop`, images are crops [B, H, W, C] and there is no size.
 
     Raises:
-      UserError: too many bad images.
+      UserError: too many bad images. Stuck: a worker died, or there was no batch for `config.timeout` seconds.
     """
     if start == steps:  # Grain knows no empty datasets
         return iter(())
-    images = Decoded(source, config.canvas, config.channels, replace=True)
+    threads = background.threads_of(config)
+    images = Decoded(source, config.canvas, config.channels, threads, replace=True, crop=crop)
     first, rows = rows_of_process(batch_size)
-    order = TrainingOrder(images, seed, batch_size, steps, first, rows)
+    parts = background.parts_of(config.workers, rows)
+    order = TrainingOrder(images, seed, batch_size, steps, first, rows, parts)
     bad = BadImages(images, config.max_bad_fraction)
+    names = ("image", "label") if crop else ("image", "size", "label")
 
-    def placed():
-        for batch in read(order, rows, start, config.workers, config.threads):
-            bad.see(batch["bad"])
-            yield sharding.to_global({name: batch[name] for name in ("image", "size", "label")}, mesh)
+    def place(batch):
+        bad.see(batch["bad"])
+        return sharding.to_global({name: batch[name] for name in names}, mesh)
 
-    return ahead(placed())
+    return background.ahead(background.Crew(order, start, config.workers), place, config.timeout, images.reading)

@@ -1,10 +1,11 @@
 """Where encoded images come from: random access by index, labels where there are any.
 
-A source has `len`, `read(i) -> bytes`, `label(i) -> int` (-1: none), `mask(i) -> bytes or None`, `name(i) -> str`,
-`classes`, a tuple of names (empty: unlabelled), `identity() -> dict`, and `ignored`, files that are no images. Sources
-are picklable: loader workers get a copy.
+A source has `len`, `record(i) -> (bytes, class)` (-1: none), `mask(i) -> bytes or None`, `name(i) -> str`, `classes`, a
+tuple of names (empty: unlabelled), `identity() -> dict`, and `ignored`, files that are no images. Sources can be
+pickled: loader workers get a copy.
 """
 
+import collections
 import dataclasses
 import difflib
 import hashlib
@@ -12,77 +13,62 @@ import logging
 import os
 import pathlib
 
+from lmim_jax.data import prepared
 from lmim_jax.data.decode import SUFFIXES
 from lmim_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-SOURCES = ("shapes", "folder")
+SOURCES = ("shapes", "folder", "tfds")
 
 
 def from_config(config, split):
     """The source of a split of `config.data`.
 
     Args:
-      config: `config.data`: source, path, train_per_class, test_per_class. split: "train" or "test".
+      config: `config.data`, see configs/vit_b.py. split: "train" or "test", whatever the dataset calls them.
 
     Returns:
       A source, or None for a test split that is not there.
+
+    Raises:
+      UserError: no such source, dataset, split or class; see the sources.
     """
+    name = config[f"{split}_split"]
+    classes = _names(config.classes)
     if config.source == "shapes":
         return shapes(config.path, split)
     if config.source == "folder":
-        return folder(config.path, split, config[f"{split}_per_class"])
+        if split != "train" and not (name and pathlib.Path(config.path, name).expanduser().is_dir()):
+            return None
+        return folder(config.path, name, config[f"{split}_per_class"], config.train_split, classes)
+    if config.source == "tfds":
+        source = prepared.open_tfds(config.name, config.dir, name) if name else None
+        return prepared.only(source, classes) if source and classes else source
     near = difflib.get_close_matches(config.source, SOURCES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"config.data.source={config.source!r} is none of: {' | '.join(SOURCES)}{hint}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Tfds:
-    """A split of a prepared TFDS dataset in ArrayRecord files; images stay encoded, nothing imports TensorFlow."""
-
-    records: object
-    title: str
-    classes: tuple[str, ...]
-    ignored: tuple[str, ...] = ()
-
-    def __len__(self):
-        return len(self.records)
-
-    def read(self, index):
-        """The encoded bytes of image `index`."""
-        return self.records[index]["image"]
-
-    def label(self, index):
-        """The class of image `index`."""
-        return self.records[index]["label"]
-
-    def identity(self):
-        """What tells these images from others, for config.json."""
-        return {"source": self.title, "images": len(self)}
-
-    def mask(self, index):
-        """The encoded object mask of image `index`, or None where the dataset has none."""
-        return self.records[index].get("mask")
-
-    def name(self, index):
-        """Dataset, split and index."""
-        return f"{self.title}[{index}]"
+def _names(path):
+    """The lines of a file of class names; () for no file."""
+    if not path:
+        return ()
+    try:
+        names = tuple(pathlib.Path(path).expanduser().read_text().split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config.data.classes={path!r} cannot be read ({error})") from error
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"config.data.classes={path!r} must be a list of different class names, one a line")
+    return names
 
 
 def shapes(path, split):
     """The embedded dataset, in `path` or else the user's cache folder."""
-    import tensorflow_datasets as tfds  # slow to import, and not needed for folders
+    from lmim_jax.data import shapes as dataset  # TFDS is slow to import, and not needed for folders
 
-    from lmim_jax.data import shapes as dataset
-
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lmim_jax"
-    builder = dataset.prepare(path or cache)
-    encoded = {"image": tfds.decode.SkipDecoding(), "mask": tfds.decode.SkipDecoding()}
-    records = builder.as_data_source(split=split, decoders=encoded)
-    return Tfds(records, f"{builder.info.full_name}/{split}", dataset.CLASSES)
+    return prepared.split_of(dataset.prepare(path or prepared.cache()), split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +88,9 @@ class Folder:
     def __len__(self):
         return len(self.files)
 
-    def read(self, index):
-        """The encoded bytes of image `index`; OSError where the file cannot be read."""
-        return pathlib.Path(self.root, self.files[index]).read_bytes()
-
-    def label(self, index):
-        """The class of image `index`, -1 without classes."""
-        return self.labels[index]
+    def record(self, index):
+        """(encoded bytes, class) of image `index`, -1 without classes; OSError where the file cannot be read."""
+        return pathlib.Path(self.root, self.files[index]).read_bytes(), self.labels[index]
 
     def identity(self):
         """What tells these images from others, for config.json: their number and a checksum of their names."""
@@ -124,26 +106,27 @@ class Folder:
         return str(pathlib.Path(self.root, self.files[index]))
 
 
-def folder(path, split, max_per_class=0):
+def folder(path, split, max_per_class=0, train="train", only=()):
     """The images of a folder of any depth.
 
-    With a sub-folder `train` (and `test`), a split is that sub-folder, and the folders in it are the classes.
+    With a sub-folder `train` (and others), a split is that sub-folder, and the folders in it are the classes.
     Without, all below `path` is the training set, unlabelled. Files are sorted by path; hidden ones are left out.
 
     Args:
-      path: the folder. split: "train" or "test". max_per_class: keep the first so many images of a class; 0: all.
+      path: the folder. split: name of the split. max_per_class: keep the first so many images of a class; 0: all.
+      train: name of the training split. only: names of the classes to keep, in order of their numbers; (): all.
 
     Returns:
       A Folder, or None for a split that is not there.
 
     Raises:
-      UserError: the folder is missing or holds no images.
+      UserError: the folder is missing or holds no images, or there is no such class.
     """
     root = pathlib.Path(path).expanduser()
     if not path or not root.is_dir():
         raise UserError(f"config.data.path={path!r} is no folder; give the folder that holds your images")
-    divided = (root / "train").is_dir()
-    if split != "train" and not (divided and (root / split).is_dir()):
+    divided = (root / train).is_dir()
+    if split != train and not (divided and (root / split).is_dir()):
         return None
     top = root / split if divided else root
     files, ignored = _walk(top)
@@ -152,18 +135,21 @@ def folder(path, split, max_per_class=0):
     if ignored:
         log.warning("%s: %d files are no images: %s", top, len(ignored), _some(ignored))
     folders = [name.split("/")[0] if "/" in name else None for name in files]
-    classes = _classes(root / "train") if divided and None not in folders else ()
+    classes = _classes(root / train) if divided and None not in folders else ()
     if unknown := sorted(set(folders) - set(classes)) if classes else []:
-        raise UserError(f"{top}: classes that are not in {root / 'train'}: {_some(unknown)}")
-    labels = [classes.index(name) if classes else -1 for name in folders]
-    if max_per_class and classes:
-        seen = dict.fromkeys(classes, 0)
-        keep = []
-        for i, name in enumerate(folders):
-            seen[name] += 1
-            keep += [i] if seen[name] <= max_per_class else []
-        files, labels = [files[i] for i in keep], [labels[i] for i in keep]
-    return Folder(str(top), tuple(files), tuple(labels), classes, tuple(ignored))
+        raise UserError(f"{top}: classes that are not in {root / train}: {_some(unknown)}")
+    if unknown := sorted(set(only) - set(classes)):
+        raise UserError(f"{top}: no folder for these of config.data.classes: {_some(unknown)}")
+    number = {name: i for i, name in enumerate(only or classes)}
+    seen, kept = collections.Counter(), []
+    for name, of_class in zip(files, folders, strict=True):
+        seen[of_class] += 1
+        if not classes or (of_class in number and not 0 < max_per_class < seen[of_class]):
+            kept.append((name, number.get(of_class, -1)))
+    if not kept:
+        raise UserError(f"{top}: no images of the classes in config.data.classes")
+    files, labels = zip(*kept, strict=True)
+    return Folder(str(top), files, labels, tuple(number), tuple(ignored))
 
 
 def _walk(top):

@@ -1,9 +1,11 @@
 """Benchmarks. What there is:
 
     python -m lmim_jax.tools.bench --what=checkpoint --config=configs/vit_b.py [--folder=DIR]
+    python -m lmim_jax.tools.bench --what=input --config=configs/vit_b.py --config.data.path=IMAGES
 
 checkpoint: how long a save holds up training, until it is safe, and a verified restore; beside plain Orbax
 (its CheckpointManager, default options), on the state of the recipe's method.
+input: how many images the host delivers, by stage and as a whole, beside Pillow and numpy as torchvision uses them.
 """
 
 import json
@@ -20,6 +22,7 @@ from ml_collections import config_flags
 from lmim_jax import checkpoint, command, metrics, optim, sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
+from lmim_jax.tools import bench_input
 
 
 def checkpoints(config, folder, repeats):
@@ -76,6 +79,10 @@ def _orbax(state, shardings, config, run, step):
 def main(_):
     """As the flags say."""
     metrics.log_to_console()
+    if flags.FLAGS.what == "input":
+        found = bench_input.measure(flags.FLAGS.config, flags.FLAGS.images, flags.FLAGS.repeats)
+        print(json.dumps(found, indent=2), bench_input.table(found), sep="\n\n")
+        return
     found = checkpoints(flags.FLAGS.config, flags.FLAGS.folder, flags.FLAGS.repeats)
     print(json.dumps(found, indent=2))
     print(f"\n{found['gigabytes']:.2f} GB        stall    safe after    restore   (seconds)")
@@ -86,8 +93,9 @@ def main(_):
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
     config_flags.DEFINE_config_file("config", None, "Recipe; default: configs/quickstart.py.", lock_config=True)
-    flags.DEFINE_enum("what", None, ["checkpoint"], "What to measure.", required=True)
+    flags.DEFINE_enum("what", None, ["checkpoint", "input"], "What to measure.", required=True)
     flags.DEFINE_string("folder", None, "checkpoint: where to write; default: the system's temporary folder.")
+    flags.DEFINE_integer("images", 1000, "input: how many images each measurement takes.")
     flags.DEFINE_integer("repeats", 3, "How often; medians are reported.")
 
 

@@ -1,0 +1,31 @@
+"""One of several processes that read the stream: python stream_process.py COORDINATOR COUNT RANK IMAGES WORKERS START.
+
+Prints a checksum of its rows of every global batch.
+"""
+
+import hashlib
+import sys
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from lmim_jax import distributed, sharding
+from lmim_jax.data import loader, sources
+
+OPTIONS = dict(canvas=40, channels=3, threads=2, timeout=120.0, max_bad_fraction=0.2)
+STEPS, BATCH = 12, 8
+
+
+def main(coordinator, count, rank, images, workers, start):
+    """See above."""
+    distributed.initialize(coordinator, int(count), int(rank))
+    config, source = ConfigDict({**OPTIONS, "workers": int(workers)}), sources.folder(images, "train")
+    options = dict(seed=0, batch_size=BATCH, steps=STEPS, start=int(start), mesh=sharding.make_mesh())
+    for batch in loader.training(source, config, **options):
+        shards = sorted(batch["image"].addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        rows = np.concatenate([np.asarray(shard.data) for shard in shards])
+        print("rows", hashlib.sha256(rows.tobytes()).hexdigest(), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,231 @@
+"""Prepared datasets: made from a folder and from TFRecord files, killed and resumed, read back, looked through."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import conftest
+import google_crc32c
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from lmim_jax import sharding
+from lmim_jax.data import decode, loader, prepared, shards, sources
+from lmim_jax.errors import UserError
+from lmim_jax.tools import prepare
+
+DATA = dict(source="tfds", path="", name="pets", dir="", train_split="train", test_split="test", classes="")
+DATA |= dict(train_per_class=0, test_per_class=0, canvas=40, channels=3, workers=0, threads=2, timeout=60.0)
+DATA |= dict(max_bad_fraction=0.2, resize_on="device")
+
+
+def config(**change):
+    return ConfigDict({**DATA, **{name: str(value) for name, value in change.items()}})
+
+
+@pytest.fixture(scope="module")
+def pets(images, tmp_path_factory):
+    """The folder of the tests as a dataset."""
+    out = tmp_path_factory.mktemp("prepared")
+    return prepare.convert_folder(images, out, "pets", 0, 1)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_folder_becomes_a_dataset_with_the_same_images(images, pets):
+    for split, count in (("train", 48), ("test", 16)):
+        ours, theirs = sources.from_config(config(dir=pets.parent.parent), split), sources.folder(images, split)
+        assert (len(ours), ours.classes) == (count, ("cat", "dog"))
+        assert [ours.record(i) for i in range(count)] == [theirs.record(i) for i in range(count)]
+    assert ours.name(3) == "pets/1.0.0/test[3]"
+    assert ours.identity() == {"source": "pets/1.0.0/test", "images": 16}
+    assert not (pets / shards.UNFINISHED).exists()
+    assert (pets / shards.BAD).read_text() == ""
+
+
+def test_folder_and_dataset_give_the_same_batches(images, pets):
+    streams = []
+    for data in (config(dir=pets.parent.parent), config(source="folder", path=images)):
+        source, mesh = sources.from_config(data, "train"), sharding.make_mesh()
+        streams.append(loader.training(source, data, seed=1, batch_size=8, steps=7, start=0, mesh=mesh))
+    for ours, theirs in zip(*streams, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_slices_and_classes_can_be_chosen(pets, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = pets.parent.parent
+    assert len(sources.from_config(config(dir=folder, train_split="train[:25%]"), "train")) == 12
+    (tmp_path / "names").write_text("dog\n")
+    for _ in range(2):  # the second time, labels come from the cache
+        dogs = sources.from_config(config(dir=folder, classes=tmp_path / "names"), "train")
+        assert (len(dogs), dogs.classes, {dogs.record(i)[1] for i in range(24)}) == (24, ("dog",), {0})
+    every = sources.from_config(config(dir=folder), "train")
+    assert [dogs.record(i)[0] for i in range(24)] == [every.record(i)[0] for i in range(24, 48)]
+    assert "classes" in dogs.identity()
+    assert dogs.name(0) == "pets/1.0.0/train[24]"
+    assert len(list((tmp_path / "lmim_jax" / "labels").iterdir())) == 1
+
+
+def test_classes_of_a_folder_can_be_chosen(images, tmp_path):
+    (tmp_path / "names").write_text("dog\ncat\n")
+    chosen = sources.from_config(config(source="folder", path=images, classes=tmp_path / "names"), "test")
+    assert (chosen.classes, chosen.record(0)[1], chosen.record(15)[1]) == (("dog", "cat"), 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": ""}, "config.data.name is empty"),
+        ({"name": "cats"}, r"config.data.name='cats': no prepared dataset of that name in .*, which holds: pets"),
+        ({"train_split": "training"}, r"pets/1.0.0 has no split 'training'; there are: train \(48\), test \(16\)"),
+        ({"classes": "/no/such"}, "config.data.classes='/no/such' cannot be read"),
+        ({"source": "tfd"}, "did you mean tfds"),
+    ],
+)
+def test_a_wrong_dataset_is_named(pets, change, message):
+    with pytest.raises(UserError, match=message):
+        sources.from_config(config(**{"dir": pets.parent.parent, **change}), "train")
+
+
+def test_a_folder_without_classes_and_with_bad_files(images, tmp_path):
+    shutil.copytree(images / "train" / "cat", tmp_path / "any")
+    (tmp_path / "any" / "05.jpg").write_bytes(b"broken")
+    folder = prepare.convert_folder(tmp_path / "any", tmp_path, "flat", 16, 1)
+    flat = sources.from_config(config(dir=tmp_path, name="flat"), "train")
+    assert (len(flat), flat.classes, flat.record(0)[1]) == (23, (), -1)
+    assert "05.jpg: " in (folder / shards.BAD).read_text()
+    assert {min(decode.decode(flat.record(i)[0], 0, 3).shape[:2]) for i in range(23)} == {16}  # shrunk
+    with pytest.raises(UserError, match="holds something else"):
+        prepare.convert_folder(tmp_path / "any", tmp_path, "flat", 0, 1)
+    with pytest.raises(UserError, match=r"has no split 'test'"):
+        sources.from_config(config(dir=tmp_path, name="flat"), "test")
+
+
+def test_damage_is_found(pets, tmp_path):
+    copy = tmp_path / "pets" / "1.0.0"
+    shutil.copytree(pets, copy)
+    manifest, problems = prepare.verify(copy, 100)
+    assert not problems
+    assert {facts["records"] for facts in manifest.values()} == {48, 16}
+    shard, train = next(copy.glob("*test*")), next(copy.glob("*train*"))
+    content = bytearray(train.read_bytes())
+    content[len(content) // 8] ^= 1  # inside a record
+    train.write_bytes(content)
+    source = sources.from_config(config(dir=tmp_path), "train")
+    found = loader.Decoded(source, 40, 3, 1, replace=False).batch(np.arange(48))
+    assert (found["bad"] >= 0).sum() == 1
+    assert len(prepare.verify(copy, 100)[1]) == 2  # its record, its checksum
+    shutil.copy(pets / train.name, train)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert prepare.verify(copy, 0)[1] == [f"{shard.name}: not as in manifest.json"]
+
+
+def tool(*arguments):
+    command = [sys.executable, "-m", "lmim_jax.tools.prepare", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """6,000 small images without classes: two shards."""
+    root, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
+    for i in range(6000):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / f"{i:05d}.bmp")
+    return root
+
+
+def test_killed_and_resumed_it_makes_the_same_bytes(many, tmp_path):
+    whole = prepare.convert_folder(many, tmp_path / "whole", "many", 0, 1)
+    out = tmp_path / "killed" / "many" / "1.0.0"
+    killed = tool(f"--folder={many}", f"--out={tmp_path / 'killed'}", "--name=many", "--processes=1")
+    deadline = time.monotonic() + 120
+    while not any(out.glob("*.array_record*")):  # the first shard is there, the second in the making
+        assert killed.poll() is None, killed.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (out / shards.MANIFEST).exists()
+    again = tool(f"--folder={many}", f"--out={tmp_path / 'killed'}", "--name=many", "--processes=2")
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    assert "--config.data.source=tfds --config.data.name=many" in output
+    assert contents(out) == contents(whole)
+
+
+def write_tfrecord(path, examples):
+    """A TFRecord file, by its specification."""
+    masked = lambda data: ((((crc := google_crc32c.value(data)) >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+    with path.open("wb") as file:
+        for data in examples:
+            length = struct.pack("<Q", len(data))
+            file.write(length + struct.pack("<I", masked(length)) + data + struct.pack("<I", masked(data)))
+
+
+@pytest.fixture
+def tfrecords(pets, tmp_path):
+    """The dataset as TFDS with TensorFlow would have written it."""
+    folder = tmp_path / "pets" / "1.0.0"
+    folder.mkdir(parents=True)
+    info = json.loads((pets / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
+    for name in ("features.json", "label.labels.txt"):
+        shutil.copy(pets / name, folder / name)
+    for split in ("train", "test"):
+        source = sources.from_config(config(dir=pets.parent.parent), split)
+        examples = [source.records[i] for i in range(len(source))]
+        write_tfrecord(folder / f"pets-{split}.tfrecord-00000-of-00001", examples)
+    return folder
+
+
+def test_tfrecords_become_readable_beside_the_originals(pets, tfrecords, images):
+    data = config(dir=tfrecords.parent.parent)
+    with pytest.raises(UserError, match=r"prepared as tfrecord.*python -m lmim_jax.tools.prepare --tfrecord=") as error:
+        sources.from_config(data, "train")
+    before = contents(tfrecords)
+    flag = str(error.value).rpartition(" ")[2]
+    running = tool(flag, "--processes=1")  # the command of the message
+    output, _ = running.communicate(timeout=240)
+    assert running.returncode == 0, output
+    source, theirs = sources.from_config(data, "train"), sources.folder(images, "train")
+    assert [source.record(i) for i in range(48)] == [theirs.record(i) for i in range(48)]
+    after = contents(tfrecords)
+    assert {path: after[path] for path in before if "tfrecord" in path.name} == {
+        path: content for path, content in before.items() if "tfrecord" in path.name
+    }
+    for path in pets.glob("*.array_record*"):  # the records are the same, and so are the files
+        assert (tfrecords / path.name).read_bytes() == path.read_bytes()
+    assert prepare.verify(tfrecords, 4)[1] == []
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut"])
+def test_a_damaged_tfrecord_file_is_named(tfrecords, damage):
+    path = tfrecords / "pets-test.tfrecord-00000-of-00001"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "bit" else content[: len(content) // 3])
+    with pytest.raises(UserError, match=r"pets-test.tfrecord-00000-of-00001 is damaged at record \d+"):
+        prepare.convert_tfrecords(tfrecords, 1)
+    assert not list(tfrecords.glob("*test.array_record*")), "nothing half-made"
+
+
+def test_labels_are_not_trusted_when_the_files_have_changed(pets, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = sources.from_config(config(dir=pets.parent.parent), "train")
+    assert prepared._labels(source).tolist() == [0] * 24 + [1] * 24
+    (path,) = pathlib.Path(tmp_path, "lmim_jax", "labels").iterdir()
+    np.save(path, 1 - np.load(path))
+    assert prepared._labels(source).tolist() == [0] * 24 + [1] * 24
