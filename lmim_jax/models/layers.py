@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmim_jax.models.attention import attend, scores
+
 Dtype = jnp.dtype
 
 
@@ -143,17 +145,6 @@ def layer_norm(epsilon, dtype, name):
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def attend(query, key, value, implementation, mask=None):
-    """softmax(q k^T / sqrt(D/A)) v with a float32 softmax: [B, T, A, D/A], [B, S, A, D/A] x 2 -> [B, T, A, D/A].
-
-    Args:
-      implementation: "xla" anywhere, "cudnn" (fused; bfloat16 on an NVIDIA GPU only; an error elsewhere).
-      mask: bool [B, S], True = this key counts; None: all do.
-    """
-    mask = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv projection, ordered (q, k, v) on the output axis."""
 
@@ -171,8 +162,8 @@ class Attention(nn.Module):
             part.reshape(batch, tokens, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1)
         )
         if self.is_mutable_collection("intermediates"):  # attention maps, only where somebody asks for them
-            scores = jnp.einsum("btad,bsad->bats", query, key, preferred_element_type=jnp.float32)
-            self.sow("intermediates", "attention", nn.softmax(scores * (width // self.heads) ** -0.5))
+            logits = scores(query, key) * (width // self.heads) ** -0.5
+            self.sow("intermediates", "attention", nn.softmax(logits))
         x = attend(query, key, value, self.implementation, mask).reshape(batch, tokens, width)
         return Dense(width, self.dtype, name="proj")(x)
 
