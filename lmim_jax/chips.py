@@ -41,6 +41,20 @@ CHIPS = {
     "b200": Chip(2250e12, 180e9, 8000e9, 900e9, 8, 0, 50e9),
 }
 TPUS = "v5e", "v5p", "v6e"
+KINDS = {  # part of jax's `device_kind`, the first that fits
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
+    "A100": "a100",
+    "H100": "h100",
+    "H200": "h200",
+    "B200": "b200",
+}
+
+
+def of_device(kind):
+    """The Chip of jax's `device_kind`, such as "NVIDIA H200"; None: not in the table."""
+    return next((CHIPS[name] for part, name in KINDS.items() if part in kind), None)
 
 
 def topology(name):

@@ -99,13 +99,7 @@ def train(config, workdir):
             log.info("resuming after step %d of %d", start, total_steps)
 
         # Step
-        skip = config.on_nonfinite == "skip"
-        step = make_train_step(method, augmentation, optimizer, mesh, config.micro_batches, skip, shardings)
-        train_step = jax.jit(
-            run_as(step, config.remat, config.scan_layers),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
+        train_step = jit_step(config, method, augmentation, optimizer, mesh, shardings)
 
         # Loop: at a boundary evaluate and save the *same* state, then go on
         data = Evaluation(source, config.data, augmentation, mesh, check=notice.check)
@@ -180,3 +174,14 @@ def train(config, workdir):
     log.info("finished %d steps in %s", total_steps, metrics.duration(summary["wall_seconds"]))
     log.info(summaries.table(summary, workdir))
     return summary
+
+
+def jit_step(config, method, augmentation, optimizer, mesh, shardings):
+    """The train step as it runs here and in benchmarks; `shardings` are those of the state, which is donated."""
+    skip = config.on_nonfinite == "skip"
+    step = make_train_step(method, augmentation, optimizer, mesh, config.micro_batches, skip, shardings)
+    return jax.jit(
+        run_as(step, config.remat, config.scan_layers),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )

@@ -4,22 +4,11 @@ Letters: B batch, T S tokens, D width, A attention heads.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmim_jax.models.attention import attend, scores
 from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm
-
-
-def attend(query, key, value, implementation, mask=None):
-    """softmax(q k^T / sqrt(D/A)) v with a float32 softmax: [B, T, A, D/A], [B, S, A, D/A] x 2 -> [B, T, A, D/A].
-
-    Args:
-      implementation: "xla" anywhere, "cudnn" (fused; bfloat16 on an NVIDIA GPU only; an error elsewhere).
-      mask: bool [B, S], True = this key counts; None: all do.
-    """
-    mask = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
 
 
 class Attention(nn.Module):
@@ -41,8 +30,7 @@ class Attention(nn.Module):
         qkv = Dense(3 * self.heads * of_head, self.dtype, self.qkv_bias, name="qkv")(x)
         query, key, value = jnp.split(qkv.reshape(batch, tokens, -1, of_head), 3, axis=2)
         if self.is_mutable_collection("intermediates"):  # attention maps, only where somebody asks for them
-            scores = jnp.einsum("btad,bsad->bats", query, key, preferred_element_type=jnp.float32)
-            self.sow("intermediates", "attention", nn.softmax(scores * of_head**-0.5))
+            self.sow("intermediates", "attention", nn.softmax(scores(query, key) * of_head**-0.5))
         x = attend(query, key, value, self.implementation, mask).reshape(batch, tokens, -1)
         return Dense(width, self.dtype, name="proj")(x)
 

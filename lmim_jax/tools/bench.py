@@ -2,10 +2,15 @@
 
     python -m lmim_jax.tools.bench --what=checkpoint --config=configs/vit_b.py [--folder=DIR]
     python -m lmim_jax.tools.bench --what=input --config=configs/vit_b.py --config.data.path=IMAGES
+    python -m lmim_jax.tools.bench --what=step --config=configs/vit_b.py [--profile=DIR]
+    python -m lmim_jax.tools.bench --what=step --config=configs/vit_b.py --compare=configs/vit_b.py --compare.KEY=VALUE
+    python -m lmim_jax.tools.bench --what=train --config=configs/vit_b.py --config.data.path=IMAGES
 
 checkpoint: how long a save holds up training, until it is safe, and a verified restore; beside plain Orbax
 (its CheckpointManager, default options), on the state of the recipe's method.
 input: how many images the host delivers, by stage and as a whole, beside Pillow and numpy as torchvision uses them.
+step: the train step alone, on random images: images/s, utilisation, compile time, memory, what its program holds.
+train: the whole loop with its input pipeline, beside the step alone.
 """
 
 import json
@@ -22,7 +27,7 @@ from ml_collections import config_flags
 from lmim_jax import checkpoint, command, metrics, optim, sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
-from lmim_jax.tools import bench_input
+from lmim_jax.tools import bench_input, bench_train
 
 
 def checkpoints(config, folder, repeats):
@@ -78,6 +83,8 @@ def _orbax(state, shardings, config, run, step):
 
 def main(_):
     """As the flags say."""
+    if flags.FLAGS.what in ("step", "train"):
+        return bench_train.main()
     metrics.log_to_console()
     if flags.FLAGS.what == "input":
         found = bench_input.measure(flags.FLAGS.config, flags.FLAGS.images, flags.FLAGS.repeats)
@@ -93,10 +100,11 @@ def main(_):
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
     config_flags.DEFINE_config_file("config", None, "Recipe; default: configs/quickstart.py.", lock_config=True)
-    flags.DEFINE_enum("what", None, ["checkpoint", "input"], "What to measure.", required=True)
+    flags.DEFINE_enum("what", None, ["checkpoint", "input", "step", "train"], "What to measure.", required=True)
     flags.DEFINE_string("folder", None, "checkpoint: where to write; default: the system's temporary folder.")
     flags.DEFINE_integer("images", 1000, "input: how many images each measurement takes.")
-    flags.DEFINE_integer("repeats", 3, "How often; medians are reported.")
+    flags.DEFINE_integer("repeats", 3, "checkpoint, input: how often; medians are reported.")
+    bench_train.define_flags()
 
 
 if __name__ == "__main__":

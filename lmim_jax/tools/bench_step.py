@@ -1,0 +1,156 @@
+"""How fast a recipe trains: its step alone, on random images, on all devices.
+
+It is the step of train.py: same function, donated state, same placement. On a shared machine only comparisons mean
+anything: `compare` runs two recipes step by step in turn.
+"""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmim_jax import chips, flops, sharding, state
+from lmim_jax.data import loader
+from lmim_jax.tools import bench_program
+
+
+class Step:
+    """The compiled train step of a recipe, with a state and a batch of random images to run it on."""
+
+    def __init__(self, config, steps_per_epoch=1000):
+        """Lowers, compiles, and allocates."""
+        self.config, self.mesh, began = (
+            config,
+            sharding.make_mesh(config.mesh.data, config.mesh.fsdp),
+            time.perf_counter(),
+        )
+        self.method, optimizer, self.lowered = lower(config, self.mesh, steps_per_epoch)
+        traced = time.perf_counter()
+        self.compiled = self.lowered.compile()
+        self.trace_seconds, self.compile_seconds = traced - began, time.perf_counter() - traced
+        self._state, _ = state.create(
+            self.method, optimizer, config.seed, self.mesh, rules=config.mesh.rules, min_size=config.mesh.min_size
+        )
+        self._batch = random_batch(config, self.mesh)
+
+    def run(self, batch=None):
+        """One step, on `batch` or the random one; its metrics, perhaps not computed yet."""
+        with jax.transfer_guard("disallow"):
+            self._state, numbers = self.compiled(self._state, self._batch if batch is None else batch)
+        return numbers
+
+    def timed(self):
+        """Seconds of one step, from start to end."""
+        began = time.perf_counter()
+        jax.block_until_ready((self.run(), self._state))
+        return time.perf_counter() - began
+
+    def figures(self, seconds):
+        """What timed steps and the program say, a dict of plain values; see `measure`."""
+        kind, count = jax.devices()[0].device_kind, jax.device_count()
+        gigaflop = flops.of_method(self.method).total / 1e9
+        rate = self.config.batch_size / statistics.median(seconds)
+        peak, source = peak_of(kind, count)
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return {
+            "device": kind,
+            "devices": count,
+            "batch_size": self.config.batch_size,
+            "images_per_second": rate,
+            "seconds_per_step": spread(seconds),
+            "gflop_per_image": gigaflop,
+            "teraflops": gigaflop * rate / 1e3,
+            "peak_teraflops": peak and peak / 1e12,
+            "peak_from": source,
+            "mfu": peak and gigaflop * 1e9 * rate / peak,
+            "trace_seconds": self.trace_seconds,
+            "compile_seconds": self.compile_seconds,
+            "peak_memory": stats.get("peak_bytes_in_use"),
+            "asked": bench_program.asked(self.lowered),
+            "made": bench_program.made(self.compiled),
+        }
+
+
+def random_batch(config, mesh):
+    """A batch like the loader's, of noise."""
+    _, rows = loader.rows_of_process(config.batch_size)
+    shape = rows, config.data.canvas, config.data.canvas, config.data.channels
+    return sharding.to_global(
+        {
+            "image": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
+            "size": np.full((rows, 2), config.data.canvas, np.int32),
+            "label": np.full(rows, -1, np.int32),
+        },
+        mesh,
+    )
+
+
+def spread(values):
+    """Median, least, greatest and quartiles, and how many they are of."""
+    low, _, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+    names = dict(median=statistics.median(values), min=min(values), max=max(values), lower_quartile=low)
+    return {**names, "upper_quartile": high, "steps": len(values)}
+
+
+def matrix_seconds():
+    """Seconds of a float32 matrix product of 2048 x 2048."""
+    x = jnp.ones((2048, 2048))
+    began = time.perf_counter()
+    jax.block_until_ready(x @ x)
+    return time.perf_counter() - began
+
+
+def peak_of(kind, count):
+    """(FLOP/s of so many devices at best, where that is from); (None, ...) for a device not in the table.
+
+    A CPU's is what it reaches here and now, in 2048-cubed float32 matrix products: the median of ten.
+    """
+    if jax.default_backend() == "cpu":
+        seconds = [matrix_seconds() for _ in range(11)][1:]
+        return 2 * 2048**3 / statistics.median(seconds), "float32 matrix products of 2048 x 2048, measured here"
+    chip = chips.of_device(kind)
+    return chip and chip.flops * count, "dense bfloat16, chips.py" if chip else f"{kind} is not in chips.py"
+
+
+def measure(config, steps=20, warmup=3):
+    """Time the train step of a recipe.
+
+    Args:
+      config: a recipe; its data are not touched. steps: to time, one by one. warmup: to run before.
+
+    Returns:
+      A dict of plain values: images_per_second (median step); seconds_per_step (see `spread`); gflop_per_image (see
+      flops.py), teraflops reached, peak_teraflops, mfu, their ratio; trace_seconds, compile_seconds; peak_memory in
+      bytes, where the device tells; asked and made (see bench_program.py).
+
+    Raises:
+      UserError: the batch cannot be split over the devices, or what the method refuses.
+    """
+    return measured(config, steps, warmup)[1]
+
+
+def measured(config, steps=20, warmup=3):
+    """(Step, `measure`)."""
+    step = Step(config)
+    for _ in range(warmup):
+        step.timed()
+    return step, step.figures([step.timed() for _ in range(steps)])
+
+
+def compare(first, second, steps=20, warmup=3):
+    """Time two recipes, step by step in turn.
+
+    Returns:
+      {"first", "second": see `measure`, "ratio": how many times as many images a second the second trains (median over
+      pairs of neighbouring steps, and quartiles)}.
+    """
+    both = Step(first), Step(second)
+    for _ in range(warmup):
+        for step in both:
+            step.timed()
+    pairs = [[step.timed() for step in both] for _ in range(steps)]
+    rates = [(second.batch_size / b) / (first.batch_size / a) for a, b in pairs]
+    one, two = (step.figures(list(seconds)) for step, seconds in zip(both, zip(*pairs, strict=True), strict=True))
+    return {"first": one, "second": two, "ratio": spread(rates)}
