@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from lmim_jax import flops, hlo, optim, sharding, state, step
+from lmim_jax import flops, hlo, optim, sharding, state, train
 from lmim_jax.data import augment
 from lmim_jax.errors import UserError
 from lmim_jax.methods import base as methods
@@ -57,16 +57,11 @@ class Recipe:
 
     def jitted(self, mesh):
         """The train step, as train.py jits it, and its arguments, abstract."""
-        config, shardings = self.config, self.shardings(mesh)
-        skip = config.on_nonfinite == "skip"
-        parts = self.method, self.augmentation, self.optimizer, mesh, config.micro_batches, skip, shardings
-        function = jax.jit(
-            run_as(step.make_train_step(*parts), config.remat, config.scan_layers),
-            donate_argnums=0,
-            in_shardings=(shardings, sharding.of_batch(mesh)),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
-        return function, (self.state(), self.batch(config.batch_size))
+        shardings = self.shardings(mesh)
+        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        rows = {name: place(x, sharding.of_batch(mesh)) for name, x in self.batch(self.config.batch_size).items()}
+        function = train.jit_step(self.config, self.method, self.augmentation, self.optimizer, mesh, shardings)
+        return function, (jax.tree.map(place, self.state(), shardings), rows)
 
     def loss(self, images):
         """(function of parameters and the rest, abstract parameters, abstract rest): the loss of so many images."""

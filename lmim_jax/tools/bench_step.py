@@ -16,6 +16,21 @@ from lmim_jax.data import loader
 from lmim_jax.tools import bench_program
 
 
+def lower(config, mesh, steps_per_epoch=1000):
+    """The train step of a recipe, lowered from shapes alone, as train.py has it.
+
+    Returns:
+      (method, optimizer, jax.stages.Lowered).
+
+    Raises:
+      UserError: the batch cannot be split over the devices, or what the method refuses.
+    """
+    sharding.check_batch(config.batch_size, config.micro_batches, mesh.size)
+    recipe = dry_run.Recipe.of(config, steps_per_epoch * config.batch_size)
+    function, arguments = recipe.jitted(mesh)
+    return recipe.method, recipe.optimizer, function.lower(*arguments)
+
+
 class Step:
     """The compiled train step of a recipe, with a state and a batch of random images to run it on."""
 
