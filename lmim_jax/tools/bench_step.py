@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmim_jax import chips, flops, sharding, state
+from lmim_jax import chips, dry_run, flops, sharding, state
 from lmim_jax.data import loader
 from lmim_jax.tools import bench_program
 
