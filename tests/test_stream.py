@@ -206,3 +206,26 @@ def test_memory_is_bounded():
         time.sleep(0.2)  # a slow step: the loader runs ahead as far as it may
         most = max(most, made - used * BATCH)
     assert 2 <= most / BATCH <= 6  # on the devices 2, and 1 waiting to be put there; on the host 3
+
+
+def test_memory_is_recycled_only_when_nobody_looks():
+    first = background.recycled((4, 64, 64, 3), np.uint8)
+    first[:] = 7
+    placed = sharding.to_global({"image": np.concatenate([first, first])}, sharding.make_mesh())["image"]
+    part = first[1:, :2]
+    address = first.ctypes.data
+    del first
+    other = background.recycled((4, 64, 64, 3), np.uint8)
+    assert other.ctypes.data != address  # `part` still shows the first
+    other[:] = 9
+    assert (part == 7).all()
+    del part
+    again = background.recycled((4, 64, 64, 3), np.uint8)
+    assert again.ctypes.data == address
+    on_devices = jax.device_put(again)  # may share the memory
+    again[:] = 5
+    seen = np.asarray(on_devices).copy()
+    del again
+    background.recycled((4, 64, 64, 3), np.uint8)[:] = 1
+    np.testing.assert_array_equal(np.asarray(on_devices), seen)
+    assert (np.asarray(placed) == 7).all()

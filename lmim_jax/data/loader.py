@@ -61,7 +61,7 @@ class Decoded:
           image uint8 [B, *shape], size [B, 2] (height, width), label [B], index [B] of the images taken, bad [B]: the
           index asked for where that image is bad, or -1; int32; and pid, who made it.
         """
-        new = grain.multiprocessing.SharedMemoryArray if background.in_worker else np.empty
+        new = grain.multiprocessing.SharedMemoryArray if background.in_worker else background.recycled
         batch = {"image": new((len(indices), *self.shape), np.uint8), "size": np.full((len(indices), 2), self.canvas)}
         batch |= {name: np.full(len(indices), -1) for name in ("label", "index", "bad")}
         draws = self.crop.draws(step, positions) if self.crop else [None] * len(indices)
@@ -70,7 +70,8 @@ class Decoded:
             for row in range(first, min(first + CHUNK, len(indices))):
                 self._fill({name: column[row : row + 1] for name, column in batch.items()}, indices[row], draws[row])
 
-        for _ in background.pool(self.threads).map(fill, range(0, len(indices), CHUNK)):
+        run = map if self.threads == 1 else background.pool(self.threads).map
+        for _ in run(fill, range(0, len(indices), CHUNK)):
             pass
         numbers = {name: column.astype(np.int32) for name, column in batch.items() if name != "image"}
         return {**batch, **numbers, "pid": np.int32(os.getpid())}
