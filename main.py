@@ -17,6 +17,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: run
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "Several processes: host:port of the first (else: detected).")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: how many processes there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: which of them this is, from 0.")
+_HEARTBEAT = flags.DEFINE_integer("heartbeat", 30, "Seconds of silence after which a process counts as lost.")
 
 
 def main(argv):
@@ -27,7 +28,7 @@ def main(argv):
     folder = _WORKDIR.value or f"runs/{recipe}"
     try:
         workdir.pin_kernels(folder, _CONFIG.value.deterministic)
-        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
         metrics.log_to_console()
         if len(argv) > 1:
             raise UserError(f"unknown argument {argv[1]!r}; flags look like --config.batch_size=256")

@@ -21,6 +21,10 @@ def get_config():
     config.deterministic = True  # GPUs: only kernels whose sums do not depend on timing, so that runs repeat to the bit
     config.total_steps = config_dict.placeholder(int)  # instead of epochs; the warm-up keeps its share of the run
 
+    config.mesh = mesh()
+    config.remat = "none"  # less memory for more time: none | dots (keep products) | full (keep inputs of blocks)
+    config.scan_layers = False  # the blocks of a network as a loop: compiles faster, runs slower
+
     data = config.data = ConfigDict()
     data.source = "folder"  # folder | shapes (embedded, drawn on first use)
     data.path = ""  # folder: with images at any depth, or with train/CLASS/ and test/CLASS/; shapes: where to keep it
@@ -89,6 +93,17 @@ def get_config():
     config.on_nonfinite = "stop"  # stop | skip: what to do about a step whose loss or gradient is NaN or infinite
     config.max_skipped = 10  # skip: stop after so many in a row
     return config
+
+
+def mesh():
+    """How the state and the batch lie on all devices of all hosts; may change when a run goes on."""
+    mesh = ConfigDict()
+    mesh.data = -1  # copies of the state; -1: as many as there are devices left
+    mesh.fsdp = 1  # each cut into so many parts, where it does not fit a device; the batch is split over both
+    # (regex on the path, how to cut: replicated | largest, its largest divisible dimension | the dimension's number)
+    mesh.rules = ((".*", "largest"),)
+    mesh.min_size = 1 << 16  # elements; smaller arrays are replicated by "largest"
+    return mesh
 
 
 def latent_mim(channels):

@@ -1,9 +1,22 @@
 #!/usr/bin/env bash
-# Train on this machine: ./launch/local.sh [flags of main.py]
+# Train on this machine: ./launch/local.sh [--processes=N] [--fake_devices=N] [flags of main.py]
 # Makes .venv on the first call (PYTHON chooses the interpreter), then runs main.py; no flags: configs/quickstart.py.
+# One process uses all GPUs there are. --processes: several, which share them. --fake_devices: CPU devices per process.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh requirements.txt
+
+processes=1
+arguments=()
+for argument in "$@"; do
+  case "$argument" in
+    --processes=*) processes="${argument#*=}" ;;
+    --fake_devices=*)
+      export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${argument#*=}"
+      ;;
+    *) arguments+=("$argument") ;;
+  esac
+done
 
 if [ "${JAX_PLATFORMS:-}" != cpu ] && { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; then
   if ! python -c 'import sys, jax; sys.exit(jax.default_backend() == "cpu")' 2>/dev/null; then
@@ -13,4 +26,5 @@ if [ "${JAX_PLATFORMS:-}" != cpu ] && { command -v nvidia-smi >/dev/null && nvid
     exit 2
   fi
 fi
-exec python main.py "$@"
+if [ "$processes" = 1 ]; then exec python main.py ${arguments[@]+"${arguments[@]}"}; fi
+exec launch/processes.sh "$processes" python main.py ${arguments[@]+"${arguments[@]}"}

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from lmim_jax import manifest
+from lmim_jax import distributed, manifest
 from lmim_jax.errors import UserError
 from lmim_jax.manifest import FOLDER, SEALED, good_step, steps
 from lmim_jax.preemption import Preempted
@@ -25,6 +25,7 @@ from lmim_jax.writers import history
 log = logging.getLogger(__name__)
 
 DELETED = "deleted-"  # prefix of a step on its way out
+SLOWEST = 1200  # seconds that a save may take
 
 
 class SaveFailed(RuntimeError):
@@ -42,8 +43,8 @@ class Checkpoints:
         """`config`: checkpoint_keep, checkpoint_keep_every, checkpoint_best, checkpoint_max_failures are read."""
         self._workdir, self._config = pathlib.Path(workdir), config
         self._root = self._workdir.absolute() / FOLDER
-        self._thread, self._error, self._failures = None, None, 0
-        self._orbax = _orbax()
+        self._thread, self._error, self._failures, self._attempt = None, None, 0, 0
+        self._orbax = _orbax(self._meet)
 
     def __enter__(self):
         return self
@@ -54,8 +55,11 @@ class Checkpoints:
 
     @property
     def failing(self):
-        """Whether the last save failed."""
-        return self._failures > 0
+        """Whether the last save failed and can be tried again at once.
+
+        Several processes hear of it at different moments, so they wait for the next save that is due.
+        """
+        return self._failures > 0 and jax.process_count() == 1
 
     def latest(self):
         """The newest sealed step, or None; its contents are not verified."""
@@ -102,8 +106,10 @@ class Checkpoints:
         began = time.perf_counter()
         self.wait()
         folder = self._root / str(step)
+        self._attempt += 1  # equal on all processes, as all of them save
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._meet("folder")
             self._orbax.save(folder / "state", args=ocp.args.PyTreeSave(_plain(state)), force=True)
         except Exception as error:
             self._failed(step, error)
@@ -123,7 +129,7 @@ class Checkpoints:
         if self._thread:
             self._thread.join()
             self._thread = None
-        if must_succeed and self.failing:
+        if must_succeed and self._failures:
             raise SaveFailed(f"the state is not saved: {self._error}; {self.tell()}")
 
     def tell(self):
@@ -138,6 +144,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 manifest.write(self._root / str(step), tensors, step=step)
                 (self._root / SEALED).touch()
+            self._meet("sealed")
         except Exception as error:  # disk full, folder gone, ...: training goes on, and the save is tried again
             self._failed(step, error)
             return
@@ -148,11 +155,16 @@ class Checkpoints:
             except OSError as error:  # what has just been sealed is good all the same
                 log.error("old checkpoints could not be deleted: %s", error)
 
+    def _meet(self, key, timeout_ms=SLOWEST * 1000):
+        """Wait for the other processes in a save; raise what made one of them fail. Orbax itself would wait on."""
+        distributed.meet(f"save/{self._attempt}/{key}", f"failed/{self._attempt}", timeout_ms / 1000)
+
     def _failed(self, step, error):
-        """Report a failed save and remove what it has left."""
+        """Report a failed save, here and to the other processes, and remove what it has left."""
         self._failures, self._error = self._failures + 1, _first_line(error)
+        distributed.give_up(f"failed/{self._attempt}", self._error)
         shutil.rmtree(self._root / str(step), ignore_errors=True)
-        self._orbax = _orbax()  # the old one would raise the error again
+        self._orbax = _orbax(self._meet)  # the old one would raise the error again
         log.error(
             "SAVING STEP %d FAILED (%d of %d in a row before the run stops): %s; %s. Trying again soon",
             *(step, self._failures, self._config.checkpoint_max_failures, self._error, self.tell()),
@@ -189,10 +201,14 @@ def weights(workdir, method):
     return found["params"], found["target"]
 
 
-def _orbax():
-    """A folder per tensor, so that damage can be named; not compressed: float32 weights do not shrink."""
+def _orbax(meet=None):
+    """A folder per tensor, so that damage can be named; not compressed: float32 weights do not shrink.
+
+    meet: how the processes wait for each other, (key, timeout_ms).
+    """
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
-    return ocp.AsyncCheckpointer(handler)
+    options = ocp.options.AsyncOptions(timeout_secs=SLOWEST, barrier_sync_fn=meet)
+    return ocp.AsyncCheckpointer(handler, async_options=options)
 
 
 def _plain(state):

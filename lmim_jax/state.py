@@ -30,12 +30,15 @@ def init(method, optimizer, rng):
     return TrainState(jnp.zeros((), jnp.int32), params, target, optimizer.init(params), run_rng)
 
 
-def create(method, optimizer, seed, mesh):
+def create(method, optimizer, seed, mesh, **layout):
     """A fresh state on the devices: shapes first, then placement, then `jit(init)`, so nothing is built on device 0.
+
+    Args:
+      layout: `rules` and `min_size` of `sharding.of_state`.
 
     Returns:
       (state, its tree of NamedShardings).
     """
     fresh = lambda: init(method, optimizer, jax.random.key(seed))
-    shardings = sharding.of_state(jax.eval_shape(fresh), mesh)
+    shardings = sharding.of_state(jax.eval_shape(fresh), mesh, **layout)
     return jax.jit(fresh, out_shardings=shardings)(), shardings

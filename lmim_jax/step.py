@@ -50,38 +50,45 @@ def gradients(method, augment, micro_batches, params, target, rng, step, batch):
     return jax.tree.map(lambda x: x / micro_batches, total)
 
 
-def make_train_step(method, augment, optimizer, mesh, micro_batches=1, skip_nonfinite=False):
+def make_train_step(method, augment, optimizer, mesh, micro_batches=1, skip_nonfinite=False, shardings=None):
     """Build `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Args:
       method: see methods/base.py.
       augment: (keys [b], rows of the batch) -> images [b, H, W, C].
       optimizer: an optax transformation.
-      mesh: with axis `data`; every device works on its own rows, and gradients are averaged over devices once per
-        step, after the last micro-batch.
+      mesh: see sharding.py; every device works on its own rows, and gradients are averaged over devices once per
+        step, after the last micro-batch. The loss is per image: nothing else but scalars is communicated.
       micro_batches: gradient accumulation; the EMA moves once per step all the same.
       skip_nonfinite: a step whose loss, gradient or update is NaN or infinite changes nothing but the step number.
+      shardings: of the state; None: as `sharding.of_state` has it. What is cut over `fsdp` is put together once per
+        step, before the first micro-batch, and its gradient arrives cut.
 
     The batch is a dict of arrays with a leading batch axis; metrics are float32 scalars, those of the method and
     `input_mean`, `grad_norm`, `update_norm`, `target_norm` (and `skipped`, 1 or 0).
     """
-    data = PartitionSpec(sharding.DATA)
+    whole = PartitionSpec()
 
-    def on_device(params, target, rng, step, batch):
-        result = gradients(method, augment, micro_batches, params, target, rng, step, batch)
-        return jax.lax.pmean(result, sharding.DATA)
+    def reduced(state, batch):
+        """Gradients, cut as the parameters are, and metrics; means over the batch."""
+        specs = jax.tree.map(lambda x: x.spec, shardings or sharding.of_state(state, mesh))
 
-    reduced = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(PartitionSpec(),) * 4 + (data,),
-        out_specs=PartitionSpec(),
-        check_vma=False,  # gradients stay per device until the pmean, instead of one reduction per micro-batch
-    )
+        def on_device(params, target, rng, step, batch):
+            params, target = sharding.gather((params, target), (specs.params, specs.target))
+            grads, metrics = gradients(method, augment, micro_batches, params, target, rng, step, batch)
+            return sharding.mean_scattered(grads, specs.params), jax.lax.pmean(metrics, sharding.AXES)
+
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(specs.params, specs.target, whole, whole, sharding.BATCH),
+            out_specs=(specs.params, whole),
+            check_vma=False,  # gradients stay per device until they are averaged, not reduced per micro-batch
+        )(state.params, state.target, state.rng, state.step, batch)
 
     def train_step(state, batch):
-        batch = {**batch, "position": jnp.arange(len(batch["image"]))}
-        grads, metrics = reduced(state.params, state.target, state.rng, state.step, batch)
+        batch = {**batch, "position": jnp.asarray(sharding.positions(mesh, len(batch["image"])))}
+        grads, metrics = reduced(state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         target = update_target(state.target, method.target_of(params), method.ema_rate(state.step))

@@ -9,7 +9,7 @@ import time
 import jax
 from clu import parameter_overview
 
-from lmim_jax import files, gauges, metrics, optim, preemption, sharding
+from lmim_jax import distributed, files, gauges, metrics, optim, preemption, sharding
 from lmim_jax import summary as summaries
 from lmim_jax import workdir as workdirs
 from lmim_jax.checkpoint import Checkpoints
@@ -18,6 +18,7 @@ from lmim_jax.data.evaluation import Evaluation
 from lmim_jax.errors import UserError
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
+from lmim_jax.models.stack import run_as
 from lmim_jax.state import create
 from lmim_jax.step import make_train_step
 from lmim_jax.writers import Writer, history, write_picture
@@ -42,9 +43,10 @@ def train(config, workdir):
     began = time.perf_counter()
 
     # Devices
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(config.batch_size, config.micro_batches, mesh.size)
-    log.info("%d %s device(s), %d process(es)", mesh.size, jax.devices()[0].device_kind, jax.process_count())
+    kind, shape = jax.devices()[0].device_kind, " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    log.info("%d %s device(s) as %s, %d process(es)", mesh.size, kind, shape, jax.process_count())
 
     # Data
     source = {split: sources.from_config(config.data, split) for split in ("train", "test")}
@@ -74,6 +76,7 @@ def train(config, workdir):
 
     # Everything about the config is checked: from here on, files are written
     belongs = config.to_dict(), source["train"].identity()
+    distributed.agree(config=belongs[0], data=belongs[1])
     workdirs.check(workdir, *belongs)
     if summary := summaries.finished(workdir, total_steps):
         log.info("this run is finished: %d of %d steps, in %s", total_steps, total_steps, workdir)
@@ -83,7 +86,9 @@ def train(config, workdir):
         workdirs.claim(workdir, *belongs)
 
         # State
-        state, shardings = create(method, optimizer, config.seed, mesh)
+        state, shardings = create(
+            method, optimizer, config.seed, mesh, rules=config.mesh.rules, min_size=config.mesh.min_size
+        )
         count = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
         log.info("parameters: %s", ", ".join(f"{name} {number:,}" for name, number in count.items()))
         start = 0
@@ -93,8 +98,9 @@ def train(config, workdir):
 
         # Step
         skip = config.on_nonfinite == "skip"
+        step = make_train_step(method, augmentation, optimizer, mesh, config.micro_batches, skip, shardings)
         train_step = jax.jit(
-            make_train_step(method, augmentation, optimizer, mesh, config.micro_batches, skip),
+            run_as(step, config.remat, config.scan_layers),
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         )

@@ -15,7 +15,7 @@ import time
 import jax
 from flax.traverse_util import flatten_dict
 
-from lmim_jax import files
+from lmim_jax import distributed, files
 from lmim_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -23,8 +23,10 @@ log = logging.getLogger(__name__)
 # Keys that may differ between a run and its continuation: they change no number of the training.
 HARMLESS = re.compile(
     r"log_every|gauge_images|checkpoint_\w+|data\.(path|workers|threads|max_bad_fraction)|evaluators\..*|max_skipped"
+    r"|mesh\..*|remat|scan_layers"
 )
 HEARTBEAT = 20.0  # seconds between signs of life in the lock
+UNSEEN = 90.0  # seconds that a network file system may take to show a new file to other hosts
 STALE = 120.0  # seconds without one after which a writer on another host counts as dead
 
 
@@ -50,11 +52,22 @@ def check(workdir, config, data):
 
 
 def claim(workdir, config, data):
-    """Make `workdir` the directory of a run with this config and these data, unless it is already; see `check`."""
+    """Make `workdir` the directory of a run with this config and these data, unless it is already; see `check`.
+
+    Raises:
+      UserError: naming processes that do not see the same folder.
+    """
     path = pathlib.Path(workdir, "config.json")
     if not path.exists() and jax.process_index() == 0:
         files.write(path, json.dumps(_as_read(config, data), indent=2) + "\n")
         log.info("new run in %s", workdir)
+    distributed.gather("written")
+    deadline = time.monotonic() + UNSEEN
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(1)
+    seen = distributed.gather([socket.gethostname(), path.exists()])
+    if blind := [f"process {i} (host {host})" for i, (host, found) in enumerate(seen) if not found]:
+        raise UserError(f"{workdir} is not the same folder on all hosts: {', '.join(blind)} finds no {path.name} there")
 
 
 def _as_read(config, data):

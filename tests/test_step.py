@@ -9,7 +9,6 @@ import optax
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType
 
 from lmim_jax import metrics, optim, sharding, state, step
 from lmim_jax.data import augment
@@ -30,7 +29,7 @@ def setup(**change):
 def run(devices, micro_batches, similarity_weight=0.1):
     """Four steps on a mesh of so many devices: (losses, first gradients times 0.1, final target, steps done)."""
     method, images, optimizer = setup(similarity_weight=similarity_weight)
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     current, _ = state.create(method, optimizer, 0, mesh)
     train_step = jax.jit(step.make_train_step(method, images, optimizer, mesh, micro_batches))
     rng, losses, first = np.random.default_rng(0), [], None
@@ -150,7 +149,7 @@ def test_an_indivisible_batch_is_refused_with_a_proposal(batch, micro_batches, h
 
 def sick_step(method, augmentation, optimizer, skip):
     """(state, jitted step) whose images are NaN in batches that say so."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
     poisoned = lambda keys, batch: augmentation(keys, batch) * batch["poison"].reshape(-1, 1, 1, 1)
     current, _ = state.create(method, optimizer, 0, mesh)
     train_step = jax.jit(step.make_train_step(method, poisoned, optimizer, mesh, 2, skip_nonfinite=skip))

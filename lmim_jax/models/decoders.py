@@ -3,11 +3,14 @@
 Letters: B batch, V visible, M masked, D encoder width, d decoder width, P = p p C pixels of a patch.
 """
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from lmim_jax.models.blocks import Block, CrossBlock
 from lmim_jax.models.layers import Dense, Dtype, layer_norm, matmul
+from lmim_jax.models.stack import run_blocks
 
 
 def visual_cues(visible, visible_positions, masked_positions):
@@ -59,12 +62,10 @@ class LatentDecoder(nn.Module):
         if self.kind == "cross":
             cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (len(queries), 1, self.width)), queries], axis=1)
-            for i in range(self.depth):
-                x = CrossBlock(*block, name=f"block{i:02d}")(x, context)
+            x = run_blocks(self, functools.partial(CrossBlock, *block), self.depth, x, context)
         elif self.kind == "self":
             x = jnp.concatenate([context, queries], axis=1)
-            for i in range(self.depth):
-                x = Block(*block, name=f"block{i:02d}")(x)
+            x = run_blocks(self, functools.partial(Block, *block), self.depth, x)
             x = jnp.concatenate([x[:, :1], x[:, -masked:]], axis=1)
         else:
             raise ValueError(f"unknown decoder {self.kind!r}: cross | self")
@@ -100,8 +101,7 @@ class TokenDecoder(nn.Module):
         known = Dense(self.width, self.dtype, name="embed")(tokens) + positions.astype(self.dtype)
         x = jnp.concatenate([known, token + masked_positions.astype(self.dtype)], axis=1)
         block = (self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, self.qkv_bias)
-        for i in range(self.depth):
-            x = Block(*block, name=f"block{i:02d}")(x, mask)
+        x = run_blocks(self, functools.partial(Block, *block), self.depth, x, mask)
         x = layer_norm(self.norm_eps, self.dtype, "norm")(x) if self.final_norm else x
         return Dense(self.out_width, self.dtype, name="head")(x)
 
@@ -133,8 +133,7 @@ class TargetAwareDecoder(nn.Module):
         x = Dense(self.width, self.dtype, name="embed")(tokens)
         x = jnp.concatenate([x, mask + positions.astype(self.dtype)], axis=1)
         block = self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, self.qkv_bias
-        for i in range(self.depth):
-            x = CrossBlock(*block, name=f"block{i:02d}")(x, context)
+        x = run_blocks(self, functools.partial(CrossBlock, *block), self.depth, x, context)
         return self.head(layer_norm(self.norm_eps, self.dtype, "norm")(x[:, -positions.shape[1] :]))
 
 

@@ -3,11 +3,14 @@
 Letters: B batch, T tokens, P pixels of a patch, D width.
 """
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from lmim_jax.models.blocks import Block
 from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm
+from lmim_jax.models.stack import run_blocks
 
 # Sizes by their usual names (An Image is Worth 16x16 Words, table 1; DeiT for Ti and S).
 VARIANTS = {
@@ -48,8 +51,7 @@ class ViT(nn.Module):
             cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1)
         block = (self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, self.qkv_bias)
-        for i in range(self.depth):
-            x = Block(*block, name=f"block{i:02d}")(x, mask)
+        x = run_blocks(self, functools.partial(Block, *block), self.depth, x, mask)
         return layer_norm(self.final_norm_eps or self.norm_eps, self.dtype, "norm")(x), x
 
 

@@ -20,25 +20,29 @@ ROOT = pathlib.Path(conftest.ROOT)
 LIMIT = 300  # seconds that anything may take on a busy machine
 
 
-def start(images, workdir, *flags, processes=1):
-    """main.py as users call it, as so many processes of one device each: a list of Popen."""
-    environment = {**os.environ, "XLA_FLAGS": conftest.FAST, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+def start(images, workdir, *flags, processes=1, devices=1, launcher=(), different=()):
+    """main.py as users call it, as so many processes of so many devices each: a list of Popen.
+
+    launcher: a command that starts all processes; different: a list of more flags for each process.
+    """
+    fake = f"{conftest.FAST} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": fake, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     # The same few programs over and over: compiled once
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(images.parent / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     environment |= cache
-    common = [sys.executable, "main.py", "--config=tests/tiny.py", f"--config.data.path={images}"]
+    common = [*launcher, sys.executable, "main.py", "--config=tests/tiny.py", f"--config.data.path={images}"]
     common += [f"--workdir={workdir}", "--config.log_every=1", "--config.evaluators.knn.every=0"]
     common += ["--config.evaluators.pictures.every=0", *flags]
     ranks = [[]]
-    if processes > 1:
+    if processes > 1 and not launcher:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         where = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
-        ranks = [[*where, f"--process_id={i}"] for i in range(processes)]
+        ranks = [[*where, f"--process_id={i}", *(different[i] if different else ())] for i in range(processes)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [subprocess.Popen([*common, *rank], cwd=ROOT, env=environment, **pipes) for rank in ranks]
 
