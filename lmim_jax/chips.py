@@ -1,9 +1,10 @@
 """Figures of accelerators, and what they allow at best: floors of a step's time.
 
-Sources: Cloud TPU documentation (pages v5e, v5p, v6e, machine types), NVIDIA's data sheets. Dense bfloat16, no sparsity.
+Sources: Cloud TPU documentation (pages v5e, v5p, v6e, machine types), NVIDIA's data sheets. Dense bfloat16.
 """
 
 import dataclasses
+import math
 import re
 
 from lmim_jax.errors import UserError
@@ -51,12 +52,10 @@ def topology(name):
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise UserError(
-            f"--topology={name} is none of: v5e:4x4, v5p:2x2x4, v6e:8x8, ..., h200:8, h100:8x4 (8 GPUs x 4 nodes)"
+            f"--topology={name} is none of: v5e:4x4, v5p:2x2x4, v6e:8x8, ..., h200:8, h100:8x4 (GPUs x nodes)"
         )
     chip, sizes = CHIPS[kind], [int(size) for size in shape.split("x")]
-    count = 1
-    for size in sizes:
-        count *= size
+    count = math.prod(sizes)
     if kind in TPUS:
         return kind, chip, count, -(-count // chip.host)
     return kind, dataclasses.replace(chip, host=sizes[0]), count, count // sizes[0]

@@ -1,175 +1,215 @@
 """What a recipe needs on a TPU slice or on GPUs, without having any.
 
-    python -m lmim_jax.tools.plan --config=configs/vit_b.py --topology=v5e:4x4 [--sweep] [--json=FILE] [--config.KEY=VALUE]
+    python -m lmim_jax.tools.plan --config=configs/vit_b.py --topology=v5e:4x4 [--sweep] [--json=FILE]
 
 TPUs (v5e, v5p, v6e): the train step is compiled for the real topology by libtpu, which needs no TPU; memory, FLOPs and
 messages are the compiler's. It takes minutes. GPUs (h200:8, h100:8x4 = GPUs of a node x nodes, a100, b200): from the
-traced program alone. Times are floors from the figures in lmim_jax/chips.py; nothing is measured.
+traced program alone. Times are floors from the figures in lmim_jax/chips.py, and what a utilisation would make of
+them; none is measured.
 """
 
 import dataclasses
-import importlib.util
+import json
 import logging
-import os
-import re
+import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
-from lmim_jax import flops, hlo, optim, sharding, state, step
-from lmim_jax.data import augment
+from lmim_jax import chips, command, dry_run, metrics
 from lmim_jax.errors import UserError
-from lmim_jax.methods import base as methods
-from lmim_jax.models.stack import run_as
 
 log = logging.getLogger("lmim_jax.tools.plan")
 
-INSTALL = "tools.plan compiles for TPUs with libtpu, which is not installed: pip install libtpu"
+HOST_LINK = 10e9  # bytes a second from a host to all its devices: an assumption
+CHOICES = (  # of --sweep: changes to the config
+    {},
+    {"micro_batches": 2},
+    {"micro_batches": 4},
+    {"remat": "dots"},
+    {"remat": "full"},
+    {"mesh.fsdp": 4, "mesh.data": -1},
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What is planned: the parts of a training run that do not depend on the data."""
+def plan(config, topology, settings):
+    """The plan of one config, a dict of plain values; `feasible` says whether it fits.
 
-    config: ConfigDict
-    method: object
-    augmentation: object
-    optimizer: object
-
-    @classmethod
-    def of(cls, config, images):
-        """From a config, for so many training images."""
-        per_epoch = max(images // config.batch_size, 1)
-        total = config.total_steps or config.epochs * per_epoch
-        method = methods.from_config(config.method, total_steps=total, steps_per_epoch=per_epoch)
-        augmentation = augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
-        warmup = config.optimizer.warmup_epochs / config.epochs * total
-        optimizer, _ = optim.from_config(config.optimizer, warmup_steps=warmup, total_steps=total)
-        return cls(config, method, augmentation, optimizer)
-
-    def state(self):
-        """The abstract state."""
-        return jax.eval_shape(lambda: state.init(self.method, self.optimizer, jax.random.key(0)))
-
-    def batch(self, size):
-        """An abstract batch."""
-        canvas = (self.config.data.canvas,) * 2 + (self.config.data.channels,)
-        shapes = {"image": ((*canvas,), "uint8"), "size": ((2,), "int32"), "label": ((), "int32")}
-        return {name: jax.ShapeDtypeStruct((size, *shape), kind) for name, (shape, kind) in shapes.items()}
-
-    def shardings(self, mesh):
-        """Of the state."""
-        return sharding.of_state(self.state(), mesh, self.config.mesh.rules, self.config.mesh.min_size)
-
-    def jitted(self, mesh):
-        """The train step, as train.py jits it, and its arguments, abstract."""
-        config, shardings = self.config, self.shardings(mesh)
-        skip = config.on_nonfinite == "skip"
-        parts = self.method, self.augmentation, self.optimizer, mesh, config.micro_batches, skip, shardings
-        function = jax.jit(
-            run_as(step.make_train_step(*parts), config.remat, config.scan_layers),
-            donate_argnums=0,
-            in_shardings=(shardings, sharding.of_batch(mesh)),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
-        return function, (self.state(), self.batch(config.batch_size))
-
-    def augmentation_flops(self):
-        """Per image: crop and resize are matrix products, too."""
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-        return sum(map(sum, flops.by_part(self.augmentation, keys, self.batch(1)).values()))
-
-
-def compile_for_tpu(recipe, topology):
-    """{"memory", "collectives", ...} of the train step compiled by libtpu for a topology such as v5e:4x4."""
-    from jax.experimental import topologies
-
-    if not importlib.util.find_spec("libtpu"):
-        raise UserError(INSTALL)
-    # Several programs may use the library; there is no metadata server to ask
-    os.environ.update(
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="", TPU_MIN_LOG_LEVEL="3"
-    )
-    try:
-        devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
-    except Exception as error:
-        raise UserError(f"libtpu knows no topology {topology}: {error}") from error
-    mesh, began = sharding.make_mesh(recipe.config.mesh.data, recipe.config.mesh.fsdp, devices), time.perf_counter()
-    sharding.check_batch(recipe.config.batch_size, recipe.config.micro_batches, mesh.size)
-    function, arguments = recipe.jitted(mesh)
-    try:
-        compiled = function.lower(*arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", str(error))
-        if not used:
-            raise
-        gigabytes = lambda number, unit: float(number) * (2**30 if unit == "G" else 2**20)
-        found = {"arguments": None, "temporaries": None, "needed": gigabytes(*used.groups()[:2])}
-        return {"mesh": dict(mesh.shape), "memory": found | {"limit": gigabytes(*used.groups()[2:])}, "collectives": []}
-    sizes, counted = compiled.memory_analysis(), compiled.cost_analysis()
-    memory = {"arguments": sizes.argument_size_in_bytes, "temporaries": sizes.temp_size_in_bytes}
-    memory |= {"needed": sum(memory.values()) + sizes.output_size_in_bytes - sizes.alias_size_in_bytes}
-    loops = recipe.config.micro_batches > 1 or recipe.config.scan_layers  # of which XLA counts one round
+    Args:
+      topology: "v5e:4x4", "h200:8". settings: images, utilization, decode_rate, resize_rate; see the flags.
+    """
+    kind, chip, count, hosts = chips.topology(topology)
+    recipe = dry_run.Recipe.of(config, settings["images"])
+    tpu = kind in chips.TPUS
+    found = dry_run.compile_for_tpu(recipe, topology) if tpu else dry_run.analyse(recipe, count)
+    memory = {"limit": chip.memory, **found["memory"]}
+    moved, work = found.get("collectives", []), recipe.flops()
+    state, (_, further), images = recipe.state_bytes(), recipe.saved_bytes(), config.batch_size / count
+    # The state is read and written once, with the gradients; what is kept for the backward pass is written and read
+    touched = 2 * sum(state.values()) / found["mesh"]["fsdp"] + 2 * state["params"] + 2 * images * further
+    seconds = {
+        "compute": (work["executed"] + work["augmentation"]) * images / chip.flops,
+        "memory": touched / chip.bandwidth,
+        "network": chips.network_seconds(chip, count, sum(one.wire_bytes for one in moved)),
+    }
+    at_utilization = work["executed"] * images / chip.flops / settings["utilization"]
+    seconds["step"] = max(at_utilization, *seconds.values())
+    rate, total = config.batch_size / seconds["step"], (config.total_steps or 0) * config.batch_size
+    hours = (total or config.epochs * settings["images"]) / rate / 3600
     return {
-        "mesh": dict(mesh.shape),
+        "topology": topology,
+        "chips": count,
+        "hosts": hosts,
+        "from": "compiler" if tpu else "trace",
+        "mesh": found["mesh"],
+        "batch_size": config.batch_size,
+        "images_per_chip": images,
+        **{name: config[name] for name in ("micro_batches", "remat", "scan_layers")},
+        "feasible": memory["needed"] <= memory["limit"],
         "memory": memory,
-        "collectives": hlo.collectives(compiled.as_text()),
-        "compiled_flops": None if loops else counted["flops"] * mesh.size / recipe.config.batch_size,
-        "bytes": None if loops else counted["bytes accessed"],
-        "compile_seconds": time.perf_counter() - began,
+        "flops_per_image": work | {"compiled": found.get("compiled_flops_per_image")},
+        "collectives": [dataclasses.asdict(one) | {"wire_bytes": one.wire_bytes} for one in moved],
+        "seconds": seconds,
+        "utilization": settings["utilization"],
+        "images_per_second": rate,
+        "hours": hours,
+        "chip_hours": hours * count,
+        "input": inputs(recipe, rate / hosts, chip, settings),
+        "compile_seconds": found.get("compile_seconds"),
     }
 
 
-def analyse(recipe, count):
-    """The same from the traced program, for so many GPUs; what the compiler adds is not in it."""
-    config = recipe.config
-    mesh = _abstract_mesh(config, count)
-    sharding.check_batch(config.batch_size, config.micro_batches, count)
-    abstract, placed = recipe.state(), recipe.shardings(mesh)
-    size = lambda leaf: leaf.size * jnp.dtype(leaf.dtype).itemsize if leaf.ndim else 8
-    parts = lambda tree, where: sum(map(size, jax.tree.leaves(jax.tree.map(_part, tree, where))))
-    whole, cut = sum(map(size, jax.tree.leaves(abstract.params))), parts(abstract.params, placed.params)
-    images = config.batch_size // count
-    saved = [_saved_bytes(recipe, n) for n in (1, 2)]
-    activations = saved[0] + (saved[1] - saved[0]) * (images // config.micro_batches - 1)
-    batch = sum(map(size, jax.tree.leaves(recipe.batch(images))))
-    gathered = sum(map(size, jax.tree.leaves((abstract.params, abstract.target)))) if mesh.shape["fsdp"] > 1 else 0
-    memory = {"arguments": parts(abstract, placed) + batch}
-    memory["temporaries"] = whole * (2 if config.micro_batches > 1 else 1) + gathered + activations
-    memory["needed"] = sum(memory.values())
-    fsdp, moved = mesh.shape["fsdp"], []
-    if fsdp > 1:
-        moved += [hlo.Collective("all-gather", fsdp, ("state",), gathered, 1)]
-        moved += [hlo.Collective("reduce-scatter", fsdp, ("gradients",), whole, 1)]
-    if mesh.shape["data"] > 1:
-        moved += [hlo.Collective("all-reduce", mesh.shape["data"], ("gradients",), cut, 1)]
-    return {"mesh": dict(mesh.shape), "memory": memory, "collectives": moved, "compiled_flops": None, "bytes": None}
+def inputs(recipe, rate, chip, settings):
+    """What a host must deliver at so many images a second, with images resized on the device or on the host."""
+    canvas = recipe.config.data.canvas, recipe.config.data.canvas
+    sides = {"device": (canvas, settings["decode_rate"]), "host": (recipe.method.image_size, settings["resize_rate"])}
+    found = {
+        where: {
+            "decode_cores": rate / per_core,
+            "gigabytes_per_second": rate * size[0] * size[1] * recipe.config.data.channels / 1e9,
+        }
+        for where, (size, per_core) in sides.items()
+    }
+    cores = chip.cores / 2 or float("inf")  # two virtual cores share a real one
+    fits = {
+        where: need["decode_cores"] <= cores and need["gigabytes_per_second"] * 1e9 <= HOST_LINK
+        for where, need in found.items()
+    }
+    best = "device" if fits["device"] else "host" if fits["host"] else "neither: the host is too slow"
+    return {"images_per_second": rate, **found, "resize_on": best, "host_cores": chip.cores // 2 or None}
 
 
-def _abstract_mesh(config, count):
-    data, fsdp = sharding.mesh_sizes(config.mesh.data, config.mesh.fsdp, count)
-    return jax.sharding.AbstractMesh((data, fsdp), sharding.AXES)
+def table(planned):
+    """A plan as lines of text."""
+    giga = lambda number: f"{number / 1e9:.2f} GB"
+    mesh = " x ".join(f"{name} {size}" for name, size in planned["mesh"].items())
+    memory, work, seconds = planned["memory"], planned["flops_per_image"], planned["seconds"]
+    spare = memory["limit"] - memory["needed"]
+    detail = ", ".join(f"{name} {giga(memory[name])}" for name in ("arguments", "temporaries") if name in memory)
+    detail = f" ({detail})" if detail else ""
+    verdict = f"fits, {giga(spare)} left" if planned["feasible"] else f"DOES NOT FIT, {giga(-spare)} too much"
+    lines = [
+        f"{planned['topology']}: {planned['chips']} chips on {planned['hosts']} host(s), mesh {mesh}, "
+        f"{planned['images_per_chip']:g} images per chip in {planned['micro_batches']} micro-batch(es), "
+        f"remat {planned['remat']}, scan_layers {planned['scan_layers']}",
+        f"memory      {giga(memory['needed'])} of {giga(memory['limit'])}{detail}: {verdict}",
+        f"GFLOP/image {work['method'] / 1e9:.1f} of the method"
+        + (f", {work['executed'] / 1e9:.1f} with what is computed again" if work["executed"] != work["method"] else "")
+        + f"; augmentation {work['augmentation'] / 1e9:.2f}"
+        + (f"; the compiler counts {work['compiled'] / 1e9:.1f} in all" if work["compiled"] else ""),
+    ]
+    for kind, group, scalar in sorted({(c["kind"], c["group"], _scalar(c)) for c in planned["collectives"]}):
+        equal = [c for c in planned["collectives"] if (c["kind"], c["group"], _scalar(c)) == (kind, group, scalar)]
+        times, size = sum(c["times"] for c in equal), sum(c["times"] * c["size"] for c in equal)
+        what = "scalars" if scalar else f"{sum(len(c['shapes']) for c in equal)} arrays"
+        lines.append(f"messages    {times} x {kind} among {group}: {what}, {size / 1e6:.3f} MB a step")
+    floors = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms" for name in ("compute", "memory", "network"))
+    lines += [
+        f"floors      {floors} a step",
+        f"expected    {planned['images_per_second']:,.0f} images/s at {planned['utilization']:.0%} of the peak: "
+        f"{planned['hours']:.1f} hours, {planned['chip_hours']:,.0f} chip-hours",
+    ]
+    need = planned["input"]
+    for where in ("device", "host"):
+        lines.append(
+            f"input       resize on {where}: {need['images_per_second']:,.0f} images/s and host, "
+            f"{need[where]['decode_cores']:.0f} cores, {need[where]['gigabytes_per_second']:.2f} GB/s to its devices"
+            + ("   <- recommended" if need["resize_on"] == where else "")
+        )
+    if need["resize_on"] not in ("device", "host"):
+        lines.append(f"input       {need['resize_on']} ({need['host_cores']} cores, {HOST_LINK / 1e9:.0f} GB/s)")
+    return lines
 
 
-def _part(leaf, placed):
-    return jax.ShapeDtypeStruct(placed.shard_shape(leaf.shape), leaf.dtype)
+def _scalar(collective):
+    return all(shape.endswith("[]") for shape in collective["shapes"])
 
 
-def _saved_bytes(recipe, images):
-    """Bytes that the backward pass of so many images keeps, parameters left out."""
-    method = recipe.method
-    abstract = recipe.state()
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
-    views = jax.eval_shape(method.sample, jax.random.key(0), keys)
-    pixels = jax.ShapeDtypeStruct((images, *method.image_size, method.channels), jnp.float32)
+def sweep(config, topology, settings):
+    """Plans of CHOICES, as they come, and the one to recommend: of those that fit, the fastest, then the simplest."""
+    plans, seen = [], set()
+    for number, change in enumerate(CHOICES, 1):
+        changed = ConfigDict(config)
+        changed.update_from_flattened_dict(change)
+        key = json.dumps([changed.micro_batches, changed.remat, *changed.mesh.to_dict().values()])
+        if key in seen:
+            continue
+        seen.add(key)
+        told = ", ".join(f"config.{name}={value}" for name, value in change.items()) or "the recipe as it is"
+        log.info("%d of %d: %s ...", number, len(CHOICES), told)
+        began = time.perf_counter()
+        try:
+            planned = plan(changed, topology, settings) | {"change": change}
+        except UserError as error:
+            log.info("   not possible: %s", error)
+            continue
+        spare = (planned["memory"]["limit"] - planned["memory"]["needed"]) / 1e9
+        fits = f"{spare:.2f} GB left" if spare >= 0 else f"{-spare:.2f} GB too much"
+        took = metrics.duration(time.perf_counter() - began)
+        log.info("   %s, %s images/s, planned in %s", fits, f"{planned['images_per_second']:,.0f}", took)
+        plans.append(planned)
+    fitting = [planned for planned in plans if planned["feasible"]]
+    best = max(fitting, key=lambda planned: round(planned["images_per_second"]), default=None)
+    return plans, best
 
-    def kept(params, target, pixels, views, at):
-        loss = lambda params: method.loss(params, target, pixels, views, at)[0]
-        return jax.vjp(run_as(loss, recipe.config.remat, recipe.config.scan_layers), params)[1]
 
-    arguments = abstract.params, abstract.target, pixels, views, abstract.step
-    residuals = jax.tree.leaves(jax.eval_shape(kept, *arguments))
-    weights = {leaf.shape for leaf in jax.tree.leaves(abstract.params)}
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in residuals if leaf.shape not in weights)
+def main(_):
+    """As the flags say."""
+    jax.config.update("jax_platforms", "cpu")
+    metrics.log_to_console()
+    given = flags.FLAGS
+    settings = {name: given[name].value for name in ("images", "utilization", "decode_rate", "resize_rate")}
+    config, topology = given.config, given.topology
+    chips.topology(topology)
+    if given.sweep:
+        plans, best = sweep(config, topology, settings)
+        result = {"plans": plans, "recommended": best["change"] if best else None}
+        if best:
+            change = " ".join(f"--config.{name}={value}" for name, value in best["change"].items())
+            print("\n".join(["", f"recommended: {change or 'the recipe as it is'}", *table(best)]))
+        else:
+            print("\nnone of these fits: take a larger slice, or a smaller config.batch_size")
+    else:
+        result = plan(config, topology, settings)
+        print("\n".join(table(result)))
+    if given.json:
+        pathlib.Path(given.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def define_flags():
+    """Here, and not at import: tools are imported side by side by tests."""
+    config_flags.DEFINE_config_file("config", None, "Recipe; default: configs/vit_b.py.", lock_config=True)
+    flags.DEFINE_string("topology", "v5e:4x4", "v5e:4x4, v5p:2x2x4, v6e:8x8, ... or h200:8, h100:8x4, ...")
+    flags.DEFINE_bool("sweep", False, "Try several choices of micro-batches, remat and mesh, and recommend one.")
+    flags.DEFINE_string("json", "", "Also write the plan to this file.")
+    flags.DEFINE_integer("images", 1_281_167, "Training images; default: ImageNet-1k.")
+    flags.DEFINE_float("utilization", 0.45, "Share of the peak FLOPs that the step reaches: an assumption.")
+    flags.DEFINE_float("decode_rate", 900.0, "Images a second that one core decodes into a canvas.")
+    flags.DEFINE_float("resize_rate", 500.0, "The same with crop and resize on the host.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main, "configs/vit_b.py")

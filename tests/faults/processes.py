@@ -20,20 +20,21 @@ ROOT = pathlib.Path(conftest.ROOT)
 LIMIT = 300  # seconds that anything may take on a busy machine
 
 
-def start(images, workdir, *flags, processes=1, devices=1, launcher=(), different=()):
+def start(images, workdir, *flags, processes=1, devices=1, launcher=(), different=(), program="main.py"):
     """main.py as users call it, as so many processes of so many devices each: a list of Popen.
 
-    launcher: a command that starts all processes; different: a list of more flags for each process.
+    launcher: a command that starts all processes; different: a list of more flags for each process; program: with the
+    flags of main.py.
     """
     fake = f"{conftest.FAST} --xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": fake, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": fake, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "JAX_PLATFORMS": "cpu"}
     # The same few programs over and over: compiled once
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(images.parent / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     environment |= cache
-    common = [*launcher, sys.executable, "main.py", "--config=tests/tiny.py", f"--config.data.path={images}"]
+    common = [*launcher, sys.executable, program, "--config=tests/tiny.py", f"--config.data.path={images}"]
     common += [f"--workdir={workdir}", "--config.log_every=1", "--config.evaluators.knn.every=0"]
     common += ["--config.evaluators.pictures.every=0", *flags]
     ranks = [[]]
@@ -90,8 +91,14 @@ def digest(workdir, step):
     path, reader = checkpoint.steps(workdir)[step].absolute() / "state", ocp.PyTreeCheckpointer()
     # as plain arrays, wherever the devices were that saved them
     plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
-    state = reader.restore(path, restore_args=plain)
+    return digest_of(reader.restore(path, restore_args=plain))
+
+
+def digest_of(state):
+    """The same of a tree of arrays."""
     whole = hashlib.sha256()
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(state), key=str):
-        whole.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    leaves = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    for path, leaf in sorted(leaves.items()):
+        whole.update(path.encode() + np.asarray(leaf).tobytes())
     return whole.hexdigest()

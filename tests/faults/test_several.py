@@ -1,10 +1,9 @@
 """Several processes: equal to one, alike or refused, ended together, resumed as others. Real processes."""
 
+import pathlib
 import re
-import resource
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 
 STEPS = 20
 FLAGS = f"--config.total_steps={STEPS}", "--config.checkpoint_every=1000"
+RESTORE = "tests/faults/restore.py"
 CUT = "--config.mesh.fsdp=-1", "--config.mesh.data=1", "--config.mesh.min_size=64"
 
 
@@ -63,7 +63,7 @@ def test_a_lost_process_ends_the_run_and_is_named(images, tmp_path, victim, full
     processes.wait_for(lambda: processes.step_of(tmp_path) >= 3, running)
     children = subprocess.run(["pgrep", "-P", str(launched.pid), "-f", "main.py"], capture_output=True, text=True)
     pids = [int(pid) for pid in children.stdout.split()]
-    commands = {pid: open(f"/proc/{pid}/cmdline").read() for pid in pids}
+    commands = {pid: pathlib.Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
     (pid,) = [pid for pid, command in commands.items() if f"--process_id={victim}" in command]
     began = time.monotonic()
     subprocess.run(["kill", "-9", str(pid)], check=True)
@@ -74,3 +74,57 @@ def test_a_lost_process_ends_the_run_and_is_named(images, tmp_path, victim, full
     assert f"process {victim} (pid {pid}) was killed by signal 9 (KILL)" in output
     assert re.search(rf"process {1 - victim} \(pid \d+\) (was killed by signal|ended with exit code)", output)
     assert seconds < 60
+
+
+TOPOLOGIES = [  # (processes, devices of each, flags of the mesh)
+    (2, 4, ["--config.mesh.fsdp=4", "--config.mesh.min_size=64"]),
+    (1, 2, []),
+    (2, 1, CUT),
+]
+
+
+def test_a_run_goes_on_with_other_processes_and_devices(images, tmp_path, full):
+    """[only with --faults] 2 x 4 devices, cut in 4; then 1 x 2, whole; then 2 x 1, cut in 2; against 1 x 1."""
+    if not full:
+        pytest.skip("five runs; ./launch/test.sh --faults")
+    expected = run(images, tmp_path / "one", *FLAGS)
+    workdir, step = tmp_path / "moved", 0
+    for number, devices, mesh in TOPOLOGIES:
+        topology = dict(processes=number, devices=devices)
+        if step:  # loaded on these devices, the state is the saved one, bit by bit
+            loaded = processes.finish(processes.start(images, workdir, *FLAGS, *mesh, **topology, program=RESTORE))
+            assert [code for code, _ in loaded] == [0] * number, loaded
+            assert f"step {step} {processes.digest(workdir, step)}" in loaded[0][1]
+        running = processes.start(images, workdir, *FLAGS, *mesh, **topology)
+        if (number, devices) != TOPOLOGIES[-1][:2]:
+            processes.wait_for(lambda step=step: processes.step_of(workdir) >= step + 3, running)
+            running[0].send_signal(signal.SIGTERM)
+        ended = processes.finish(running)
+        assert {code for code, _ in ended} == {75 if (number, devices) != TOPOLOGIES[-1][:2] else 0}, ended
+        *_, step = processes.checkpoint.steps(workdir)
+    assert step == STEPS
+    close(expected, processes.losses(workdir))  # so the data came in the same order, too
+
+
+def test_a_save_that_fails_on_one_process_fails_on_all_and_is_tried_again(images, tmp_path, full):
+    """[only with --faults] Process 1 may write no more files for a while: the others are told, and nobody hangs."""
+    if not full:
+        pytest.skip("a minute; ./launch/test.sh --faults")
+    flags = "--config.epochs=1000", "--config.checkpoint_max_failures=1000", *CUT
+    running = processes.start(images, tmp_path, *flags, processes=2)
+    saved = lambda: max(processes.checkpoint.steps(tmp_path), default=0)
+    processes.wait_for(lambda: saved() >= 3, running)
+    limit = lambda size: subprocess.run(["prlimit", "--pid", str(running[1].pid), f"--fsize={size}:"], check=True)
+    limit(100)
+    first = processes.step_of(tmp_path)
+    processes.wait_for(lambda: processes.step_of(tmp_path) >= first + 12, running)
+    limit("unlimited")
+    recovered = processes.step_of(tmp_path)
+    good = lambda path: processes.manifest.verify(path).state == "good"
+    steps = lambda: processes.checkpoint.steps(tmp_path).items()
+    processes.wait_for(lambda: any(good(path) for step, path in steps() if step > recovered + 3), running)
+    running[0].send_signal(signal.SIGTERM)
+    ended = processes.finish(running)
+    assert [code for code, _ in ended] == [75, 75], ended
+    assert re.search(r"SAVING STEP \d+ FAILED \(1 of 1000 .*: process 1: ", ended[0][1])
+    assert "SAVING STEP" in ended[1][1]

@@ -1,0 +1,35 @@
+"""Load the newest state of a run on the devices of its flags (those of main.py), and print its step and checksum."""
+
+import os
+
+told = os.environ["XLA_FLAGS"]
+
+import jax  # noqa: E402
+import processes  # noqa: E402
+from absl import flags  # noqa: E402
+from jax.experimental import multihost_utils  # noqa: E402
+
+import main as program  # noqa: E402
+from lmim_jax import checkpoint, command, distributed, dry_run, sharding  # noqa: E402
+
+os.environ["XLA_FLAGS"] = told  # not the 8 devices of tests
+
+
+def main(_):
+    """As the flags say."""
+    given = flags.FLAGS
+    distributed.initialize(given.coordinator, given.num_processes, given.process_id)
+    config = given.config
+    recipe = dry_run.Recipe.of(config, images=48)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    with checkpoint.Checkpoints(given.workdir, config) as checkpoints:
+        state = checkpoints.restore(recipe.state(), recipe.shardings(mesh))
+    cut = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+    assert bool(cut) == (mesh.shape["fsdp"] > 1)
+    state = multihost_utils.process_allgather(state.replace(rng=jax.random.key_data(state.rng)), tiled=True)
+    print("step", int(state.step), processes.digest_of(state))
+
+
+if __name__ == "__main__":
+    assert program.DEFAULT
+    command.run(main)
