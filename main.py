@@ -22,7 +22,9 @@ _HEARTBEAT = flags.DEFINE_integer("heartbeat", 30, "Seconds of silence after whi
 
 def main(argv):
     """Train as the flags say; one line, and exit code 2 for what only the user can mend, 1 for a run that diverged."""
-    from lmim_jax import checkpoint, distributed, metrics, preemption, train, workdir  # not for loader workers
+    import jax  # neither this nor the rest for loader workers
+
+    from lmim_jax import checkpoint, distributed, metrics, preemption, train, workdir
 
     recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     folder = _WORKDIR.value or f"runs/{recipe}"
@@ -35,6 +37,11 @@ def main(argv):
         train.train(_CONFIG.value, folder)
     except (metrics.NonFinite, checkpoint.SaveFailed) as error:
         fail(error, 1)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        told = str(error).splitlines()[0]
+        fail(f"an operation over all processes failed; was one lost? The same command goes on. {told}", 1)
     except preemption.Preempted as error:
         fail(f"{error}; its state is saved, run the same command again to go on", preemption.EXIT_CODE)
 

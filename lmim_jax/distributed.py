@@ -128,13 +128,17 @@ def _check_used(processes):
 
 def visible_accelerators(dev="/dev"):
     """How many accelerators this process could use; 0 where jax was told to use the CPU (JAX_PLATFORMS=cpu)."""
-    if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
+    if _told_to_use_the_cpu():
         return 0
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return len([one for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if one.strip() not in ("", "-1")])
     chips = "accel[0-9]*", "vfio/[0-9]*"  # TPUs
     patterns = ["nvidia[0-9]*", *(chips if importlib.util.find_spec("libtpu") else ())]
     return sum(len([*pathlib.Path(dev).glob(pattern)]) for pattern in patterns)
+
+
+def _told_to_use_the_cpu():
+    return (jax.config.jax_platforms or "").split(",")[0] == "cpu"
 
 
 def versions():

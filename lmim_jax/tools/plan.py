@@ -23,7 +23,7 @@ from lmim_jax.errors import UserError
 
 log = logging.getLogger("lmim_jax.tools.plan")
 
-HOST_LINK = 10e9  # bytes a second from a host to all its devices: an assumption
+HOST_LINK = 8e9  # bytes a second from a host to each of its chips (half of PCIe 3 x 16): an assumption
 CHOICES = (  # of --sweep: changes to the config
     {},
     {"micro_batches": 2},
@@ -94,11 +94,12 @@ def inputs(recipe, rate, chip, settings):
     }
     cores = chip.cores / 2 or float("inf")  # two virtual cores share a real one
     fits = {
-        where: need["decode_cores"] <= cores and need["gigabytes_per_second"] * 1e9 <= HOST_LINK
+        where: need["decode_cores"] <= cores and need["gigabytes_per_second"] * 1e9 <= HOST_LINK * chip.host
         for where, need in found.items()
     }
     best = "device" if fits["device"] else "host" if fits["host"] else "neither: the host is too slow"
-    return {"images_per_second": rate, **found, "resize_on": best, "host_cores": chip.cores // 2 or None}
+    host = {"host_cores": chip.cores // 2 or None, "host_gigabytes_per_second": HOST_LINK * chip.host / 1e9}
+    return {"images_per_second": rate, **found, "resize_on": best, **host}
 
 
 def table(planned):
@@ -139,7 +140,8 @@ def table(planned):
             + ("   <- recommended" if need["resize_on"] == where else "")
         )
     if need["resize_on"] not in ("device", "host"):
-        lines.append(f"input       {need['resize_on']} ({need['host_cores']} cores, {HOST_LINK / 1e9:.0f} GB/s)")
+        has = f"{need['host_cores']} cores, {need['host_gigabytes_per_second']:.0f} GB/s"
+        lines.append(f"input       {need['resize_on']} ({has})")
     return lines
 
 

@@ -1,0 +1,166 @@
+"""Clusters are found by what they leave in the environment, and unlike processes are named. Stand-ins for clusters."""
+
+import collections
+import importlib.util
+import types
+
+import jax
+import pytest
+from jax._src.clusters import cloud_tpu_cluster, ompi_cluster, slurm_cluster
+
+from lmim_jax import distributed, workdir
+from lmim_jax.errors import UserError
+
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+}
+OMPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+ORTE = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
+GKE_TPU = {"TPU_WORKER_HOSTNAMES": "pod-0.set,pod-1.set", "TPU_WORKER_ID": "1"}
+ONE_SLICE = {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "packages", "chips", "expected"),
+    [
+        ({}, (), 0, None),
+        (SLURM, (), 0, ("Slurm", {"cluster_detection_method": "slurm"})),
+        (SLURM | {"SLURM_NTASKS": "1"}, (), 0, None),
+        ({key: value for key, value in SLURM.items() if key != "SLURM_STEP_NODELIST"}, (), 0, None),  # not in srun
+        (OMPI | ORTE, (), 0, ("Open MPI", {"cluster_detection_method": "ompi"})),
+        (OMPI, ("mpi4py",), 0, ("Open MPI", {"cluster_detection_method": "mpi4py"})),
+        (OMPI | {"OMPI_COMM_WORLD_SIZE": "1"}, (), 0, None),
+        (GKE_TPU, (), 0, ("Cloud TPU", {})),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, (), 0, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, (), 0, ("Cloud TPU", {})),
+        ({}, ("libtpu",), 4, ("Cloud TPU", {})),  # a virtual machine: jax asks the metadata server
+        ({}, (), 4, None),  # devices handed through to something else
+        ({"TPU_SKIP_MDS_QUERY": "1"}, ("libtpu",), 4, None),
+        (POD, ("kubernetes",), 0, ("Kubernetes", {"cluster_detection_method": "k8s"})),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ("kubernetes",), 0, None),  # one pod for itself
+    ],
+)
+def test_clusters_are_detected(environment, packages, chips, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in packages or None)
+    (tmp_path / "vfio").mkdir()
+    for i in range(chips):
+        (tmp_path / "vfio" / str(i)).touch()
+    assert distributed.detect(environment, tmp_path) == expected
+
+
+@pytest.mark.parametrize(("environment", "package"), [(OMPI, "mpi4py"), (POD, "jax.k8s.")])
+def test_what_a_cluster_does_not_say_is_asked_for(environment, package, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"pip install '?{package}.*--coordinator"):
+        distributed.detect(environment, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "environment", "address", "count", "index", "local"),
+    [
+        (slurm_cluster.SlurmCluster, SLURM, "gpu07:62055", 16, 9, 1),
+        (ompi_cluster.OmpiCluster, OMPI | ORTE, "10.96.0.1:", 4, 3, 1),
+        (cloud_tpu_cluster.GkeTpuCluster, GKE_TPU | ONE_SLICE, "", 2, 1, 0),
+    ],
+)
+def test_jax_makes_of_the_same_variables(cluster, environment, address, count, index, local, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (cluster.get_process_count(), cluster.get_process_id()) == (count, index)
+    if address:
+        assert cluster.get_coordinator_address(1, None).startswith(address)
+        assert cluster.get_local_process_id() == local  # one GPU per process
+
+
+def test_it_joins_with_a_heartbeat_when_told_or_detected_and_not_otherwise(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **how: calls.append(how))
+    monkeypatch.setattr(distributed, "detect", lambda environment: None)
+    distributed.initialize()
+    assert not calls
+    timeouts = {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 7}
+    distributed.initialize("host:1", 4, 3, heartbeat=7)
+    monkeypatch.setattr(distributed, "detect", lambda environment: ("Slurm", {"cluster_detection_method": "slurm"}))
+    distributed.initialize(heartbeat=7)
+    where = {"coordinator_address": "host:1", "num_processes": 4, "process_id": 3}
+    assert calls == [where | timeouts, {"cluster_detection_method": "slurm"} | timeouts]
+    with pytest.raises(UserError, match="needs --num_processes and --process_id, not 2 and 2"):
+        distributed.initialize("host:1", 2, 2)
+
+
+def process(host="a", used=1, visible=1, **facts):
+    return dict(host=host, used=used, visible=visible, facts=facts)
+
+
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [
+        ([process(x=1), process(x=1)], None),
+        ([process("a", 8, 8), process("b", 8, 8)], None),
+        ([process("a", 1, 2), process("a", 1, 2)], None),  # each its own of two
+        ([process("a", 1, 8), process("b", 1, 8)], r"host a has 8 accelerators, of which this run uses 1: .*ntasks"),
+        ([process("a", 8, 8), process("b", 1, 8)], r"host b has 8"),
+        ([process(x=1, y=2), process("b", x=2)], r"process 1 \(host b\) .* 0 \(host a\): x is 2, not 1; y is abs"),
+    ],
+)
+def test_unlike_processes_are_named(processes, message, monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda mine: processes)
+    if message is None:
+        distributed.agree(x=1)
+    else:
+        with pytest.raises(UserError, match=message):
+            distributed.agree(x=1)
+
+
+def test_processes_with_unequal_numbers_of_devices_are_named(monkeypatch):
+    devices = [types.SimpleNamespace(process_index=i) for i in (0, 0, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    assert collections.Counter(device.process_index for device in jax.devices()) == {0: 2, 1: 1}
+    with pytest.raises(UserError, match="equally many devices: process 0 has 2, process 1 has 1"):
+        distributed.agree()
+
+
+def test_config_code_and_data_are_what_is_compared(monkeypatch):
+    seen = []
+    monkeypatch.setattr(distributed, "gather", lambda mine: seen.append(mine) or [mine])
+    distributed.agree(config={"mesh": {"rules": ((".*", "largest"),)}}, data={"images": 3})
+    facts = seen[0]["facts"]
+    assert facts["config.mesh.rules"] == [[".*", "largest"]]
+    assert facts["data.images"] == 3
+    assert {"version.code", "version.jax", "version.python"} <= facts.keys()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "files", "count"),
+    [
+        (None, (), 0),
+        (None, ("nvidia0", "nvidia1", "nvidiactl"), 2),
+        ("0,3", ("nvidia0", "nvidia1"), 2),
+        ("", ("nvidia0",), 0),
+        ("-1", ("nvidia0",), 0),
+        (None, ("accel0", "accel1", "vfio/vfio"), 2),
+    ],
+)
+def test_accelerators_are_counted(cuda, files, count, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+    monkeypatch.setattr(distributed, "_told_to_use_the_cpu", lambda: False)
+    if cuda is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", cuda)
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert distributed.visible_accelerators(tmp_path) == count
+
+
+def test_a_folder_that_is_not_shared_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(workdir, "UNSEEN", 0)
+    monkeypatch.setattr(distributed, "gather", lambda mine: [["a", True], ["b", False]])
+    with pytest.raises(UserError, match=r"is not the same folder on all hosts: process 1 \(host b\)"):
+        workdir.claim(tmp_path, {}, {})
