@@ -1,9 +1,12 @@
 """Several processes: equal to one, alike or refused, ended together, resumed as others. Real processes."""
 
+import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -49,6 +52,44 @@ def test_a_process_that_was_started_otherwise_is_named(images, tmp_path):
         assert re.search(r"error: process 1 \(host .*\) differs from process 0 .*config.log_every is 3, not 1", output)
         assert "config.seed is 1, not 0" in output
     assert not (tmp_path / "config.json").exists()
+
+
+MEETING = """
+import sys
+from lmim_jax import distributed
+me = int(sys.argv[2])
+distributed.initialize(sys.argv[1], 2, me, 10)
+distributed.meet("save/1/folder", "failed/1", 60)
+if me == 1:
+    distributed.give_up("failed/1", "disk full")
+else:
+    try:
+        distributed.meet("save/1/written", "failed/1", 60)
+    except OSError as error:
+        print("told:", error)
+distributed.meet("save/2/folder", "failed/2", 60)
+if me == 0:
+    try:
+        distributed.meet("save/2/written", "failed/2", 1)
+    except TimeoutError as error:
+        print("told:", error)
+print("all:", distributed.gather({"me": me}))
+"""
+
+
+def test_processes_wait_for_each_other_and_hear_who_failed():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "PYTHONPATH": str(processes.ROOT), "JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    both = [subprocess.Popen([sys.executable, "-c", MEETING, address, str(me)], **pipes) for me in (0, 1)]
+    ended = processes.finish(both)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert re.search(
+        r"told: process 1: .*: disk full\ntold: not all processes have come to save/2/written", ended[0][1]
+    )
+    assert all("all: [{'me': 0}, {'me': 1}]" in output for _, output in ended)
 
 
 @pytest.mark.parametrize("victim", [1, 0])

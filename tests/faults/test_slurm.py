@@ -10,6 +10,7 @@ import processes
 import pytest
 
 TASKS, STEPS = 2, 40
+LIVING = "PENDING", "RUNNING", "COMPLETING", "COMPLETED"
 
 
 @pytest.mark.skipif(bool(cluster.WHY_NOT), reason=cluster.WHY_NOT or "-")
