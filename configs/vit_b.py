@@ -20,10 +20,7 @@ def get_config():
     config.epochs = epochs  # an epoch is floor(images / batch_size) steps
     config.deterministic = True  # GPUs: only kernels whose sums do not depend on timing, so that runs repeat to the bit
     config.total_steps = config_dict.placeholder(int)  # instead of epochs; the warm-up keeps its share of the run
-
-    config.mesh = mesh()
-    config.remat = "none"  # less memory for more time: none | dots (keep products) | full (keep inputs of blocks)
-    config.scan_layers = False  # the blocks of a network as a loop: compiles faster, runs slower
+    config.update(devices())
 
     config.data = data()
 
@@ -108,15 +105,18 @@ def data():
     return data
 
 
-def mesh():
-    """How the state and the batch lie on all devices of all hosts; may change when a run goes on."""
-    mesh = ConfigDict()
+def devices():
+    """How a run uses its devices, on all hosts; all of it may change when the run goes on."""
+    config = ConfigDict()
+    config.remat = "none"  # less memory for more time: none | dots (keep products) | full (keep inputs of blocks)
+    config.scan_layers = False  # the blocks of a network as a loop: compiles faster, runs slower
+    mesh = config.mesh = ConfigDict()
     mesh.data = -1  # copies of the state; -1: as many as there are devices left
     mesh.fsdp = 1  # each cut into so many parts, where it does not fit a device; the batch is split over both
     # (regex on the path, how to cut: replicated | largest, its largest divisible dimension | the dimension's number)
     mesh.rules = ((".*", "largest"),)
     mesh.min_size = 1 << 16  # elements; smaller arrays are replicated by "largest"
-    return mesh
+    return config
 
 
 def latent_mim(channels):

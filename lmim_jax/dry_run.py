@@ -17,8 +17,10 @@ from lmim_jax.methods import base as methods
 from lmim_jax.models.stack import run_as
 
 INSTALL = "planning for TPUs needs their compiler, which runs without a TPU: pip install libtpu"
-# Several programs may use the library, and there is no metadata server to ask for the real machine
+# Several programs may use the library, and there is no machine to ask about: it is told of one, and not to warn
 LIBTPU = dict(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL="3", TPU_STDERR_LOG_LEVEL="3")
+LIBTPU |= dict(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", TPU_ACCELERATOR_TYPE="v5litepod-4")
+LIBTPU |= dict(TPU_HOST_BOUNDS="1,1,1")
 
 
 @dataclasses.dataclass(frozen=True)
