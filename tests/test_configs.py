@@ -40,7 +40,8 @@ def test_recipe_builds(name):
     params = jax.eval_shape(method.init, jax.random.key(0))
     optimizer, rate = optim.from_config(config.optimizer, warmup_steps=10, total_steps=100)
     jax.eval_shape(optimizer.init, params)
-    assert 0 <= rate(0) < rate(10) == pytest.approx(config.optimizer.lr, rel=0.03)  # less than 1 where not `rebased`
+    close = 1e-6 if config.optimizer.rebased else 0.03  # PiLaMIM's cosine has begun to fall by then
+    assert 0 <= rate(0) < rate(10) == pytest.approx(config.optimizer.lr, rel=close)
     augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
     evaluators.from_config(config.evaluators, steps_per_epoch=10, has_target="encoder" in method.target_of(params))
     views = jax.eval_shape(method.sample, jax.random.key(0), jax.random.split(jax.random.key(0), 2))
