@@ -92,12 +92,7 @@ def train(config, workdir):
             log.info("resuming after step %d of %d", start, total_steps)
 
         # Step
-        skip = config.on_nonfinite == "skip"
-        train_step = jax.jit(
-            make_train_step(method, augmentation, optimizer, mesh, config.micro_batches, skip),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
+        train_step = jit_step(config, method, augmentation, optimizer, mesh, shardings)
 
         # Loop: at a boundary evaluate and save the *same* state, then go on
         data = Evaluation(source, config.data, augmentation, mesh, check=notice.check)
@@ -171,3 +166,13 @@ def train(config, workdir):
     log.info("finished %d steps in %s", total_steps, metrics.duration(summary["wall_seconds"]))
     log.info(summaries.table(summary, workdir))
     return summary
+
+
+def jit_step(config, method, augmentation, optimizer, mesh, shardings):
+    """The train step of `step.py` as it runs here, and in the benchmarks: `shardings` are those of the donated state."""
+    skip = config.on_nonfinite == "skip"
+    return jax.jit(
+        make_train_step(method, augmentation, optimizer, mesh, config.micro_batches, skip),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
