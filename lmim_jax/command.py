@@ -30,11 +30,12 @@ def parse_flags(argv, default_config):
     """absl's parser, with one line and exit code 2 instead of a traceback on a mistake in the flags."""
     given = [argument.lstrip("-").partition("=") for argument in argv[1:]]
     pairs = itertools.pairwise([*given, ("", "", "")])
-    paths = [value or following[0] for (name, _, value), following in pairs if name == "config"]
-    if not paths and default_config:
+    recipes = {name: value or after[0] for (name, _, value), after in pairs if name in ("config", "compare")}
+    if "config" not in recipes and default_config:
         argv = [argv[0], f"--config={default_config}", *argv[1:]]
-    elif paths and not pathlib.Path(paths[-1].partition(":")[0]).is_file():
-        fail(f"--config={paths[-1]}: no such file; the recipes are in configs/")
+    for name, path in recipes.items():
+        if not pathlib.Path(path.partition(":")[0]).is_file():
+            fail(f"--{name}={path}: no such file; the recipes are in configs/")
     try:
         return flags.FLAGS(argv)
     except (flags.Error, UserError) as error:

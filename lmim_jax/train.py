@@ -169,7 +169,7 @@ def train(config, workdir):
 
 
 def jit_step(config, method, augmentation, optimizer, mesh, shardings):
-    """The train step of `step.py` as it runs here, and in the benchmarks: `shardings` are those of the donated state."""
+    """The train step as it runs here and in benchmarks; `shardings` are those of the state, which is donated."""
     skip = config.on_nonfinite == "skip"
     return jax.jit(
         make_train_step(method, augmentation, optimizer, mesh, config.micro_batches, skip),

@@ -19,7 +19,33 @@ def attend(query, key, value, implementation, mask=None):
       mask: bool [B, S], True = this key counts; None: all do.
     """
     mask = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+    if implementation != "xla":
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+    logits = scores(query, key) * query.shape[-1] ** -0.5
+    weights = nn.softmax(logits if mask is None else jnp.where(mask, logits, -1e30))
+    return jnp.einsum("bats,bsad->btad", weights.astype(value.dtype), value)
+
+
+@jax.custom_vjp
+def scores(query, key):
+    """q k^T of every head, [B, T, A, D/A] and [B, S, A, D/A] -> float32 [B, A, T, S].
+
+    The gradient is rounded to the operands' dtype before it is multiplied: autodiff would multiply it in float32.
+    """
+    return jnp.einsum("btad,bsad->bats", query, key, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(query, key):
+    return scores(query, key), (query, key)
+
+
+def _scores_backward(operands, gradient):
+    query, key = operands
+    gradient = gradient.astype(query.dtype)
+    return jnp.einsum("bats,bsad->btad", gradient, key), jnp.einsum("bats,btad->bsad", gradient, query)
+
+
+scores.defvjp(_scores_forward, _scores_backward)
 
 
 class Attention(nn.Module):
@@ -41,8 +67,7 @@ class Attention(nn.Module):
         qkv = Dense(3 * self.heads * of_head, self.dtype, self.qkv_bias, name="qkv")(x)
         query, key, value = jnp.split(qkv.reshape(batch, tokens, -1, of_head), 3, axis=2)
         if self.is_mutable_collection("intermediates"):  # attention maps, only where somebody asks for them
-            scores = jnp.einsum("btad,bsad->bats", query, key, preferred_element_type=jnp.float32)
-            self.sow("intermediates", "attention", nn.softmax(scores * of_head**-0.5))
+            self.sow("intermediates", "attention", nn.softmax(scores(query, key) * of_head**-0.5))
         x = attend(query, key, value, self.implementation, mask).reshape(batch, tokens, -1)
         return Dense(width, self.dtype, name="proj")(x)
 

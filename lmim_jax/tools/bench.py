@@ -1,9 +1,14 @@
 """Benchmarks. What there is:
 
     python -m lmim_jax.tools.bench --what=checkpoint --config=configs/vit_b.py [--folder=DIR]
+    python -m lmim_jax.tools.bench --what=step --config=configs/vit_b.py [--profile=DIR]
+    python -m lmim_jax.tools.bench --what=step --config=configs/vit_b.py --compare=configs/vit_b.py --compare.KEY=VALUE
+    python -m lmim_jax.tools.bench --what=train --config=configs/vit_b.py --config.data.path=IMAGES
 
 checkpoint: how long a save holds up training, until it is safe, and a verified restore; beside plain Orbax
 (its CheckpointManager, default options), on the state of the recipe's method.
+step: the train step alone, on random images: images/s, utilisation, compile time, memory, what its program holds.
+train: the whole loop with its input pipeline, beside the step alone.
 """
 
 import json
@@ -20,6 +25,7 @@ from ml_collections import config_flags
 from lmim_jax import checkpoint, command, metrics, optim, sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
+from lmim_jax.tools import bench_train
 
 
 def checkpoints(config, folder, repeats):
@@ -75,6 +81,8 @@ def _orbax(state, shardings, config, run, step):
 
 def main(_):
     """As the flags say."""
+    if flags.FLAGS.what in ("step", "train"):
+        return bench_train.main()
     metrics.log_to_console()
     found = checkpoints(flags.FLAGS.config, flags.FLAGS.folder, flags.FLAGS.repeats)
     print(json.dumps(found, indent=2))
@@ -86,9 +94,10 @@ def main(_):
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
     config_flags.DEFINE_config_file("config", None, "Recipe; default: configs/quickstart.py.", lock_config=True)
-    flags.DEFINE_enum("what", None, ["checkpoint"], "What to measure.", required=True)
+    flags.DEFINE_enum("what", None, ["checkpoint", "step", "train"], "What to measure.", required=True)
     flags.DEFINE_string("folder", None, "checkpoint: where to write; default: the system's temporary folder.")
-    flags.DEFINE_integer("repeats", 3, "How often; medians are reported.")
+    flags.DEFINE_integer("repeats", 3, "checkpoint: how often; medians are reported.")
+    bench_train.define_flags()
 
 
 if __name__ == "__main__":

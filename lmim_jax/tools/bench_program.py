@@ -6,6 +6,7 @@ made of it for this one (its CPU backend, for one, turns bfloat16 products into 
 
 import collections
 import re
+import typing
 
 from lmim_jax import hlo
 
@@ -55,20 +56,10 @@ def made(compiled):
     Counted are operations that run by themselves, not those inside a fusion; what is in a loop counts once.
     """
     text = compiled.as_text()
-    found, fused, computation = collections.defaultdict(collections.Counter), set(), None
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith((" ", "HloModule")):
-            computation = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
-            continue
-        opcode = _opcode(line)
-        found[computation][opcode] += 1
-        if opcode == "fusion":
-            fused.add(line.partition(" calls=")[2].partition(",")[0].strip().lstrip("%"))
-        elif opcode == "custom-call":
-            found[computation]["outfeed"] += "callback" in line.partition('custom_call_target="')[2].partition('"')[0]
-    total = sum((counts for name, counts in found.items() if name not in fused), collections.Counter())
-    messages = hlo.collectives(text)
-    sizes = compiled.memory_analysis()
+    program, messages, sizes = instructions(text), hlo.collectives(text), compiled.memory_analysis()
+    fused = {one.calls for one in program if one.opcode == "fusion"}
+    total = collections.Counter(one.opcode for one in program if one.computation not in fused)
+    total["outfeed"] += sum("callback" in one.target for one in program)
     return {
         **{name: sum(total[opcode] for opcode in opcodes) for name, opcodes in OPCODES.items()},
         "collectives": sum(one.times for one in messages),
@@ -82,16 +73,38 @@ def made(compiled):
     }
 
 
-def _opcode(line):
-    """ "copy" of "  %copy.1 = f32[2,3]{1,0} copy(%x)"; "" where there is none. Tuple types hold spaces and brackets."""
-    _, _, rest = line.partition(" = ")
-    if rest.startswith("("):
-        depth = 0
-        for end, character in enumerate(rest):
-            depth += (character == "(") - (character == ")")
-            if not depth:
-                break
-        rest = rest[end + 1 :]
-    else:
-        rest = rest.partition(" ")[2]
-    return rest.strip().partition("(")[0]
+class Instruction(typing.NamedTuple):
+    """A line of HLO: its computation, name and opcode; what a fusion calls, a custom call's target, its name stack."""
+
+    computation: str
+    name: str
+    opcode: str
+    calls: str
+    target: str
+    where: str
+
+
+def instructions(text):
+    """The list of Instructions of a compiled program (`compiled.as_text()`)."""
+    found, computation = [], None
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith((" ", "HloModule")):
+            computation = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
+            continue
+        name, equals, rest = line.partition(" = ")
+        if equals:
+            calls = rest.partition(" calls=")[2].partition(",")[0].strip().lstrip("%")
+            target, where = (rest.partition(key)[2].partition('"')[0] for key in ('custom_call_target="', 'op_name="'))
+            name = name.strip().removeprefix("ROOT ").lstrip("%")
+            found.append(Instruction(computation, name, _opcode(rest), calls, target, where))
+    return found
+
+
+def _opcode(rest):
+    """ "copy" of "f32[2,3]{1,0} copy(%x)". The type may be a tuple, with spaces and brackets in it."""
+    depth = 0
+    for end, character in enumerate(rest):
+        depth += (character in "([{") - (character in ")]}")
+        if character == " " and not depth:
+            return rest[end + 1 :].partition("(")[0]
+    return ""

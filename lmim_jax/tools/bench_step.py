@@ -4,7 +4,6 @@ It is the step of train.py: same function, donated state, same placement. On a s
 anything: `compare` runs two recipes step by step in turn.
 """
 
-import logging
 import statistics
 import time
 
@@ -14,11 +13,8 @@ import numpy as np
 
 from lmim_jax import flops, optim, sharding, state, train
 from lmim_jax.data import augment, loader
-from lmim_jax.errors import UserError
 from lmim_jax.methods import base as methods
 from lmim_jax.tools import bench_program
-
-log = logging.getLogger("lmim_jax.tools.bench")
 
 # Part of jax's `device_kind` -> dense bfloat16 FLOP/s of one device (data sheets); the first that fits.
 PEAKS = {
@@ -35,27 +31,47 @@ PEAKS = {
 }
 
 
+def lower(config, mesh, steps_per_epoch=1000):
+    """The train step of a recipe, lowered from shapes alone, as train.py has it.
+
+    Returns:
+      (method, optimizer, jax.stages.Lowered).
+
+    Raises:
+      UserError: the batch cannot be split over the devices, or what the method refuses.
+    """
+    sharding.check_batch(config.batch_size, config.micro_batches, mesh.size)
+    total = config.total_steps or config.epochs * steps_per_epoch
+    method = methods.from_config(config.method, total_steps=total, steps_per_epoch=steps_per_epoch)
+    augmentation = augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    warmup = config.optimizer.warmup_epochs / config.epochs * total
+    optimizer, _ = optim.from_config(config.optimizer, warmup_steps=warmup, total_steps=total)
+    abstract = jax.eval_shape(lambda: state.init(method, optimizer, jax.random.key(0)))
+    shardings = sharding.of_state(abstract, mesh)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    side, batch = config.data.canvas, config.batch_size
+    rows = {
+        "image": jax.ShapeDtypeStruct((batch, side, side, config.data.channels), jnp.uint8),
+        "size": jax.ShapeDtypeStruct((batch, 2), jnp.int32),
+        "label": jax.ShapeDtypeStruct((batch,), jnp.int32),
+    }
+    rows = {name: place(x, sharding.of_batch(mesh)) for name, x in rows.items()}
+    jitted = train.jit_step(config, method, augmentation, optimizer, mesh, shardings)
+    return method, optimizer, jitted.lower(jax.tree.map(place, abstract, shardings), rows)
+
+
 class Step:
     """The compiled train step of a recipe, with a state and a batch of random images to run it on."""
 
     def __init__(self, config, steps_per_epoch=1000):
-        """Builds, compiles and allocates, as train.py does."""
-        self.config, self.mesh = config, sharding.make_mesh()
-        sharding.check_batch(config.batch_size, config.micro_batches, self.mesh.size)
-        total = config.total_steps or config.epochs * steps_per_epoch
-        self.method = methods.from_config(config.method, total_steps=total, steps_per_epoch=steps_per_epoch)
-        sizes = dict(image_size=self.method.image_size, eval_size=self.method.feature_size)
-        augmentation = augment.from_config(config.augment, **sizes)
-        warmup = config.optimizer.warmup_epochs / config.epochs * total
-        optimizer, _ = optim.from_config(config.optimizer, warmup_steps=warmup, total_steps=total)
-        self._state, shardings = state.create(self.method, optimizer, config.seed, self.mesh)
-        self._batch = random_batch(config, self.mesh)
-        began = time.perf_counter()
-        jitted = train.jit_step(config, self.method, augmentation, optimizer, self.mesh, shardings)
-        self.lowered = jitted.lower(self._state, self._batch)
+        """Lowers, compiles, and allocates."""
+        self.config, self.mesh, began = config, sharding.make_mesh(), time.perf_counter()
+        self.method, optimizer, self.lowered = lower(config, self.mesh, steps_per_epoch)
         traced = time.perf_counter()
         self.compiled = self.lowered.compile()
         self.trace_seconds, self.compile_seconds = traced - began, time.perf_counter() - traced
+        self._state, _ = state.create(self.method, optimizer, config.seed, self.mesh)
+        self._batch = random_batch(config, self.mesh)
 
     def run(self, batch=None):
         """One step, on `batch` or the random one; its metrics, perhaps not computed yet."""
@@ -116,20 +132,21 @@ def spread(values):
     return {**names, "upper_quartile": high, "steps": len(values)}
 
 
+def matrix_seconds():
+    """Seconds of a float32 matrix product of 2048 x 2048."""
+    x = jnp.ones((2048, 2048))
+    began = time.perf_counter()
+    jax.block_until_ready(x @ x)
+    return time.perf_counter() - began
+
+
 def peak_of(kind, count):
     """(FLOP/s of so many devices at best, where that is from); (None, ...) for a device not in the table.
 
     A CPU's is what it reaches here and now, in 2048-cubed float32 matrix products: the median of ten.
     """
     if jax.default_backend() == "cpu":
-        x = jnp.ones((2048, 2048))
-        product = jax.jit(jnp.matmul)
-        jax.block_until_ready(product(x, x))
-        seconds = []
-        for _ in range(10):
-            began = time.perf_counter()
-            jax.block_until_ready(product(x, x))
-            seconds.append(time.perf_counter() - began)
+        seconds = [matrix_seconds() for _ in range(11)][1:]
         return 2 * 2048**3 / statistics.median(seconds), "float32 matrix products of 2048 x 2048, measured here"
     each = next((peak for part, peak in PEAKS.items() if part in kind), None)
     return each and each * count, "table of dense bfloat16 peaks" if each else f"{kind} is not in the table"
@@ -149,10 +166,15 @@ def measure(config, steps=20, warmup=3):
     Raises:
       UserError: the batch cannot be split over the devices, or what the method refuses.
     """
+    return measured(config, steps, warmup)[1]
+
+
+def measured(config, steps=20, warmup=3):
+    """(Step, `measure`)."""
     step = Step(config)
     for _ in range(warmup):
         step.timed()
-    return step.figures([step.timed() for _ in range(steps)])
+    return step, step.figures([step.timed() for _ in range(steps)])
 
 
 def compare(first, second, steps=20, warmup=3):
