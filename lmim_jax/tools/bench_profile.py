@@ -31,9 +31,6 @@ def record(step, folder, steps=5, rows=10):
     path = max(pathlib.Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     program = bench_program.instructions(step.compiled.as_text())
     known = {one.name: one for one in program}
-    inside = collections.defaultdict(set)
-    for one in program:
-        inside[one.computation].add(one.opcode)
     times, count = collections.Counter(), collections.Counter()
     for name, nanoseconds in _events(path):
         if name in known and known[name].opcode not in AROUND:
@@ -46,7 +43,7 @@ def record(step, folder, steps=5, rows=10):
             "name": name,
             "opcode": known[name].opcode,
             "where": known[name].where,
-            "product": _is_product(known[name], inside),
+            "product": is_product(known[name], program),
             "times": count[name] / steps,
             "milliseconds": nanoseconds / 1e6 / steps,
         }
@@ -67,10 +64,13 @@ def _events(path):
                     yield name, event.duration_ns
 
 
-def _is_product(one, inside):
+def is_product(one, program):
+    """Whether an instruction of a program (see bench_program.py) is a matrix product, or a fusion around one."""
     if one.opcode == "custom-call":
         return any(part in one.target.lower() for part in LIBRARIES)
-    return not inside[one.calls].isdisjoint(PRODUCTS) if one.opcode == "fusion" else one.opcode in PRODUCTS
+    if one.opcode == "fusion":
+        return any(inner.opcode in PRODUCTS for inner in program if inner.computation == one.calls)
+    return one.opcode in PRODUCTS
 
 
 def table(found):

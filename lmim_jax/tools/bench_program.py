@@ -46,8 +46,8 @@ def _operations(operation):
 
 
 def _where(operation):
-    """Name stack of an operation: "jit(train_step)/jvp(ViT)/block/attn/dot_general"."""
-    return re.sub(r"\d+", "", str(operation.location).split('"')[1])
+    """Name stack of an operation, within the jitted function: "jvp(ViT)/block/attn/dot_general"."""
+    return re.sub(r"^jit\(\w+\)/|\d+", "", str(operation.location).split('"')[1])
 
 
 def made(compiled):

@@ -36,11 +36,8 @@ class Step:
 
     def __init__(self, config, steps_per_epoch=1000):
         """Lowers, compiles, and allocates."""
-        self.config, self.mesh, began = (
-            config,
-            sharding.make_mesh(config.mesh.data, config.mesh.fsdp),
-            time.perf_counter(),
-        )
+        self.config, self.mesh = config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        began = time.perf_counter()
         self.method, optimizer, self.lowered = lower(config, self.mesh, steps_per_epoch)
         traced = time.perf_counter()
         self.compiled = self.lowered.compile()
