@@ -94,7 +94,7 @@ def curves(lines, workdir):
     of = lambda *wanted: {name: series[name] for name in wanted if name in names}
     constant = lambda label, name: {label: series[name][1][-1]} if name in names else {}
     panels = [
-        ("loss", of("loss", "reconstruction"), {}),
+        ("loss", of("loss", "reconstruction", *sorted(name for name in names if name.endswith("_loss"))), {}),
         ("patch accuracy: a prediction picks its own target", of("patch_accuracy"), constant("chance", "patch_chance")),
         ("similarity of patches within an image", of(*sorted(x for x in names if x.startswith("similarity_"))), {}),
         ("collapse index: similarity of different images", of("collapse_index"), {"collapsed above": COLLAPSED}),
