@@ -89,8 +89,8 @@ class Alarm:
         self._given = True
         log.warning(
             "step %d: COLLAPSING. Different images get nearly the same latents: collapse index %.3f, effective rank "
-            "%.1f, feature std %.2f. A falling loss means nothing now. To try, in this order (the first three are knobs of "
-            "latent_mim): config.method.target=ema, config.method.loss=patch_infonce, "
+            "%.1f, feature std %.2f. A falling loss means nothing now. To try, in this order (the first three are "
+            "knobs of latent_mim): config.method.target=ema, config.method.loss=patch_infonce, "
             "config.method.similarity_weight=0.1, a lower config.optimizer.base_lr",
             *(step, self._before, values["effective_rank"], values["feature_std"]),
         )
