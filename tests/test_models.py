@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmim_jax.models import blocks, layers
+from lmim_jax.models import attention, blocks, layers
 from lmim_jax.models.vit import ViT
 
 
@@ -66,7 +66,32 @@ def test_attention_equals_the_textbook():
     q, k, v = (rng.normal(size=(2, t, 3, 8)).astype(np.float32) for t in (5, 7, 7))
     scores = np.einsum("btad,bsad->bats", q, k) / 8**0.5
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    np.testing.assert_allclose(blocks.attend(q, k, v, "xla"), np.einsum("bats,bsad->btad", weights, v), atol=1e-5)
+    np.testing.assert_allclose(attention.attend(q, k, v, "xla"), np.einsum("bats,bsad->btad", weights, v), atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
+def test_attention_and_its_gradients_are_those_of_jax(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, tokens, 2, 4)), dtype) for tokens in (5, 7, 7))
+    mask = jnp.arange(7)[None] < jnp.array([[7], [3]])
+
+    def value(attend):
+        return lambda *qkv: jnp.sum(jnp.sin(attend(*qkv).astype(jnp.float32)))
+
+    for ours, theirs in (
+        (lambda *qkv: attention.attend(*qkv, "xla"), jax.nn.dot_product_attention),
+        (
+            lambda *qkv: attention.attend(*qkv, "xla", mask),
+            lambda *qkv: jax.nn.dot_product_attention(*qkv, mask=mask[:, None, None]),
+        ),
+    ):
+        for found, wanted in zip(
+            (ours(q, k, v), *jax.grad(value(ours), (0, 1, 2))(q, k, v)),
+            (theirs(q, k, v), *jax.grad(value(theirs), (0, 1, 2))(q, k, v)),
+            strict=True,
+        ):
+            assert found.dtype == dtype
+            np.testing.assert_allclose(np.float32(found), np.float32(wanted), atol=tolerance)
 
 
 def test_a_bias_left_out_is_a_bias_of_zero():
