@@ -126,13 +126,18 @@ def _pillow_crop(data, config, size, rng):
 def _whole(source, config, crop, threads, workers, count):
     """(per CPU second, per second) of the loader: from the source to batches of numpy arrays."""
     images = loader.Decoded(source, config.canvas, config.channels, threads, replace=True, crop=crop)
-    size, around = min(ROWS, len(source)), 4  # batches before and after the measured ones: all are busy all the time
+    size = min(ROWS, len(source))
+    around = 4 if workers else 0  # batches before and after the measured ones: without the start of processes
+    if crop:
+        crop.draws(0, np.arange(size))  # is compiled once
+    pids, began, used = [os.getpid()], time.perf_counter(), _cpu_seconds([os.getpid()])
     order = loader.TrainingOrder(images, 0, size, count // size + 2 * around, 0, size, max(workers, 1))
     crew = background.Crew(order, 0, workers)
     for _ in range(around):
         next(crew)
-    pids = [os.getpid(), *crew.pids]
-    began, used = time.perf_counter(), _cpu_seconds(pids)
+    if workers:
+        pids += crew.pids
+        began, used = time.perf_counter(), _cpu_seconds(pids)
     for _ in range(count // size):
         next(crew)
     return count / (_cpu_seconds(pids) - used), count / (time.perf_counter() - began)
