@@ -18,7 +18,7 @@ os.environ["XLA_FLAGS"] = told  # not the 8 devices of tests
 def main(_):
     """As the flags say."""
     given = flags.FLAGS
-    distributed.initialize(given.coordinator, given.num_processes, given.process_id)
+    distributed.initialize(given.coordinator, given.num_processes, given.process_id, given.heartbeat)
     config = given.config
     recipe = dry_run.Recipe.of(config, images=48)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)

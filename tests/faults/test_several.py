@@ -14,7 +14,7 @@ import processes
 import pytest
 
 STEPS = 20
-FLAGS = f"--config.total_steps={STEPS}", "--config.checkpoint_every=1000"
+FLAGS = f"--config.total_steps={STEPS}", "--config.checkpoint_every=1000", "--heartbeat=300"  # on a busy machine
 RESTORE = "tests/faults/restore.py"
 CUT = "--config.mesh.fsdp=-1", "--config.mesh.data=1", "--config.mesh.min_size=64"
 
@@ -155,7 +155,7 @@ def test_a_save_that_fails_on_one_process_fails_on_all_and_is_tried_again(images
     """[only with --faults] Process 1 may write no more files for a while: the others are told, and nobody hangs."""
     if not full:
         pytest.skip("a minute; ./launch/test.sh --faults")
-    flags = "--config.epochs=1000", "--config.checkpoint_max_failures=1000", *CUT
+    flags = "--config.epochs=1000", "--config.checkpoint_max_failures=1000", "--heartbeat=300", *CUT
     running = processes.start(images, tmp_path, *flags, processes=2)
     saved = lambda: max(processes.checkpoint.steps(tmp_path), default=0)
     processes.wait_for(lambda: saved() >= 3, running)
