@@ -46,6 +46,8 @@ KINDS = {  # part of jax's `device_kind`, the first that fits
     "TPU v5": "v5p",
     "TPU v6": "v6e",
     "A100": "a100",
+    "H100 PCIe": "",  # slower than the others of that name, and not in the table; nor is the next one
+    "H100 NVL": "",
     "H100": "h100",
     "H200": "h200",
     "B200": "b200",
@@ -54,7 +56,7 @@ KINDS = {  # part of jax's `device_kind`, the first that fits
 
 def of_device(kind):
     """The Chip of jax's `device_kind`, such as "NVIDIA H200"; None: not in the table."""
-    return next((CHIPS[name] for part, name in KINDS.items() if part in kind), None)
+    return next((CHIPS.get(name) for part, name in KINDS.items() if part in kind), None)
 
 
 def topology(name):

@@ -104,7 +104,8 @@ def agree(**facts):
     for process, other in enumerate(all_of_them):
         keys = sorted(first.keys() | other["facts"].keys())
         pairs = [(key, other["facts"].get(key, "absent"), first.get(key, "absent")) for key in keys]
-        if differing := [f"{key} is {theirs}, not {ours}" for key, theirs, ours in pairs if theirs != ours]:
+        same = lambda a, b: json.dumps(a) == json.dumps(b)  # as text: nan does not equal itself
+        if differing := [f"{key} is {theirs}, not {ours}" for key, theirs, ours in pairs if not same(theirs, ours)]:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise UserError(
                 f"process {process} (host {other['host']}) differs from process 0 (host {all_of_them[0]['host']}): "
