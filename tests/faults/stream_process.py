@@ -7,6 +7,7 @@ import hashlib
 import sys
 
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lmim_jax import distributed, sharding
@@ -25,6 +26,7 @@ def main(coordinator, count, rank, images, workers, start):
         shards = sorted(batch["image"].addressable_shards, key=lambda shard: shard.index[0].start or 0)
         rows = np.concatenate([np.asarray(shard.data) for shard in shards])
         print("rows", hashlib.sha256(rows.tobytes()).hexdigest(), flush=True)
+    multihost_utils.sync_global_devices("all rows are read")  # leaving early would end the other process
 
 
 if __name__ == "__main__":

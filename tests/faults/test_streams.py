@@ -45,7 +45,7 @@ def test_two_processes_share_the_batches_of_one(images):
         coordinator = f"localhost:{free.getsockname()[1]}"
     running = [of_process(images, coordinator, rank, workers, 3) for rank, workers in ((0, 0), (1, 2))]
     for rank, process in enumerate(running):
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=900)
         assert process.returncode == 0
         half = slice(4 * rank, 4 * rank + 4)
         expected = [f"rows {hashlib.sha256(batch[half].tobytes()).hexdigest()}" for batch in whole[3:]]
