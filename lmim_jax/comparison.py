@@ -137,6 +137,7 @@ def publish(out, command, groups, described, folders, costs):
       costs: {name: {metric: [value]}}, of training.
     """
     out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     text, page, results = [], [f"<h1>{html.escape(out.name)}</h1><p><code>{html.escape(command)}</code></p>"], {}
     for title, against, names in groups:
         rows = [(name, described[name], figures(folders[name]) | costs.get(name, {})) for name in names]
