@@ -48,9 +48,12 @@ class Recipe:
         return jax.eval_shape(lambda: state.init(self.method, self.optimizer, jax.random.key(0)))
 
     def batch(self, size):
-        """An abstract batch."""
-        canvas = (self.config.data.canvas,) * 2 + (self.config.data.channels,)
-        shapes = {"image": ((*canvas,), "uint8"), "size": ((2,), "int32"), "label": ((), "int32")}
+        """An abstract batch, as the loader gives it."""
+        data = self.config.data
+        shapes = {"image": ((data.canvas, data.canvas, data.channels), "uint8"), "size": ((2,), "int32")}
+        if data.resize_on == "host":
+            shapes = {"image": ((*self.method.image_size, data.channels), "uint8")}
+        shapes["label"] = (), "int32"
         return {name: jax.ShapeDtypeStruct((size, *shape), kind) for name, (shape, kind) in shapes.items()}
 
     def shardings(self, mesh):

@@ -147,7 +147,8 @@ def test_the_commands(images, tmp_path):
     """The step with a profile, the whole loop, and mistakes; the state is donated: no second copy of it is made."""
     small = "--config.method.depth=1", "--config.method.projector_depth=1"
     step = bench("--what=step", f"--profile={tmp_path}", *small)
-    train = bench("--what=train", f"--config.data.path={images}", "--steps=4", *small)
+    host = "--config.data.resize_on=host"
+    train = bench("--what=train", f"--config.data.path={images}", host, "--steps=4", *small)
     bad = {
         "no such file": bench("--what=step", "--compare=configs/none.py"),
         "unknown config key compare.methd.tau": bench(

@@ -20,7 +20,7 @@ def lower(config, mesh, steps_per_epoch=1000):
     """The train step of a recipe, lowered from shapes alone, as train.py has it.
 
     Returns:
-      (method, optimizer, jax.stages.Lowered).
+      (dry_run.Recipe, jax.stages.Lowered).
 
     Raises:
       UserError: the batch cannot be split over the devices, or what the method refuses.
@@ -28,7 +28,7 @@ def lower(config, mesh, steps_per_epoch=1000):
     sharding.check_batch(config.batch_size, config.micro_batches, mesh.size)
     recipe = dry_run.Recipe.of(config, steps_per_epoch * config.batch_size)
     function, arguments = recipe.jitted(mesh)
-    return recipe.method, recipe.optimizer, function.lower(*arguments)
+    return recipe, function.lower(*arguments)
 
 
 class Step:
@@ -38,14 +38,13 @@ class Step:
         """Lowers, compiles, and allocates."""
         self.config, self.mesh = config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
         began = time.perf_counter()
-        self.method, optimizer, self.lowered = lower(config, self.mesh, steps_per_epoch)
+        self.recipe, self.lowered = lower(config, self.mesh, steps_per_epoch)
         traced = time.perf_counter()
         self.compiled = self.lowered.compile()
         self.trace_seconds, self.compile_seconds = traced - began, time.perf_counter() - traced
-        self._state, _ = state.create(
-            self.method, optimizer, config.seed, self.mesh, rules=config.mesh.rules, min_size=config.mesh.min_size
-        )
-        self._batch = random_batch(config, self.mesh)
+        parts, layout = (self.recipe.method, self.recipe.optimizer), config.mesh
+        self._state, _ = state.create(*parts, config.seed, self.mesh, rules=layout.rules, min_size=layout.min_size)
+        self._batch = random_batch(self.recipe, self.mesh)
 
     def run(self, batch=None):
         """One step, on `batch` or the random one; its metrics, perhaps not computed yet."""
@@ -62,7 +61,7 @@ class Step:
     def figures(self, seconds):
         """What timed steps and the program say, a dict of plain values; see `measure`."""
         kind, count = jax.devices()[0].device_kind, jax.device_count()
-        gigaflop = flops.of_method(self.method).total / 1e9
+        gigaflop = flops.of_method(self.recipe.method).total / 1e9
         rate = self.config.batch_size / statistics.median(seconds)
         peak, source = peak_of(kind, count)
         stats = jax.local_devices()[0].memory_stats() or {}
@@ -85,18 +84,15 @@ class Step:
         }
 
 
-def random_batch(config, mesh):
-    """A batch like the loader's, of noise."""
-    _, rows = loader.rows_of_process(config.batch_size)
-    shape = rows, config.data.canvas, config.data.canvas, config.data.channels
-    return sharding.to_global(
-        {
-            "image": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
-            "size": np.full((rows, 2), config.data.canvas, np.int32),
-            "label": np.full(rows, -1, np.int32),
-        },
-        mesh,
-    )
+def random_batch(recipe, mesh):
+    """A batch like the loader's, of noise that fills the canvas."""
+    _, rows = loader.rows_of_process(recipe.config.batch_size)
+    values = {name: np.empty(x.shape, x.dtype) for name, x in recipe.batch(rows).items()}
+    values["image"] = np.random.default_rng(0).integers(0, 256, values["image"].shape, np.uint8)
+    for name, value in (("size", recipe.config.data.canvas), ("label", -1)):
+        if name in values:
+            values[name].fill(value)
+    return sharding.to_global(values, mesh)
 
 
 def spread(values):

@@ -1,5 +1,6 @@
 """The whole training loop beside its step alone: what the input pipeline and the host cost. And the command of both."""
 
+import functools
 import itertools
 import json
 import logging
@@ -12,11 +13,16 @@ from absl import flags
 from ml_collections import config_flags
 
 from lmim_jax import metrics, workdir
-from lmim_jax.data import loader, sources
+from lmim_jax.data import host_crop, loader, sources
 from lmim_jax.errors import UserError
+from lmim_jax.step import augment_keys
 from lmim_jax.tools import bench_profile, bench_step
 
 log = logging.getLogger("lmim_jax.tools.bench")
+
+# Batches that the loader may have ready when a round begins, on the host and on the devices: they were made while the
+# other side ran, and are used up before the clock starts. See `loader.training`.
+READY = 12
 
 
 def measure_loop(config, steps=20, rounds=3, warmup=3):
@@ -38,23 +44,23 @@ def measure_loop(config, steps=20, rounds=3, warmup=3):
     source = sources.from_config(config.data, "train")
     per_epoch = loader.steps_per_epoch(source, config.batch_size)
     step = bench_step.Step(config, per_epoch)
-    # What the loader has ready when a round begins was made while the other side ran, and is used up before the clock
-    ahead = 2 * max(config.data.threads, 1) * max(config.data.workers, 1) + 2 * config.data.workers + 3
+    crop = host_crop.from_config(config.data, step.recipe.augmentation, functools.partial(augment_keys, config.seed))
     batches = loader.training(
         source,
         config.data,
         seed=config.seed,
         batch_size=config.batch_size,
-        steps=rounds * (ahead + steps),
+        steps=rounds * (READY + steps),
         start=0,
         mesh=step.mesh,
+        crop=crop,
     )
     for _ in range(warmup):
         step.timed()
     alone, whole = [], []
     for _ in range(rounds):
         alone += _loop(step, lambda: None, 1, steps)
-        whole += _loop(step, lambda: next(batches), ahead, steps)
+        whole += _loop(step, lambda: next(batches), READY, steps)
     mean = statistics.fmean(whole)
     train = {"images_per_second": config.batch_size / mean, "seconds_per_step": bench_step.spread(whole)}
     return step, step.figures(alone) | {"train": train | {"ratio": statistics.fmean(alone) / mean}}
