@@ -118,10 +118,7 @@ def compile_for_tpu(recipe, topology):
 
     if not importlib.util.find_spec("libtpu"):
         raise UserError(INSTALL)
-    # Several programs may use the library; there is no metadata server to ask
-    os.environ.update(
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="", TPU_MIN_LOG_LEVEL="3"
-    )
+    os.environ.update(LIBTPU)
     try:
         devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
     except Exception as error:
