@@ -171,6 +171,7 @@ def test_nan_stops_the_run_naming_step_and_quantity(images, tmp_path, key):
 
 def test_training_lowers_the_loss_below_chance(images, tmp_path):
     change = {"total_steps": 60, "optimizer.base_lr": 0.1, "method.similarity_weight": 0.0, "evaluators": {}}
+    change |= {"checkpoint_every": 1000, "log_every": 5}
     train.train(recipe(images, **change), tmp_path)
     losses = [line["reconstruction"] for line in lines(tmp_path)]
     chance = 2 * 0.2 * math.log(12)  # 12 masked patches

@@ -58,12 +58,16 @@ class Step:
         jax.block_until_ready((self.run(), self._state))
         return time.perf_counter() - began
 
-    def figures(self, seconds):
-        """What timed steps and the program say, a dict of plain values; see `measure`."""
+    def figures(self, seconds, products):
+        """What timed steps and the program say, a dict of plain values; see `measure`.
+
+        Args:
+          seconds: of each step. products: of a matrix product beside each, on a CPU; see `peak_of`.
+        """
         kind, count = jax.devices()[0].device_kind, jax.device_count()
         gigaflop = flops.of_method(self.recipe.method).total / 1e9
         rate = self.config.batch_size / statistics.median(seconds)
-        peak, source = peak_of(kind, count)
+        peak, source = peak_of(kind, count, products)
         stats = jax.local_devices()[0].memory_stats() or {}
         return {
             "device": kind,
@@ -103,21 +107,25 @@ def spread(values):
 
 
 def matrix_seconds():
-    """Seconds of a float32 matrix product of 2048 x 2048."""
-    x = jnp.ones((2048, 2048))
-    began = time.perf_counter()
-    jax.block_until_ready(x @ x)
-    return time.perf_counter() - began
+    """Seconds of a float32 matrix product of 2048 x 2048 on a CPU, the better of two; None elsewhere."""
+    if jax.default_backend() != "cpu":
+        return None
+    x, seconds = jax.block_until_ready(jnp.ones((2048, 2048))), []
+    for _ in range(2):
+        began = time.perf_counter()
+        jax.block_until_ready(x @ x)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
-def peak_of(kind, count):
+def peak_of(kind, count, products):
     """(FLOP/s of so many devices at best, where that is from); (None, ...) for a device not in the table.
 
-    A CPU's is what it reaches here and now, in 2048-cubed float32 matrix products: the median of ten.
+    A CPU's is what it reaches here and now, in 2048-cubed float32 matrix products: the median of those between the
+    steps, as a shared machine may be twice as fast a minute later.
     """
     if jax.default_backend() == "cpu":
-        seconds = [matrix_seconds() for _ in range(11)][1:]
-        return 2 * 2048**3 / statistics.median(seconds), "float32 matrix products of 2048 x 2048, measured here"
+        return 2 * 2048**3 / statistics.median(products), "float32 matrix products of 2048 x 2048 between the steps"
     chip = chips.of_device(kind)
     return chip and chip.flops * count, "dense bfloat16, chips.py" if chip else f"{kind} is not in chips.py"
 
@@ -144,7 +152,9 @@ def measured(config, steps=20, warmup=3):
     step = Step(config)
     for _ in range(warmup):
         step.timed()
-    return step, step.figures([step.timed() for _ in range(steps)])
+        matrix_seconds()
+    seconds, products = zip(*[(step.timed(), matrix_seconds()) for _ in range(steps)], strict=True)
+    return step, step.figures(seconds, products)
 
 
 def compare(first, second, steps=20, warmup=3):
@@ -158,7 +168,8 @@ def compare(first, second, steps=20, warmup=3):
     for _ in range(warmup):
         for step in both:
             step.timed()
-    pairs = [[step.timed() for step in both] for _ in range(steps)]
-    rates = [(second.batch_size / b) / (first.batch_size / a) for a, b in pairs]
-    one, two = (step.figures(list(seconds)) for step, seconds in zip(both, zip(*pairs, strict=True), strict=True))
+    rounds = [(*[step.timed() for step in both], matrix_seconds()) for _ in range(steps)]
+    rates = [(second.batch_size / b) / (first.batch_size / a) for a, b, _ in rounds]
+    *seconds, products = zip(*rounds, strict=True)
+    one, two = (step.figures(times, products) for step, times in zip(both, seconds, strict=True))
     return {"first": one, "second": two, "ratio": spread(rates)}

@@ -57,13 +57,14 @@ def measure_loop(config, steps=20, rounds=3, warmup=3):
     )
     for _ in range(warmup):
         step.timed()
-    alone, whole = [], []
+    alone, whole, products = [], [], []
     for _ in range(rounds):
+        products += [bench_step.matrix_seconds() for _ in range(3)]
         alone += _loop(step, lambda: None, 1, steps)
         whole += _loop(step, lambda: next(batches), READY, steps)
     mean = statistics.fmean(whole)
     train = {"images_per_second": config.batch_size / mean, "seconds_per_step": bench_step.spread(whole)}
-    return step, step.figures(alone) | {"train": train | {"ratio": statistics.fmean(alone) / mean}}
+    return step, step.figures(alone, products) | {"train": train | {"ratio": statistics.fmean(alone) / mean}}
 
 
 def _loop(step, read, before, steps):

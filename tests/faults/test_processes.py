@@ -1,4 +1,7 @@
-"""Kills, signals and rivals: real processes. Numbers in brackets: by default / with --faults."""
+"""Kills, signals and rivals: real processes. Numbers in brackets: by default / with --faults.
+
+Runs are of 30 steps / 120, with a checkpoint every 3.
+"""
 
 import functools
 import random
@@ -9,21 +12,31 @@ import time
 import processes
 import pytest
 
-EPOCHS = 20  # 120 steps, a checkpoint every 3
-FLAGS = f"--config.epochs={EPOCHS}", "--config.checkpoint_keep=100"
-LAST = 6 * EPOCHS
+
+@pytest.fixture(scope="module")
+def last(full):
+    """The last step of a run."""
+    return 120 if full else 30
 
 
 @pytest.fixture(scope="module")
-def whole(images, tmp_path_factory):
+def flags(last):
+    """Of every run."""
+    return f"--config.epochs={last // 6}", "--config.checkpoint_keep=100"
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory, last, flags):
     """The digest of the last state, and the losses, of an uninterrupted run of so many processes: a function."""
 
     @functools.cache
     def run(number):
         workdir = tmp_path_factory.mktemp("whole")
-        for code, output in processes.finish(processes.start(images, workdir, *FLAGS, processes=number)):
+        for code, output in processes.finish(processes.start(images, workdir, *flags, processes=number)):
             assert code == 0, output
-        return processes.digest(workdir, LAST), processes.losses(workdir)
+        losses = processes.losses(workdir)
+        assert len(losses) == last
+        return processes.digest(workdir, last), losses
 
     return run
 
@@ -31,38 +44,36 @@ def whole(images, tmp_path_factory):
 def equals(whole, workdir):
     """Assert that a run has ended in the same state, by the same losses, as the uninterrupted one."""
     digest, losses = whole
-    assert len(losses) == LAST
     assert processes.losses(workdir) == losses
-    assert processes.digest(workdir, LAST) == digest
+    assert processes.digest(workdir, len(losses)) == digest
 
 
-def moments(number):
+def moments(number, last):
     """When to kill, given the folder of a run: before the first save, inside a save, or at a random step."""
     before = lambda workdir, first: True
     inside = lambda workdir, first: processes.saving(workdir)
-    ahead = lambda steps: lambda workdir, first: processes.step_of(workdir) >= min(first + steps, LAST - 1)
-    return [
-        (before, inside, ahead(random.randrange(1, 25)), ahead(random.randrange(1, 25)))[i % 4] for i in range(number)
-    ]
+    ahead = lambda steps: lambda workdir, first: processes.step_of(workdir) >= min(first + steps, last - 1)
+    some = lambda: random.randrange(1, last // 5)
+    return [(before, inside, ahead(some()), ahead(some()))[i % 4] for i in range(number)]
 
 
 @pytest.mark.parametrize("part", range(5))
-def test_kill_9_at_any_moment_changes_no_bit(images, whole, tmp_path, part, full):
+def test_kill_9_at_any_moment_changes_no_bit(images, whole, tmp_path, part, full, last, flags):
     """[1 run killed 3 times / 5 runs killed 10 times each]"""
     if part and not full:
         pytest.skip("more of the same; ./launch/test.sh --faults")
     kills = 0
-    for now in moments(10 if full else 3):
-        (process,) = running = processes.start(images, tmp_path, *FLAGS, f"--config.data.workers={int(kills % 3 == 2)}")
+    for now in moments(10 if full else 3, last):
+        (process,) = running = processes.start(images, tmp_path, *flags, f"--config.data.workers={int(kills % 3 == 2)}")
         first = processes.step_of(tmp_path)
-        if first >= LAST - 2:
+        if first >= last - 2:
             processes.finish(running)
             break
         processes.wait_for(lambda now=now, first=first: (tmp_path / "lock").exists() and now(tmp_path, first), running)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=20)
         kills += 1
-    ((code, output),) = processes.finish(processes.start(images, tmp_path, *FLAGS))
+    ((code, output),) = processes.finish(processes.start(images, tmp_path, *flags))
     assert code == 0, output
     assert kills >= 3
     print(f"killed {kills} times")  # shown by -rP
@@ -71,12 +82,12 @@ def test_kill_9_at_any_moment_changes_no_bit(images, whole, tmp_path, part, full
 
 @pytest.mark.parametrize("number", (1, 2))
 @pytest.mark.parametrize("repetition", range(10))
-def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, number, repetition, full):
+def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, number, repetition, full, last, flags):
     """[1 + 1 runs / 10 with one process and 10 with two]; SIGTERM and SIGUSR1 in turn, to one of the processes."""
     if repetition and not full:
         pytest.skip("more of the same; ./launch/test.sh --faults")
-    running = processes.start(images, tmp_path, *FLAGS, "--config.checkpoint_every=1000", processes=number)
-    moment = random.randrange(1, LAST // 2)
+    running = processes.start(images, tmp_path, *flags, "--config.checkpoint_every=1000", processes=number)
+    moment = random.randrange(1, last // 2)
     processes.wait_for(lambda: processes.step_of(tmp_path) >= moment, running)
     began = time.monotonic()
     random.choice(running).send_signal((signal.SIGTERM, signal.SIGUSR1)[repetition % 2])
@@ -84,10 +95,10 @@ def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, numb
     assert time.monotonic() - began < (30 if full else 120), ended  # other tests run beside this one by default
     assert [code for code, _ in ended] == [75] * number, ended
     (step,) = {int(re.search(r"stopped after step (\d+)", output)[1]) for _, output in ended}
-    assert moment <= step < LAST
+    assert moment <= step < last
     assert list(processes.checkpoint.steps(tmp_path)) == [step]
     assert processes.manifest.verify(processes.checkpoint.steps(tmp_path)[step]).state == "good"
-    for code, output in processes.finish(processes.start(images, tmp_path, *FLAGS, processes=number)):
+    for code, output in processes.finish(processes.start(images, tmp_path, *flags, processes=number)):
         assert code == 0, output
         assert number > 1 or f"resuming after step {step} " in output
     equals(whole(number), tmp_path)
