@@ -1,14 +1,21 @@
 """Every test runs on 8 fake CPU devices, and silent rank promotion is an error."""
 
+import atexit
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The programs here are compiled once and run once: compile them quickly.
+# The programs here run once or twice: compile them quickly, and the same one only once, in whatever process.
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST}"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker, or a process that a test started
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lmim_jax_programs_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 sys.path[:0] = [str(ROOT)]
 
 import jax  # noqa: E402

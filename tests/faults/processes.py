@@ -28,12 +28,6 @@ def start(images, workdir, *flags, processes=1, devices=1, launcher=(), differen
     """
     fake = f"{conftest.FAST} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": fake, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "JAX_PLATFORMS": "cpu"}
-    # The same few programs over and over: compiled once
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(images.parent / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    environment |= cache
     common = [*launcher, sys.executable, program, "--config=tests/tiny.py", f"--config.data.path={images}"]
     common += [f"--workdir={workdir}", "--config.log_every=1", "--config.evaluators.knn.every=0"]
     common += ["--config.evaluators.pictures.every=0", *flags]
