@@ -136,7 +136,8 @@ def _pillow(data, canvas, channels):
 
 def _fitted(image, size, mode):
     """A Pillow image as an array of this size (width, height) and mode: uint8 [height, width, C]."""
-    image = image.convert(mode)
+    if image.mode != mode:  # converting would copy
+        image = image.convert(mode)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(size[1], size[0], -1)

@@ -26,12 +26,16 @@ def run(images, workdir, *flags, **how):
     return processes.losses(workdir)
 
 
-def close(one, other):
-    """Equal but for rounding; now and then a pixel of a crop falls to the other side of a level, and shows."""
+def close(one, other, same_rows):
+    """Equal but for rounding.
+
+    same_rows: a device has as many rows in both, so that its crops are the same to the bit. Where it has not, a pixel
+    of a crop now and then falls to the other side of a level, which shows in the loss of that step.
+    """
     assert one.keys() == other.keys()
     off = np.array([abs(one[step] / other[step] - 1) for step in one])
     print(f"largest relative difference of a loss {off.max():.1e}, median {np.median(off):.1e}")  # shown by -rP
-    assert np.sort(off)[-3] < 1e-5, off
+    assert np.sort(off)[-1 if same_rows else -3] < 1e-5, off
     assert off.max() < 1e-4, off
 
 
@@ -40,10 +44,10 @@ def test_two_processes_train_as_one_does(images, tmp_path, cut, full):
     """[state cut over both / also a copy in each]; with both evaluators at the end."""
     if not cut and not full:
         pytest.skip("more of the same; ./launch/test.sh --faults")
-    one = run(images, tmp_path / "one", *FLAGS)
+    one = run(images, tmp_path / "one", *FLAGS, devices=2)
     two = run(images, tmp_path / "two", *FLAGS, *cut, processes=2)
     assert len(one) == STEPS
-    close(one, two)
+    close(one, two, same_rows=True)
     last = [[line for line in processes.lines(tmp_path / name) if "knn/nn1" in line][-1] for name in ("one", "two")]
     assert last[0]["knn/nn1"] == pytest.approx(last[1]["knn/nn1"], abs=15)  # of 16 images, one or two may change side
 
@@ -148,7 +152,7 @@ def test_a_run_goes_on_with_other_processes_and_devices(images, tmp_path, full):
         assert {code for code, _ in ended} == {75 if (number, devices) != TOPOLOGIES[-1][:2] else 0}, ended
         *_, step = processes.checkpoint.steps(workdir)
     assert step == STEPS
-    close(expected, processes.losses(workdir))  # so the data came in the same order, too
+    close(expected, processes.losses(workdir), same_rows=False)  # so the data came in the same order, too
 
 
 def test_a_save_that_fails_on_one_process_fails_on_all_and_is_tried_again(images, tmp_path, full):
