@@ -1,7 +1,7 @@
 """What frozen features are worth: every evaluator, complete, for tools.evaluate and for recipes.
 
     python -m lmim_jax.tools.evaluate --workdir=RUN --evaluators=knn,linear,fewshot --baselines
-    python -m lmim_jax.tools.evaluate --config=configs/evaluate.py --workdir=RUN --evaluators=knn --config.knn.feature=cls
+    python -m lmim_jax.tools.evaluate --config=configs/evaluate.py --workdir=RUN --evaluators=knn --feature=cls
 
 A recipe takes a section into training: config.evaluators.linear = evaluate.get_config().linear (with `every` set).
 
