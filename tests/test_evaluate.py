@@ -159,9 +159,8 @@ def call(folder, *calls, devices=1):
     fake = f"{conftest.FAST} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": fake, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     given = [words if "--workdir" in words else f"--workdir={folder} {words}" for words in calls]
-    return subprocess.run(
-        [sys.executable, "-c", FORKED, *given], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", FORKED, *given]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_the_command_prints_a_table_and_writes_json(made, tmp_path):
@@ -170,9 +169,7 @@ def test_the_command_prints_a_table_and_writes_json(made, tmp_path):
     words = " ".join(["--evaluators=knn --baselines", *(f"--config.{change}" for change in KNN)])
     told = call(folder, words, words, devices=2)
     assert told.stderr.count("exit code 0") == 2, told.stderr
-    assert (
-        told.stderr.count("from " + str(folder / "evaluations/cache")) == 4
-    )  # the second time, both encoders, both splits
+    assert told.stderr.count(f"from {folder}/evaluations/cache") == 4  # the second time, two encoders, two splits
     first, again = told.stdout.split("Figures: ")[:2]
     assert "raw pixels  colour histogram  untrained encoder  trained encoder" in first
     assert first.strip().splitlines()[-3:] == again.strip().splitlines()[-3:]

@@ -92,11 +92,11 @@ def _programs(mesh):
 def _nearest(queries, bank, k, mesh):
     """(cosines, indices) [Q, k] of the nearest bank rows, best first."""
     similarities, top = _programs(mesh)
-    place = lambda x, where: jax.make_array_from_callback(x.shape, where, lambda part: x[part])
-    bank, results, rows = place(bank, sharding.replicated(mesh)), [], -(-CHUNK // mesh.size) * mesh.size
+    bank, results = sharding.place(bank, sharding.replicated(mesh)), []
+    rows = -(-CHUNK // mesh.size) * mesh.size
     for start in range(0, len(queries), rows):
         chunk = queries[start : start + rows]
         padded = np.pad(chunk, ((0, rows - len(chunk)), (0, 0)))  # one shape, one compilation
-        found = top(similarities(place(padded, sharding.of_batch(mesh)), bank), k)
+        found = top(similarities(sharding.place(padded, sharding.of_batch(mesh)), bank), k)
         results.append([np.asarray(jax.device_get(x))[: len(chunk)] for x in found])
     return tuple(np.concatenate(column) for column in zip(*results, strict=True))

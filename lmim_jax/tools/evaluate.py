@@ -4,10 +4,10 @@
     python -m lmim_jax.tools.evaluate --workdir=RUN --evaluators=knn --config.knn.feature=cls --weights=target
     python -m lmim_jax.tools.evaluate --workdir=RUN --evaluators=all --data.source=folder --data.path=IMAGES
 
-Evaluators and their knobs are the sections of configs/evaluate.py; images are those of the run, or what --data.KEY=VALUE
-says instead. Columns of the table: raw pixels and the encoder before training (both with --baselines), the encoder after
-it. The JSON file is RUN/evaluations/STEP-EVALUATORS.json, with a suffix where anything was changed by a flag; it says
-what was evaluated. Features are kept in RUN/evaluations/cache, which may be deleted.
+Evaluators and their knobs are the sections of configs/evaluate.py; images are those of the run, or what
+--data.KEY=VALUE says instead. Columns of the table: raw pixels, colours and the encoder before training (these with
+--baselines), the encoder after it. The JSON file is RUN/evaluations/STEP-EVALUATORS.json, with a suffix where anything
+was changed by a flag; it says what was evaluated. Features are kept in RUN/evaluations/cache, which may be deleted.
 """
 
 import dataclasses
