@@ -32,6 +32,17 @@ def cell(value, spread=None):
     return text if spread is None else f"{text} ± {spread:.1f}"
 
 
+def with_spread(numbers):
+    """[(name, number, its spread or None)] of {name: number}, where spreads are not rows of their own."""
+    own = [name for name in numbers if not (name.endswith(SPREAD) and name.removesuffix(SPREAD) in numbers)]
+    return [(name, numbers[name], numbers.get(name + SPREAD)) for name in own]
+
+
+def line(numbers):
+    """{name: number} in one line."""
+    return "  ".join(f"{name} {cell(value, spread)}" for name, value, spread in with_spread(numbers))
+
+
 def table(what, figures):
     """A text of several lines.
 
@@ -41,10 +52,8 @@ def table(what, figures):
     """
     columns = [name for name in ROWS if any(name in of_one for of_one in figures.values())]
     rows = [["", *(ROWS[name] for name in columns), ""]]
-    for name, of_one in figures.items():
-        if not (name.endswith(SPREAD) and name.removesuffix(SPREAD) in figures):
-            spread = figures.get(name + SPREAD, {})
-            rows.append([name, *(cell(of_one.get(c), spread.get(c)) for c in columns), words(name)])
+    for name, of_one, spread in with_spread(figures):
+        rows.append([name, *(cell(of_one.get(c), (spread or {}).get(c)) for c in columns), words(name)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     align = lambda row: [row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:-1], widths[1:-1], strict=True))]
     images = " and ".join(f"{count:,} {split}" for split, count in what["images"].items())

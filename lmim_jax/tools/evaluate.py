@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 from lmim_jax import command, distributed, files, metrics, runs, sharding
 from lmim_jax.errors import UserError
-from lmim_jax.evaluation_table import table
+from lmim_jax.evaluation_table import line, table
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.feature_cache import FeatureCache
 from lmim_jax.writers import write_picture
@@ -118,7 +118,7 @@ def measure(run, scheduled, data, weights):
         if column == "trained":
             pictures |= drawn
         left = (time.perf_counter() - began) / (done + 1) * (len(jobs) - done - 1)
-        listed = "  ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in numbers.items())
+        listed = line({name.partition("/")[2]: value for name, value in numbers.items()})
         took = metrics.duration(time.perf_counter() - start)
         log.info("        %s  (%s, ETA of all %s)", listed or "pictures", took, metrics.duration(left))
     return figures, pictures
