@@ -110,7 +110,7 @@ def test_every_column_is_measured_by_the_same_evaluator(made, images):
     (scheduled,) = evaluate.schedule(run, ConfigDict({"near": section}), "", "cls")
     assert scheduled.evaluator.feature == "cls"
     columns = {"pixels": weights, "untrained": run.untrained(MESH), "trained": weights}
-    figures, pictures = evaluate.measure(run, [scheduled], data, columns)
+    *_, (figures, pictures) = evaluate.measure(run, [scheduled], data, columns)
     assert not pictures
     assert figures.keys() == {"near/nn1", "near/knn3", "near/loo1"}
     assert all(of_one.keys() == columns.keys() for of_one in figures.values())

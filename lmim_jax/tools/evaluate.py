@@ -92,27 +92,35 @@ def allowed(scheduled, data, everything):
     return [one for one in scheduled if one.title not in blind]
 
 
-def measure(run, scheduled, data, weights):
+def measure(run, scheduled, data, weights, everything=False):
     """Run evaluators on each of some weights.
 
     Args:
-      weights: {column: Weights, or a name of evaluators.FIXED: needs no encoder}.
+      weights: {column: Weights}; a column that is in evaluators.FIXED needs no encoder.
+      everything: leave out an evaluator that something is missing for, and say so.
 
-    Returns:
-      ({"title/name": {column: number}}, pictures of the last column {"title/name": uint8 [H, W, 3]}).
+    Yields:
+      After each evaluator, what has been found so far: ({"title/name": {column: number}}, pictures of the column
+      "trained" {"title/name": uint8 [H, W, 3]}).
 
     Raises:
-      UserError: an evaluator measured nothing.
+      UserError: an evaluator had nothing to measure, or lacks something.
     """
     jobs = [(one, column) for one in scheduled for column in weights if _has(one, column)]
     figures, pictures, began = {}, {}, time.perf_counter()
     for done, (one, column) in enumerate(jobs):
         log.info("[%d/%d] %s, %s", done + 1, len(jobs), one.title, column)
         start = time.perf_counter()
-        fixed = column in evaluators.FIXED
-        numbers, drawn = (_on(one, column) if fixed else one).run(run.method, weights[column], data)
-        if not numbers and not drawn:
-            raise UserError(f"{one.title} has nothing to measure on these images: they lack what it needs")
+        try:
+            on = _on(one, column) if column in evaluators.FIXED else one
+            numbers, drawn = on.run(run.method, weights[column], data)
+            if not numbers and not drawn:
+                raise UserError(f"{one.title} has nothing to measure on these images: they lack what it needs")
+        except UserError as error:
+            if not everything:
+                raise
+            log.warning("%s is left out: %s", one.title, error)
+            continue
         for name, value in numbers.items():
             figures.setdefault(name, {})[column] = value
         if column == "trained":
@@ -121,7 +129,7 @@ def measure(run, scheduled, data, weights):
         listed = line({name.partition("/")[2]: value for name, value in numbers.items()})
         took = metrics.duration(time.perf_counter() - start)
         log.info("        %s  (%s, ETA of all %s)", listed or "pictures", took, metrics.duration(left))
-    return figures, pictures
+        yield figures, pictures
 
 
 def _has(scheduled, column):
@@ -143,28 +151,35 @@ def progress(batches, split, total):
             log.info("        %s: %d of %d batches, ETA %s", title, done, total, metrics.duration(left))
 
 
-def evaluate(run, scheduled, knobs, baselines, everything, folder):
-    """(what was evaluated, figures and pictures as of `measure`); the arguments are what the flags say."""
+def prepare(run, knobs, baselines, folder):
+    """(images, columns as `measure` takes them, what is evaluated); the arguments are what the flags say."""
     mesh = sharding.make_mesh()
     trained = run.weights(mesh)
     data = run.images(knobs, mesh, progress=progress, cache=FeatureCache(folder / "cache"))
     identities = {split: source.identity() for split, source in data.sources.items() if source}
     distributed.agree(config=run.config, data=identities)
-    scheduled = allowed(scheduled, data, everything)
-    weights = {name: trained for name in evaluators.FIXED if baselines}
-    weights |= {"untrained": run.untrained(mesh)} if baselines else {}
+    columns = {name: trained for name in evaluators.FIXED if baselines}
+    columns |= {"untrained": run.untrained(mesh)} if baselines else {}
     what = {
         "run": str(run.workdir),
         "step": trained.step,
         "checkpoint": trained.checkpoint,
-        "weights": {one.title: one.weights for one in scheduled},
         "data": identities,
         "images": {split: len(source) for split, source in data.sources.items() if source},
         "classes": len(data.classes),
         "devices": f"{mesh.size} {jax.devices()[0].device_kind}",
         "version": distributed.versions(),
     }
-    return what, *measure(run, scheduled, data, {**weights, "trained": trained})
+    return data, {**columns, "trained": trained}, what
+
+
+def file_name(flag, step, titles):
+    """The name of the JSON file: another one for every set of evaluators, and for whatever flags change."""
+    changed = {name: config_flags.get_override_values(flag[name]) for name in ("config", "data")}
+    changed |= {"weights": flag.weights, "feature": flag.feature, "baselines": flag.baselines}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+    suffix = f"-{digest}" if any(changed.values()) else ""
+    return f"{step}-{'-'.join(titles)}{suffix}.json"
 
 
 def main(argv):
@@ -175,27 +190,28 @@ def main(argv):
     if len(argv) > 1:
         raise UserError(f"unknown argument {argv[1]!r}; give the run as --workdir={argv[1]}")
     run, folder = runs.open_run(flag.workdir), pathlib.Path(flag.workdir, "evaluations")
-    sections = choose(flag.evaluators, flag.config)
+    sections, everything = choose(flag.evaluators, flag.config), "all" in flag.evaluators
     scheduled = schedule(run, sections, flag.weights, flag.feature)
     knobs = run.data_config(flag.data.to_dict(), config_flags.get_override_values(flag["data"]))
-    everything = "all" in flag.evaluators
-    what, figures, pictures = evaluate(run, scheduled, knobs, flag.baselines, everything, folder)
-    if jax.process_index():
-        return
-    changed = {name: config_flags.get_override_values(flag[name]) for name in ("config", "data")}
-    changed |= {"weights": flag.weights, "feature": flag.feature}
-    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
-    suffix = f"-{digest}" if any(changed.values()) else ""
-    name = f"{what['step']}-{'-'.join(['all'] if everything else sections)}{suffix}.json"
+    data, columns, what = prepare(run, knobs, flag.baselines, folder)
+    scheduled = allowed(scheduled, data, everything)
+    what["weights"] = {one.title: one.weights for one in scheduled}
+    name = file_name(flag, what["step"], ["all"] if everything else list(sections))
     out = pathlib.Path(flag.out) if flag.out else folder / name
-    of_each = {title: section.to_dict() for title, section in sections.items()}
     started_by = shlex.join(["python", "-m", "lmim_jax.tools.evaluate", *sys.argv[1:]])
-    found = {"command": started_by, "evaluated": what, "config": of_each, "figures": figures}
-    files.write(out, json.dumps(found, indent=2) + "\n")
-    for title, picture in pictures.items():
-        write_picture(out.parent, title.replace("/", "_"), picture)
-    print(table(what, figures))
-    print(f"Figures: {out}" + (f"; pictures: {out.parent / 'pictures'}" if pictures else ""))
+    head = {"command": started_by, "evaluated": what}
+    head["config"] = {title: section.to_dict() for title, section in sections.items()}
+    figures, pictures = {}, {}
+    try:
+        for figures, pictures in measure(run, scheduled, data, columns, everything):
+            if not jax.process_index():
+                files.write(out, json.dumps({**head, "figures": figures}, indent=2) + "\n")
+    finally:  # what was measured before a mistake counts
+        if (figures or pictures) and not jax.process_index():
+            for title, picture in pictures.items():
+                write_picture(out.parent, title.replace("/", "_"), picture)
+            print(table(what, figures))
+            print(f"Figures: {out}" + (f"; pictures: {out.parent / 'pictures'}" if pictures else ""), flush=True)
 
 
 def define_flags():
