@@ -201,12 +201,13 @@ def main(argv):
     started_by = shlex.join(["python", "-m", "lmim_jax.tools.evaluate", *sys.argv[1:]])
     head = {"command": started_by, "evaluated": what}
     head["config"] = {title: section.to_dict() for title, section in sections.items()}
-    figures, pictures = {}, {}
+    found = {}, {}
     try:
-        for figures, pictures in measure(run, scheduled, data, columns, everything):
+        for found in measure(run, scheduled, data, columns, everything):
             if not jax.process_index():
-                files.write(out, json.dumps({**head, "figures": figures}, indent=2) + "\n")
+                files.write(out, json.dumps({**head, "figures": found[0]}, indent=2) + "\n")
     finally:  # what was measured before a mistake counts
+        figures, pictures = found
         if (figures or pictures) and not jax.process_index():
             for title, picture in pictures.items():
                 write_picture(out.parent, title.replace("/", "_"), picture)
