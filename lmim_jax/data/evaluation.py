@@ -54,11 +54,16 @@ class Evaluation:
     """Images of both splits for evaluators.
 
     sources: {"train": source, "test": source or None}; config: `config.data`; augment: an `augment.Augment`; mesh:
-    where batches are placed; check: called at every batch, may raise to cut an evaluation short.
+    where batches are placed; check: called at every batch, may raise to cut an evaluation short; progress: what passes
+    on the batches of a split, and may show how many have come, (batches, split, total) -> batches; cache: a
+    `feature_cache.FeatureCache`, or None where features are computed whenever they are needed.
     """
 
-    def __init__(self, sources, config, augment, mesh, check=lambda: None):
+    def __init__(
+        self, sources, config, augment, mesh, check=lambda: None, progress=lambda batches, *_: batches, cache=None
+    ):
         self.sources, self.config, self.augment, self.mesh, self._check = sources, config, augment, mesh, check
+        self._progress, self.cache = progress, cache
         self._bad = {}  # by split, so that a bad image is named once, not at every evaluation
 
     @property
@@ -91,7 +96,8 @@ class Evaluation:
             return self._placed(batch)
 
         crew = self._crew(images, batch_size, self.config.workers)
-        for batch in background.ahead(crew, place, self.config.timeout, images.reading):
+        batches = background.ahead(crew, place, self.config.timeout, images.reading)
+        for batch in self._progress(batches, split, -(-len(images.source) // batch_size)):
             self._check()
             yield {"images": self._transform(batch), "label": batch["label"], "index": batch["index"]}
 
