@@ -8,7 +8,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from lmim_jax import sharding
+from lmim_jax import clustering, sharding
 from lmim_jax.data import augment, sources
 from lmim_jax.data.evaluation import Evaluation
 from lmim_jax.errors import UserError
@@ -116,7 +116,7 @@ def test_a_histogram_is_the_share_of_pixels_in_each_color():
 def test_pictures_show_each_cluster_and_each_window(run):
     method, *_ = run
     tokens = np.repeat(np.eye(4)[[0, 1, 1, 2, 2, 2, 3, 3, 3, 3]], 1, axis=0)
-    assert pictures.cluster(tokens, 4).tolist() == [3, 2, 2, 1, 1, 1, 0, 0, 0, 0]
+    assert clustering.nested(tokens, (4,))[4].tolist() == [3, 2, 2, 1, 1, 1, 0, 0, 0, 0]
     assert pictures.pca_rgb(RNG.normal(size=(2, 9, 5))).shape == (2, 9, 3)
     keys = jax.random.split(jax.random.key(0), 2)
     views = jax.device_get(method.sample(keys[0], keys))

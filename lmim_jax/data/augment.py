@@ -203,6 +203,16 @@ class Augment:
 
         return self.normalize(jax.vmap(one)(batch["image"], batch["size"]))
 
+    def squashed(self, batch):
+        """The whole image at `eval_size`, whatever its aspect, normalised: float32 [B, *eval_size, C]."""
+        kernel = KERNELS[self.interpolation]
+
+        def one(image, size):
+            grids = [(0, 0, size[axis], self.eval_size[axis]) for axis in (0, 1)]
+            return resample(image, grids, (0, 0, size[0], size[1]), self.eval_size, kernel)
+
+        return self.normalize(jax.vmap(one)(batch["image"], batch["size"]))
+
 
 def from_config(config, *, image_size, eval_size):
     """Build the augmentation from `config.augment`; sizes come from the method."""

@@ -2,12 +2,16 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
 
 from lmim_jax import sharding
-from lmim_jax.data import background, decode, loader
+from lmim_jax.data import attributes, background, clips, decode, loader, masks
+from lmim_jax.errors import UserError
+
+SPLITS = ("train", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Selected:
 
     source: object
     indices: tuple[int, ...]
+    classes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
     def __len__(self):
@@ -44,6 +49,14 @@ class Selected:
     def record(self, index):
         """(encoded bytes, class) of the image."""
         return self.source.record(self.indices[index])
+
+    def mask(self, index):
+        """The encoded mask of the image, or None."""
+        return self.source.mask(self.indices[index])
+
+    def identity(self):
+        """What tells these images from others."""
+        return {**self.source.identity(), "chosen": list(self.indices)}
 
     def name(self, index):
         """The name of the image in its source."""
@@ -54,11 +67,13 @@ class Evaluation:
     """Images of both splits for evaluators.
 
     sources: {"train": source, "test": source or None}; config: `config.data`; augment: an `augment.Augment`; mesh:
-    where batches are placed; check: called at every batch, may raise to cut an evaluation short.
+    where batches are placed; check: called at every batch, may raise to cut an evaluation short; squash: fit the whole
+    image into the size of evaluation, whatever its aspect, instead of its middle.
     """
 
-    def __init__(self, sources, config, augment, mesh, check=lambda: None):
-        self.sources, self.config, self.augment, self.mesh, self._check = sources, config, augment, mesh, check
+    def __init__(self, sources, config, augment, mesh, check=lambda: None, squash=False):
+        self.sources, self.config, self.augment, self.mesh, self.check = sources, config, augment, mesh, check
+        self._squash = squash
         self._bad = {}  # by split, so that a bad image is named once, not at every evaluation
 
     @property
@@ -73,7 +88,7 @@ class Evaluation:
 
     @functools.cached_property
     def _transform(self):
-        return jax.jit(self.augment.evaluation)
+        return jax.jit(self.augment.squashed if self._squash else self.augment.evaluation)
 
     def batches(self, split, batch_size):
         """Iterate over a split, as arrays over all devices.
@@ -92,7 +107,7 @@ class Evaluation:
 
         crew = self._crew(images, batch_size, self.config.workers)
         for batch in background.ahead(crew, place, self.config.timeout, images.reading):
-            self._check()
+            self.check()
             yield {"images": self._transform(batch), "label": batch["label"], "index": batch["index"]}
 
     def sample(self, split, count):
@@ -120,6 +135,67 @@ class Evaluation:
             *(decode.on_canvas(f, self.config.canvas, self.config.channels) for f in files), strict=True
         )
         return {"image": np.stack(images), "size": np.stack(sizes)}
+
+    def masked(self, images, masks_, counts, augment):
+        """Images with masks of numbers, of this dataset or of two folders, see masks.py; their masks: `segments`.
+
+        Args:
+          images, masks_: the folders; "": this dataset, in whose masks 255 is the object.
+          counts: how many (training, test) images, at most, drawn at random: of the two splits where there are two,
+            or else of two halves of the images.
+          augment: their size.
+
+        Returns:
+          Another Evaluation.
+
+        Raises:
+          UserError: there are no masks; see `masks.folder`.
+        """
+        splits = [masks.folder(images, masks_), None] if images or masks_ else [self.sources[s] for s in SPLITS]
+        if splits[0].mask(0) is None:
+            raise UserError(
+                "the images of this run have no masks to compare segments with; set `images` and `masks` of the "
+                "evaluator to two folders with the same file names"
+            )
+        orders = [loader.epoch_order(0, 0, len(source)) if source else () for source in splits]
+        if splits[1] is None:
+            splits[1], half = splits[0], len(splits[0]) // 2
+            orders = orders[0][half:], orders[0][:half]
+        chosen = [tuple(int(i) for i in order[:count]) for order, count in zip(orders, counts, strict=True)]
+        if not all(chosen):
+            raise UserError(
+                f"{len(splits[0])} image(s) with masks are too few: some train the probes, others test them"
+            )
+        picked = {name: Selected(*of) for name, *of in zip(SPLITS, splits, chosen, strict=True)}
+        return self._with(picked, augment)
+
+    def segments(self, split, indices):
+        """Masks of numbers of some images, as `batches` crops them, nearest pixels: int32 [n, H, W]; see masks.py."""
+        source, found = self.sources[split], []
+        for i in indices:
+            try:
+                found.append(masks.placed(masks.numbers(source.mask(i)), self.augment))
+            except (decode.BadImage, OSError) as error:
+                raise UserError(f"the mask of {source.name(i)} cannot be used: {error}") from error
+        return np.stack(found)
+
+    def attributes(self, name, folder, splits):
+        """Images whose label is count x BINS + distance, see attributes.py: (another Evaluation, BINS).
+
+        name, folder, splits: of a TFDS dataset, and its (training, test) splits; name "": the embedded `shapes/several`.
+        """
+        chosen = {key: attributes.source(name, folder, split) for key, split in zip(SPLITS, splits, strict=True)}
+        return self._with(chosen, self.augment, squash=True), attributes.BINS
+
+    def clips(self, path, listed):
+        """The clips of a folder laid out as DAVIS, or for "" the embedded ones: a list of `clips.Clip`."""
+        return clips.folder(path, listed) if path else clips.embedded()
+
+    def _with(self, sources, augment, squash=False):
+        """The same way of reading, of other images; the canvas is as large as they are used, at least."""
+        canvas = max(self.config.canvas, *augment.eval_size)
+        config = types.SimpleNamespace(**{**dict(self.config), "canvas": canvas})
+        return Evaluation(sources, config, augment, self.mesh, self.check, squash)
 
     def _decoded(self, source):
         threads = background.threads_of(self.config)

@@ -1,0 +1,64 @@
+"""Features of single patches, on a grid `zoom` times as fine as in training: of images that many times as large.
+
+Letters: B batch, N patches, D width, C channels, H W image height and width.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmim_jax import sharding
+from lmim_jax.errors import UserError
+from lmim_jax.models.layers import patchify
+
+
+def enlarged(augment, zoom):
+    """The augmentation whose evaluation images are `zoom` times as large."""
+    size = tuple(zoom * side for side in augment.eval_size)
+    return dataclasses.replace(augment, eval_resize=zoom * augment.eval_resize, eval_size=size)
+
+
+def features(method, params, images, name):
+    """One vector per patch: images [B, H, W, C] -> float32 [B, N, D], by row, then column.
+
+    name: key of the method's features that has a row per patch ("patches", "patches_prenorm"), or "pixels".
+
+    Raises:
+      UserError: no such feature, or not one of patches.
+    """
+    grid = tuple(side // method.patch_size for side in images.shape[1:3])
+    if name == "pixels":
+        return patchify(images, grid, method.patch_size).astype(jnp.float32)
+    found = method.features(params, images)
+    if name not in found or found[name].shape[1:-1] != (grid[0] * grid[1],):
+        fit = [key for key, value in found.items() if value.shape[1:-1] == (grid[0] * grid[1],)]
+        raise UserError(f"feature={name!r} is not one of patches; there are: {', '.join(['pixels', *fit])}")
+    return found[name].astype(jnp.float32)
+
+
+@functools.lru_cache(maxsize=8)
+def encoder(method, mesh, name):
+    """Jitted (params, images [B, H, W, C]) -> `features` on all processes, the batch divided over the devices."""
+
+    def encode(params, images):
+        images = jax.lax.with_sharding_constraint(images, sharding.of_batch(mesh))
+        return features(method, params, images, name)
+
+    return jax.jit(encode, out_shardings=sharding.replicated(mesh))
+
+
+def of_split(method, params, data, split, name, batch_size):
+    """Features of the patches of all readable images of a split: (float32 [B, N, D], index int [B]), numpy.
+
+    data: an `evaluation.Evaluation`, whose images are the size they are to be encoded at; index: their places there.
+    """
+    encode, rows = encoder(method, data.mesh, name), []
+    whole = jax.jit(lambda index: index, out_shardings=sharding.replicated(data.mesh))
+    for batch in data.batches(split, batch_size):
+        index = np.asarray(jax.device_get(whole(batch["index"])))
+        rows.append((np.asarray(jax.device_get(encode(params, batch["images"])))[index >= 0], index[index >= 0]))
+    tokens, index = zip(*rows, strict=True)
+    return np.concatenate(tokens), np.concatenate(index)
