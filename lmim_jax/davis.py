@@ -33,7 +33,7 @@ def contour(truth, found):
 
 
 def boundary(mask):
-    """Pixels, bool [H, W], that differ from the one to the right, below or diagonally below right; the border repeats."""
+    """Pixels, bool [H, W], that differ from the one to the right, below or below right; the border repeats."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     right, below, diagonal = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
     return (mask ^ right) | (mask ^ below) | (mask ^ diagonal)

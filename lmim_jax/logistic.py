@@ -1,4 +1,4 @@
-"""Multinomial logistic regression on frozen features, solved to the minimum, which is unique: no learning rate to choose.
+"""Multinomial logistic regression on frozen features, solved to its one minimum: no learning rate to choose.
 
   mean over images of the cross-entropy  +  l2 / 2 x the sum of squared weights (not biases)
 

@@ -30,10 +30,8 @@ class Attributed:
     def record(self, index):
         """(encoded bytes, label) of image `index`."""
         if (coordinates := self.images.numbers(index, "objects/pixel_coords")) is not None:
-            count, distance = (
-                len(coordinates) // 3,
-                np.searchsorted(CLEVR, coordinates[2::3].min()),
-            )  # of (x, y, distance)
+            nearest = coordinates[2::3].min()  # of (x, y, distance)
+            count, distance = len(coordinates) // 3, np.searchsorted(CLEVR, nearest)
         else:
             count = self.images.numbers(index, "count")[0]
             distance = np.searchsorted(SEVERAL, self.images.numbers(index, "nearest")[0])

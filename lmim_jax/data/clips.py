@@ -34,9 +34,8 @@ class Clip:
         try:
             return decoder(source.read_bytes() if isinstance(source, pathlib.Path) else source, *args)
         except (decode.BadImage, OSError) as error:
-            raise UserError(
-                f"clip {self.name}: {source if isinstance(source, pathlib.Path) else ''} {error}"
-            ) from error
+            file = f"{source}: " if isinstance(source, pathlib.Path) else ""
+            raise UserError(f"clip {self.name}: {file}{error}") from error
 
 
 def embedded():

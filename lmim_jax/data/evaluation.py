@@ -163,9 +163,7 @@ class Evaluation:
             orders = orders[0][half:], orders[0][:half]
         chosen = [tuple(int(i) for i in order[:count]) for order, count in zip(orders, counts, strict=True)]
         if not all(chosen):
-            raise UserError(
-                f"{len(splits[0])} image(s) with masks are too few: some train the probes, others test them"
-            )
+            raise UserError(f"{len(splits[0])} image(s) with masks are too few: some train probes, others test them")
         picked = {name: Selected(*of) for name, *of in zip(SPLITS, splits, chosen, strict=True)}
         return self._with(picked, augment)
 
@@ -182,7 +180,7 @@ class Evaluation:
     def attributes(self, name, folder, splits):
         """Images whose label is count x BINS + distance, see attributes.py: (another Evaluation, BINS).
 
-        name, folder, splits: of a TFDS dataset, and its (training, test) splits; name "": the embedded `shapes/several`.
+        name, folder, splits: of a TFDS dataset, and its (training, test) splits; name "": `shapes/several`.
         """
         chosen = {key: attributes.source(name, folder, split) for key, split in zip(SPLITS, splits, strict=True)}
         return self._with(chosen, self.augment, squash=True), attributes.BINS

@@ -31,9 +31,7 @@ def numbers(data):
         raise BadImage(str(error) or type(error).__name__) from error
     if pixels.ndim == 3:
         if (pixels[..., :1] != pixels[..., :3]).any():
-            raise BadImage(
-                "a mask of colours; save it with a palette, or as grey levels, that are the numbers of classes"
-            )
+            raise BadImage("a mask of colours; save it with a palette or in grey levels that number the classes")
         pixels = pixels[..., 0]
     return pixels.astype(np.int32)
 
@@ -92,9 +90,7 @@ def folder(images, masks):
     for key, path in (("images", images), ("masks", masks)):
         root = pathlib.Path(path).expanduser()
         if not path or not root.is_dir():
-            raise UserError(
-                f"{key}={path!r} is no folder; `images` and `masks` are two folders with the same file names"
-            )
+            raise UserError(f"{key}={path!r} is no folder; images and masks are two folders with the same file names")
         found = sources.walk(root)[0]
         if not found:
             raise UserError(f"{key}={path!r}: no images in this folder; `masks` are PNG files of class numbers")

@@ -51,12 +51,11 @@ class Evaluator:
         background = classes.index(0) if 0 in classes else None
         centered = tokens["test"] - tokens["test"].mean(axis=0)  # what is left tells of the image, not of the position
         cuts = [clustering.nested(of_image, self.clusters) for of_image in centered]
-        result = {
-            f"miou{k}": 100
-            * np.mean([matched(cut[k], n, background) for cut, n in zip(cuts, counts["test"], strict=True)])
-            for k in self.clusters
-        }
-        return {name: float(value) for name, value in (result | self._probes(tokens, counts)).items()}
+        result = self._probes(tokens, counts)
+        for k in self.clusters:
+            of_images = [matched(cut[k], true, background) for cut, true in zip(cuts, counts["test"], strict=True)]
+            result[f"miou{k}"] = 100 * np.mean(of_images)
+        return {name: float(value) for name, value in result.items()}
 
     def _probes(self, tokens, counts):
         """The figures of the probes."""
@@ -64,11 +63,8 @@ class Evaluator:
         pixels_of = {split: counts[split].reshape(-1, counts[split].shape[-1]) for split in counts}
         valid = np.flatnonzero(pixels_of["train"].any(axis=1))
         chosen = np.random.default_rng(0).permutation(valid)[: self.bank]
-        bank, labels, classes = (
-            flat["train"][chosen],
-            pixels_of["train"][chosen].argmax(axis=1),
-            counts["train"].shape[-1],
-        )
+        bank, labels = flat["train"][chosen], pixels_of["train"][chosen].argmax(axis=1)
+        classes = pixels_of["train"].shape[-1]
         predicted = {
             "knn": probes.neighbours(bank, labels, flat["test"], self.k, classes),
             "linear": probes.linear(bank, labels, flat["test"], classes, self.l2, self.iterations),

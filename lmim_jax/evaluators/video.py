@@ -5,7 +5,7 @@ the first frame and the `past` frames before, not farther than `radius` patches 
 2017 measures them, of every object, and their mean; `still_JF` is that of the first mask, kept: what a tracker has to
 beat. Source: the official DINO `eval_video_segmentation.py` (but for bicubic, antialiased resizing of frames).
 
-Letters: T frames, F frames in the context, h w grid rows and columns, N = h w patches, D width, C labels (0: no object).
+Letters: T frames, F frames in the context, h w grid rows and columns, N = h w patches, D width, C labels (0: none).
 """
 
 import dataclasses
