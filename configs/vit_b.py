@@ -56,8 +56,8 @@ def get_config():
         every=10.0,  # epochs; also at the start and the end of runs at least that long. 0: at the end only
         params="online",  # online | target
         batch_size=512,
-        feature="patches_prenorm",  # mean over patches, before the final norm: the official feature
-        k=20,
+        feature="patches_prenorm",  # mean over patches, before the final norm: the official feature; see evaluate.py
+        k=(20,),  # neighbours that vote; each is a figure
         temperature=0.07,
         baselines=False,  # also with raw pixels and colour histograms; for small images only
     )

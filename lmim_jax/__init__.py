@@ -14,17 +14,10 @@ def load(run, target=False):
     Raises:
       UserError: no run, no checkpoint, or no target encoder there.
     """
-    import json
-    import pathlib
-
-    from lmim_jax import checkpoint
+    from lmim_jax import checkpoint, runs
     from lmim_jax.errors import UserError
-    from lmim_jax.methods import base
 
-    path = pathlib.Path(run, "config.json")
-    if not path.is_file():
-        raise UserError(f"{run} is no run: it has no config.json; give the --workdir of one")
-    method = base.from_config(json.loads(path.read_text())["method"], total_steps=1, steps_per_epoch=1)
+    method = runs.open_run(run).method
     params, teacher = checkpoint.weights(run, method)
     if target and "encoder" not in teacher:
         raise UserError(f"{run}: its method has no target encoder")

@@ -8,11 +8,12 @@ from absl import app, flags
 from lmim_jax.errors import Stuck, UserError, fail
 
 
-def run(main, default_config=None):
+def run(main, default_config=None, **defaults):
     """Parse the flags and call `main(argv)`.
 
     Args:
       default_config: the recipe where `--config` is not given; None: a command without a recipe.
+      defaults: files of more flags that are configs, by name.
 
     Exits with one line on stderr: 2 for a mistake in the flags, and for a UserError; 1 where the data do not come.
     """
@@ -25,17 +26,18 @@ def run(main, default_config=None):
         except Stuck as error:
             fail(error, 1)
 
-    app.run(reporting, flags_parser=lambda argv: parse_flags(argv, default_config))
+    app.run(reporting, flags_parser=lambda argv: parse_flags(argv, default_config, **defaults))
 
 
-def parse_flags(argv, default_config):
+def parse_flags(argv, default_config, **defaults):
     """absl's parser, with one line and exit code 2 instead of a traceback on a mistake in the flags."""
     given = [argument.lstrip("-").partition("=") for argument in argv[1:]]
     pairs = itertools.pairwise([*given, ("", "", "")])
-    recipes = {name: value or after[0] for (name, _, value), after in pairs if name in ("config", "compare")}
-    if "config" not in recipes and default_config:
-        argv = [argv[0], f"--config={default_config}", *argv[1:]]
-    for name, path in recipes.items():
+    configs = {"config": default_config, "compare": None, **defaults}
+    recipes = {name: value or after[0] for (name, _, value), after in pairs if name in configs}
+    missing = {name: path for name, path in configs.items() if path and name not in recipes}
+    argv = [argv[0], *(f"--{name}={path}" for name, path in missing.items()), *argv[1:]]
+    for name, path in {**recipes, **missing}.items():
         if not pathlib.Path(path.partition(":")[0]).is_file():
             fail(f"--{name}={path}: no such file; the recipes are in configs/")
     try:

@@ -118,6 +118,11 @@ def check_batch(batch_size, micro_batches, devices):
         )
 
 
+def place(array, where):
+    """A numpy array that every process has whole -> an array with sharding `where`."""
+    return jax.make_array_from_callback(array.shape, where, lambda part: array[part])
+
+
 def to_global(batch, mesh):
     """This process's rows of a batch (dict of numpy arrays) -> arrays over the whole mesh."""
     placement = of_batch(mesh)

@@ -1,5 +1,6 @@
-"""Every evaluator on tiny features; k-NN against a plain computation."""
+"""Every evaluator on tiny features; k-NN and logistic regression against scikit-learn; what a feature may be."""
 
+import dataclasses
 import functools
 
 import annotated
@@ -9,24 +10,26 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 from PIL import Image
+from sklearn import linear_model, neighbors
 
 from configs import evaluate
-from lmim_jax import clustering, sharding
+from lmim_jax import clustering, logistic, sharding
 from lmim_jax.data import augment, prepared, shapes, sources
 from lmim_jax.data.evaluation import Evaluation
 from lmim_jax.errors import UserError
-from lmim_jax.evaluators import base, knn, pictures
+from lmim_jax.evaluators import base, fewshot, knn, linear, pictures
 from lmim_jax.methods import base as methods
 
 RNG = np.random.default_rng(0)
+MESH = sharding.make_mesh()
 
 
 class Data:
     """An in-memory `evaluation.Evaluation`: features are the images' channels, batches are padded."""
 
     classes = ("a", "b", "c")
-    augment = None
-    mesh = sharding.make_mesh()
+    augment = cache = None
+    mesh = MESH
 
     def __init__(self, train, test, padding=0):
         self.sources = {"train": train, "test": test}
@@ -59,10 +62,16 @@ def blobs(spread):
     return [((centers[y] + spread * RNG.normal(size=(len(y), 8))).astype(np.float32), y) for y in labels]
 
 
+SMALL = {  # of what is in configs/evaluate.py and not in tests/tiny.py
+    "linear": dict(batch_size=16, l2=(1e-3, 1e-1), iterations=50),
+    "fewshot": dict(batch_size=16, shots=(1, 4), percent=(50,), draws=2, iterations=50),
+}
+
+
 def tiny_evaluators(name="knn", **change):
-    sections = tiny.get_config().evaluators
-    section = sections[name] if name in sections else evaluate.get_config()[name]
-    config = ConfigDict({"it": {**section.to_dict(), **change}})
+    in_training = tiny.get_config().evaluators
+    section = in_training[name] if name in in_training else evaluate.get_config()[name]
+    config = ConfigDict({"it": {**section.to_dict(), **SMALL.get(name, {}), **change}})
     return base.from_config(config, steps_per_epoch=6, has_target=False)
 
 
@@ -106,10 +115,23 @@ def test_contract(name, run, small):
             assert np.isfinite(value)
 
 
-def test_padding_changes_no_figure():
-    evaluator = tiny_evaluators()[0].evaluator
+@pytest.mark.parametrize("name", ["knn", "linear", "fewshot"])
+def test_padding_changes_no_figure(name):
     train, test = blobs(0.8)
-    assert evaluator.run(Method, PARAMS, Data(train, test)) == evaluator.run(Method, PARAMS, Data(train, test, 2))
+    figures = []
+    for batch_size, padding in ((16, 0), (16, 2), (31, 0), (60, 1)):  # 60 and 31 images: divided by them or not
+        evaluator = tiny_evaluators(name, batch_size=batch_size)[0].evaluator
+        figures.append(evaluator.run(Method, PARAMS, Data(train, test, padding)))
+    assert figures[0]
+    assert all(found == figures[0] for found in figures)
+
+
+def test_padding_changes_no_feature_by_a_bit(run):
+    method, params, data = run
+    of = lambda batch_size: base.split_features(method, params, data, "test", "cls+patches_prenorm", batch_size)
+    for found in (of(24), of(9)):  # of 16 images: 8 and 2 rows more
+        for ours, whole in zip(found, of(16), strict=True):
+            np.testing.assert_array_equal(ours, whole)
 
 
 def test_baselines_need_no_encoder_and_are_computed_once(run):
@@ -157,29 +179,127 @@ def test_knn_equals_a_plain_computation():
     others = unit(q) @ unit(q).T - 9 * np.eye(len(q))
     expected = {
         "nn1": 100 * np.mean(y[cosine.argmax(1)] == t),
+        "knn1": 100 * np.mean(y[cosine.argmax(1)] == t),
         "knn7": 100 * np.mean(votes.argmax(1) == t),
         "loo1": 100 * np.mean(t[others.argmax(1)] == t),
     }
-    assert knn.accuracies((x, y), (q, t), 7, 0.07, 3) == pytest.approx(expected)
+    assert knn.accuracies((x, y), (q, t), (7, 1), 0.07, 3, MESH) == pytest.approx(expected)
+
+
+def test_knn_predicts_as_scikit_learn_does():
+    (x, y), (q, _) = blobs(0.9)
+    scores, index = knn._nearest(knn._unit(q), knn._unit(x), 20, MESH)
+    votes = lambda distances: np.exp((1 - distances) / 0.07)
+    for k in (1, 5, 20):
+        theirs = neighbors.KNeighborsClassifier(k, weights=votes, metric="cosine").fit(x, y)
+        ours = knn._vote(y[index[:, :k]], np.exp(scores[:, :k] / 0.07), 3)
+        np.testing.assert_array_equal(ours, theirs.predict(q))
+
+
+def test_logistic_regression_is_that_of_scikit_learn():
+    (x, y), (q, t) = blobs(0.9)
+    mean, deviation = logistic.statistics(x)
+    x, q = (x - mean) / deviation, (q - mean) / deviation
+    strengths = (1e-3, 1e-1)
+    for mesh in (MESH, None):
+        ours = logistic.fit(x, y, 3, strengths, 300, mesh)
+        assert ours.gradient.max() < 1e-5
+        for i, l2 in enumerate(strengths):
+            theirs = linear_model.LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=1000).fit(x, y)
+            np.testing.assert_allclose(ours.weights[i], theirs.coef_.T, atol=2e-3 * np.abs(theirs.coef_).max())
+            np.testing.assert_allclose(ours.biases[i], theirs.intercept_, atol=2e-3)
+            assert np.mean(ours.predict(q)[i] == t) == theirs.score(q, t)
 
 
 def test_perfect_features_score_100_and_shuffled_ones_chance():
     train, test = blobs(0.01)
-    assert set(knn.accuracies(train, test, 5, 0.07, 3).values()) == {100.0}
+    solved, few = (tiny_evaluators(name)[0].evaluator for name in ("linear", "fewshot"))
+    figures = lambda train, test: {
+        **knn.accuracies(train, test, (5, 10), 0.07, 3, MESH),
+        **{f"linear {name}": value for name, value in solved.accuracies(train, test, 3, MESH).items() if name != "l2"},
+        **{f"few {name}": value for name, value in few.accuracies(train, test, 3).items() if "_std" not in name},
+    }
+    assert set(figures(train, test).values()) == {100.0}
     shuffled = RNG.normal(size=(3000, 8)).astype(np.float32), RNG.integers(0, 3, 3000)
-    for value in knn.accuracies(shuffled, shuffled[:1] + (RNG.integers(0, 3, 3000),), 5, 0.07, 3).values():
-        assert value == pytest.approx(33.3, abs=4)
+    for name, value in figures(shuffled, shuffled[:1] + (RNG.integers(0, 3, 3000),)).items():
+        assert value == pytest.approx(33.3, abs=4 if name != "linear held_out" else 8), name  # of 300 images
+
+
+def test_the_strength_is_chosen_on_training_images_alone():
+    evaluator = dataclasses.replace(tiny_evaluators("linear")[0].evaluator, l2=(1e-3, 1e-1, 10.0))
+    train, (x, y) = blobs(0.9)
+    ours, other = (evaluator.accuracies(train, (x, labels), 3, MESH) for labels in (y, (y + 1) % 3))
+    assert {ours[name] == other[name] for name in ("l2", "held_out")} == {True}
+    assert ours["accuracy"] > 50 > other["accuracy"]
+
+
+def test_few_shots_are_so_many_of_each_class():
+    rows = []
+    train, test = blobs(0.9)
+    evaluator, fit = tiny_evaluators("fewshot")[0].evaluator, logistic.fit
+    try:
+        logistic.fit = lambda x, y, *more: rows.append(np.bincount(y, minlength=3).tolist()) or fit(x, y, *more)
+        found = evaluator.accuracies(train, test, 3)
+    finally:
+        logistic.fit = fit
+    halves = [max(1, round(n / 2)) for n in np.bincount(train[1])]
+    assert rows == 2 * [[1, 1, 1]] + 2 * [[4, 4, 4]] + 2 * [halves]
+    assert found.keys() == {f"{name}{end}" for name in ("shots1", "shots4", "labels50pct") for end in ("", "_std")}
+    assert found["shots1_std"] > 0
+    assert dataclasses.replace(evaluator, shots=(1, 500), percent=()).accuracies(train, test, 3).keys() == {
+        "shots1",
+        "shots1_std",
+    }
 
 
 def test_leave_one_out_never_takes_the_image_itself():
     same = np.ones((4, 3), np.float32)
-    assert knn.accuracies((same, np.zeros(4, int)), (same, np.arange(4)), 2, 0.07, 4)["loo1"] == 0
+    assert knn.accuracies((same, np.zeros(4, int)), (same, np.arange(4)), (2,), 0.07, 4, MESH)["loo1"] == 0
 
 
-def test_unlabelled_data_has_no_knn():
+def test_a_feature_is_what_its_name_says(run):
+    method, params, data = run
+    assert base.parse_feature("cls + block01/tokens:both") == [("cls", "mean"), ("block01/tokens", "both")]
+    (images,) = [batch["images"] for batch in data.batches("test", 16)]
+    known = jax.device_get(method.features(params, images))
+    tokens = known["block01/tokens"]
+    expected = {
+        "patches": known["patches"].mean(1),
+        "cls_prenorm": known["cls_prenorm"],
+        "block01/tokens": tokens[:, 1:].mean(1),
+        "block01/tokens:cls+patches": np.concatenate([tokens[:, 0], known["patches"].mean(1)], 1),
+        "block01/tokens:both": np.concatenate([tokens[:, 0], tokens[:, 1:].mean(1)], 1),
+        "cls+pixels": np.concatenate([known["cls"], np.asarray(images).reshape(16, -1)], 1),
+    }
+    for feature, wanted in expected.items():
+        x, labels = base.split_features(method, params, data, "test", feature, 16)
+        np.testing.assert_allclose(x, wanted, atol=1e-5)
+        assert labels.tolist() == 8 * [0] + 8 * [1]
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ("patchs", "'patchs': the method has none of that name; did you mean patches"),
+        ("block09/tokens", "did you mean block0"),
+        ("zzz", "there are: cls, cls_prenorm, latents, patches"),
+        ("cls:max", "'max' is none of: mean | cls | both"),
+        ("patches:cls", "no CLS token for :cls; join features instead: cls\\+patches"),
+        ("block01/attention", "no vectors"),
+    ],
+)
+def test_a_wrong_feature_is_named(feature, message, run):
+    with pytest.raises(UserError, match=message):
+        base.split_features(*run, "test", feature, 16)
+
+
+@pytest.mark.parametrize("evaluator", [knn, linear, fewshot])
+def test_unlabelled_data_have_no_accuracy(evaluator):
     data = Data(*blobs(0.5))
     data.classes = ()
-    assert tiny_evaluators()[0].evaluator.run(Method, PARAMS, data) == {}
+    name = evaluator.__name__.rpartition(".")[2]
+    assert evaluator.Evaluator.labelled
+    assert tiny_evaluators(name)[0].evaluator.run(Method, PARAMS, data) == {}
 
 
 def test_schedule():

@@ -128,7 +128,7 @@ def test_bad_input_is_named(folders, tmp_path):
         ({"masks": str(tmp_path / "text")}, "masks=.*no images in this folder"),
         ({"masks": str(tmp_path / "other")}, r"no mask in .* is named like an image"),
         ({"images": str(tmp_path / "one"), "masks": str(tmp_path / "other")}, "too few"),
-        ({"feature": "cls"}, "feature='cls' is not one of patches; there are: pixels, patches"),
+        ({"feature": "cls"}, "feature='cls' is not one of patches; there are: patches, pixels, histogram"),
     ):
         with pytest.raises(UserError, match=message) as error:
             run({**folders, **change})

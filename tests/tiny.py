@@ -17,7 +17,7 @@ def get_config():
     config.augment.eval_resize = 16
     _shrink(config.method)
     config.optimizer.update(base_lr=0.03, warmup_epochs=0.5)
-    config.evaluators.knn.update(every=1.0, batch_size=16, k=5)
+    config.evaluators.knn.update(every=1.0, batch_size=16, k=(5,))
     config.evaluators.pictures.update(every=2.0, images=2)
     config.update(log_every=2, checkpoint_every=3, gauge_images=16)
     return config

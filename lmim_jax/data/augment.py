@@ -203,8 +203,13 @@ class Augment:
 
         return self.normalize(jax.vmap(one)(batch["image"], batch["size"]))
 
-    def squashed(self, batch):
-        """The whole image at `eval_size`, whatever its aspect, normalised: float32 [B, *eval_size, C]."""
+
+@dataclasses.dataclass(frozen=True)
+class Squash(Augment):
+    """At evaluation the whole image, whatever its aspect, as where objects at the border count, too."""
+
+    def evaluation(self, batch):
+        """Resized to `eval_size` and normalised: float32 [B, *eval_size, C]."""
         kernel = KERNELS[self.interpolation]
 
         def one(image, size):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from lmim_jax import sharding
 from lmim_jax.data import attributes, background, clips, decode, loader, masks
+from lmim_jax.data.augment import Squash
 from lmim_jax.errors import UserError
 
 SPLITS = ("train", "test")
@@ -67,13 +68,16 @@ class Evaluation:
     """Images of both splits for evaluators.
 
     sources: {"train": source, "test": source or None}; config: `config.data`; augment: an `augment.Augment`; mesh:
-    where batches are placed; check: called at every batch, may raise to cut an evaluation short; squash: fit the whole
-    image into the size of evaluation, whatever its aspect, instead of its middle.
+    where batches are placed; check: called at every batch, may raise to cut an evaluation short; progress: what passes
+    on the batches of a split, and may show how many have come, (batches, split, total) -> batches; cache: a
+    `feature_cache.FeatureCache`, or None where features are computed whenever they are needed.
     """
 
-    def __init__(self, sources, config, augment, mesh, check=lambda: None, squash=False):
+    def __init__(
+        self, sources, config, augment, mesh, check=lambda: None, progress=lambda batches, *_: batches, cache=None
+    ):
         self.sources, self.config, self.augment, self.mesh, self.check = sources, config, augment, mesh, check
-        self._squash = squash
+        self._progress, self.cache = progress, cache
         self._bad = {}  # by split, so that a bad image is named once, not at every evaluation
 
     @property
@@ -88,7 +92,7 @@ class Evaluation:
 
     @functools.cached_property
     def _transform(self):
-        return jax.jit(self.augment.squashed if self._squash else self.augment.evaluation)
+        return jax.jit(self.augment.evaluation)
 
     def batches(self, split, batch_size):
         """Iterate over a split, as arrays over all devices.
@@ -106,7 +110,8 @@ class Evaluation:
             return self._placed(batch)
 
         crew = self._crew(images, batch_size, self.config.workers)
-        for batch in background.ahead(crew, place, self.config.timeout, images.reading):
+        batches = background.ahead(crew, place, self.config.timeout, images.reading)
+        for batch in self._progress(batches, split, -(-len(images.source) // batch_size)):
             self.check()
             yield {"images": self._transform(batch), "label": batch["label"], "index": batch["index"]}
 
@@ -183,17 +188,17 @@ class Evaluation:
         name, folder, splits: of a TFDS dataset, and its (training, test) splits; name "": `shapes/several`.
         """
         chosen = {key: attributes.source(name, folder, split) for key, split in zip(SPLITS, splits, strict=True)}
-        return self._with(chosen, self.augment, squash=True), attributes.BINS
+        return self._with(chosen, Squash(**vars(self.augment))), attributes.BINS
 
     def clips(self, path, listed):
         """The clips of a folder laid out as DAVIS, or for "" the embedded ones: a list of `clips.Clip`."""
         return clips.folder(path, listed) if path else clips.embedded()
 
-    def _with(self, sources, augment, squash=False):
+    def _with(self, sources, augment):
         """The same way of reading, of other images; the canvas is as large as they are used, at least."""
-        canvas = max(self.config.canvas, *augment.eval_size)
-        config = types.SimpleNamespace(**{**dict(self.config), "canvas": canvas})
-        return Evaluation(sources, config, augment, self.mesh, self.check, squash)
+        config = ConfigDict(dict(self.config))
+        config.canvas = max(config.canvas, *augment.eval_size)
+        return Evaluation(sources, config, augment, self.mesh, self.check, self._progress, self.cache)
 
     def _decoded(self, source):
         threads = background.threads_of(self.config)

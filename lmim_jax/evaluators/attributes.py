@@ -25,6 +25,8 @@ class Evaluator:
     iterations: int
     batch_size: int
 
+    takes_pixels = True
+
     def run(self, method, params, data):
         """{"count", "count_chance", "distance", "distance_chance"} in percent."""
         data, bins = data.attributes(self.name, self.dir, (self.train_split, self.test_split))

@@ -1,10 +1,10 @@
 """Nearest neighbours by cosine similarity of frozen features.
 
-Three figures, in percent of the test images:
+Figures, in percent of the test images:
   nn1        the class of the nearest training image
   knn<k>     k nearest training images vote with weight exp(cosine / temperature) (Wu et al. 2018; DINO)
-  loo1       the nearest *other test image* (the official Latent MIM figure; much harsher than the other two)
-and the first two on what needs no encoder, where asked for: pixels_nn1, pixels_knn<k>, histogram_nn1, ...
+  loo1       the nearest *other test image* (the official Latent MIM figure; much harsher than the others)
+and all but the last on what needs no encoder, where asked for: pixels_nn1, pixels_knn<k>, histogram_nn1, ...
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmim_jax.evaluators.base import FIXED, split_features
+from lmim_jax import sharding
+from lmim_jax.evaluators.base import FIXED, labelled, split_features
 
-CHUNK = 512  # queries at a time: CHUNK x bank similarities in memory
+CHUNK = 512  # queries at a time: CHUNK x bank similarities in memory, over all devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +25,16 @@ class Evaluator:
     """k-NN on one feature; the fields are explained in configs/vit_b.py."""
 
     feature: str
-    k: int
+    k: tuple[int, ...]
     temperature: float
     batch_size: int
     baselines: bool
 
+    labelled = takes_pixels = True
+
     def run(self, method, params, data):
         """{"nn1", "knn<k>", "loo1", ...} in percent; {} where there are no labels or no test images."""
-        if not data.classes or data.sources["test"] is None:
+        if not labelled(data):
             return {}
         result = self._accuracies(method, params, data, self.feature)
         for name in FIXED if self.baselines else ():
@@ -43,7 +46,7 @@ class Evaluator:
         train, test = (
             split_features(method, params, data, split, feature, self.batch_size) for split in ("train", "test")
         )
-        return accuracies(train, test, self.k, self.temperature, len(data.classes))
+        return accuracies(train, test, self.k, self.temperature, len(data.classes), data.mesh)
 
 
 @functools.lru_cache(maxsize=8)
@@ -52,19 +55,25 @@ def _baseline(evaluator, method, data, name):
     return evaluator._accuracies(method, {}, data, name)
 
 
-def accuracies(train, test, k, temperature, num_classes):
-    """The three figures from (features [N, D], labels [N]) of both splits. k is cut to the size of the bank."""
+def accuracies(train, test, ks, temperature, num_classes, mesh):
+    """The figures from (features [N, D], labels [N]) of both splits. Each of `ks` is cut to the size of the bank."""
     bank, queries = _unit(train[0]), _unit(test[0])
-    k = min(k, len(bank))
-    scores, index = _nearest(queries, bank, k)
-    nearest = train[1][index]
-    votes = np.zeros((len(queries), num_classes))
-    np.add.at(votes, (np.arange(len(queries))[:, None], nearest), np.exp(scores / temperature))
-    _, others = _nearest(queries, queries, min(2, len(queries)))
+    ks = sorted({min(k, len(bank)) for k in ks})
+    scores, index = _nearest(queries, bank, ks[-1], mesh)
+    nearest, weights = train[1][index], np.exp(scores / temperature)
+    _, others = _nearest(queries, queries, min(2, len(queries)), mesh)
     own = np.arange(len(queries))
     other = np.where(others[:, 0] == own, others[:, -1], others[:, 0])  # a duplicate may come before the image itself
     percent = lambda predicted: 100 * float(np.mean(predicted == test[1]))
-    return {"nn1": percent(nearest[:, 0]), f"knn{k}": percent(votes.argmax(1)), "loo1": percent(test[1][other])}
+    voted = {f"knn{k}": percent(_vote(nearest[:, :k], weights[:, :k], num_classes)) for k in ks}
+    return {"nn1": percent(nearest[:, 0]), **voted, "loo1": percent(test[1][other])}
+
+
+def _vote(labels, weights, num_classes):
+    """The class with most weight [Q] among neighbours' classes [Q, k]."""
+    votes = np.zeros((len(labels), num_classes))
+    np.add.at(votes, (np.arange(len(labels))[:, None], labels), weights)
+    return votes.argmax(axis=1)
 
 
 def _unit(x):
@@ -72,20 +81,22 @@ def _unit(x):
     return (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
-@jax.jit
-def _similarities(queries, bank):
-    return jnp.matmul(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
+@functools.lru_cache(maxsize=4)
+def _programs(mesh):
+    """Jitted (queries [Q, D], split over the devices, bank [N, D]) -> cosines [Q, N]; and their top k, on all."""
+    similar = lambda queries, bank: jnp.matmul(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
+    top = jax.jit(jax.lax.top_k, static_argnums=1, out_shardings=sharding.replicated(mesh))
+    return jax.jit(similar, out_shardings=sharding.of_batch(mesh)), top
 
 
-_top = jax.jit(jax.lax.top_k, static_argnums=1)
-
-
-def _nearest(queries, bank, k):
+def _nearest(queries, bank, k, mesh):
     """(cosines, indices) [Q, k] of the nearest bank rows, best first."""
-    bank, results = jax.device_put(bank), []
-    for start in range(0, len(queries), CHUNK):
-        chunk = queries[start : start + CHUNK]
-        padded = np.pad(chunk, ((0, CHUNK - len(chunk)), (0, 0)))  # one shape, one compilation
-        top = _top(_similarities(jax.device_put(padded), bank), k)
-        results.append([np.asarray(jax.device_get(x))[: len(chunk)] for x in top])
+    similarities, top = _programs(mesh)
+    bank, results = sharding.place(bank, sharding.replicated(mesh)), []
+    rows = -(-CHUNK // mesh.size) * mesh.size
+    for start in range(0, len(queries), rows):
+        chunk = queries[start : start + rows]
+        padded = np.pad(chunk, ((0, rows - len(chunk)), (0, 0)))  # one shape, one compilation
+        found = top(similarities(sharding.place(padded, sharding.of_batch(mesh)), bank), k)
+        results.append([np.asarray(jax.device_get(x))[: len(chunk)] for x in found])
     return tuple(np.concatenate(column) for column in zip(*results, strict=True))

@@ -36,6 +36,8 @@ class Evaluator:
     iterations: int
     batch_size: int
 
+    takes_pixels = True
+
     def run(self, method, params, data):
         """{"miou<K>", "knn_miou", "knn_accuracy", "linear_miou", "linear_accuracy"} in percent."""
         augment = patches.enlarged(data.augment, self.zoom)

@@ -36,6 +36,8 @@ class Evaluator:
     temperature: float
     batch_size: int
 
+    takes_pixels = True
+
     def run(self, method, params, data):
         """{"J", "F", "JF", "still_JF"} in percent, means over all objects of all clips."""
         side = self.side or 2 * min(data.augment.eval_size)
@@ -79,7 +81,7 @@ class Evaluator:
 
     def _features(self, method, params, data, images):
         """Patch features of all frames, of length 1: float32 [T, N, D]."""
-        encode = patches.encoder(method, data.mesh, self.feature)
+        encode = patches.encoder(method, data.augment, data.mesh, self.feature)
         size = -(-self.batch_size // data.mesh.size) * data.mesh.size
         rows = []
         for start in range(0, len(images), size):

@@ -1,0 +1,97 @@
+"""A run as others open it: its config, its method, its newest weights, and images to look at through them."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+
+from lmim_jax import checkpoint, manifest, sharding
+from lmim_jax.data import augment, sources
+from lmim_jax.data.evaluation import Evaluation
+from lmim_jax.errors import UserError
+from lmim_jax.methods import base as methods
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights to evaluate, as in a `state.TrainState`: params and target, trees; of which step, and their checksum.
+
+    checkpoint: of a saved step, the SHA-256 of its manifest, which holds those of all its files; "" for fresh weights.
+    """
+
+    params: dict
+    target: dict
+    step: int
+    checkpoint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run on disk: its folder, its config (of plain values) and its method."""
+
+    workdir: pathlib.Path
+    config: dict
+    method: object
+
+    def weights(self, mesh):
+        """Its newest good Weights, on all devices.
+
+        Raises:
+          UserError: nothing was saved yet, or nothing of it is good.
+        """
+        step = checkpoint.newest(self.workdir)
+        params, target = checkpoint.weights(self.workdir, self.method, step)
+        sealed = (manifest.steps(self.workdir)[step] / manifest.NAME).read_text()
+        placed = jax.device_put((params, target), sharding.replicated(mesh))
+        return Weights(*placed, step, json.loads(sealed.partition("\n")[0])["sha256"])
+
+    def untrained(self, mesh):
+        """The Weights that it began with, on all devices."""
+
+        def fresh():
+            params = self.method.init(jax.random.split(jax.random.key(self.config["seed"]))[0])  # as in state.init
+            return params, self.method.target_of(params)
+
+        return Weights(*jax.jit(fresh, out_shardings=sharding.replicated(mesh))(), 0, "")
+
+    def images(self, knobs, mesh, **options):
+        """Images to evaluate on, an `Evaluation`: unaugmented, at the size that the encoder was trained on.
+
+        Args:
+          knobs: as `config.data`; such as that of the run itself. options: of an `Evaluation`.
+
+        Raises:
+          UserError: they are not there.
+        """
+        source = {split: sources.from_config(knobs, split) for split in ("train", "test")}
+        sizes = dict(image_size=self.method.image_size, eval_size=self.method.feature_size)
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in self.config["augment"].items()}
+        return Evaluation(source, knobs, augment.from_config(fields, **sizes), mesh, **options)
+
+    def data_config(self, defaults, changes):
+        """The knobs of its images, a ConfigDict.
+
+        Args:
+          defaults: all knobs there are; for what was not a knob yet when the run was made.
+          changes: {knob: value} instead of those of the run.
+        """
+        return ConfigDict({**defaults, **{k: v for k, v in self.config["data"].items() if k in defaults}, **changes})
+
+
+def open_run(workdir):
+    """The Run in a folder.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    path = pathlib.Path(workdir, "config.json")
+    if not path.is_file():
+        raise UserError(f"{workdir} is no run: it has no config.json; give the --workdir of one")
+    try:
+        config = json.loads(path.read_text())
+        sections = config["method"], config["data"], config["augment"], config["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as the config of a run ({type(error).__name__}: {error})") from error
+    return Run(pathlib.Path(workdir), config, methods.from_config(sections[0], total_steps=1, steps_per_epoch=1))
