@@ -48,32 +48,27 @@ def run(method=None, patch_size=1, **change):
 
 
 def test_region_and_contour_by_hand():
-    """3 x 3 squares in 6 x 6 pixels; the second lies one column to the right.
+    """3 x 3 squares in 6 x 6 pixels, moved to the right by one and by two columns. 0.008 diagonals: up to 1 pixel.
 
-    Overlap 6, union 12: J = 1/2. Contours: a pixel that differs from its right, lower or lower right neighbour; of a
-    square at rows 1-3, columns 1-3: row 0: columns 0-3; rows 1 and 2: columns 0 and 3; row 3: columns 0-3. That is 12
-    (the lower edge is in the square, the upper one above it). The diagonal is 8.49, times 0.008 is 0.07: ceil gives 1.
-    All contour pixels of one have one of the other within 1 pixel, but for column 0 (3 of the 4 rows: of its upper end,
-    (0, 0), the next, (0, 1), is on both). Both contours have 12 pixels.
+        square     its contour: pixels that differ from the one to the right, below or below right
+        . . . . . .    x x x x . .
+        . s s s . .    x . . x . .     12 pixels
+        . s s s . .    x . . x . .
+        . s s s . .    x x x x . .
+        . . . . . .    . . . . . .
+
+    One column: 6 of 12 pixels in both. Each contour pixel lies beside one of the other.
+    Two columns: 3 of 15 in both. The moved contour is cut by the border, which is none: 4 + 1 + 1 + 4 = 10 pixels.
+    Of the first's, rows 0 and 3 have 3 of 4 near one of it, rows 1 and 2 have 1 of 2 (column 3): recall 8 / 12.
+    Of its own, rows 0 and 3 have 3 of 4 near the first's, rows 1 and 2 have 1 of 1: precision 8 / 10.
+    F = 2 x 2/3 x 4/5 / (2/3 + 4/5) = 8 / 11.
     """
-    first, second = square(1, 1), square(1, 2)
-    assert davis.region(first, second) == 0.5
-    edge = np.zeros((6, 6), bool)
-    edge[0, 0:4] = edge[3, 0:4] = edge[1:3, 0] = edge[1:3, 3] = True
-    np.testing.assert_array_equal(davis.boundary(first), edge)
-    moved = np.zeros((6, 6), bool)
-    moved[0, 1:5] = moved[3, 1:5] = moved[1:3, 1] = moved[1:3, 4] = True
-    np.testing.assert_array_equal(davis.boundary(second), moved)
-    assert davis.contour(first, second) == 1.0  # every pixel lies one column from one of the other
-    # two columns apart: of 12 pixels the 2 of each in rows 1 and 2 at columns 0 and 3 (2 and 5) are near only where the
-    # other has column 2 or 3, so (rows 1, 2; column 3) has (column 2); column 0 has nothing within 1 but in rows 0, 3
-    third = square(1, 3)
-    near = {(0, 1), (0, 2), (0, 3), (3, 1), (3, 2), (3, 3), (1, 3), (2, 3)}
-    of_third = {(row, 5 - column) for row, column in near}
-    precision, recall = len(of_third) / 12, len(near) / 12
-    assert davis.contour(first, third) == pytest.approx(2 * precision * recall / (precision + recall))
-    assert davis.contour(first, third) == pytest.approx(8 / 12)
+    first, second, third = square(1, 1), square(1, 2), square(1, 3)
+    contour = [[1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 0, 0], [1, 1, 1, 1, 0, 0], [0] * 6, [0] * 6]
+    assert (davis.boundary(first) * 1).tolist() == contour
+    assert (davis.region(first, second), davis.contour(first, second)) == (1 / 2, 1)
     assert davis.region(first, third) == 3 / 15
+    assert davis.contour(first, third) == pytest.approx(8 / 11)
 
 
 def test_empty_masks():
