@@ -99,7 +99,7 @@ def test_features_that_tell_score_100_and_shuffled_ones_chance(clevr, monkeypatc
 
 def test_the_whole_image_is_seen(clevr):
     """Also of one that is wider than high: its columns are shrunk, none are cut off."""
-    data, _ = annotated.evaluation().attributes("clevr", clevr, ("train", "validation"))
+    data, _ = annotated.evaluation().attributed("clevr", clevr, ("train", "validation"))
     batch = next(data.batches("train", 8))
     label = np.asarray(batch["label"])[0]
     row = np.asarray(batch["images"])[0, 0, :, 0]

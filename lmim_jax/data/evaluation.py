@@ -141,11 +141,11 @@ class Evaluation:
         )
         return {"image": np.stack(images), "size": np.stack(sizes)}
 
-    def masked(self, images, masks_, counts, augment):
+    def masked(self, images, of_masks, counts, augment):
         """Images with masks of numbers, of this dataset or of two folders, see masks.py; their masks: `segments`.
 
         Args:
-          images, masks_: the folders; "": this dataset, in whose masks 255 is the object.
+          images, of_masks: the folders; "": this dataset, in whose masks 255 is the object.
           counts: how many (training, test) images, at most, drawn at random: of the two splits where there are two,
             or else of two halves of the images.
           augment: their size.
@@ -156,7 +156,7 @@ class Evaluation:
         Raises:
           UserError: there are no masks; see `masks.folder`.
         """
-        splits = [masks.folder(images, masks_), None] if images or masks_ else [self.sources[s] for s in SPLITS]
+        splits = [masks.folder(images, of_masks), None] if images or of_masks else [self.sources[s] for s in SPLITS]
         if splits[0].mask(0) is None:
             raise UserError(
                 "the images of this run have no masks to compare segments with; set `images` and `masks` of the "
@@ -182,7 +182,7 @@ class Evaluation:
                 raise UserError(f"the mask of {source.name(i)} cannot be used: {error}") from error
         return np.stack(found)
 
-    def attributes(self, name, folder, splits):
+    def attributed(self, name, folder, splits):
         """Images whose label is count x BINS + distance, see attributes.py: (another Evaluation, BINS).
 
         name, folder, splits: of a TFDS dataset, and its (training, test) splits; name "": `shapes/several`.
@@ -195,9 +195,11 @@ class Evaluation:
         return clips.folder(path, listed) if path else clips.embedded()
 
     def _with(self, sources, augment):
-        """The same way of reading, of other images; the canvas is as large as they are used, at least."""
+        """The same way of reading, of other images; on a canvas twice as large as they are used, at least, so that one
+        that is not square is not shrunk below that size.
+        """
         config = ConfigDict(dict(self.config))
-        config.canvas = max(config.canvas, *augment.eval_size)
+        config.canvas = max(config.canvas, *(2 * side for side in augment.eval_size))
         return Evaluation(sources, config, augment, self.mesh, self.check, self._progress, self.cache)
 
     def _decoded(self, source):

@@ -29,7 +29,7 @@ class Evaluator:
 
     def run(self, method, params, data):
         """{"count", "count_chance", "distance", "distance_chance"} in percent."""
-        data, bins = data.attributes(self.name, self.dir, (self.train_split, self.test_split))
+        data, bins = data.attributed(self.name, self.dir, (self.train_split, self.test_split))
         (x, x_labels), (y, y_labels) = (
             split_features(method, params, data, split, self.feature, self.batch_size) for split in ("train", "test")
         )
