@@ -76,6 +76,7 @@ def get_config(part="evaluators"):
         test_images=200,
         feature="patches_prenorm",  # of patches; or pixels
         zoom=2,  # features of images enlarged so many times: a finer grid
+        center=True,  # clusters of what is left without the mean over images at each position
         clusters=(3, 4, 5),  # per image, cuts of one tree: each is a figure
         bank=10000,  # training patches of the probes, at most
         k=10,  # nearest patches that vote

@@ -15,7 +15,7 @@ from lmim_jax.errors import UserError
 from lmim_jax.evaluators import segmentation
 
 RNG = np.random.default_rng(0)
-SMALL = dict(zoom=1, train_images=10, test_images=10, batch_size=8, l2=(1e-4, 1e-2), iterations=20)
+SMALL = dict(zoom=1, center=False, train_images=10, test_images=10, batch_size=8, l2=(1e-4, 1e-2), iterations=20)
 
 
 @pytest.fixture(scope="module")

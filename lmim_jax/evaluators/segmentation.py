@@ -29,6 +29,7 @@ class Evaluator:
     test_images: int
     feature: str
     zoom: int
+    center: bool
     clusters: tuple[int, ...]
     bank: int
     k: int
@@ -51,8 +52,9 @@ class Evaluator:
             raise UserError(f"the masks have no more than one class ({classes}): there is nothing to tell apart")
         counts = {split: pixels(maps[split], classes, method.patch_size) for split in maps}
         background = classes.index(0) if 0 in classes else None
-        centered = tokens["test"] - tokens["test"].mean(axis=0)  # what is left tells of the image, not of the position
-        cuts = [clustering.nested(of_image, self.clusters) for of_image in centered]
+        # Without the mean over images at each position, what is left tells of the image, not of the position
+        mean = tokens["test"].mean(axis=0) if self.center else 0
+        cuts = [clustering.nested(of_image, self.clusters) for of_image in tokens["test"] - mean]
         result = self._probes(tokens, counts)
         for k in self.clusters:
             of_images = [matched(cut[k], true, background) for cut, true in zip(cuts, counts["test"], strict=True)]
