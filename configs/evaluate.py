@@ -64,6 +64,13 @@ def get_config(part="evaluators"):
 
     # -- what is where in an image, how many, and how it moves
 
+    config.update(spatial())
+    return config
+
+
+def spatial():
+    """Sections of evaluators on patches, and on images that show more than one object."""
+    config = ConfigDict()
     config.segmentation = dict(
         type="segmentation",  # clusters of patches against masks, and probes of patches
         every=0.0,

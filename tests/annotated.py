@@ -13,7 +13,7 @@ from lmim_jax.data import augment
 from lmim_jax.data.evaluation import Evaluation
 from lmim_jax.evaluators import base
 
-STEP = 40  # grey levels between classes
+STEP = 45  # grey levels between classes
 
 
 class Sees:
@@ -49,10 +49,10 @@ def evaluation(sources=None, grid=(8, 8), patch_size=4):
     return Evaluation(sources, config.data, augmentation, sharding.make_mesh())
 
 
-def evaluator(name, **change):
+def evaluator(kind, /, **change):
     """The evaluator of a section of configs/evaluate.py."""
-    section = {**evaluate.get_config()[name].to_dict(), "feature": "patches", **change}
-    return base.from_config(ConfigDict({name: section}), steps_per_epoch=1, has_target=False)[0].evaluator
+    section = {**evaluate.get_config()[kind].to_dict(), "feature": "patches", **change}
+    return base.from_config(ConfigDict({kind: section}), steps_per_epoch=1, has_target=False)[0].evaluator
 
 
 def save(path, numbers, scale=1):

@@ -22,13 +22,12 @@ class Clevr(tfds.core.GeneratorBasedBuilder):
 
     name = "clevr"
     VERSION = tfds.core.Version("3.1.0")
-    pkg_dir_path = None
 
     def _info(self):
         objects = {"3d_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32)}
         objects |= {"pixel_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32)}
         features = {"image": tfds.features.Image(), "objects": tfds.features.Sequence(objects)}
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         del dl_manager

@@ -55,8 +55,9 @@ def test_fewer_clusters_than_classes_lose_whole_classes(folders):
     assert run(folders, clusters=(2,))["miou2"] < 75
 
 
-def test_pixels_serve_as_features(folders):
-    assert run(folders, feature="pixels")["knn_accuracy"] == 100
+def test_pixels_and_colors_serve_as_features(folders):
+    assert run(folders, feature="histogram")["knn_accuracy"] == 100
+    assert run(folders, feature="pixels")["linear_accuracy"] > 80
 
 
 def test_matching_equals_the_best_of_all_pairings():

@@ -26,6 +26,7 @@ from lmim_jax.data import drawing, scenes
 from lmim_jax.data.drawing import CLASSES, DRAWN, SIZE
 
 log = logging.getLogger(__name__)
+logging.getLogger("absl").addFilter(lambda record: "custom data configuration" not in str(record.msg))  # as meant here
 
 SPLITS = {"train": 8192, "test": 2048}
 SEVERAL = {"train": 1536, "test": 512}
@@ -106,14 +107,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     name = "shapes"
     VERSION = tfds.core.Version("2.0.0")
     RELEASE_NOTES = {"2.0.0": "Larger objects, distractors."}  # noqa: RUF012  (read by TFDS)
-    BUILDER_CONFIGS = [  # noqa: RUF012
-        tfds.core.BuilderConfig(name="several", version=VERSION, description="Several objects, their number, masks."),
-        tfds.core.BuilderConfig(name="clips", version=VERSION, description="Clips of moving objects, masks."),
-    ]
-    pkg_dir_path = None
-
-    def get_default_builder_config(self):
-        """None, not the first of the list."""
+    pkg_dir_path = None  # and no BUILDER_CONFIGS, of which TFDS would make one the default
 
     @property
     def _kind(self):
@@ -140,9 +134,10 @@ def prepare(folder, kind=None):
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    config = kind and tfds.core.BuilderConfig(name=kind, version=Shapes.VERSION, description="see scenes.py")
     with (folder / "shapes.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be drawing: wait for it
-        builder = Shapes(data_dir=str(folder), file_format="array_record", config=kind)
+        builder = Shapes(data_dir=str(folder), file_format="array_record", config=config)
         if not pathlib.Path(builder.data_dir).exists():
             log.info("drawing the dataset `%s`, once, into %s (seconds)", builder.info.full_name, builder.data_dir)
             tfds.disable_progress_bar()

@@ -33,6 +33,7 @@ from lmim_jax.feature_cache import FeatureCache
 from lmim_jax.writers import write_picture
 
 log = logging.getLogger("lmim_jax.tools.evaluate")
+TELL = 20.0  # seconds between lines of progress
 
 
 def choose(titles, config):
@@ -128,8 +129,18 @@ def _has(scheduled, column):
 
 
 def progress(batches, split, total):
-    """Batches as they come, shown with their number, speed and ETA, on a terminal."""
-    return tqdm.tqdm(batches, f"images of {split}", total, leave=False, unit=" batches", disable=None)
+    """Batches as they come, shown with their number, speed and ETA: a bar on a terminal, else lines in the log."""
+    title = f"images of {split}"
+    if sys.stderr.isatty():
+        yield from tqdm.tqdm(batches, title, total, leave=False, unit=" batches", disable=jax.process_index() > 0)
+        return
+    began = told = time.perf_counter()
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        now = time.perf_counter()
+        if now - told > TELL:
+            left, told = (now - began) / done * (total - done), now
+            log.info("        %s: %d of %d batches, ETA %s", title, done, total, metrics.duration(left))
 
 
 def evaluate(run, scheduled, knobs, baselines, everything, folder):
@@ -171,8 +182,10 @@ def main(argv):
     what, figures, pictures = evaluate(run, scheduled, knobs, flag.baselines, everything, folder)
     if jax.process_index():
         return
-    changed = [word for word in sys.argv[1:] if word.lstrip("-").startswith(("config", "data", "weights", "feature"))]
-    suffix = f"-{hashlib.sha256(' '.join(sorted(changed)).encode()).hexdigest()[:8]}" if changed else ""
+    changed = {name: config_flags.get_override_values(flag[name]) for name in ("config", "data")}
+    changed |= {"weights": flag.weights, "feature": flag.feature}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+    suffix = f"-{digest}" if any(changed.values()) else ""
     name = f"{what['step']}-{'-'.join(['all'] if everything else sections)}{suffix}.json"
     out = pathlib.Path(flag.out) if flag.out else folder / name
     of_each = {title: section.to_dict() for title, section in sections.items()}

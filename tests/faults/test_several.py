@@ -1,5 +1,6 @@
 """Several processes: equal to one, alike or refused, ended together, resumed as others. Real processes."""
 
+import json
 import os
 import pathlib
 import re
@@ -173,3 +174,24 @@ def test_a_save_that_fails_on_one_process_fails_on_all_and_is_tried_again(images
     assert [code for code, _ in ended] == [75, 75], ended
     assert re.search(r"SAVING STEP \d+ FAILED \(1 of 1000 .*: process 1: ", ended[0][1])
     assert "SAVING STEP" in ended[1][1]
+
+
+def test_two_processes_evaluate_as_one_does(images, tmp_path, full):
+    """[only with --faults] The same figures; features are written by the first process, and read by both."""
+    if not full:
+        pytest.skip("four processes; ./launch/test.sh --faults")
+    run(images, tmp_path, *FLAGS)
+    script = [str(processes.ROOT / "launch" / "processes.sh"), "2"]
+    tool = [sys.executable, "-m", "lmim_jax.tools.evaluate", f"--workdir={tmp_path}", "--evaluators=knn,linear"]
+    tool += ["--config.knn.batch_size=16", "--config.linear.batch_size=16"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    figures, cache = [], tmp_path / "evaluations" / "cache"
+    for name, launcher in (("two", script), ("again", script), ("one", [])):
+        command = [*launcher, *tool, f"--out={tmp_path / name}.json"]
+        told = subprocess.run(command, cwd=processes.ROOT, env=environment, capture_output=True, text=True)
+        assert told.returncode == 0, told.stdout + told.stderr
+        figures.append(json.loads((tmp_path / f"{name}.json").read_text())["figures"])
+        assert len(list(cache.iterdir())) == 2
+        assert ("knn/nn1" in told.stdout) and told.stdout.count("knn/nn1") == 1
+        assert (f"from {cache}" in told.stderr + told.stdout) == (name != "two")
+    assert figures[0] == figures[1] == figures[2]
