@@ -204,6 +204,21 @@ class Augment:
         return self.normalize(jax.vmap(one)(batch["image"], batch["size"]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Squash(Augment):
+    """At evaluation the whole image, whatever its aspect, as where objects at the border count, too."""
+
+    def evaluation(self, batch):
+        """Resized to `eval_size` and normalised: float32 [B, *eval_size, C]."""
+        kernel = KERNELS[self.interpolation]
+
+        def one(image, size):
+            grids = [(0, 0, size[axis], self.eval_size[axis]) for axis in (0, 1)]
+            return resample(image, grids, (0, 0, size[0], size[1]), self.eval_size, kernel)
+
+        return self.normalize(jax.vmap(one)(batch["image"], batch["size"]))
+
+
 def from_config(config, *, image_size, eval_size):
     """Build the augmentation from `config.augment`; sizes come from the method."""
     return Augment(**config, image_size=tuple(image_size), eval_size=tuple(eval_size))

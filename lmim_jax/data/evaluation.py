@@ -5,9 +5,14 @@ import functools
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from lmim_jax import sharding
-from lmim_jax.data import background, decode, loader
+from lmim_jax.data import attributes, background, clips, decode, loader, masks
+from lmim_jax.data.augment import Squash
+from lmim_jax.errors import UserError
+
+SPLITS = ("train", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Selected:
 
     source: object
     indices: tuple[int, ...]
+    classes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
     def __len__(self):
@@ -44,6 +50,14 @@ class Selected:
     def record(self, index):
         """(encoded bytes, class) of the image."""
         return self.source.record(self.indices[index])
+
+    def mask(self, index):
+        """The encoded mask of the image, or None."""
+        return self.source.mask(self.indices[index])
+
+    def identity(self):
+        """What tells these images from others."""
+        return {**self.source.identity(), "chosen": list(self.indices)}
 
     def name(self, index):
         """The name of the image in its source."""
@@ -62,7 +76,7 @@ class Evaluation:
     def __init__(
         self, sources, config, augment, mesh, check=lambda: None, progress=lambda batches, *_: batches, cache=None
     ):
-        self.sources, self.config, self.augment, self.mesh, self._check = sources, config, augment, mesh, check
+        self.sources, self.config, self.augment, self.mesh, self.check = sources, config, augment, mesh, check
         self._progress, self.cache = progress, cache
         self._bad = {}  # by split, so that a bad image is named once, not at every evaluation
 
@@ -98,7 +112,7 @@ class Evaluation:
         crew = self._crew(images, batch_size, self.config.workers)
         batches = background.ahead(crew, place, self.config.timeout, images.reading)
         for batch in self._progress(batches, split, -(-len(images.source) // batch_size)):
-            self._check()
+            self.check()
             yield {"images": self._transform(batch), "label": batch["label"], "index": batch["index"]}
 
     def sample(self, split, count):
@@ -126,6 +140,67 @@ class Evaluation:
             *(decode.on_canvas(f, self.config.canvas, self.config.channels) for f in files), strict=True
         )
         return {"image": np.stack(images), "size": np.stack(sizes)}
+
+    def masked(self, images, of_masks, counts, augment):
+        """Images with masks of numbers, of this dataset or of two folders, see masks.py; their masks: `segments`.
+
+        Args:
+          images, of_masks: the folders; "": this dataset, in whose masks 255 is the object.
+          counts: how many (training, test) images, at most, drawn at random: of the two splits where there are two,
+            or else of two halves of the images.
+          augment: their size.
+
+        Returns:
+          Another Evaluation.
+
+        Raises:
+          UserError: there are no masks; see `masks.folder`.
+        """
+        splits = [masks.folder(images, of_masks), None] if images or of_masks else [self.sources[s] for s in SPLITS]
+        if splits[0].mask(0) is None:
+            raise UserError(
+                "the images of this run have no masks to compare segments with; set `images` and `masks` of the "
+                "evaluator to two folders with the same file names"
+            )
+        orders = [loader.epoch_order(0, 0, len(source)) if source else () for source in splits]
+        if splits[1] is None:
+            splits[1], half = splits[0], len(splits[0]) // 2
+            orders = orders[0][half:], orders[0][:half]
+        chosen = [tuple(int(i) for i in order[:count]) for order, count in zip(orders, counts, strict=True)]
+        if not all(chosen):
+            raise UserError(f"{len(splits[0])} image(s) with masks are too few: some train probes, others test them")
+        picked = {name: Selected(*of) for name, *of in zip(SPLITS, splits, chosen, strict=True)}
+        return self._with(picked, augment)
+
+    def segments(self, split, indices):
+        """Masks of numbers of some images, as `batches` crops them, nearest pixels: int32 [n, H, W]; see masks.py."""
+        source, found = self.sources[split], []
+        for i in indices:
+            try:
+                found.append(masks.placed(masks.numbers(source.mask(i)), self.augment))
+            except (decode.BadImage, OSError) as error:
+                raise UserError(f"the mask of {source.name(i)} cannot be used: {error}") from error
+        return np.stack(found)
+
+    def attributed(self, name, folder, splits):
+        """Images whose label is count x BINS + distance, see attributes.py: (another Evaluation, BINS).
+
+        name, folder, splits: of a TFDS dataset, and its (training, test) splits; name "": `shapes/several`.
+        """
+        chosen = {key: attributes.source(name, folder, split) for key, split in zip(SPLITS, splits, strict=True)}
+        return self._with(chosen, Squash(**vars(self.augment))), attributes.BINS
+
+    def clips(self, path, listed):
+        """The clips of a folder laid out as DAVIS, or for "" the embedded ones: a list of `clips.Clip`."""
+        return clips.folder(path, listed) if path else clips.embedded()
+
+    def _with(self, sources, augment):
+        """The same way of reading, of other images; on a canvas twice as large as they are used, at least, so that one
+        that is not square is not shrunk below that size.
+        """
+        config = ConfigDict(dict(self.config))
+        config.canvas = max(config.canvas, *(2 * side for side in augment.eval_size))
+        return Evaluation(sources, config, augment, self.mesh, self.check, self._progress, self.cache)
 
     def _decoded(self, source):
         threads = background.threads_of(self.config)

@@ -56,6 +56,14 @@ class Tfds:
         """The encoded object mask of image `index`, or None where the dataset has none."""
         return _bytes(self._example(index), self.features[2]) if self.features[2] else None
 
+    def numbers(self, index, name):
+        """A feature of numbers of image `index`, flat, as stored: [n]; None where the dataset has no such feature."""
+        example = self._example(index)
+        if name not in example:
+            return None
+        kind = example[name].WhichOneof("kind")
+        return np.array(getattr(example[name], kind).value) if kind in ("int64_list", "float_list") else None
+
     def name(self, index):
         """Dataset, split and place in it."""
         return f"{self.title}[{index if self.kept is None else self.kept[index]}]"

@@ -9,9 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.cluster import hierarchy
 
-from lmim_jax import pictures, sharding
+from lmim_jax import clustering, patches, pictures, sharding
 
 REFERENCE = 64  # images whose mean feature at each position is subtracted: what is left tells of the image
 
@@ -43,11 +42,7 @@ class Evaluator:
 
     def _seen(self, method, params, data, canvases, indices):
         """PCA and clusters of the features of enlarged images, on a grid `zoom` times as fine as in training."""
-        enlarged = dataclasses.replace(
-            data.augment,
-            eval_resize=self.zoom * data.augment.eval_resize,
-            eval_size=tuple(self.zoom * side for side in data.augment.eval_size),
-        )
+        enlarged = patches.enlarged(data.augment, self.zoom)
         inputs, tokens = jax.device_get(_encode(method, enlarged, data.mesh, self.feature)(params, canvases))
         tokens = tokens[: len(indices)]
         tokens = (tokens - tokens.mean(axis=0))[: self.images]
@@ -55,7 +50,7 @@ class Evaluator:
         if masks is not None:
             masks = np.asarray(enlarged.levels(enlarged.evaluation(masks))).mean(-1) > 127
         shape = (len(tokens), *(self.zoom * side for side in method.grid))
-        clusters = np.stack([cluster(of_image, self.clusters) for of_image in tokens])
+        clusters = np.stack([clustering.nested(of_image, (self.clusters,))[self.clusters] for of_image in tokens])
         colors = pca_rgb(tokens).reshape(*shape, 3)
         return pictures.features(inputs[: self.images], colors, clusters.reshape(shape), masks)
 
@@ -93,13 +88,6 @@ def pca_rgb(tokens):
     components = centered @ np.pad(axes, ((0, 3 - len(axes)), (0, 0))).T
     low, high = np.percentile(components, (2, 98), axis=0)
     return np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(*tokens.shape[:2], 3)
-
-
-def cluster(tokens, count):
-    """Clusters of the patches of one image by Ward's hierarchical method: [N, D] -> [N] int, largest cluster 0."""
-    labels = hierarchy.fcluster(hierarchy.linkage(tokens, "ward"), count, "maxclust") - 1
-    order = np.argsort(-np.bincount(labels, minlength=count), kind="stable")
-    return np.argsort(order)[labels]
 
 
 def _windows(method, views, k):

@@ -1,0 +1,137 @@
+"""Number and distance of objects: the probes, the embedded images, and CLEVR as TFDS prepares it."""
+
+import io
+
+import annotated
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from lmim_jax.data import attributes, prepared, shapes
+from lmim_jax.errors import UserError
+from lmim_jax.evaluators import base
+
+RNG = np.random.default_rng(0)
+DISTANCES = (7.0, 8.0, 8.2, 8.7, 9.2, 9.7, 10.0, 12.0)
+BINS = (0, 0, 1, 2, 3, 4, 4, 5)  # VTAB's: (0, 8], (8, 8.5], ... (10, 100]
+
+
+class Clevr(tfds.core.GeneratorBasedBuilder):
+    """As tfds/clevr, with what is read here: a row of pixels of levels 40 x count and 20 x the bin of the distance."""
+
+    name = "clevr"
+    VERSION = tfds.core.Version("3.1.0")
+
+    def _info(self):
+        objects = {"3d_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32)}
+        objects |= {"pixel_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32)}
+        features = {"image": tfds.features.Image(), "objects": tfds.features.Sequence(objects)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {"train": self._generate_examples(120, 0), "validation": self._generate_examples(40, 1)}
+
+    def _generate_examples(self, length, seed):
+        rng = np.random.default_rng(seed)
+        for i in range(length):
+            count, which = 3 + i % 4, rng.integers(len(DISTANCES))
+            coordinates = np.full((count, 3), 15.0, np.float32)
+            coordinates[rng.integers(count), 2] = DISTANCES[which]
+            pixels = np.zeros((20, 30, 3), np.uint8)  # wider than high: squashed, not cut
+            pixels[:, 2 * count :] = 255
+            pixels[BINS[which] * 3 :, 15:] = 99
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, format="PNG")
+            stream.seek(0)
+            objects = [{"3d_coords": row, "pixel_coords": row} for row in coordinates]
+            yield i, {"image": stream, "objects": objects}
+
+
+@pytest.fixture(scope="module")
+def clevr(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clevr")
+    Clevr(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return str(folder)
+
+
+class Knows:
+    """Features are the labels, one-hot, found by the pixels: a row of counts and distances."""
+
+    grid, patch_size = (8, 8), 4
+
+    @staticmethod
+    def features(params, images):
+        return {"patches": images.reshape(len(images), 1, -1)}
+
+
+def run(clevr, data=None, **change):
+    change = {"name": "clevr", "dir": clevr, "test_split": "validation", "l2": (1e-5, 1e-3), "iterations": 60, **change}
+    evaluator = annotated.evaluator("attributes", batch_size=32, **change)
+    return evaluator.run(Knows, {}, data or annotated.evaluation())
+
+
+def test_labels_of_clevr_are_those_of_vtab(clevr):
+    source = attributes.source("clevr", clevr, "train")
+    labels = np.array([source.record(i)[1] for i in range(len(source))])
+    counts, distances = np.divmod(labels, attributes.BINS)
+    assert np.bincount(counts).tolist() == [0, 0, 0, 30, 30, 30, 30]
+    assert set(distances) == set(BINS)
+    nearest = [source.images.numbers(i, "objects/pixel_coords")[2::3].min() for i in range(len(source))]
+    expected = [BINS[int(np.argmin(np.abs(np.array(DISTANCES) - x)))] for x in nearest]
+    assert distances.tolist() == expected
+
+
+def test_features_that_tell_score_100_and_shuffled_ones_chance(clevr, monkeypatch):
+    found = run(clevr)
+    assert found["count"] == found["distance"] == 100
+    assert found["count_chance"] == 25
+    assert run(clevr, batch_size=16) == found  # other padding
+    shuffle = lambda method, params, data, split, *rest: (
+        RNG.normal(size=(len(data.sources[split]), 4)).astype(np.float32),
+        np.array([data.sources[split].record(i)[1] for i in range(len(data.sources[split]))]),
+    )
+    monkeypatch.setattr("lmim_jax.evaluators.attributes.split_features", shuffle)
+    assert run(clevr)["count"] < 50
+
+
+def test_the_whole_image_is_seen(clevr):
+    """Also of one that is wider than high: its columns are shrunk, none are cut off."""
+    data, _ = annotated.evaluation().attributed("clevr", clevr, ("train", "validation"))
+    batch = next(data.batches("train", 8))
+    label = np.asarray(batch["label"])[0]
+    row = np.asarray(batch["images"])[0, 0, :, 0]
+    assert row.shape == (32,)
+    assert (row[:15] > 0.5).sum() == pytest.approx(15 - 2 * (label // attributes.BINS) * 32 / 30, abs=1)
+
+
+def test_the_embedded_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepared, "cache", lambda: tmp_path)
+    monkeypatch.setattr(shapes, "SEVERAL", {"train": 24, "test": 16})
+    found = run("", name="", dir="", test_split="test")
+    assert found.keys() == {"count", "distance", "count_chance", "distance_chance"}
+    source = attributes.source("", "", "train")
+    assert source.name(3) == "shapes/several/2.0.0/train[3]"
+    assert source.identity() == {"source": "shapes/several/2.0.0/train", "images": 24}
+    counts, distances = np.divmod([source.record(i)[1] for i in range(24)], attributes.BINS)
+    assert set(counts) <= set(range(2, 7))
+    assert set(distances) <= set(range(6))
+    assert prepared.open_tfds("shapes/several", str(tmp_path), "train").numbers(0, "count") is not None
+
+
+def test_bad_input_is_named(clevr, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no prepared dataset of that name"):
+        run(clevr, name="clever")
+    with pytest.raises(UserError, match=r"has no split 'test'; there are: .*validation"):
+        run(clevr, test_split="test")
+    monkeypatch.setattr(shapes, "SPLITS", {"train": 4, "test": 2})
+    shapes.prepare(tmp_path)
+    with pytest.raises(UserError, match="tells no number of objects nor distances"):
+        run(str(tmp_path), name="shapes")
+
+
+def test_sections_are_whole():
+    for name in ("segmentation", "video", "attributes"):
+        assert name in base.names()
+        annotated.evaluator(name)

@@ -1,0 +1,168 @@
+"""Clusters and probes of patches against masks; `shapes` with several objects; masks and folders of masks."""
+
+import hashlib
+import io
+import itertools
+
+import annotated
+import numpy as np
+import pytest
+from PIL import Image
+
+from lmim_jax import probes
+from lmim_jax.data import drawing, masks, scenes, shapes
+from lmim_jax.errors import UserError
+from lmim_jax.evaluators import segmentation
+
+RNG = np.random.default_rng(0)
+SMALL = dict(zoom=1, center=False, train_images=10, test_images=10, batch_size=8, l2=(1e-4, 1e-2), iterations=20)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """IMAGES and MASKS: 20 images of 32 x 32 pixels whose level tells the class of each patch of 4 x 4, 0 .. 3."""
+    root = tmp_path_factory.mktemp("masked")
+    for i in range(20):
+        cells = np.zeros((8, 8), int)
+        cells[1:4, 1:4], cells[5:8, 2:6], cells[2:4, 5:8] = 1, 2, 3 * (i % 2)
+        mask = np.kron(np.roll(cells, RNG.integers(0, 2, 2), (0, 1)), np.ones((4, 4), int))
+        annotated.save(root / "images" / "sub" / f"{i:02d}.png", mask, annotated.STEP)
+        annotated.save(root / "masks" / "sub" / f"{i:02d}.png", mask)
+    annotated.save(root / "images" / "unmasked.png", mask)
+    return {"images": str(root / "images"), "masks": str(root / "masks")}
+
+
+def run(folders, method=None, **change):
+    evaluator = annotated.evaluator("segmentation", **{**SMALL, **folders, **change})
+    return evaluator.run(method or annotated.Sees(), {}, annotated.evaluation())
+
+
+def test_perfect_features_score_100_and_shuffled_ones_do_not(folders):
+    found = run(folders, clusters=(4, 5))
+    names = {"miou4", "miou5", "knn_miou", "knn_accuracy", "linear_miou", "linear_accuracy"}
+    assert found == {name: pytest.approx(100) for name in names}
+    shuffled = run(folders, annotated.Sees(shuffled=True))
+    assert shuffled["miou4"] < 35
+    assert shuffled["linear_miou"] < 35
+
+
+def test_padding_and_batch_size_change_no_figure(folders):
+    assert run(folders, batch_size=8) == run(folders, batch_size=24)
+
+
+def test_fewer_clusters_than_classes_lose_whole_classes(folders):
+    # two of three or four classes found: the others score 0, and what is left over is background
+    assert run(folders, clusters=(2,))["miou2"] < 75
+
+
+def test_pixels_and_colors_serve_as_features(folders):
+    assert run(folders, feature="histogram")["knn_accuracy"] == 100
+    assert run(folders, feature="pixels")["linear_accuracy"] > 80
+
+
+def test_matching_equals_the_best_of_all_pairings():
+    """By hand and by brute force over all one-to-one pairings."""
+    # 6 patches of 4 pixels; clusters 0 0 1 1 2 2, truth: background (8 pixels), class 1 (16 pixels)
+    counts = np.array([[4, 0], [4, 0], [0, 4], [0, 4], [0, 4], [0, 4]])
+    # cluster 2 is left over and becomes background: background 8 / 16, class 1: 8 / 16
+    assert segmentation.matched(np.array([0, 0, 1, 1, 2, 2]), counts, 0) == pytest.approx(0.5)
+    assert segmentation.matched(np.array([0, 0, 1, 1, 1, 1]), counts, 0) == 1
+    assert segmentation.matched(np.array([0, 0, 1, 1, 2, 2]), counts, None) == pytest.approx((1 + 0.5) / 2)
+    for _ in range(20):
+        clusters, truth = RNG.integers(0, 4, 30), RNG.integers(0, 3, 30)
+        table = np.array([[np.sum((clusters == k) & (truth == c)) for c in range(3)] for k in range(4)])
+        overlap = table / (table.sum(1, keepdims=True) + table.sum(0) - table)
+        best = max(itertools.permutations(range(4), 3), key=lambda rows: sum(overlap[r, c] for c, r in enumerate(rows)))
+        label = np.zeros(4, int)
+        label[list(best)] = range(3)
+        found = label[clusters]
+        expected = [np.sum((found == c) & (truth == c)) / np.sum((found == c) | (truth == c)) for c in range(3)]
+        assert segmentation.matched(clusters, np.eye(3, dtype=int)[truth], 0) == pytest.approx(np.mean(expected))
+
+
+def test_ignored_pixels_count_for_nothing():
+    maps = np.array([[[0, 0, 255, 255], [0, 0, 255, 1]]])
+    assert segmentation.pixels(maps, [0, 1], 2).tolist() == [[[4, 0], [0, 1]]]
+    assert segmentation.iou(np.array([0, 1]), np.array([[4, 0], [0, 1]]), 2).tolist() == [1, 1]
+    assert segmentation.iou(np.array([0, 0]), np.array([[4, 0], [0, 1]]), 2).tolist() == [0.8, 0]
+
+
+def test_neighbours_and_regression_equal_scikit_learn():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    labels = RNG.integers(0, 3, 120)
+    x = (RNG.normal(size=(3, 6))[labels] + RNG.normal(size=(120, 6))).astype(np.float32)
+    queries = RNG.normal(size=(50, 6)).astype(np.float32)
+    reference = neighbors.KNeighborsClassifier(1, metric="cosine").fit(x, labels)
+    assert (probes.neighbours(x, labels, queries, 1, 3) == reference.predict(queries)).all()
+    scale = lambda a: (a - x.mean(0)) / x.std(0)
+    model = linear_model.LogisticRegression(C=1 / (1e-2 * 120), tol=1e-8, max_iter=1000).fit(scale(x), labels)
+    assert (probes.linear(x, labels, queries, 3, (1e-2,), 200) == model.predict(scale(queries))).all()
+
+
+def test_a_mask_lies_where_its_image_is():
+    augment = annotated.evaluation().augment
+    mask = RNG.integers(0, 3, (64, 96))  # twice as high: every second row and column of the middle
+    np.testing.assert_array_equal(masks.placed(mask, augment), mask[1::2, 17:80:2])
+
+
+def test_numbers_of_palette_and_grey_files():
+    stream = io.BytesIO()
+    image = Image.fromarray(np.array([[0, 1], [2, 255]], np.uint8)).convert("P")
+    image.putpalette(list(range(255, -1, -1)) * 3)
+    image.save(stream, format="PNG")
+    assert masks.numbers(stream.getvalue()).tolist() == [[0, 1], [2, 255]]
+    stream = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 255, (4, 4, 3)).astype(np.uint8)).save(stream, format="PNG")
+    with pytest.raises(masks.BadImage, match="a mask of colours"):
+        masks.numbers(stream.getvalue())
+
+
+def test_bad_input_is_named(folders, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("no image")
+    annotated.save(tmp_path / "other" / "z.png", np.zeros((8, 8), int))
+    annotated.save(tmp_path / "one" / "z.png", np.zeros((8, 8), int))
+    for change, message in (
+        ({"images": "", "masks": ""}, "no masks.*set `images` and `masks`"),
+        ({"images": str(tmp_path / "none")}, "images=.*is no folder"),
+        ({"masks": str(tmp_path / "text")}, "masks=.*no images in this folder"),
+        ({"masks": str(tmp_path / "other")}, r"no mask in .* is named like an image"),
+        ({"images": str(tmp_path / "one"), "masks": str(tmp_path / "other")}, "too few"),
+        ({"feature": "cls"}, "feature='cls' is not one of patches; there are: patches, pixels, histogram"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            run({**folders, **change})
+        assert "\n" not in str(error.value)
+
+
+def test_the_default_shapes_are_as_they_were():
+    digest = hashlib.sha256()
+    for split, index in (("train", 0), ("train", 1), ("train", 4097), ("test", 7)):
+        picture, label, mask = shapes.draw(split, index)
+        digest.update(picture.tobytes() + bytes([label]) + mask.tobytes())
+    known = "3df280ed1460c699af1ff0177ba2c79ba875570ead90583482ccc6f5b8336d1e"
+    assert digest.hexdigest() == known, "other images under the same version: results no longer compare"
+
+
+def test_stills_show_what_they_say():
+    stills = [scenes.still("train", i) for i in range(40)]
+    np.testing.assert_array_equal(stills[3][0], scenes.still("train", 3)[0])
+    assert (stills[3][0] != scenes.still("test", 3)[0]).any()
+    assert {count for _, _, count, _ in stills} == set(scenes.COUNTS)
+    low, high = scenes.NEAREST
+    assert all(low <= nearest <= high for *_, nearest in stills)
+    for picture, mask, count, _ in stills:
+        assert (picture.shape, mask.shape, mask.dtype) == ((64, 64, 3), (64, 64), np.uint8)
+        assert 1 <= len(set(np.unique(mask)) - {0}) <= count
+        assert mask.max() <= len(drawing.CLASSES)
+    centers = scenes._centers(np.random.default_rng(1), 6, 15.0)
+    apart = np.linalg.norm(centers[:, None] - centers, axis=-1) + 99 * np.eye(6)
+    assert apart.min() == pytest.approx(15.0)
+
+
+def test_half_of_the_images_test_where_there_is_one_split(folders):
+    data = annotated.evaluation()
+    picked = data.masked(folders["images"], folders["masks"], (99, 99), data.augment).sources
+    assert (len(picked["train"]), len(picked["test"])) == (10, 10)
+    assert not set(picked["train"].indices) & set(picked["test"].indices)

@@ -1,0 +1,191 @@
+"""Label propagation, J and F, folders laid out as DAVIS, and the embedded clips."""
+
+import annotated
+import numpy as np
+import pytest
+from PIL import Image
+
+from lmim_jax import davis
+from lmim_jax.data import clips, prepared, scenes, shapes
+from lmim_jax.errors import UserError
+from lmim_jax.evaluators import video
+
+RNG = np.random.default_rng(0)
+
+
+def square(top, left, size=6, side=3):
+    mask = np.zeros((size, size), bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two sequences of 5 frames, 16 x 32 and 16 x 16 pixels; levels tell the number of the object, 1 or 2."""
+    root = tmp_path_factory.mktemp("davis")
+    for name, width in (("wide", 32), ("small", 16)):
+        for time in range(5):
+            mask = np.zeros((16, width), int)
+            mask[2:8, 2 * time : 2 * time + 6] = 1
+            mask[10:14, width - 6 - 2 * time : width - 2 * time] = 2
+            annotated.save(root / "JPEGImages" / "480p" / name / f"{time:05d}.png", mask, annotated.STEP)
+            path = root / "Annotations" / "480p" / name / f"{time:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(mask.astype(np.uint8)).convert("P")
+            image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+            image.save(path)
+    (root / "ImageSets").mkdir()
+    (root / "ImageSets" / "val.txt").write_text("wide\n")
+    return root
+
+
+def run(method=None, patch_size=1, **change):
+    evaluator = annotated.evaluator("video", **{"side": 16, "batch_size": 8, "radius": 6, "past": 2, **change})
+    method = method or annotated.Sees()
+    method.patch_size = patch_size
+    return evaluator.run(method, {}, annotated.evaluation())
+
+
+def test_region_and_contour_by_hand():
+    """3 x 3 squares in 6 x 6 pixels, moved to the right by one and by two columns. 0.008 diagonals: up to 1 pixel.
+
+        square     its contour: pixels that differ from the one to the right, below or below right
+        . . . . . .    x x x x . .
+        . s s s . .    x . . x . .     12 pixels
+        . s s s . .    x . . x . .
+        . s s s . .    x x x x . .
+        . . . . . .    . . . . . .
+
+    One column: 6 of 12 pixels in both. Each contour pixel lies beside one of the other.
+    Two columns: 3 of 15 in both. The moved contour is cut by the border, which is none: 4 + 1 + 1 + 4 = 10 pixels.
+    Of the first's, rows 0 and 3 have 3 of 4 near one of it, rows 1 and 2 have 1 of 2 (column 3): recall 8 / 12.
+    Of its own, rows 0 and 3 have 3 of 4 near the first's, rows 1 and 2 have 1 of 1: precision 8 / 10.
+    F = 2 x 2/3 x 4/5 / (2/3 + 4/5) = 8 / 11.
+    """
+    first, second, third = square(1, 1), square(1, 2), square(1, 3)
+    contour = [[1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 0, 0], [1, 1, 1, 1, 0, 0], [0] * 6, [0] * 6]
+    assert (davis.boundary(first) * 1).tolist() == contour
+    assert (davis.region(first, second), davis.contour(first, second)) == (1 / 2, 1)
+    assert davis.region(first, third) == 3 / 15
+    assert davis.contour(first, third) == pytest.approx(8 / 11)
+
+
+def test_empty_masks():
+    empty, some = np.zeros((6, 6), bool), square(1, 1)
+    assert (davis.region(empty, empty), davis.contour(empty, empty)) == (1, 1)
+    assert (davis.region(some, empty), davis.contour(some, empty)) == (0, 0)
+    assert (davis.region(empty, some), davis.contour(empty, some)) == (0, 0)
+
+
+def test_contours_equal_the_official_way():
+    """A plain computation: official loops of shifted masks, and dilation by a disk."""
+    from scipy import ndimage
+
+    for _ in range(5):
+        masks = [ndimage.gaussian_filter(RNG.normal(size=(90, 120)), 5) > 0.02 for _ in range(2)]
+        edges = []
+        for mask in masks:
+            shifted = [np.zeros_like(mask) for _ in range(3)]
+            shifted[0][:, :-1], shifted[1][:-1], shifted[2][:-1, :-1] = mask[:, 1:], mask[1:], mask[1:, 1:]
+            edge = (mask ^ shifted[0]) | (mask ^ shifted[1]) | (mask ^ shifted[2])
+            edge[-1], edge[:, -1] = mask[-1] ^ shifted[0][-1], mask[:, -1] ^ shifted[1][:, -1]
+            edge[-1, -1] = 0
+            edges.append(edge)
+        y, x = np.mgrid[-2:3, -2:3]  # ceil(0.008 x 150) = 2
+        wide = [ndimage.binary_dilation(edge, x * x + y * y <= 4) for edge in edges]
+        precision = (edges[1] & wide[0]).sum() / edges[1].sum()
+        recall = (edges[0] & wide[1]).sum() / edges[0].sum()
+        assert davis.contour(*masks) == pytest.approx(2 * precision * recall / (precision + recall))
+
+
+def test_first_and_last_frame_are_not_scored():
+    truth = np.stack([square(1, 1) * 1] * 4)
+    found = truth.copy()
+    found[0] = found[-1] = 0
+    assert davis.scores(truth, found).tolist() == [[1, 1]]
+    found[1] = 0
+    assert davis.scores(truth, found).tolist() == [[0.5, 0.5]]
+    truth[2] = 2  # an object that the first frame does not show is none
+    assert len(davis.scores(truth, found)) == 1
+
+
+def test_perfect_features_score_100_and_shuffled_ones_do_not(folder):
+    found = run(path=str(folder))
+    assert found["J"] == found["F"] == found["JF"] == pytest.approx(100)
+    assert found["still_JF"] < 60
+    assert run(annotated.Sees(shuffled=True), path=str(folder), patch_size=1)["JF"] < 40
+    assert run(path=str(folder), patch_size=2)["J"] > 80  # whole patches, but for enlarging
+
+
+def test_padding_changes_no_figure(folder):
+    assert run(path=str(folder), patch_size=4, batch_size=8) == run(path=str(folder), patch_size=4, batch_size=24)
+
+
+def test_a_list_names_the_sequences(folder):
+    assert [clip.name for clip in clips.folder(folder)] == ["small", "wide"]
+    assert [clip.name for clip in clips.folder(folder, "ImageSets/val.txt")] == ["wide"]
+
+
+def test_propagation_equals_a_plain_computation():
+    (h, w), frames, width = (3, 4), 3, 5
+    tokens, labels = RNG.normal(size=(frames, h * w, width)), RNG.uniform(size=(frames, h * w, 2))
+    frame, there = RNG.normal(size=(h * w, width)), np.array([True, True, False])
+    expected = np.zeros((h * w, 2))
+    for n in range(h * w):
+        weights = []
+        for f in range(2):
+            for m in range(h * w):
+                if max(abs(n // w - m // w), abs(n % w - m % w)) <= 1:
+                    weights.append((np.exp(frame[n] @ tokens[f, m] / 0.7), f, m))
+        best = sorted(weights, reverse=True)[:3]
+        expected[n] = sum(weight * labels[f, m] for weight, f, m in best) / sum(weight for weight, *_ in best)
+    step = video._propagate((h, w), 3, 1, 0.7, frames)
+    found = step(*(np.asarray(x, np.float32) for x in (frame, tokens, labels)), there)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_frames_are_resized_to_whole_patches():
+    frames = np.zeros((1, 48, 85, 3), np.uint8)
+    assert video._resized(frames, 480, 64).shape == (1, 480, 832, 3)  # as DINO does it with DAVIS's 480 x 854
+    assert video._resized(frames.transpose(0, 2, 1, 3), 480, 64).shape == (1, 832, 480, 3)
+    assert video._resized(frames[:, :, :48], 480, 64).shape == (1, 480, 480, 3)
+
+
+def test_bad_input_is_named(folder, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("no clip")
+    for change, message in (
+        ({"path": str(tmp_path / "none")}, "there is no .*JPEGImages.*a folder of clips holds"),
+        ({"path": str(tmp_path / "text")}, "there is no .*JPEGImages.*a folder of clips holds"),
+        ({"path": str(folder), "listed": "no.txt"}, "listed='no.txt' cannot be read"),
+        ({"path": str(folder), "side": 30, "patch_size": 4}, "side=30 is no multiple of the patch size, 4"),
+        ({"path": str(folder), "feature": "cls"}, "feature='cls' is not one of patches"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(**change)
+    for kind, suffix in (("JPEGImages", "jpg"), ("Annotations", "png")):
+        for time in range(3):
+            annotated.save(tmp_path / kind / "480p" / "a" / f"{time}.{suffix}", np.zeros((32, 32), int))
+    with pytest.raises(UserError, match="clip a: the mask of its first frame shows no object"):
+        run(path=str(tmp_path))
+    (tmp_path / "Annotations" / "480p" / "a" / "1.png").unlink()
+    with pytest.raises(UserError, match=r"1\.png is missing"):
+        run(path=str(tmp_path))
+
+
+def test_embedded_clips_are_drawn_once_and_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepared, "cache", lambda: tmp_path)
+    monkeypatch.setattr(shapes, "CLIPS", {"test": 3})
+    found = clips.embedded()
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
+    again = clips.embedded()
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert again == found
+    assert len(found) == 3
+    for clip in found:
+        assert (len(clip), clip.frame(0, 3).shape) == (scenes.FRAMES, (64, 64, 3))
+        first, last = clip.mask(0), clip.mask(len(clip) - 1)
+        assert 1 <= first.max() <= 3
+        assert (first != last).any()
+    result = run(feature="pixels", side=64, patch_size=8, radius=3)
+    assert all(0 <= value <= 100 for value in result.values())
