@@ -57,7 +57,7 @@ def blobs(spread):
 
 
 def tiny_evaluators(name="knn", **change):
-    config = ConfigDict({"it": {**tiny.get_config().evaluators[name].to_dict(), **change}})
+    config = ConfigDict({"it": {**tiny.evaluator(name), **change}})
     return base.from_config(config, steps_per_epoch=6, has_target=False)
 
 
