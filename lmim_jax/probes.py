@@ -1,65 +1,59 @@
-"""What can be read from frozen features with labels: neighbours that vote, and logistic regression.
+"""Parts of probes on frozen features: the features, batch normalisation without parameters, a linear layer.
 
-Letters: N training vectors, Q queries, D width.
+Letters: B batch, N patches, D width, K classes.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 
-from lmim_jax import logistic
-
-CHUNK = 1024  # queries at a time: CHUNK x N similarities in memory
+MOMENTUM = 0.1  # share of a batch in the running statistics, torch's default
 
 
-def neighbours(train, labels, queries, k, num_classes):
-    """Classes [Q] that most of the k nearest training vectors (by cosine) have; of equals, the nearest one's.
+def frozen(method, params, images, feature):
+    """A feature of images through a frozen encoder, [B, D] or [B, N, D], in the dtype of the method."""
+    return jax.lax.stop_gradient(method.features(params, images)[feature])
 
-    train [N, D], labels int [N], queries [Q, D]; k is cut to N.
+
+def pooled(x):
+    """Mean over patches where there are any: [B, N, D] or [B, D] -> float32 [B, D]."""
+    x = x.astype(jnp.float32)
+    return x.mean(axis=1) if x.ndim == 3 else x
+
+
+def batch_norm_init(width):
+    """Running statistics before the first batch."""
+    return {"mean": jnp.zeros(width), "variance": jnp.ones(width)}
+
+
+def batch_norm(x, statistics, epsilon):
+    """x [B, D] normalised by given statistics."""
+    return (x - statistics["mean"][None]) * jax.lax.rsqrt(statistics["variance"] + epsilon)[None]
+
+
+def batch_norm_train(x, running, epsilon):
+    """x [B, D] normalised by its own mean and (biased) variance, and the running statistics after it.
+
+    These take the unbiased variance, as in torch. The batch is that of all devices; MAE's was the 512 images of each.
     """
-    vote, found = _vote(min(k, len(train)), num_classes), []
-    bank, labels = jax.device_put(_unit(train)), jax.device_put(np.asarray(labels, np.int32))
-    for start in range(0, len(queries), CHUNK):
-        chunk = _unit(queries[start : start + CHUNK])
-        padded = np.pad(chunk, ((0, CHUNK - len(chunk)), (0, 0)))  # one shape, one compilation
-        found.append(np.asarray(jax.device_get(vote(bank, labels, padded)))[: len(chunk)])
-    return np.concatenate(found)
+    mean = x.mean(axis=0)
+    variance = jnp.square(x - mean[None]).mean(axis=0)
+    batch = {"mean": mean, "variance": variance * (len(x) / max(len(x) - 1, 1))}
+    after = jax.tree.map(lambda old, new: old + MOMENTUM * (new - old), running, batch)
+    return batch_norm(x, {"mean": mean, "variance": variance}, epsilon), after
 
 
-@functools.lru_cache(maxsize=8)
-def _vote(k, num_classes):
-    """Jitted (bank, labels, queries) -> classes."""
-
-    def vote(bank, labels, queries):
-        _, index = jax.lax.top_k(jnp.matmul(queries, bank.T, precision=jax.lax.Precision.HIGHEST), k)
-        weight = 1 + (jnp.arange(k) == 0) / 2  # half a vote more for the nearest: decides between equals
-        ballots = jax.nn.one_hot(labels[index], num_classes) * weight[None, :, None]
-        return ballots.sum(axis=1).argmax(axis=1)
-
-    return jax.jit(vote)
+def linear_init(rng, width, classes, deviation):
+    """A linear layer: kernel [D, K] normal with this deviation, bias 0."""
+    return {"kernel": deviation * jax.random.normal(rng, (width, classes)), "bias": jnp.zeros(classes)}
 
 
-def _unit(x):
-    return (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+def linear(params, x):
+    """x [B, D] -> float32 [B, K]."""
+    kernel = params["kernel"]
+    return jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST) + params["bias"][None]
 
 
-def linear(train, labels, queries, num_classes, l2, iterations):
-    """Classes [Q] by logistic regression on standardised features.
-
-    Its l2 is the one that a held-out tenth of the training vectors likes best (of equals, the largest), never the
-    queries; then it is fitted to all of them.
-
-    Args:
-      train: float32 [N, D]. labels: int [N]. queries: [Q, D]. l2: to choose from, see logistic.py.
-      iterations: of L-BFGS, at most.
-    """
-    mean, deviation = logistic.statistics(train)
-    train, queries = (train - mean) / deviation, (queries - mean) / deviation
-    order, strengths = np.random.default_rng(0).permutation(len(train)), sorted(l2, reverse=True)
-    held, rest = order[: len(order) // 10], order[len(order) // 10 :]
-    if len(strengths) > 1 and len(held):
-        trials = logistic.fit(train[rest], labels[rest], num_classes, strengths, iterations)
-        strengths = strengths[int((trials.predict(train[held]) == labels[held]).mean(axis=1).argmax()) :]
-    return logistic.fit(train, labels, num_classes, strengths[:1], iterations).predict(queries)[0]
+def cross_entropy(logits, labels):
+    """Mean over the batch: logits [B, K], classes [B] -> scalar."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

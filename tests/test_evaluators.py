@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from PIL import Image
 from sklearn import linear_model, neighbors
 
-from configs import evaluate
 from lmim_jax import clustering, logistic, sharding
 from lmim_jax.data import augment, prepared, shapes, sources
 from lmim_jax.data.evaluation import Evaluation, Selected
@@ -62,16 +61,8 @@ def blobs(spread):
     return [((centers[y] + spread * RNG.normal(size=(len(y), 8))).astype(np.float32), y) for y in labels]
 
 
-SMALL = {  # of what is in configs/evaluate.py and not in tests/tiny.py
-    "linear": dict(batch_size=16, l2=(1e-3, 1e-1), iterations=50),
-    "fewshot": dict(batch_size=16, shots=(1, 4), percent=(50,), draws=2, iterations=50),
-}
-
-
 def tiny_evaluators(name="knn", **change):
-    in_training = tiny.get_config().evaluators
-    section = in_training[name] if name in in_training else evaluate.get_config()[name]
-    config = ConfigDict({"it": {**section.to_dict(), **SMALL.get(name, {}), **change}})
+    config = ConfigDict({"it": {**tiny.evaluator(name), **change}})
     return base.from_config(config, steps_per_epoch=6, has_target=False)
 
 

@@ -1,11 +1,19 @@
 """A recipe that trains in seconds: 4 x 4 patches of 4 pixels, 16 wide, 2 deep."""
 
-from configs import small, vit_b
+from configs import evaluate, small, vit_b
 
 SIZES = dict(grid=(4, 4), patch_size=4, gap=1, width=16, depth=2, heads=2, num_visible=4, projector_depth=2)
 SIZES |= dict(decoder_width=8, decoder_depth=1, decoder_heads=2, projector_width=24, latent_decoder_width=12)
 SIZES |= dict(context_capacity=8, min_context=1, mask_batch=2, dtype="float32")
 SIZES |= dict(block_total=8, block_smallest=2, block_largest=4)
+
+EVALUATORS = {  # what is smaller than in configs/evaluate.py
+    "linear": dict(batch_size=16, l2=(1e-3, 1e-1), iterations=50),
+    "fewshot": dict(batch_size=16, shots=(1, 4), percent=(50,), draws=2, iterations=50),
+    "linear_probe": dict(batch_size=16, epochs=1.0, warmup_epochs=0.5),
+    "attentive": dict(batch_size=16, epochs=1.0, warmup_epochs=0.5),
+    "finetune": dict(batch_size=16, epochs=1.0, warmup_epochs=0.5),
+}
 
 
 def get_config():
@@ -21,6 +29,12 @@ def get_config():
     config.evaluators.pictures.update(every=2.0, images=2)
     config.update(log_every=2, checkpoint_every=3, gauge_images=16)
     return config
+
+
+def evaluator(name):
+    """The config section of any evaluator, shrunk."""
+    sections = {**evaluate.get_config(), **get_config().evaluators}
+    return {**sections[name], **EVALUATORS.get(name, {})}
 
 
 def method(name):

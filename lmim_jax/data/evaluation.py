@@ -115,6 +115,17 @@ class Evaluation:
             self.check()
             yield {"images": self._transform(batch), "label": batch["label"], "index": batch["index"]}
 
+    def training(self, batch_size, steps, seed):
+        """Iterate over training images in the random order of a seed, every one once an epoch.
+
+        Yields:
+          `steps` batches {"image": [B, K, K, C] uint8, "size": [B, 2], "label": [B]}, canvases over all devices.
+        """
+        order = dict(seed=seed, batch_size=batch_size, steps=steps, start=0, mesh=self.mesh)
+        for batch in loader.training(self.sources["train"], self.config, **order):
+            self._check()
+            yield batch
+
     def sample(self, split, count):
         """The same random images of a split at every call: one batch, padded to a multiple of the devices.
 

@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from lmim_jax import clustering, patches, probes
+from lmim_jax import classifiers, clustering, patches
 from lmim_jax.errors import UserError
 
 
@@ -70,8 +70,8 @@ class Evaluator:
         bank, labels = flat["train"][chosen], pixels_of["train"][chosen].argmax(axis=1)
         classes = pixels_of["train"].shape[-1]
         predicted = {
-            "knn": probes.neighbours(bank, labels, flat["test"], self.k, classes),
-            "linear": probes.linear(bank, labels, flat["test"], classes, self.l2, self.iterations),
+            "knn": classifiers.neighbours(bank, labels, flat["test"], self.k, classes),
+            "linear": classifiers.linear(bank, labels, flat["test"], classes, self.l2, self.iterations),
         }
         truth, result = pixels_of["test"], {}
         counted = truth.any(axis=1)

@@ -80,11 +80,16 @@ class Block(nn.Module):
     qkv_bias: bool | tuple[bool, bool, bool] = True
 
     @nn.compact
-    def __call__(self, x, mask=None):
-        """[B, T, D] -> [B, T, D]; mask: see `attend`."""
+    def __call__(self, x, mask=None, keep=None):
+        """[B, T, D] -> [B, T, D].
+
+        mask: see `attend`. keep: [B, 2], by what the attention and the MLP of an image are multiplied; None: by 1.
+        """
         norm = lambda name: layer_norm(self.norm_eps, self.dtype, name)
-        x = x + Attention(self.heads, self.dtype, self.attention, self.qkv_bias, name="attn")(norm("norm1")(x), mask)
-        x = x + Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(norm("norm2")(x))
+        kept = lambda y, i: y if keep is None else y * keep[:, i, None, None].astype(y.dtype)
+        attention = Attention(self.heads, self.dtype, self.attention, self.qkv_bias, name="attn")
+        x = x + kept(attention(norm("norm1")(x), mask), 0)
+        x = x + kept(Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(norm("norm2")(x)), 1)
         self.sow("intermediates", "tokens", x)
         return x
 

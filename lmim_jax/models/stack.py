@@ -4,6 +4,7 @@ A choice of the run and not of the model: it changes neither numbers nor names o
 modules and methods, but holds for what is traced in its scope, like `jax.default_matmul_precision`.
 """
 
+import contextlib
 import contextvars
 import functools
 
@@ -19,6 +20,7 @@ POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # the input of each block
 }
 _execution = contextvars.ContextVar("execution", default=("none", False))
+_dropping = contextvars.ContextVar("dropping", default=None)
 
 
 def run_as(function, remat, scan_layers):
@@ -42,6 +44,28 @@ def run_as(function, remat, scan_layers):
     return traced
 
 
+@contextlib.contextmanager
+def stochastic_depth(key, rate):
+    """While a network is traced in this scope, leave branches of its blocks out at random, for each image by itself.
+
+    Attention and MLP of block i of L are left out with probability rate * i / (L - 1) each; what is kept is divided by
+    the probability of that. For `blocks.Block` only, which is run one by one then, as for `remat="none"`.
+    Rate 0: nothing changes. Source: Huang et al. (ECCV 2016), as in DeiT and MAE.
+    """
+    token = _dropping.set((key, rate) if rate else None)
+    try:
+        yield
+    finally:
+        _dropping.reset(token)
+
+
+def _kept(depth, batch):
+    """For each block, what its two branches are multiplied by: [depth, B, 2] float32."""
+    key, rate = _dropping.get()
+    share = 1 - jnp.linspace(0, rate, depth)[:, None, None]
+    return jax.random.bernoulli(key, share, (depth, batch, 2)) / share
+
+
 def run_blocks(module, make, depth, x, *context):
     """x [B, T, D] through `depth` blocks, children of a Linen module by the names block00, block01, ...
 
@@ -51,6 +75,10 @@ def run_blocks(module, make, depth, x, *context):
     remat, scan_layers = _execution.get()
     names = [f"block{i:02d}" for i in range(depth)]
     watched = module.is_initializing() or module.is_mutable_collection("intermediates")
+    if _dropping.get() and not module.is_initializing():
+        for name, keep in zip(names, _kept(depth, len(x)), strict=True):
+            x = make(name=name)(x, *context, keep=keep)
+        return x
     if watched or (remat == "none" and not scan_layers) or not depth:
         for name in names:
             x = make(name=name)(x, *context)

@@ -1,0 +1,183 @@
+"""Trainers on made-up features: perfect ones, chance, padding; batch normalisation; rules and messages."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lmim_jax import probes, sharding, supervised
+from lmim_jax.errors import UserError
+from lmim_jax.evaluators import attentive, base, linear_probe
+
+CLASSES, WIDTH = 7, 12
+RNG = np.random.default_rng(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """An augmentation that changes nothing."""
+
+    scale: tuple = (1.0, 1.0)
+    image_size: tuple = (2, 1)
+    eval_size: tuple = (2, 1)
+
+    def __call__(self, keys, batch):
+        return batch["image"]
+
+
+class Data:
+    """An in-memory `evaluation.Evaluation`: images of two pixels, which are two patches."""
+
+    classes = tuple("abcdefg")
+    config = types.SimpleNamespace(channels=WIDTH)
+    augment, mesh = Same(), sharding.make_mesh()
+
+    def __init__(self, train, test, padding=0):
+        self.sources = {"train": train[0], "test": test[0]}
+        self.splits, self.padding = {"train": train, "test": test}, padding
+
+    def training(self, batch_size, steps, seed):
+        rng, (x, y) = np.random.default_rng(seed), self.splits["train"]
+        for _ in range(steps):
+            rows = rng.permutation(len(x))[:batch_size]
+            yield sharding.to_global({"image": x[rows], "label": y[rows]}, self.mesh)
+
+    def batches(self, split, batch_size):
+        x, y = self.splits[split]
+        count = -(-len(x) // batch_size) * batch_size + self.padding * batch_size
+        index = np.where(np.arange(count) < len(x), np.arange(count), -1)
+        for rows in index.reshape(-1, batch_size):
+            images = np.where(rows[:, None, None, None] < 0, np.float32(9e9), x[rows])
+            yield sharding.to_global({"images": images, "label": y[rows], "index": rows}, self.mesh)
+
+
+class Method:
+    """A method whose features are its images."""
+
+    @staticmethod
+    def features(params, images):
+        tokens = images[:, :, 0] * params["scale"]
+        return {"patches": tokens, "cls": tokens[:, 0]}
+
+
+PARAMS = {"scale": jnp.ones((1, 1, 1))}
+
+
+def splits(informative):
+    """Features that are classes plus the same noise for all images, or noise that tells nothing."""
+    noise = RNG.normal(size=(1, 2, 1, WIDTH))
+    out = []
+    for count in (128, 90):
+        labels = np.arange(count, dtype=np.int32) % CLASSES
+        x = np.eye(WIDTH)[labels][:, None, None].repeat(2, 1) + noise
+        x = x if informative else RNG.normal(size=x.shape)
+        out.append((x.astype(np.float32), labels))
+    return out
+
+
+def trainer(name, **change):
+    rate, epochs = {"linear_probe": (32.0, 30.0), "attentive": (0.3, 10.0)}[name]
+    fields = dict(batch_size=32, epochs=epochs, warmup_epochs=1.0, base_lr=rate)
+    section = {**tiny.evaluator(name), **fields, **change}
+    return base.from_config({"it": section}, steps_per_epoch=1, has_target=False)[0].evaluator
+
+
+@pytest.mark.parametrize("name", ["linear_probe", "attentive"])
+def test_perfect_features_score_100_and_others_chance(name):
+    assert trainer(name).run(Method, PARAMS, Data(*splits(True))) == {"top1": 100.0, "top5": 100.0}
+    found = trainer(name).run(Method, PARAMS, Data(*splits(False)))
+    assert found["top1"] == pytest.approx(100 / 7, abs=12)
+    assert found["top5"] == pytest.approx(500 / 7, abs=15)
+
+
+def test_padding_changes_no_figure():
+    data = splits(False)
+    once, padded = (trainer("linear_probe", epochs=2.0).run(Method, PARAMS, Data(*data, n)) for n in (0, 2))
+    assert once == padded
+    assert once["top1"] * 90 / 100 == pytest.approx(round(once["top1"] * 90 / 100))  # of 90 images
+
+
+def losses(splits, seed, mesh):
+    """Of four steps of a linear probe."""
+    probe, data, found = trainer("linear_probe", seed=seed), Data(*splits), []
+    data.mesh = mesh
+    create, step, _ = supervised._programs(probe, supervised.Task(Method, Same(), CLASSES), mesh, 4, 4, WIDTH)
+    state = create(PARAMS)
+    for batch in data.training(32, 4, seed):
+        state, loss = step(state, PARAMS, batch)
+        found.append(float(loss))
+    return found
+
+
+def test_training_repeats_on_any_number_of_devices():
+    data = splits(False)
+    first = losses(data, 0, Data.mesh)
+    assert losses(data, 0, Data.mesh) == first != losses(data, 1, Data.mesh)
+    assert losses(data, 0, sharding.make_mesh(devices=jax.devices()[:1])) == pytest.approx(first, rel=1e-5)
+    assert not PARAMS["scale"].is_deleted()
+
+
+def test_batch_norm_is_torchs():
+    """torch.nn.BatchNorm1d(affine=False, eps=1e-6), by its documentation, in float64."""
+    running = probes.batch_norm_init(5)
+    mean, variance = np.zeros(5), np.ones(5)
+    for step in range(4):
+        x = (RNG.normal(size=(9, 5)) * (step + 1) + 50).astype(np.float32)
+        y, running = jax.jit(probes.batch_norm_train, static_argnums=2)(x, running, 1e-6)
+        wide = x.astype(np.float64)
+        np.testing.assert_allclose(y, (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-6), atol=1e-4)
+        mean = 0.9 * mean + 0.1 * wide.mean(0)
+        variance = 0.9 * variance + 0.1 * wide.var(0, ddof=1)
+    np.testing.assert_allclose(running["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(running["variance"], variance, rtol=1e-5)
+    expected = (x - mean) / np.sqrt(variance + 1e-6)
+    np.testing.assert_allclose(probes.batch_norm(x, running, 1e-6), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_unlabelled_data_has_no_figures():
+    data = Data(*splits(True))
+    data.classes = ()
+    assert trainer("linear_probe").run(Method, PARAMS, data) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"batch_size": 512}, "128 training images; try 128"), ({"batch_size": 20}, "8 device")]
+)
+def test_a_bad_batch_is_named(change, message):
+    with pytest.raises(UserError, match=message):
+        trainer("linear_probe", **change).run(Method, PARAMS, Data(*splits(True)))
+
+
+def test_attention_needs_patches():
+    with pytest.raises(UserError, match="feature='cls' has no patches"):
+        trainer("attentive", feature="cls").run(Method, PARAMS, Data(*splits(True)))
+
+
+def test_one_query_reads_the_tokens():
+    """The pooled token is the average of the values by how well the query fits the keys, head by head."""
+    probe, task = trainer("attentive", feature="patches"), supervised.Task(Method, Same(), 3)
+    x = RNG.normal(size=(2, 5, 1, WIDTH)).astype(np.float32)
+    trained, buffers = probe.init(task, PARAMS, jax.ShapeDtypeStruct((1, 5, 1, WIDTH), np.float32), jax.random.key(0))
+    trained = jax.tree.map(lambda leaf: RNG.normal(size=leaf.shape).astype(np.float32), trained)
+    tokens = x[:, :, 0]
+    tokens = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)
+    both = tokens @ trained["key_value"]["kernel"] + trained["key_value"]["bias"]
+    scores = both[..., :WIDTH] @ trained["query"][0] / WIDTH**0.5  # one head: 12 are fewer than 64
+    weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    pooled = (weights[..., None] * both[..., WIDTH:]).sum(1)
+    expected = pooled @ trained["head"]["kernel"] + trained["head"]["bias"]
+    np.testing.assert_allclose(probe.logits(task, PARAMS, trained, buffers, x), expected, rtol=1e-4, atol=1e-4)
+    assert attentive.HEAD_WIDTH == 64
+
+
+def test_the_encoder_is_frozen():
+    probe, task = trainer("linear_probe"), supervised.Task(Method, Same(), CLASSES)
+    (x, y), _ = splits(True)
+    trained, buffers = probe.init(task, PARAMS, jax.ShapeDtypeStruct((1, 2, 1, WIDTH), np.float32), jax.random.key(0))
+    loss = lambda params: probe.loss(task, params, trained, buffers, x, y, None, None)[0]
+    assert float(np.abs(jax.grad(loss)(PARAMS)["scale"]).max()) == 0
+    assert linear_probe.EPSILON == 1e-6
