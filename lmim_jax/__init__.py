@@ -2,10 +2,10 @@
 
 
 def load(run, target=False):
-    """Open a run in a notebook: its method and its newest weights.
+    """Open a run in a notebook: its method and its newest weights; or a folder that `tools.export --format=flax` made.
 
     Args:
-      run: the --workdir of a run.
+      run: the --workdir of a run, or the exported folder, whose weights were chosen when it was made.
       target: the teacher's encoder instead of the online one.
 
     Returns:
@@ -14,18 +14,7 @@ def load(run, target=False):
     Raises:
       UserError: no run, no checkpoint, or no target encoder there.
     """
-    import json
-    import pathlib
+    from lmim_jax import saved
 
-    from lmim_jax import checkpoint
-    from lmim_jax.errors import UserError
-    from lmim_jax.methods import base
-
-    path = pathlib.Path(run, "config.json")
-    if not path.is_file():
-        raise UserError(f"{run} is no run: it has no config.json; give the --workdir of one")
-    method = base.from_config(json.loads(path.read_text())["method"], total_steps=1, steps_per_epoch=1)
-    params, teacher = checkpoint.weights(run, method)
-    if target and "encoder" not in teacher:
-        raise UserError(f"{run}: its method has no target encoder")
-    return method, {**params, **teacher} if target else params
+    model = saved.open_model(run)
+    return model.method, model.weights("target" if target else "online")

@@ -184,15 +184,24 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def weights(workdir, method):
-    """The newest good weights of a run, without the optimiser: (params, target), numpy trees.
+def newest(workdir):
+    """The newest good step of a run; UserError where there is none."""
+    step = good_step(workdir)
+    if step is None:
+        raise UserError(f"{workdir}: no checkpoints here; give the --workdir of a run that has saved one")
+    return step
+
+
+def weights(workdir, method, step=None):
+    """Weights of a run, without the optimiser: (params, target), numpy trees.
+
+    Args:
+      step: of a good checkpoint; None: the newest.
 
     Raises:
       UserError: there is no checkpoint below workdir, or none is good.
     """
-    step = good_step(workdir)
-    if step is None:
-        raise UserError(f"{workdir}: no checkpoints here; give the --workdir of a run that has saved one")
+    step = newest(workdir) if step is None else step
     params = jax.eval_shape(method.init, jax.random.key(0))
     tree = {"params": params, "target": method.target_of(params)}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
