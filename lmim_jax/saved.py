@@ -1,4 +1,4 @@
-"""A saved model, opened to be used: the newest checkpoint of a run, or what `tools.export --format=flax` made of one."""
+"""A saved model, opened to be used: the newest checkpoint of a run, or what `tools.export --format=flax` wrote."""
 
 import dataclasses
 import json
@@ -29,6 +29,21 @@ class Model:
     target: dict
     step: int
 
+    def choose(self, wanted):
+        """`wanted`, or where it is None: the weights that the run's own evaluators look at, "online" or "target".
+
+        Raises:
+          UserError: they look at both, or there are none; or the weights were chosen when this folder was made.
+        """
+        if exported := self.config.get("exported"):
+            if wanted not in (None, exported.weights):
+                raise UserError(f"{self.path} holds the {exported.weights} weights; for others, export the run again")
+            return exported.weights
+        measured = {section.params for section in self.config.evaluators.values()}
+        if not wanted and len(measured) != 1:
+            raise UserError("this run's evaluators do not say which weights are the ones to take; give --weights")
+        return wanted or measured.pop()
+
     def weights(self, which):
         """Parameters for `method.features`: "online", or "target", which has the teacher's in place of the online ones.
 
@@ -37,6 +52,8 @@ class Model:
         """
         if which not in ("online", "target"):
             raise UserError(f"weights {which!r} are none of: online | target")
+        if self.config.get("exported"):  # the chosen ones are in place of the online ones
+            return self.params
         if which == "target" and "encoder" not in self.target:
             raise UserError(f"{self.path}: there is no target encoder here; take the online weights")
         return {**self.params, **self.target} if which == "target" else self.params

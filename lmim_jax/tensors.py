@@ -45,6 +45,7 @@ def write(path, arrays, metadata=None):
     from safetensors.numpy import save_file
 
     save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path, metadata)
+    pathlib.Path(path).chmod(0o644)  # the library lets nobody else read it
 
 
 def _npz(path):
@@ -76,8 +77,8 @@ def _pickled(path, roots):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds other Python objects than tensors, which are not loaded, as that may run any code. Where you "
-            "trust it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)"
+            f"{path} holds other Python objects than tensors, which are not loaded, as that may run any code. "
+            "If you trust it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
         ) from error
     except Exception as error:
         raise UserError(f"{path} cannot be read: {error}") from error
@@ -107,9 +108,7 @@ def _torch(path):
             "as .safetensors where there is one"
         ) from error
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 6):
-        raise UserError(
-            f"torch {torch.__version__} is too old to open files that others made; pip install 'torch>=2.6'"
-        )
+        raise UserError(f"torch {torch.__version__} is too old to open files of others; pip install 'torch>=2.6'")
     return torch
 
 

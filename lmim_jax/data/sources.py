@@ -129,7 +129,7 @@ def folder(path, split, max_per_class=0, train="train", only=()):
     if split != train and not (divided and (root / split).is_dir()):
         return None
     top = root / split if divided else root
-    files, ignored = _walk(top)
+    files, ignored = walk(top)
     if not files:
         raise UserError(f"{top}: no images in this folder (looked for {', '.join(SUFFIXES)}, at any depth)")
     if ignored:
@@ -152,7 +152,7 @@ def folder(path, split, max_per_class=0, train="train", only=()):
     return Folder(str(top), files, labels, tuple(number), tuple(ignored))
 
 
-def _walk(top):
+def walk(top):
     """(image files, other files) below a folder, sorted relative paths with "/"."""
     files, ignored = [], []
     for parent, folders, names in os.walk(top, followlinks=True):
@@ -166,7 +166,7 @@ def _walk(top):
 
 def _classes(top):
     """Names of the class folders, sorted: those with at least one image below."""
-    return tuple(sorted({name.split("/")[0] for name in _walk(top)[0] if "/" in name}))
+    return tuple(sorted({name.split("/")[0] for name in walk(top)[0] if "/" in name}))
 
 
 def _some(names):

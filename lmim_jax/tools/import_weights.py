@@ -4,9 +4,9 @@
         --config.data.path=IMAGES
     python -m lmim_jax.tools.import_weights FILE --format=mae --config=configs/mae_vit_b.py --workdir=RUN --nodata
 
-FILE: a state dict as .safetensors or .npz, or a PyTorch file (.pth, .pt, .pth.tar; needs torch >= 2.6, and only tensors
-are read). --format: latent_mim | pilamim | mae | ijepa, whose names it has. --config: the recipe, with the sizes of that
-model; the optimiser starts afresh, at step 0.
+FILE: a state dict as .safetensors or .npz, or a PyTorch file (.pth, .pt, .pth.tar; needs torch >= 2.6, and only
+tensors are read). --format: latent_mim | pilamim | mae | ijepa, whose names it has. --config: the recipe, with the
+sizes of that model; the optimiser starts afresh, at step 0.
 
 Every array must find its place, and every place its array: what is missing, unexpected or of another shape is listed,
 and is an error. Of a file with an encoder alone, the rest can start as in a new run, where you say so:
@@ -46,7 +46,8 @@ def read(path, method, drop=(), fresh=()):
     Raises:
       UserError: naming the file, and what is missing, unexpected or different.
     """
-    needed = official.entries(method) | official.describe(method).fixed
+    trained = official.entries(method)
+    needed = trained | official.describe(method).fixed
     arrays, rest = tensors.read(path, roots={name.split(".")[0] for name in needed})
     dropped = [name for name in arrays if _matches(drop, name)]
     arrays = {name: x for name, x in arrays.items() if name not in dropped}
@@ -59,7 +60,7 @@ def read(path, method, drop=(), fresh=()):
         official.check(method, arrays, missing_ok=lambda name: name in absent)
     except UserError as error:
         raise UserError(f"{path} does not fit the recipe: {error}") from error
-    return official.from_official(method, arrays), dropped, absent, rest
+    return official.from_official(method, arrays), dropped, [name for name in absent if name in trained], rest
 
 
 def import_weights(path, config, folder, identity, drop=(), fresh=()):
@@ -91,7 +92,7 @@ def import_weights(path, config, folder, identity, drop=(), fresh=()):
     state = state.replace(
         params=place(params["params"], shardings.params), target=place(target.get("target", {}), shardings.target)
     )
-    origin = {"file": pathlib.Path(path).name, "sha256": hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()}
+    origin = {"file": pathlib.Path(path).name, "sha256": _checksum(path)}
     origin |= {"dropped": dropped, "fresh": absent, "not_read": rest}
     with workdir.Lock(folder):
         with checkpoint.Checkpoints(folder, config) as checkpoints:
@@ -100,12 +101,13 @@ def import_weights(path, config, folder, identity, drop=(), fresh=()):
         workdir.claim(folder, config.to_dict(), identity)
     count = sum(x.size for x in jax.tree.leaves(tree))
     lines = [f"{len(read_in)} arrays, {count:,} numbers: every array has its place"]
-    told = (
-        ("left out (--drop)", dropped),
-        ("start afresh (--fresh)", absent),
-        ("no part of the model, not read", rest),
-    )
+    told = ("left out (--drop)", dropped), ("start afresh", absent), ("no part of the model, not read", rest)
     return lines + [f"{what}: {', '.join(names)}" for what, names in told if names]
+
+
+def _checksum(path):
+    with pathlib.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _matches(patterns, name):
@@ -117,16 +119,12 @@ def main(argv):
     given = flags.FLAGS
     metrics.log_to_console()
     if len(argv) != 2 or not given.config or not given.workdir:
-        raise UserError(
-            "give a file, a recipe and a folder: import_weights FILE --format=mae --config=... --workdir=..."
-        )
+        raise UserError("give a file, a recipe and a folder: FILE --format=mae --config=... --workdir=...")
     if given.format not in official.names():
         raise UserError(f"--format={given.format} is none of: {' | '.join(official.names())}")
     config = given.config
     if config.method.name != given.format:
-        raise UserError(
-            f"--format={given.format}, but the recipe's method is {config.method.name}; give one of its own"
-        )
+        raise UserError(f"--format={given.format}, but the recipe is one of {config.method.name}; give another")
     for pattern in given.drop + given.fresh:
         try:
             re.compile(pattern)
