@@ -83,7 +83,7 @@ def main():
                 for file, content in texts.items():
                     pathlib.Path(folder, file).write_text(json.dumps(content))
                 tensors.write(pathlib.Path(folder, "model.safetensors"), arrays, {"format": "pt"})
-                tokens, _ = {"timm": check._timm, "hf": check._hf}[library](folder)
+                tokens, _ = check.OPEN[library](folder)
                 with torch.no_grad():
                     found[f"{name}/{library}/tokens"] = tokens(torch.from_numpy(images().transpose(0, 3, 1, 2))).numpy()
             found[f"{name}/{library}/checksum"] = np.array(checksum(arrays))

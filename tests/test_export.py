@@ -51,7 +51,7 @@ def test_features_are_those_that_the_library_made_of_the_exported_tensors(name, 
     """tests/interop.npz was made by `python tests/interop.py`, with the versions it names, on a CPU in float32."""
     with np.load(interop.STORED) as stored:
         method, params = interop.case(name)
-        out = jax.jit(lambda images: check._tokens(method.features(params, images)))(interop.images())
+        out = jax.jit(lambda images: check.tokens_of(method.features(params, images)))(interop.images())
         np.testing.assert_allclose(out, stored[f"{name}/{library}/tokens"], rtol=0, atol=1e-4)
         tensors_out, _ = interop.contents(library, name)
         assert interop.checksum(tensors_out) == stored[f"{name}/{library}/checksum"], (
@@ -133,7 +133,7 @@ def test_an_exported_flax_folder_opens_like_a_run(run, tmp_path, which):
 
 
 def test_there_is_no_export_without_official_names_or_a_teacher(tmp_path):
-    model = saved.open_model(tiny.run(recipe("bootmae"), tmp_path / "run"))
+    model = saved.Model(tmp_path, recipe("bootmae"), *interop.case("bootmae"), {}, 0)
     with pytest.raises(UserError, match="names in bootmae's official code are not known"):
         export.export(model, "safetensors", "both", tmp_path / "out")
     with pytest.raises(UserError, match=r"decoder=self is not in the official code"):
@@ -171,9 +171,9 @@ def test_both_libraries_make_the_same_features_of_jpegs(name, library, tmp_path)
     method, params = interop.case(name)
     model = saved.Model(tmp_path, recipe(name), method, params, {}, 0)
     export.export(model, library, "online", tmp_path / "out")
-    jpegs = [interop.jpeg(height, width, i) for i, (height, width) in enumerate([(40, 40), (33, 70), (90, 41)])]
-    found = check.compare(library, tmp_path / "out", model, params, jpegs, 3)
-    assert found["features"] <= 1e-4 and found["pixels"] <= 2.01, found
+    jpegs = [interop.jpeg(height, width, i) for i, (height, width) in enumerate([(40, 40), (36, 72), (90, 45)])]
+    found = check.compare(library, tmp_path / "out", model, params, jpegs)
+    assert found["features"] <= 1e-4 and found["pixels"] < 0.5, found
 
 
 @pytest.mark.interop
@@ -196,7 +196,7 @@ def test_published_sizes_agree_on_photographs(size, library, tmp_path):
         jpegs = [interop.jpeg(300, 400, 0), interop.jpeg(500, 333, 1)]
     model = saved.Model(tmp_path, config, method, params, {}, 0)
     export.export(model, library, "online", tmp_path / "out")
-    found = check.compare(library, tmp_path / "out", model, params, jpegs, 3)
+    found = check.compare(library, tmp_path / "out", model, params, jpegs)
     assert found["features"] <= 1e-4, found
 
 

@@ -15,7 +15,7 @@ from lmim_jax.errors import UserError
 PACKAGES = {"timm": "torch timm", "hf": "torch transformers torchvision"}
 
 
-def compare(kind, folder, model, params, images, channels):
+def compare(kind, folder, model, params, images):
     """Run both on the same images.
 
     Args:
@@ -23,7 +23,7 @@ def compare(kind, folder, model, params, images, channels):
       images: encoded bytes of some images, at least one.
 
     Returns:
-      {"features": largest difference of any token, "size": largest feature, "pixels": largest difference, in levels of
+      {"features": largest difference of any token, "size": largest feature, "pixels": mean difference, in levels of
       0 .. 255, between how the folder's own preprocessing and this project's evaluation prepare the images}.
 
     Raises:
@@ -32,12 +32,12 @@ def compare(kind, folder, model, params, images, channels):
     try:
         import torch
 
-        open_folder = {"timm": _timm, "hf": _hf}[kind]
+        open_folder = OPEN[kind]
         with contextlib.redirect_stdout(io.StringIO()):
             tokens, prepare = open_folder(folder)
     except ImportError as error:
         raise UserError(f"--check needs what is not installed here ({error}): pip install {PACKAGES[kind]}") from error
-    config = model.config
+    config, channels = model.config, model.method.channels
     sizes = dict(image_size=model.method.image_size, eval_size=model.method.feature_size)
     transform = augment.from_config(config.augment, **sizes)
     # As large a canvas as the largest image needs: the other libraries resize whole images, too.
@@ -50,7 +50,7 @@ def compare(kind, folder, model, params, images, channels):
 
     method = dataclasses.replace(model.method, dtype="float32", attention="xla")
     with jax.default_matmul_precision("float32"):
-        expected = np.asarray(jax.jit(lambda params, images: _tokens(method.features(params, images)))(params, ours))
+        expected = np.asarray(jax.jit(lambda params, images: tokens_of(method.features(params, images)))(params, ours))
     ours = np.asarray(ours).transpose(0, 3, 1, 2)
     with torch.no_grad():
         theirs = tokens(torch.from_numpy(ours.copy())).numpy()
@@ -60,17 +60,17 @@ def compare(kind, folder, model, params, images, channels):
     return {
         "features": float(np.abs(theirs - expected).max()),
         "size": float(np.abs(expected).max()),
-        "pixels": float(np.abs((prepared - ours) * deviation * 255).max()),
+        "pixels": float(np.abs((prepared - ours) * deviation * 255).mean()),
     }
 
 
-def _tokens(features):
+def tokens_of(features):
     """[B, 1 + N, D], CLS first where there is one."""
     patches = features["patches"]
     return jnp.concatenate([features["cls"][:, None], patches], axis=1) if "cls" in features else patches
 
 
-def _timm(folder):
+def open_timm(folder):
     """(function from images [B, C, H, W] to tokens, function from a Pillow image to [C, H, W])."""
     import timm
 
@@ -79,7 +79,7 @@ def _timm(folder):
     return model.forward_features, lambda image: prepare(image).numpy()
 
 
-def _hf(folder):
+def open_hf(folder):
     """The same of transformers."""
     from transformers import AutoImageProcessor, AutoModel
 
@@ -87,3 +87,6 @@ def _hf(folder):
     processor = AutoImageProcessor.from_pretrained(folder)
     prepare = lambda image: processor(image, return_tensors="np")["pixel_values"][0]
     return lambda images: model(images).last_hidden_state, prepare
+
+
+OPEN = {"timm": open_timm, "hf": open_hf}

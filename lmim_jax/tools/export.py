@@ -102,10 +102,10 @@ def main(argv):
     print(f"{given.out}: {told}; how to use them: {given.out}/README.md")
     if given.check:
         folder = pathlib.Path(given.out).expanduser()
-        found = check.compare(given.format, folder, model, model.weights(which), images, model.method.channels)
+        found = check.compare(given.format, folder, model, model.weights(which), images)
         print(
             f"{given.format} on {len(images)} images: features differ by at most {found['features']:.1e} "
-            f"(the largest is {found['size']:.1f}); its preprocessing by {found['pixels']:.1f} levels of 255"
+            f"(the largest is {found['size']:.1f}); its preprocessing by {found['pixels']:.1f} levels of 255 on average"
         )
         sys.exit(found["features"] > LIMIT)
 

@@ -21,7 +21,7 @@ import pathlib
 import re
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_flags
@@ -31,7 +31,7 @@ from lmim_jax.data import loader, sources
 from lmim_jax.errors import UserError
 from lmim_jax.methods import base as methods
 from lmim_jax.official import base as official
-from lmim_jax.state import create
+from lmim_jax.state import init
 
 
 def read(path, method, drop=(), fresh=()):
@@ -59,7 +59,8 @@ def read(path, method, drop=(), fresh=()):
     try:
         official.check(method, arrays, missing_ok=lambda name: name in absent)
     except UserError as error:
-        raise UserError(f"{path} does not fit the recipe: {error}") from error
+        hint = "--fresh=REGEX: what may start as in a new run; --drop=REGEX: what to leave out, or to take as we compute it"
+        raise UserError(f"{path} does not fit the recipe: {error}; {hint}") from error
     return official.from_official(method, arrays), dropped, [name for name in absent if name in trained], rest
 
 
@@ -80,18 +81,10 @@ def import_weights(path, config, folder, identity, drop=(), fresh=()):
     tree, dropped, absent, rest = read(path, method, drop, fresh)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     optimizer, _ = optim.from_config(config.optimizer, warmup_steps=0, total_steps=1)
+    begin = lambda tree: _begin(method, optimizer, config.seed, tree)
     layout = dict(rules=config.mesh.rules, min_size=config.mesh.min_size)
-    state, shardings = create(method, optimizer, config.seed, mesh, **layout)
-    flat = lambda tree: flatten_dict(tree, keep_empty_nodes=True)
-    read_in = flat(tree)
-    # A teacher that the file does not have begins as a copy of the online weights, as in a new run.
-    params = unflatten_dict(flat({"params": state.params}) | {k: v for k, v in read_in.items() if k[0] == "params"})
-    target = {"target": method.target_of(params["params"])}
-    target = unflatten_dict(flat(target) | {k: v for k, v in read_in.items() if k[0] == "target"}) if target else {}
-    place = lambda tree, where: jax.device_put(jax.tree.map(np.asarray, tree), where)
-    state = state.replace(
-        params=place(params["params"], shardings.params), target=place(target.get("target", {}), shardings.target)
-    )
+    shardings = sharding.of_state(jax.eval_shape(begin, tree), mesh, **layout)
+    state = jax.jit(begin, out_shardings=shardings)(tree)
     origin = {"file": pathlib.Path(path).name, "sha256": _checksum(path)}
     origin |= {"dropped": dropped, "fresh": absent, "not_read": rest}
     with workdir.Lock(folder):
@@ -99,10 +92,21 @@ def import_weights(path, config, folder, identity, drop=(), fresh=()):
             checkpoints.save(state, 0)
         files.write(folder / "imported.json", json.dumps(origin, indent=2) + "\n")
         workdir.claim(folder, config.to_dict(), identity)
-    count = sum(x.size for x in jax.tree.leaves(tree))
-    lines = [f"{len(read_in)} arrays, {count:,} numbers: every array has its place"]
+    leaves = jax.tree.leaves(tree)
+    count = sum(x.size for x in leaves)
+    lines = [f"{len(leaves)} arrays, {count:,} numbers: every array has its place"]
     told = ("left out (--drop)", dropped), ("start afresh", absent), ("no part of the model, not read", rest)
     return lines + [f"{what}: {', '.join(names)}" for what, names in told if names]
+
+
+def _begin(method, optimizer, seed, tree):
+    """A fresh state with the arrays of `tree` in it; a teacher that is not there begins as a copy. Pure."""
+    fresh = init(method, optimizer, jax.random.key(seed))
+    flat = lambda tree: flatten_dict(tree, keep_empty_nodes=True)
+    merge = lambda old, new: unflatten_dict(flat(old) | flat(new))
+    params = merge(fresh.params, tree["params"])
+    target = merge(jax.tree.map(jnp.copy, method.target_of(params)), tree.get("target", {}))
+    return fresh.replace(params=params, target=target, opt_state=optimizer.init(params))
 
 
 def _checksum(path):
