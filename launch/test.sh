@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Lint and test: ./launch/test.sh [arguments of pytest]
+# ./launch/test.sh --interop: comparisons with timm and transformers instead, which it installs (PyTorch: 1 GB or more)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source launch/venv.sh requirements-dev.txt
+case " $* " in
+  *" --interop "*) source launch/venv.sh requirements-interop.txt ;;
+  *) source launch/venv.sh requirements-dev.txt ;;
+esac
 ruff check .
 ruff format --check .
 exec python -m pytest "$@"

@@ -2,10 +2,10 @@
 
 
 def load(run, target=False):
-    """Open a run in a notebook: its method and its newest weights.
+    """Open a run in a notebook: its method and its newest weights; or a folder that `tools.export --format=flax` made.
 
     Args:
-      run: the --workdir of a run.
+      run: the --workdir of a run, or the exported folder, whose weights were chosen when it was made.
       target: the teacher's encoder instead of the online one.
 
     Returns:
@@ -14,11 +14,7 @@ def load(run, target=False):
     Raises:
       UserError: no run, no checkpoint, or no target encoder there.
     """
-    from lmim_jax import checkpoint, runs
-    from lmim_jax.errors import UserError
+    from lmim_jax import saved
 
-    method = runs.open_run(run).method
-    params, teacher = checkpoint.weights(run, method)
-    if target and "encoder" not in teacher:
-        raise UserError(f"{run}: its method has no target encoder")
-    return method, {**params, **teacher} if target else params
+    model = saved.open_model(run)
+    return model.method, model.weights("target" if target else "online")

@@ -86,12 +86,23 @@ def open_run(workdir):
     Raises:
       UserError: there is none, or it cannot be read.
     """
+    config = read_config(workdir)
+    return Run(pathlib.Path(workdir), config, methods.from_config(config["method"], total_steps=1, steps_per_epoch=1))
+
+
+def read_config(workdir):
+    """The config.json of a run, of plain values.
+
+    Raises:
+      UserError: there is none, or it is not that of a run.
+    """
     path = pathlib.Path(workdir, "config.json")
-    if not path.is_file():
-        raise UserError(f"{workdir} is no run: it has no config.json; give the --workdir of one")
     try:
         config = json.loads(path.read_text())
-        sections = config["method"], config["data"], config["augment"], config["seed"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if missing := {"method", "data", "augment", "seed"} - config.keys():
+            raise KeyError(*sorted(missing))
+    except FileNotFoundError as error:
+        raise UserError(f"{workdir} is no run: it has no config.json; give the --workdir of one") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as the config of a run ({type(error).__name__}: {error})") from error
-    return Run(pathlib.Path(workdir), config, methods.from_config(sections[0], total_steps=1, steps_per_epoch=1))
+    return config

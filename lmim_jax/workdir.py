@@ -25,6 +25,7 @@ HARMLESS = re.compile(
     r"log_every|gauge_images|checkpoint_\w+|evaluators\..*|max_skipped|mesh\..*|remat|scan_layers"
     r"|data\.(path|dir|classes|test_split|workers|threads|timeout|max_bad_fraction)"
 )
+IMAGES = "training_images"  # key of config.json: what identifies them; absent in a run made of imported weights alone
 HEARTBEAT = 20.0  # seconds between signs of life in the lock
 UNSEEN = 90.0  # seconds that a network file system may take to show a new file to other hosts
 STALE = 120.0  # seconds without one after which a writer on another host counts as dead
@@ -34,7 +35,7 @@ def check(workdir, config, data):
     """Raise a UserError if `workdir` is that of a run with another config or other data; nothing is written.
 
     Args:
-      config: plain nested dict. data: flat dict that identifies the training images.
+      config: plain nested dict. data: flat dict that identifies the training images; None: not known yet.
 
     The error lists the keys that differ.
     """
@@ -42,7 +43,7 @@ def check(workdir, config, data):
     if not path.exists():
         return
     known = json.loads(path.read_text())
-    ours = _as_read(config, data)
+    ours = _as_read(config, data if IMAGES in known else None)
     flat = [flatten_dict(x, sep=".", keep_empty_nodes=False) for x in (known, ours)]
     keys = sorted(key for key in flat[0].keys() | flat[1].keys() if not HARMLESS.fullmatch(key))
     old, new = ([side.get(key, "absent") for key in keys] for side in flat)
@@ -58,9 +59,9 @@ def claim(workdir, config, data):
       UserError: naming processes that do not see the same folder.
     """
     path = pathlib.Path(workdir, "config.json")
-    if not path.exists() and jax.process_index() == 0:
+    if jax.process_index() == 0 and (not path.exists() or (data and IMAGES not in json.loads(path.read_text()))):
+        log.info("new run in %s" if not path.exists() else "the images are new to the run in %s", workdir)
         files.write(path, json.dumps(_as_read(config, data), indent=2) + "\n")
-        log.info("new run in %s", workdir)
     distributed.gather("written")
     deadline = time.monotonic() + UNSEEN
     while not path.exists() and time.monotonic() < deadline:
@@ -72,7 +73,7 @@ def claim(workdir, config, data):
 
 def _as_read(config, data):
     """The content of config.json, as JSON gives it back: tuples are lists."""
-    return json.loads(json.dumps({**config, "training_images": data}))
+    return json.loads(json.dumps({**config, **({IMAGES: data} if data else {})}))
 
 
 def pin_kernels(workdir, deterministic):

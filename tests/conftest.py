@@ -43,13 +43,19 @@ def images(tmp_path_factory):
 
 def pytest_addoption(parser):
     parser.addoption("--faults", action="store_true", help="the whole fault suite, and nothing else (40 minutes)")
+    parser.addoption("--interop", action="store_true", help="comparisons with timm and transformers, and nothing else")
 
 
 def pytest_collection_modifyitems(config, items):
+    interop = [item for item in items if item.get_closest_marker("interop")]
     if config.getoption("--faults"):
-        faults = [item for item in items if "faults" in item.path.parts]
-        config.hook.pytest_deselected(items=[item for item in items if item not in faults])
-        items[:] = faults
+        wanted = [item for item in items if "faults" in item.path.parts]
+    elif config.getoption("--interop"):
+        wanted = interop
+    else:
+        wanted = [item for item in items if item not in interop]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
 
 
 @pytest.fixture(scope="session")

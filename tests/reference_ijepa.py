@@ -1,20 +1,12 @@
 """Reads reference cases of the official I-JEPA: sizes, weights and inputs in this project's terms."""
 
-import re
-
 import jax
 import numpy as np
 from test_reference import group
 
 from lmim_jax.methods.ijepa import Method
+from lmim_jax.official.base import from_official
 from lmim_jax.step import update_target
-
-RENAMED = (
-    ("encoder.pos_embed", "encoder.positions"),
-    ("predictor_proj.", "head."),
-    ("predictor_", ""),
-    ("patch_embed.proj.", "patch_embed."),
-)
 
 
 class Perturbed(Method):
@@ -57,38 +49,25 @@ def method(c, blocks):
     )
 
 
-def tree(arrays):
-    """{official name: array} -> our nested dict, in our layouts."""
-    out = {}
-    for name, value in arrays.items():
-        if name.endswith("predictor_pos_embed"):  # without noise, and ours are equal
-            continue
-        for official, ours in RENAMED:
-            name = name.replace(official, ours)
-        name = re.sub(r"blocks\.(\d+)\.", lambda match: f"block{int(match[1]):02d}.", name)
-        *path, leaf = name.split(".")
-        node = out
-        for key in path:
-            node = node.setdefault(key, {})
-        if leaf == "weight" and "norm" in path[-1]:
-            node["scale"] = value
-        elif leaf == "weight":
-            node["kernel"] = (value.transpose(0, 2, 3, 1).reshape(len(value), -1) if value.ndim == 4 else value).T
-        else:
-            node[leaf] = value
+def tree(method, case, prefix):
+    """Our tree of a case's arrays below a prefix, with the positions of encoders in it."""
+    arrays = group(case, prefix)
+    out = from_official(method, arrays)
+    for root, name, official in (("params", "encoder", "encoder"), ("target", "encoder", "target_encoder")):
+        if f"{official}.pos_embed" in arrays:
+            out[root][name]["positions"] = arrays[f"{official}.pos_embed"]
     return out
 
 
 def load(case, config):
     """(method, params, target, images [B, H, W, C], views), the views padded by what must not matter."""
-    state = tree(group(case, "state/"))
     context, targets = (case[f"in/{name}_idx"].astype(np.int32) for name in ("context", "target"))
     views = {"visible": np.pad(context, ((0, 0), (0, 3))), "targets": np.pad(targets, ((0, 0), (0, 0), (0, 2)))}
     views["visible_mask"] = np.pad(np.ones(context.shape, bool), ((0, 0), (0, 3)))
     views["target_mask"] = np.pad(np.ones(targets.shape, bool), ((0, 0), (0, 0), (0, 2)))
-    params = {name: state[name] for name in ("encoder", "predictor")}
-    images = case["in/images_nchw"].transpose(0, 2, 3, 1)
-    return method(config, targets.shape[1]), params, {"encoder": state["target_encoder"]}, images, views
+    ours = method(config, targets.shape[1])
+    state, images = tree(ours, case, "state/"), case["in/images_nchw"].transpose(0, 2, 3, 1)
+    return ours, state["params"], state["target"], images, views
 
 
 def outputs(case, run):
@@ -99,16 +78,15 @@ def outputs(case, run):
     yield run.loss, case["out/loss"]
 
 
-def gradients(case):
+def gradients(case, method):
     """Expected gradients, a tree like the parameters; positions are fixed in the official code."""
-    expected = tree(group(case, "grad/"))
+    expected = tree(method, case, "grad/")["params"]
     expected["encoder"]["positions"] = np.zeros_like(case["state/encoder.pos_embed"])
     return expected
 
 
 def ema(case, run):
     """The cases hold none: the teacher after an update at momentum 0.996, worked out by numpy."""
-    state = tree(group(case, "state/"))
     updated = update_target(run.target, run.method.target_of(run.params), run.method.ema_rate(0))
-    both = state["target_encoder"], state["encoder"]
+    both = run.target["encoder"], run.params["encoder"]
     return updated, {"encoder": jax.tree.map(lambda old, new: 0.996 * old + 0.004 * new, *both)}

@@ -1,12 +1,11 @@
 """Reads reference cases of the official Latent MIM: sizes, weights and inputs in this project's terms."""
 
-import re
-
 import numpy as np
 from test_reference import group
 
 from lmim_jax.methods.latent_mim import Method
 from lmim_jax.models.layers import patchify, sincos_positions
+from lmim_jax.official.base import from_official
 from lmim_jax.step import update_target
 
 LOSSES = {"infonce_patches": "patch_infonce", "norm_l2": "norm_l2"}
@@ -49,38 +48,6 @@ def method(c):
     )
 
 
-def ours(name):
-    """Official parameter name -> path in our tree, e.g. ("projector", "linear0", "kernel")."""
-    part, name = name.split(".", 1)
-    if part != "decoder":
-        part = "encoder"
-        if name.startswith("head."):
-            part, name = "projector", name.removeprefix("head.")
-    name = name.replace("kv_proj", "kv").replace("q_proj", "q")
-    name = re.sub(r"blocks\.(\d+)\.", lambda match: f"block{int(match[1]):02d}.", name)
-    if part == "encoder":
-        name = name.replace("embed.proj.", "patch_embed.")
-    path = [part, *name.split(".")]
-    if path[-1] == "weight":
-        path[-1] = "scale" if "norm" in path[-2] else "kernel"
-    return tuple(path)
-
-
-def tree(arrays):
-    """{official name: array} -> our nested dict, in our layouts; fixed positions are left out."""
-    out = {}
-    for name, value in arrays.items():
-        if "pos_embed" in name:
-            continue
-        path = ours(name)
-        node = out
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value.T if path[-1] == "kernel" else value
-    out.setdefault("projector", {})
-    return out
-
-
 def views(case):
     """The case's mask indices and window offsets."""
     out = {"visible": case["in/visible_idx"].astype(np.int32), "masked": case["in/masked_idx"].astype(np.int32)}
@@ -91,12 +58,10 @@ def views(case):
 
 def load(case, config):
     """(method, params, target, images [B, H, W, C], views); the EMA moves before the targets are made."""
-    weights, ours = group(case, "state/"), method(config)
-    encoder = lambda name: tree({f"encoder.{k}": v for k, v in group(weights, name).items()})
-    decoder = tree({name: value for name, value in weights.items() if name.startswith("decoder.")})
-    params = {**encoder("encoder."), "decoder": decoder["decoder"]}
-    target = update_target(encoder("target_encoder."), ours.target_of(params), ours.ema_rate(0))
-    return ours, params, target, case["in/images_nchw"].transpose(0, 2, 3, 1), views(case)
+    ours = method(config)
+    state = from_official(ours, group(case, "state/"))
+    target = update_target(state["target"], ours.target_of(state["params"]), ours.ema_rate(0))
+    return ours, state["params"], target, case["in/images_nchw"].transpose(0, 2, 3, 1), views(case)
 
 
 def outputs(case, run):
@@ -117,11 +82,12 @@ def patches_of(run):
     return run.method.patch_size, run.method.gap, run.views.get("offsets")
 
 
-def gradients(case):
+def gradients(case, method):
     """Expected gradients, a tree like the parameters."""
-    return tree(group(case, "grad/"))
+    return from_official(method, group(case, "grad/"))["params"]
 
 
 def ema(case, run):
     """Pair (ours, theirs) of the teacher after an update."""
-    return run.target, tree({f"encoder.{name}": value for name, value in group(case, "ema/").items()})
+    theirs = {f"target_encoder.{name}": value for name, value in group(case, "ema/").items()}
+    return run.target, from_official(run.method, theirs)["target"]

@@ -1,11 +1,10 @@
 """Reads reference cases of the official MAE: sizes, weights and inputs in this project's terms."""
 
-import re
-
 import numpy as np
 from test_reference import group
 
 from lmim_jax.methods.mae import Method
+from lmim_jax.official.base import from_official
 
 
 def method(c):
@@ -32,30 +31,6 @@ def method(c):
     )
 
 
-def tree(arrays):
-    """{official name: array} -> our nested dict, in our layouts; fixed positions are left out."""
-    out = {"encoder": {}, "decoder": {}}
-    for name, value in arrays.items():
-        if "pos_embed" in name:
-            continue
-        part = "decoder" if name.startswith("decoder_") or name == "mask_token" else "encoder"
-        name = name.removeprefix("decoder_").replace("pred.", "head.").replace("patch_embed.proj.", "patch_embed.")
-        name = re.sub(r"blocks\.(\d+)\.", lambda match: f"block{int(match[1]):02d}.", name)
-        *path, leaf = name.split(".")
-        node = out[part]
-        for key in path:
-            node = node.setdefault(key, {})
-        if leaf == "weight" and "norm" in path[-1]:
-            node["scale"] = value
-        elif (
-            leaf == "weight"
-        ):  # a patch embedding is a convolution [out, C, p, p]; our pixels are (row, column, channel)
-            node["kernel"] = (value.transpose(0, 2, 3, 1).reshape(len(value), -1) if value.ndim == 4 else value).T
-        else:
-            node[leaf] = value
-    return out
-
-
 def views(case, visible):
     """Patch ids: the first `visible` of each row of the case's permutation, and the rest."""
     order = case["in/shuffle_idx"].astype(np.int32)
@@ -66,7 +41,8 @@ def load(case, config):
     """(method, params, target, images [B, H, W, C], views)."""
     ours = method(config)
     places = views(case, int(ours.num_patches * (1 - ours.mask_ratio)))
-    return ours, tree(group(case, "state/")), {}, case["in/images_nchw"].transpose(0, 2, 3, 1), places
+    params = from_official(ours, group(case, "state/"))["params"]
+    return ours, params, {}, case["in/images_nchw"].transpose(0, 2, 3, 1), places
 
 
 def outputs(case, run):
@@ -77,9 +53,9 @@ def outputs(case, run):
     yield run.loss, case["out/loss"]
 
 
-def gradients(case):
+def gradients(case, method):
     """Expected gradients, a tree like the parameters."""
-    return tree(group(case, "grad/"))
+    return from_official(method, group(case, "grad/"))["params"]
 
 
 def ema(case, run):

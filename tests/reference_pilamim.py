@@ -1,22 +1,14 @@
 """Reads reference cases of the official PiLaMIM: sizes, weights and inputs in this project's terms."""
 
-import re
-
 import numpy as np
 from reference_mae import views
 from test_reference import group
 
 from lmim_jax.methods.pilamim import Method
 from lmim_jax.models.layers import unpatchify
+from lmim_jax.official.base import from_official
 from lmim_jax.step import update_target
 
-PARTS = {
-    "encoder": "encoder",
-    "decoder_embed": "pixel_decoder.embed",
-    "decoder": "pixel_decoder",
-    "decoder_latent_embed": "latent_decoder.embed",
-    "target_decoder": "latent_decoder",
-}
 CHANNELS = 3
 
 
@@ -52,52 +44,12 @@ def method(c):
     )
 
 
-def pixel_order(x):
-    """The last axis of x from (channel, row, column), which the official head has, to our (row, column, channel)."""
-    side = round((x.shape[-1] // CHANNELS) ** 0.5)
-    return np.moveaxis(x.reshape(*x.shape[:-1], CHANNELS, side, side), -3, -1).reshape(x.shape)
-
-
-def ours(name, value):
-    """(path in our tree, array in our layout) of an official parameter."""
-    part, name = name.split(".", 1)
-    name = re.sub(r"transformer\.(\d+)\.", lambda match: f"block{int(match[1]):02d}.", name)
-    name = name.replace("patchify.", "patch_embed.").replace("layer_norm.", "norm.").replace("head_latent.", "head.")
-    *path, leaf = f"{PARTS[part]}.{name}".split(".")
-    if leaf == "pos_embedding":
-        return (*path, "positions"), value.transpose(1, 0, 2)
-    if value.ndim == 4:
-        value = value.transpose(0, 2, 3, 1).reshape(len(value), -1)
-    if path == ["pixel_decoder", "head"]:
-        value = pixel_order(value.T).T if value.ndim == 2 else pixel_order(value)
-    if leaf == "weight":
-        return (*path, "scale" if "norm" in path[-1] else "kernel"), value.T
-    return (*path, leaf), value
-
-
-def tree(arrays):
-    """{official name: array} -> our nested dict."""
-    out = {}
-    for name, value in arrays.items():
-        (*path, leaf), value = ours(name, value)
-        node = out
-        for key in path:
-            node = node.setdefault(key, {})
-        node[leaf] = value
-    return out
-
-
-def teacher(arrays):
-    """The same of the encoder alone, whose names lack the prefix."""
-    return tree({f"encoder.{name}": value for name, value in arrays.items()})
-
-
 def load(case, config):
     """(method, params, target before the EMA update, images [B, H, W, C], views)."""
-    state, model = group(case, "state/"), method(config)
-    params = tree({name: value for name, value in state.items() if not name.startswith("target_encoder.")})
+    model = method(config)
+    state = from_official(model, group(case, "state/"))
     places = views(case, int(model.num_patches * (1 - model.mask_ratio)))
-    return model, params, teacher(group(state, "target_encoder.")), case["in/images_nchw"].transpose(0, 2, 3, 1), places
+    return model, state["params"], state["target"], case["in/images_nchw"].transpose(0, 2, 3, 1), places
 
 
 def outputs(case, run):
@@ -116,12 +68,13 @@ def outputs(case, run):
         yield run.metrics[f"{name}_loss"], case[f"out/loss_{name}"]
 
 
-def gradients(case):
+def gradients(case, method):
     """Expected gradients, a tree like the parameters."""
-    return tree(group(case, "grad/"))
+    return from_official(method, group(case, "grad/"))["params"]
 
 
 def ema(case, run):
     """Pair (ours, theirs) of the teacher after an update, which comes after the loss."""
     updated = update_target(run.target, run.method.target_of(run.params), run.method.ema_rate(0))
-    return updated, teacher(group(case, "ema/"))
+    theirs = {f"target_encoder.{name}": value for name, value in group(case, "ema/").items()}
+    return updated, from_official(run.method, theirs)["target"]

@@ -1,6 +1,11 @@
 """A recipe that trains in seconds: 4 x 4 patches of 4 pixels, 16 wide, 2 deep."""
 
+import jax
+
 from configs import evaluate, small, vit_b
+from lmim_jax import checkpoint, optim, sharding, workdir
+from lmim_jax.methods import base as methods
+from lmim_jax.state import create
 
 SIZES = dict(grid=(4, 4), patch_size=4, gap=1, width=16, depth=2, heads=2, num_visible=4, projector_depth=2)
 SIZES |= dict(decoder_width=8, decoder_depth=1, decoder_heads=2, projector_width=24, latent_decoder_width=12)
@@ -47,3 +52,15 @@ def method(name):
 def _shrink(section):
     """Give a method's config section the sizes above, as far as it has such keys."""
     section.update({key: value for key, value in SIZES.items() if key in section})
+
+
+def run(config, folder):
+    """Make `folder` a run of `config` that has not trained: its fresh state as the checkpoint of step 0."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])  # quicker than eight
+    model = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    optimizer, _ = optim.from_config(config.optimizer, warmup_steps=0, total_steps=1)
+    state, _ = create(model, optimizer, config.seed, mesh, rules=config.mesh.rules, min_size=config.mesh.min_size)
+    with checkpoint.Checkpoints(folder, config) as checkpoints:
+        checkpoints.save(state, 0)
+    workdir.claim(folder, config.to_dict(), None)
+    return folder

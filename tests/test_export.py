@@ -1,0 +1,228 @@
+"""What leaves for other libraries: their names and layouts, their features, the model card, and every refusal."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import conftest
+import interop
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import lmim_jax
+from lmim_jax import saved, tensors
+from lmim_jax.errors import UserError
+from lmim_jax.export import check, encoder, hf, timm
+from lmim_jax.methods import base
+from lmim_jax.models.layers import sincos_positions
+from lmim_jax.tools import export
+
+SHARED = conftest.ROOT.parent / "shared" / "data"
+
+
+def recipe(name="latent_mim", **changes):
+    config = tiny.get_config()
+    config.method = tiny.method(name)
+    config.method.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of Latent MIM that has not trained, with figures as after training."""
+    folder = tiny.run(recipe(decoder="cross"), tmp_path_factory.mktemp("run"))
+    summary = {"steps": 0, "collapse_index": 0.5, "knn5": {"pixels": 30.0, "untrained": 40.0}, "knn/knn5": 61.5}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "evaluations").mkdir()
+    figures = {"linear/accuracy": {"untrained": 11.0, "trained": 77.25}}
+    found = {"evaluated": {"step": 0, "weights": {"linear": "target"}}, "figures": figures}
+    found["config"] = {"linear": {"params": "online", "feature": "cls"}}
+    (folder / "evaluations" / "0-linear.json").write_text(json.dumps(found))
+    return folder
+
+
+@pytest.mark.parametrize("library", interop.LIBRARIES)
+@pytest.mark.parametrize("name", interop.METHODS)
+def test_features_are_those_that_the_library_made_of_the_exported_tensors(name, library):
+    """tests/interop.npz was made by `python tests/interop.py`, with the versions it names, on a CPU in float32."""
+    with np.load(interop.STORED) as stored:
+        method, params = interop.case(name)
+        out = jax.jit(lambda images: check.tokens_of(method.features(params, images)))(interop.images())
+        np.testing.assert_allclose(out, stored[f"{name}/{library}/tokens"], rtol=0, atol=1e-4)
+        tensors_out, _ = interop.contents(library, name)
+        assert interop.checksum(tensors_out) == stored[f"{name}/{library}/checksum"], (
+            "names, shapes or values of exported tensors have changed; if that is meant, run tests/interop.py"
+        )
+
+
+def test_the_positions_of_latent_mim_are_written_as_they_are():
+    method, params = interop.case("latent_mim")
+    found = encoder.of(method, params).tensors["pos_embed"]
+    assert not found[0, 0].any()  # CLS
+    np.testing.assert_array_equal(found[0, 1:], sincos_positions((4, 4), 16))
+
+
+def test_sizes_that_timm_knows_go_by_its_names():
+    sizes = dict(grid=(14, 14), patch_size=16, width=192, depth=12, heads=3)
+    method = base.from_config(recipe(**sizes).method, total_steps=1, steps_per_epoch=1)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0)))
+    images = {**interop.AS_IN_TRAINING, "resize": 256}
+    _, texts = timm.contents(encoder.of(method, params), images)
+    config = texts["config.json"]
+    assert config["architecture"] == "vit_tiny_patch16_224"
+    assert config["model_args"] == {"global_pool": "avg", "fc_norm": False}
+    assert config["pretrained_cfg"]["crop_pct"] == 0.875 and config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
+
+
+@pytest.mark.parametrize("size", [64, 96, 224, 384, 518])
+def test_timm_resizes_to_what_evaluation_does(size):
+    for resize in range(size, 3 * size):
+        assert int(size / timm.crop_share(size, resize)) == resize
+
+
+@pytest.mark.parametrize(
+    ("changes", "library", "message"),
+    [
+        (dict(norm_eps=1e-6, final_norm_eps=1e-5), timm, "final_norm_eps=1e-05 differ"),
+        (dict(norm_eps=1e-4, final_norm_eps=1e-4), timm, "norm_eps=0.0001: timm's"),
+        (dict(grid=(4, 2)), hf, "grid is not square"),
+    ],
+)
+def test_what_a_library_cannot_hold_is_said(changes, library, message):
+    method = base.from_config(recipe("pilamim", **changes).method, total_steps=1, steps_per_epoch=1)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0)))
+    with pytest.raises(UserError, match=message):
+        library.contents(encoder.of(method, params), interop.AS_IN_TRAINING)
+
+
+def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
+    model = saved.open_model(run)
+    export.export(model, "hf", "online", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"}
+    config, prepared = (json.loads((tmp_path / "out" / f"{x}config.json").read_text()) for x in ("", "preprocessor_"))
+    assert config["layer_norm_eps"] == 1e-6 and config["model_type"] == "vit"
+    assert prepared["image_mean"] == [0.485, 0.456, 0.406] and prepared["crop_size"] == {"height": 16, "width": 16}
+    assert "encoder.layer.1.attention.attention.query.weight" in tensors.read(tmp_path / "out" / "model.safetensors")[0]
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in (
+        f'AutoModel.from_pretrained("{tmp_path / "out"}", add_pooling_layer=False)',
+        "| knn/knn5 | online | patches_prenorm | 30 | 40 | 61.5 |",
+        "| linear/accuracy | target | cls |  | 11 | 77.25 |",
+        "collapse index (1 is total): 0.5",
+        '"num_visible": 4',
+    ):
+        assert line in card
+    with pytest.raises(UserError, match="holds something already"):
+        export.export(model, "hf", "online", tmp_path / "out")
+
+
+@pytest.mark.parametrize("which", ["online", "target"])
+def test_an_exported_flax_folder_opens_like_a_run(run, tmp_path, which):
+    export.export(saved.open_model(run), "flax", which, tmp_path / "out")
+    again = saved.open_model(tmp_path / "out")
+    for params in (lmim_jax.load(tmp_path / "out")[1], again.weights(which)):
+        jax.tree.map(np.testing.assert_array_equal, params, saved.open_model(run).weights(which))
+    assert again.step == 0 and again.choose(None) == which
+    with pytest.raises(UserError, match=f"holds the {which} weights"):
+        again.choose({"online": "target", "target": "online"}[which])
+
+
+def test_there_is_no_export_without_official_names_or_a_teacher(tmp_path):
+    model = saved.Model(tmp_path, recipe("bootmae"), *interop.case("bootmae"), {}, 0)
+    with pytest.raises(UserError, match="names in bootmae's official code are not known"):
+        export.export(model, "safetensors", "both", tmp_path / "out")
+    with pytest.raises(UserError, match=r"decoder=self is not in the official code"):
+        method = base.from_config(recipe(decoder="self").method, total_steps=1, steps_per_epoch=1)
+        export.official.describe(method)
+    assert not (tmp_path / "out").exists()
+
+
+def tool(*words, hide=()):
+    """Run `tools.export` in a process of its own, without the modules to hide: (exit code, stderr)."""
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({hide!r})); sys.argv = {['export', *map(str, words)]!r}; "
+    script = hidden + "from lmim_jax import command; from lmim_jax.tools import export as t; t.define_flags(); "
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", script + "command.run(t.main)"],
+        cwd=conftest.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stderr.strip().splitlines()
+
+
+def test_a_check_without_the_library_says_so(run, images, tmp_path):
+    words = run, "--format=timm", f"--out={tmp_path / 'out'}", "--check", f"--images={images}"
+    code, told = tool(*words, hide=("torch", "timm"))
+    assert code == 2 and "pip install torch timm" in told[-1], told
+    assert (tmp_path / "out" / "README.md").exists()
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("library", interop.LIBRARIES)
+@pytest.mark.parametrize("name", interop.METHODS)
+def test_both_libraries_make_the_same_features_of_jpegs(name, library, tmp_path):
+    method, params = interop.case(name)
+    model = saved.Model(tmp_path, recipe(name), method, params, {}, 0)
+    export.export(model, library, "online", tmp_path / "out")
+    jpegs = [interop.jpeg(height, width, i) for i, (height, width) in enumerate([(40, 40), (36, 72), (90, 45)])]
+    found = check.compare(library, tmp_path / "out", model, params, jpegs)
+    assert found["features"] <= 1e-4 and found["pixels"] < 0.5, found
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("library", interop.LIBRARIES)
+@pytest.mark.parametrize("size", ["Ti/16", "B/16"])
+def test_published_sizes_agree_on_photographs(size, library, tmp_path):
+    import zipfile
+
+    from configs import vit_b, vit_ti
+
+    archive = SHARED / "imagenet_jpegs_125.zip"
+    config = {"Ti/16": vit_ti, "B/16": vit_b}[size].get_config()
+    method = base.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    params = jax.jit(method.init)(jax.random.key(0))
+    if archive.exists():
+        with zipfile.ZipFile(archive) as file:
+            names = [name for name in sorted(file.namelist()) if name.lower().endswith((".jpeg", ".jpg"))][:4]
+            jpegs = [file.read(name) for name in names]
+    else:
+        jpegs = [interop.jpeg(300, 400, 0), interop.jpeg(500, 333, 1)]
+    model = saved.Model(tmp_path, config, method, params, {}, 0)
+    export.export(model, library, "online", tmp_path / "out")
+    found = check.compare(library, tmp_path / "out", model, params, jpegs)
+    assert found["features"] <= 1e-4, found
+
+
+@pytest.mark.interop
+def test_transformers_misses_nothing_and_takes_other_sizes(tmp_path):
+    import torch
+    from transformers import AutoModel
+
+    method, params = interop.case("latent_mim")
+    export.export(saved.Model(tmp_path, recipe(), method, params, {}, 0), "hf", "online", tmp_path / "out")
+    options = dict(add_pooling_layer=False, output_loading_info=True)
+    model, told = AutoModel.from_pretrained(tmp_path / "out", **options)
+    assert not any(told.values()), told
+    with torch.no_grad():
+        tokens = model(torch.zeros(1, 3, 24, 32), interpolate_pos_encoding=True).last_hidden_state
+    assert tokens.shape == (1, 1 + 6 * 8, 16)
+
+
+@pytest.mark.interop
+def test_timm_takes_other_sizes_and_pools_patches(tmp_path):
+    import torch
+
+    method, params = interop.case("latent_mim")
+    export.export(saved.Model(tmp_path, recipe(), method, params, {}, 0), "timm", "online", tmp_path / "out")
+    library = importlib.import_module("timm")
+    model = library.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, img_size=(24, 32)).eval()
+    with torch.no_grad():
+        x = torch.zeros(1, 3, 24, 32)
+        torch.testing.assert_close(model(x), model.forward_features(x)[:, 1:].mean(dim=1))

@@ -1,0 +1,168 @@
+"""Features of image files: the method's own, of any size, by name, in every kind of file; and every refusal."""
+
+import json
+import os
+import subprocess
+import sys
+
+import conftest
+import interop
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from lmim_jax import feature_files, saved
+from lmim_jax.data import augment
+from lmim_jax.errors import UserError
+from lmim_jax.extraction import Extractor, extract
+from lmim_jax.tools import features
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny.run(tiny.get_config(), tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def extractor(run):
+    return make(run)
+
+
+def make(run, **options):
+    model = saved.open_model(run)
+    transform = augment.from_config(model.config.augment, image_size=(20, 20), eval_size=(16, 16))
+    options = dict(size=16, kinds=features.KINDS, norm=True, batch_size=8) | options
+    return Extractor(model.method, model.params, transform, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of three shapes, two of them in a sub-folder; a text file, a cut JPEG, a text that claims to be a PNG."""
+    root = tmp_path_factory.mktemp("images")
+    (root / "deep" / "er").mkdir(parents=True)
+    for name, size in (("a.jpg", (40, 40)), ("deep/b.jpg", (24, 48)), ("deep/er/c.jpg", (48, 24)), ("d.jpg", (41, 40))):
+        (root / name).write_bytes(interop.jpeg(*size))
+    (root / "deep" / "cut.jpg").write_bytes(interop.jpeg(40, 40)[:300])
+    (root / "e.png").write_text("no image")
+    (root / "notes.txt").write_text("a text")
+    return root
+
+
+def test_features_of_every_image_are_the_methods_own(extractor, folder):
+    root, names, others = features.files_of(folder)
+    assert others == ["notes.txt"]
+    names, grids, found, bad = extract(extractor, root, names, lambda count: None)
+    assert names == ["a.jpg", "d.jpg", "deep/b.jpg", "deep/er/c.jpg"]
+    assert sorted(name for name, _ in bad) == ["deep/cut.jpg", "e.png"]
+    assert grids.tolist() == [[4, 4], [4, 4], [4, 8], [8, 4]]
+
+    pixels = np.asarray(Image.open(folder / "deep" / "b.jpg").resize((32, 16), Image.Resampling.BICUBIC))
+    mean, std = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
+    model = extractor.method
+    expected = model.features(saved_params(extractor), ((pixels / np.float32(255) - mean) / std)[None])
+    np.testing.assert_allclose(found["cls"][2], expected["cls"][0], atol=1e-5)
+    np.testing.assert_allclose(found["patches"][2], expected["patches"][0], atol=1e-5)
+    np.testing.assert_allclose(found["mean"][2], expected["patches"][0].mean(axis=0), atol=1e-5)
+
+
+def saved_params(extractor):
+    import jax
+
+    return jax.device_get(extractor._params)
+
+
+def test_the_batch_changes_no_feature(run, extractor, folder):
+    names = ["a.jpg", "d.jpg", "deep/b.jpg"]
+    together, alone = (
+        extract(one, folder, names, lambda count: None)[2]
+        for one in (extractor, make(run, batch_size=1, kinds=("mean",)))
+    )
+    np.testing.assert_allclose(together["mean"], alone["mean"], atol=1e-6)
+    assert alone.keys() == {"mean"}
+
+
+def test_sizes_keep_the_shape_of_the_image_within_half_a_patch(extractor):
+    assert extractor.shape(100, 100) == (16, 16)
+    for height, width in ((100, 131), (131, 100), (1000, 1001), (30, 90)):
+        found = extractor.shape(height, width)
+        assert min(found) == 16 and all(side % 4 == 0 for side in found)
+        assert abs(max(found) - 16 * max(height, width) / min(height, width)) <= 2
+
+
+@pytest.mark.parametrize("suffix", feature_files.WRITERS)
+def test_every_kind_of_file_gives_back_names_and_features(tmp_path, suffix):
+    parquet = pytest.importorskip("pyarrow.parquet") if suffix == ".parquet" else None
+    rng, grids = np.random.default_rng(0), np.array([[2, 3], [1, 2]], np.int32)
+    names = ["a.jpg", "deep/ü.jpg"]
+    given = {"mean": list(rng.random((2, 4), np.float32)), "patches": [rng.random((n, 4), np.float32) for n in (6, 2)]}
+    path = tmp_path / f"f{suffix}"
+    feature_files.writer(path)(names, grids, given)
+    assert list(tmp_path.iterdir()) == [path]
+    if suffix == ".parquet":
+        table = parquet.read_table(path).to_pydict()
+        assert table["name"] == names and table["rows"] == [2, 1] and table["columns"] == [3, 2]
+        second = np.float32(table["patches"][1]).reshape(2, 4)
+        first, mean = np.float32(table["patches"][0]).reshape(6, 4), np.float32(table["mean"])
+    else:
+        if suffix == ".npz":
+            with np.load(path) as file:
+                found, told = dict(file), file["name"].tolist()
+        else:
+            from safetensors import safe_open
+
+            with safe_open(path, "np") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                told = json.loads(file.metadata()["name"])
+        assert told == names and found["grid"].tolist() == grids.tolist() and found["first"].tolist() == [0, 6, 8]
+        first, second = (found["patches"][found["first"][i] : found["first"][i + 1]] for i in range(2))
+        mean = found["mean"]
+    np.testing.assert_array_equal(mean, np.stack(given["mean"]))
+    np.testing.assert_array_equal(first, given["patches"][0])
+    np.testing.assert_array_equal(second, given["patches"][1])
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"must end in \.npz"):
+        feature_files.writer(tmp_path / "f.csv")
+    with pytest.raises(UserError, match="no folder"):
+        feature_files.writer(tmp_path / "absent" / "f.npz")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        feature_files.writer(tmp_path / "f.parquet")
+
+
+def test_folders_without_images_and_too_many_images_are_refused(tmp_path, extractor):
+    (tmp_path / "notes.txt").write_text("a text")
+    with pytest.raises(UserError, match="no images in this folder, only 1 other files"):
+        features.files_of(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        features.files_of(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"take at least .* GB"):
+        features.check_memory(10**10, extractor)
+
+
+def test_the_command(run, folder, tmp_path):
+    """As a user runs it, twice in one process: bad files are told; a folder of texts is one line and exit code 2."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a text")
+    words = [f"--out={tmp_path / 'f.npz'}", "--size=24", "--nonorm", "--batch_size=2"]
+    script = f"""
+import contextlib, sys
+from lmim_jax import command
+from lmim_jax.tools import features
+features.define_flags()
+for images in {str(folder)!r}, {str(tmp_path / "texts")!r}:
+    sys.argv = ["features", {str(run)!r}, images, *{words!r}]
+    with contextlib.suppress(SystemExit):
+        command.run(features.main)
+command.run(features.main)
+"""
+    pipes = dict(env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=conftest.ROOT, **pipes)
+    assert "left out: deep/cut.jpg: " in done.stdout and "1 files that are no images: notes.txt" in done.stdout, done
+    with np.load(tmp_path / "f.npz") as file:
+        assert file["grid"].tolist() == [[6, 6], [6, 6], [6, 12], [12, 6]] and file["patches"].shape == (216, 16)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 2 and "no images in this folder" in errors[0]
+    assert "Traceback" not in done.stderr
