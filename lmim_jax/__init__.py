@@ -17,4 +17,6 @@ def load(run, target=False):
     from lmim_jax import saved
 
     model = saved.open_model(run)
-    return model.method, model.weights("target" if target else "online")
+    exported = model.config.get("exported")
+    which = model.choose("target" if target else exported.weights if exported else "online")
+    return model.method, model.weights(which)

@@ -128,6 +128,9 @@ def test_an_exported_flax_folder_opens_like_a_run(run, tmp_path, which):
     for params in (lmim_jax.load(tmp_path / "out")[1], again.weights(which)):
         jax.tree.map(np.testing.assert_array_equal, params, saved.open_model(run).weights(which))
     assert again.step == 0 and again.choose(None) == which
+    if which == "online":
+        with pytest.raises(UserError, match="holds the online weights"):
+            lmim_jax.load(tmp_path / "out", target=True)
     with pytest.raises(UserError, match=f"holds the {which} weights"):
         again.choose({"online": "target", "target": "online"}[which])
 

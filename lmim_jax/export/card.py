@@ -34,6 +34,7 @@ mean = features["patches"].mean(axis=1)     # also "cls", "patches_prenorm", "bl
     --config=RECIPE --workdir=RUN
 """,
 }
+SIZES = {"timm": "`create_model(..., img_size=...)`", "hf": "`model(..., interpolate_pos_encoding=True)`"}
 LIBRARY = {"timm": "timm", "hf": "transformers", "flax": "lmim_jax", "safetensors": "safetensors"}
 WEIGHTS = {"online": "the trained encoder", "target": "the teacher, its moving average", "both": "all its networks"}
 PRIVATE = ("path", "dir", "classes")  # of config.data: where things lie on the machine of the run
@@ -59,7 +60,7 @@ def write(model, kind, which, folder):
         f"# {config.method.name}: {method.depth} layers, {method.width} wide, patches of {method.patch_size}",
         f"A Vision Transformer pretrained without labels by {config.method.name}, with `lmim_jax`: {WEIGHTS[which]}. "
         f"It takes images of {height} x {width} pixels and gives {method.width} numbers for each of {grid}. "
-        "All weights are float32, and there is no head.",
+        "All weights are float32" + (", and there is no head." if which != "both" else "."),
         "## Use",
         f"```{'sh' if kind == 'safetensors' else 'python'}\n{USAGE[kind].format(**filled).rstrip()}\n```",
         *_advice(kind, first),
@@ -90,8 +91,8 @@ def _advice(kind, first):
     if kind == "safetensors":
         return ["Names and layouts are those of the method's official PyTorch code, constant positions included."]
     told = ["Features are taken after the final norm."]
-    if kind != "flax":
-        told += ["At other image sizes positions are interpolated, which is not quite what `lmim_jax` does."]
+    if kind in SIZES:
+        told += [f"Other image sizes: {SIZES[kind]}; positions are interpolated then, not quite as `lmim_jax` does it."]
     if first:
         told += ["Not every method trains its CLS token for something; when in doubt, take the mean of the patches."]
     return [" ".join(told)]
@@ -139,6 +140,7 @@ def _results(model):
         lines += [f"| {' | '.join([*row, *cells])} |"]
     if rows:
         lines += ["", "Accuracies are percentages of test images. The labels served to measure, never to train."]
+        lines += ["`patches` is the mean of an image's patches after the final norm, `patches_prenorm` that before it."]
     return "\n".join([*lines, *(["", "; ".join(gauges) + "."] if gauges else [])])
 
 

@@ -59,7 +59,7 @@ def read(path, method, drop=(), fresh=()):
     try:
         official.check(method, arrays, missing_ok=lambda name: name in absent)
     except UserError as error:
-        hint = "--fresh=REGEX: what may start as in a new run; --drop=REGEX: what to leave out or to compute here"
+        hint = "--fresh=REGEX: what may start as in a new run; --drop=REGEX: what to leave out"
         raise UserError(f"{path} does not fit the recipe: {error}; {hint}") from error
     return official.from_official(method, arrays), dropped, [name for name in absent if name in trained], rest
 
