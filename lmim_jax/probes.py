@@ -7,12 +7,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lmim_jax.errors import UserError
+
 MOMENTUM = 0.1  # share of a batch in the running statistics, torch's default
 
 
 def frozen(method, params, images, feature):
-    """A feature of images through a frozen encoder, [B, D] or [B, N, D], in the dtype of the method."""
-    return jax.lax.stop_gradient(method.features(params, images)[feature])
+    """A feature of images through a frozen encoder, [B, D] or [B, N, D], in the dtype of the method.
+
+    Raises:
+      UserError: the method has no such feature.
+    """
+    features = method.features(params, images)
+    if feature not in features:
+        raise UserError(f"feature={feature!r}: this method's encoder has {', '.join(features)}")
+    return jax.lax.stop_gradient(features[feature])
 
 
 def pooled(x):

@@ -56,15 +56,15 @@ class Data:
 
 
 class Method:
-    """A method whose features are its images."""
+    """A method whose features are its images, through an encoder of one matrix."""
 
     @staticmethod
     def features(params, images):
-        tokens = images[:, :, 0] * params["scale"]
-        return {"patches": tokens, "cls": tokens[:, 0]}
+        tokens = images[:, :, 0] @ params["encoder"]["block00"]["kernel"]
+        return {"patches": tokens, "patches_prenorm": tokens, "cls": tokens[:, 0]}
 
 
-PARAMS = {"scale": jnp.ones((1, 1, 1))}
+PARAMS = {"encoder": {"block00": {"kernel": jnp.eye(WIDTH)}}, "decoder": jnp.ones(3)}
 
 
 def splits(informative):
@@ -80,13 +80,14 @@ def splits(informative):
 
 
 def trainer(name, **change):
-    rate, epochs = {"linear_probe": (32.0, 30.0), "attentive": (0.3, 10.0)}[name]
+    rate, epochs = {"linear_probe": (80.0, 40.0), "attentive": (0.3, 10.0), "finetune": (0.3, 10.0)}[name]
     fields = dict(batch_size=32, epochs=epochs, warmup_epochs=1.0, base_lr=rate)
+    fields |= dict(randaugment=(0, 9.0, 0.5)) if name == "finetune" else {}  # these are no colours
     section = {**tiny.evaluator(name), **fields, **change}
     return base.from_config({"it": section}, steps_per_epoch=1, has_target=False)[0].evaluator
 
 
-@pytest.mark.parametrize("name", ["linear_probe", "attentive"])
+@pytest.mark.parametrize("name", ["linear_probe", "attentive", "finetune"])
 def test_perfect_features_score_100_and_others_chance(name):
     assert trainer(name).run(Method, PARAMS, Data(*splits(True))) == {"top1": 100.0, "top5": 100.0}
     found = trainer(name).run(Method, PARAMS, Data(*splits(False)))
@@ -118,7 +119,7 @@ def test_training_repeats_on_any_number_of_devices():
     first = losses(data, 0, Data.mesh)
     assert losses(data, 0, Data.mesh) == first != losses(data, 1, Data.mesh)
     assert losses(data, 0, sharding.make_mesh(devices=jax.devices()[:1])) == pytest.approx(first, rel=1e-5)
-    assert not PARAMS["scale"].is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(PARAMS))
 
 
 def test_batch_norm_is_torchs():
@@ -152,7 +153,9 @@ def test_a_bad_batch_is_named(change, message):
         trainer("linear_probe", **change).run(Method, PARAMS, Data(*splits(True)))
 
 
-def test_attention_needs_patches():
+def test_a_bad_feature_is_named():
+    with pytest.raises(UserError, match="feature='clss': this method's encoder has patches, patches_prenorm, cls"):
+        trainer("linear_probe", feature="clss").run(Method, PARAMS, Data(*splits(True)))
     with pytest.raises(UserError, match="feature='cls' has no patches"):
         trainer("attentive", feature="cls").run(Method, PARAMS, Data(*splits(True)))
 
@@ -179,5 +182,17 @@ def test_the_encoder_is_frozen():
     (x, y), _ = splits(True)
     trained, buffers = probe.init(task, PARAMS, jax.ShapeDtypeStruct((1, 2, 1, WIDTH), np.float32), jax.random.key(0))
     loss = lambda params: probe.loss(task, params, trained, buffers, x, y, None, None)[0]
-    assert float(np.abs(jax.grad(loss)(PARAMS)["scale"]).max()) == 0
+    assert float(np.abs(jax.grad(loss)(PARAMS)["encoder"]["block00"]["kernel"]).max()) == 0
     assert linear_probe.EPSILON == 1e-6
+
+
+def test_finetuning_trains_the_encoder_and_nothing_else_of_the_method():
+    tuned, task, mesh = trainer("finetune"), supervised.Task(Method, Same(), CLASSES), Data.mesh
+    create, step, _ = supervised._programs(tuned, task, mesh, 4, 4, WIDTH)
+    state = create(PARAMS)
+    assert state["trained"].keys() == {"encoder", "fc_norm", "head"}
+    for batch in Data(*splits(True)).training(32, 4, 0):
+        state, _ = step(state, PARAMS, batch)
+    kernel = np.asarray(state["trained"]["encoder"]["block00"]["kernel"])
+    assert np.abs(kernel - np.eye(WIDTH)).max() > 1e-3
+    np.testing.assert_array_equal(PARAMS["encoder"]["block00"]["kernel"], np.eye(WIDTH))  # the run goes on with its own

@@ -90,13 +90,12 @@ class Evaluator:
 
     def _disturbed(self, augment, images, keys):
         """RandAugment, on levels, and random erasing of normalised images [B, H, W, C]."""
-        fill = jnp.round(255 * jnp.asarray(augment.mean, jnp.float32))
 
         def one(key, image):
             color_key, erase_key = jax.random.split(key)
             if self.randaugment[0]:
-                levels = randaugment(color_key, augment.levels(image), fill, *self.randaugment)
-                image = augment.normalize(levels)
+                fill = jnp.round(255 * jnp.asarray(augment.mean, jnp.float32))
+                image = augment.normalize(randaugment(color_key, augment.levels(image), fill, *self.randaugment))
             return mixing.erase(erase_key, image, self.erasing) if self.erasing else image
 
         return jax.vmap(one)(keys, images)
