@@ -9,8 +9,8 @@ from PIL import Image
 from lmim_jax.data import drawing
 from lmim_jax.data.drawing import CLASSES, DRAWN, SIZE, Pose
 
-COUNTS = range(2, 7)  # objects in a still
-NEAREST = (10.0, 22.0)  # distance of the two nearest centres of a still, pixels of the image
+COUNTS = range(2, 6)  # objects in a still
+NEAREST = (8.0, 26.0)  # distance of the two nearest centres of a still, pixels of the image
 MARGIN = 7  # of centres from the border, pixels of the image
 FRAMES = 10  # of a clip
 TRIES = 200  # places tried for a centre before all are drawn again

@@ -6,7 +6,7 @@ lie on it, and noise are nuisance: so much of each that neither pixels nor colou
 8,192 train and 2,048 test JPEGs of 64 x 64 pixels, with object masks, as a TFDS dataset in ArrayRecord files.
 Image i of a split is a function of (major version, split, i) alone.
 
-Two configs beside it serve evaluations (scenes.py draws them): `shapes/several`, images of 2 to 6 objects with their
+Two configs beside it serve evaluations (scenes.py draws them): `shapes/several`, images of 2 to 5 objects with their
 number, the nearest distance between two and masks of classes; and `shapes/clips`, short clips of moving objects with
 masks of each.
 """
