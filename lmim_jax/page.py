@@ -48,7 +48,8 @@ figure { margin: 0; min-width: 0 } figcaption { font-size: .75rem; line-height: 
 img, svg { display: block; max-width: 100% } img { background: var(--edge) }
 figure img, figure canvas { width: 100%; image-rendering: pixelated; border-radius: 3px }
 .over { position: relative } .over > svg, .over > canvas { position: absolute; inset: 0; width: 100%; height: 100% }
-.over img { height: auto }
+.over img { height: auto } figure svg { width: 100%; height: auto }
+.mark { fill: none; stroke: #fff; stroke-width: .25 } [data-cosines] .over { cursor: crosshair }
 """
 
 
@@ -63,7 +64,7 @@ def join(*parts):
     return Html("".join(part if isinstance(part, Html) else html.escape(str(part)) for part in parts))
 
 
-def tag(name, *children, **attributes):
+def tag(name, /, *children, **attributes):
     """An element; `class_` and the like are attributes named as Python's keywords, `data_x` is `data-x`."""
     written = [f'{key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items()]
     start = f"<{' '.join([name, *written])}>"

@@ -4,7 +4,6 @@ Letters: K images, R reference images, h w rows and columns of patches on the fi
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from lmim_jax.evaluators import pictures as drawn
 FEATURE = "patches_prenorm"  # the official feature: tokens of patches before the final norm
 REFERENCE = 64  # R: images whose mean feature at each position is subtracted
 CHUNK = 8  # images at a time
-FINE = 28  # rows or columns of patches on the finer grid, about; that of the paper's figure
+ZOOM = 2  # the finer grid is that of images enlarged so many times: 28 x 28 for 14 x 14, as in the paper's figure
 BATCH = 64
 
 
@@ -45,28 +44,21 @@ def canvases(data, count):
     return {name: np.asarray(batch[name])[: len(indices)] for name in ("image", "size", "label")}, indices
 
 
-def finer(method, augment):
-    """(zoom, augment) so that images are enlarged to about FINE patches a side."""
-    zoom = max(1, round(FINE / max(method.grid)))
-    sides = tuple(zoom * side for side in augment.eval_size)
-    return zoom, dataclasses.replace(augment, eval_resize=zoom * augment.eval_resize, eval_size=sides)
-
-
 def look(run, count):
     """The `Seen` of `count` held-out images."""
     method, data = run.method, run.data
     batch, indices = canvases(data, max(count, REFERENCE))
     count = min(count, len(indices))
-    zoom, augment = finer(method, data.augment)
-    encode = functools.partial(_encode, method, augment)
+    sides = tuple(ZOOM * side for side in data.augment.eval_size)
+    augment = dataclasses.replace(data.augment, eval_resize=ZOOM * data.augment.eval_resize, eval_size=sides)
+    encode = _encoding(method, augment)
     fresh = jax.jit(method.init)(jax.random.key(run.config.seed))
     images, tokens, attention = encode(run.params, batch, count)
     _, untrained, _ = encode(fresh, batch, count)
     masks = data.masks(data.held_out, indices[:count])
     if masks is not None:
         masks = np.asarray(augment.levels(augment.evaluation(masks))).mean(-1) > 127
-    grid = tuple(zoom * side for side in method.grid)
-    to_grid = lambda x: x.reshape(*x.shape[:2], *grid) if x.ndim == 3 and x is attention else x
+    grid = tuple(ZOOM * side for side in method.grid)
     centred = lambda x: (x - x.mean(axis=0))[:count].reshape(count, *grid, -1)
     return Seen(
         images,
@@ -74,7 +66,7 @@ def look(run, count):
         masks,
         centred(tokens),
         centred(untrained),
-        to_grid(attention),
+        attention.reshape(*attention.shape[:2], *grid),
         "cls" in jax.eval_shape(method.features, run.params, jnp.zeros((1, *method.feature_size, method.channels))),
     )
 
@@ -84,8 +76,11 @@ def class_name(data, label):
     return data.classes[label] if 0 <= label < len(data.classes) else ""
 
 
-def _encode(method, augment, params, batch, count):
-    """(images uint8 [count, H, W, C], FEATURE [R, N, D], attention [count, A, N]), a few images at a time."""
+def _encoding(method, augment):
+    """(params, canvases of R images, count K) -> (images uint8 [K, H, W, C], FEATURE [R, N, D], attention [K, A, N]).
+
+    A few images at a time: attention on a fine grid is large.
+    """
 
     @jax.jit
     def encode(params, chunk):
@@ -95,16 +90,15 @@ def _encode(method, augment, params, batch, count):
         attention = attention[:, :, 0, 1:] if "cls" in features else attention.mean(axis=2)
         return augment.levels(images), features[FEATURE].astype(jnp.float32), attention
 
-    total = len(batch["image"])
-    found = []
-    for start in range(0, total, CHUNK):
-        chunk = {
-            name: np.resize(batch[name][start : start + CHUNK], (CHUNK, *batch[name].shape[1:]))
-            for name in ("image", "size")
-        }  # one shape, one compilation
-        found.append(jax.device_get(encode(params, chunk)))
-    images, tokens, attention = (np.concatenate(part)[:total] for part in zip(*found, strict=True))
-    return np.clip(images, 0, 255).astype(np.uint8)[:count], tokens, attention[:count]
+    def all_of(params, batch, count):
+        total, found = len(batch["image"]), []
+        for start in range(0, total, CHUNK):
+            rows = np.arange(start, start + CHUNK) % total  # one shape, one compilation
+            found.append(jax.device_get(encode(params, {name: batch[name][rows] for name in ("image", "size")})))
+        images, tokens, attention = (np.concatenate(part)[:total] for part in zip(*found, strict=True))
+        return np.clip(images, 0, 255).astype(np.uint8)[:count], tokens, attention[:count]
+
+    return all_of
 
 
 def given(run, count):

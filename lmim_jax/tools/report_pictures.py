@@ -86,9 +86,10 @@ def features(seen):
     look = (
         "Every patch has a feature of many numbers; its three main components are shown as red, green and blue, one "
         "colour space for all images. Patches of one colour mean much the same to the encoder: look for parts and "
-        "objects that stand out in one colour, in one image and from image to image."
+        "objects that stand out in one colour, in one image and from image to image. Untrained: with random weights, "
+        "which let little more through than the colours of the pixels."
     )
-    collapsed = "colours follow the place in the image, not what is there, or are noise, as with the untrained encoder."
+    collapsed = "colours follow the place in the image, whatever is there, the same in every image."
     return page.explained("features", "What it sees", look, collapsed, page.cards(rows, len(rows[0]), 24))
 
 
@@ -111,7 +112,5 @@ def neighbours(found, searched):
         "for neighbours that show the same thing rather than the same colours"
     )
     look += " (green: the same class; labels are never trained on)." if found[0][1] else "."
-    collapsed = (
-        "every cosine is near 1, the same few images turn up for every query, and classes are as if drawn by lot."
-    )
+    collapsed = "the same few images turn up for every query, all cosines are 1.00, classes are as if drawn by lot."
     return page.explained("neighbours", "What is near", look, collapsed, page.cards(rows, len(rows[0]), 28))

@@ -59,18 +59,22 @@ def head(run, told):
         before = f"; the untrained encoder: {number(untrained[name])} %" if name in untrained else ""
         tiles.append(
             (
+                f"k-NN {k}",
                 f"{number(last[name])} %",
                 f"of test images get their class from the {k} training images nearest to them{before}",
             )
         )
     if "collapse_index" in last:
         state = "collapsed: all images look alike to it" if last["collapse_index"] > COLLAPSED else "not collapsed"
-        tiles.append((f"{last['collapse_index']:.2f}", f"collapse index: {state}. 1 is total"))
+        tiles.append(("collapse index", f"{last['collapse_index']:.2f}", f"{state}; 1 is total"))
     if "effective_rank" in last:
-        tiles.append((number(last["effective_rank"]), f"dimensions of {method.width} that the features use (rank)"))
+        tiles.append(("effective rank", number(last["effective_rank"]), f"of {method.width} dimensions are in use"))
     if "images_per_second" in last:
-        tiles.append((number(round(last["images_per_second"])), "images per second, at the end of training"))
-    made = [page.tag("div", page.tag("b", value), page.tag("span", words), class_="tile") for value, words in tiles]
+        tiles.append(("speed", f"{round(last['images_per_second']):,}", "images per second, at the end of training"))
+    made = [
+        page.tag("div", page.tag("span", title), page.tag("b", value), page.tag("span", words), class_="tile")
+        for title, value, words in tiles
+    ]
     name = run.folder.resolve().name
     return page.join(
         page.tag("h1", f"Run {name}"), page.tag("p", what, class_="soft"), page.tag("div", *made, class_="tiles")
