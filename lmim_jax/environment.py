@@ -1,7 +1,6 @@
 """On what a run is trained: versions, devices and command of every start, kept in RUN/environment.json."""
 
 import datetime
-import importlib.metadata
 import json
 import logging
 import pathlib
@@ -11,24 +10,22 @@ import sys
 
 import jax
 
-from lmim_jax import files
+from lmim_jax import distributed, files
 
 log = logging.getLogger(__name__)
 
 NAME = "environment.json"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def describe():
-    """This process: {"time", "command", "python", "system", "devices", "processes", "versions": {package: version}}."""
+    """This process: {"time", "command", "system", "devices", "processes", "versions"}, see `distributed.versions`."""
     return {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
-        "python": platform.python_version(),
         "system": platform.platform(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": distributed.versions(),
     }
 
 

@@ -16,7 +16,7 @@ from lmim_jax.checkpoint import Checkpoints
 from lmim_jax.errors import UserError
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
-from lmim_jax.tools import report
+from lmim_jax.tools import report, report_features, report_record
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVIL = "<script>alert(1)</script>"
@@ -41,8 +41,8 @@ def make_run(folder, images, name="mae"):
 
 
 @pytest.fixture(scope="module")
-def text(images, tmp_path_factory):
-    """The page of a run whose names and files are as bad as can be."""
+def folder(images, tmp_path_factory):
+    """A run whose names and files are as bad as can be."""
     folder = make_run(tmp_path_factory.mktemp("runs") / 'a <b>"run" & more', images)
     lines = [{"step": step, "loss": 1 / step, "collapse_index": 0.5, "effective_rank": 3.0} for step in (2, 4)]
     lines += [{"step": step, "knn/knn5": 50.0 + step, f"{EVIL}/it": 1.0} for step in (0, 4)]
@@ -51,6 +51,11 @@ def text(images, tmp_path_factory):
     (folder / "evaluations/linear.json").write_text(json.dumps({"figures": {EVIL: {"top1": 12.345, "note": EVIL}}}))
     (folder / "evaluations/flat.json").write_text(json.dumps({"figures": {"top1": float("nan")}}))
     (folder / "evaluations/cut.json").write_text('{"figures": {"to')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(folder):
     return report.report(runs.open_run(folder), bank=20)
 
 
@@ -103,10 +108,17 @@ def test_figures_are_those_of_the_files(text):
     assert f"jax {jax.__version__}" in text
 
 
-def test_a_run_without_metrics_or_labels_has_a_page(images, tmp_path):
-    text = report.report(runs.open_run(make_run(tmp_path / "run", images / "train" / "cat", "ijepa")), bank=10)
-    names = [a["id"] for tag, a in Parsed(text).found if tag == "section"]
-    assert names == [name for name in SECTIONS.split() if name not in ("reconstructions", "curves", "evaluations")]
+def test_unlabelled_images_have_neighbours_other_than_themselves(folder, images, tmp_path):
+    run = runs.open_run(folder, images / "train" / "cat")
+    found, searched = report_features.neighbours(run, 4, 3, 100)
+    assert searched == len(list((images / "train" / "cat").iterdir()))
+    for picture, name, nearest in found:
+        assert name == ""
+        assert [cosine for *_, cosine in nearest] == sorted((cosine for *_, cosine in nearest), reverse=True)
+        assert not any((other == picture).all() for other, *_ in nearest)
+    assert report_record.lines(tmp_path) == []
+    assert report_record.curves([]) is None
+    assert report_record.evaluations(tmp_path, []) is None
 
 
 def test_bad_input_is_one_line(images, tmp_path):
@@ -164,15 +176,21 @@ def test_reconstructions_keep_what_is_visible(name):
 
     method = methods.from_config(tiny.method(name), total_steps=10, steps_per_epoch=5)
     images = np.random.default_rng(0).normal(2, 3, (3, *method.image_size, 3)).astype(np.float32)
-    params = jax.jit(method.init)(jax.random.key(0))
-    views = method.sample(jax.random.key(1), jax.random.split(jax.random.key(2), 3))
-    painted = jax.jit(method.reconstruct)(params, images, views)
+    masked = jax.eval_shape(method.sample, jax.random.key(0), jax.random.split(jax.random.key(2), 3))["masked"].shape[1]
+
+    @jax.jit
+    def paint():
+        params, keys = method.init(jax.random.key(0)), jax.random.split(jax.random.key(2), 3)
+        views = method.sample(jax.random.key(1), keys)
+        pixels = method.forward(params, method.target_of(params), images, views)["pixels"]
+        return method.reconstruct(params, images, views), views, pixels[:, -masked:]
+
+    painted, views, pixels = paint()
     old, new = (np.asarray(patchify(x, method.grid, method.patch_size)) for x in (images, painted))
     of = lambda x, ids: np.take_along_axis(x, np.asarray(views[ids])[..., None], axis=1)
     np.testing.assert_array_equal(of(old, "visible"), of(new, "visible"))
     assert (of(old, "masked") != of(new, "masked")).all()
     if name == "mae":  # as predicted, in the moments of the true patch
-        pixels = method.forward(params, {}, images, views)["pixels"][:, -views["masked"].shape[1] :]
         true = of(old, "masked")
         back = (of(new, "masked") - true.mean(-1, keepdims=True)) / true.std(-1, ddof=1, keepdims=True)
         np.testing.assert_allclose(back, pixels, atol=1e-3)

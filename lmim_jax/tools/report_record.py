@@ -124,6 +124,11 @@ def evaluations(folder, told):
     return page.explained("evaluations", "Evaluations", look, "", *content)
 
 
+def _listed(value):
+    """A mapping as "name value, ..."; anything else as text."""
+    return ", ".join(f"{name} {x}" for name, x in value.items()) if isinstance(value, dict) else str(value)
+
+
 def _figures(figures):
     """A table of {name: number}, or of {row: {name: number}}."""
     nested = {row: values for row, values in figures.items() if isinstance(values, dict)}
@@ -150,17 +155,17 @@ def provenance(run, path):
     content += [page.tag("details", page.tag("summary", "the whole config.json"), whole)]
     content += [page.tag("h3", "Environment")]
     started = environment.starts(run.folder)
-    starts = [*((f"start {i}", start) for i, start in enumerate(started, 1)), ("this page", environment.describe())]
     if not started:
         content.append(page.tag("p", f"The run has no {environment.NAME}: what it was trained on was not noted."))
-    rows = []
-    for title, start in starts:
-        versions = start.get("versions", {})
-        listed = ", ".join(f"{package} {version}" for package, version in versions.items())
-        rows.append(
-            [title, *(start.get(key, "") for key in ("time", "devices", "processes", "python", "system")), listed]
-        )
-    content.append(page.table(["", "time", "devices", "processes", "Python", "system", "versions"], rows))
+    rows, facts = [], ("devices", "processes", "system", "versions")
+    for title, start in [
+        *((f"start {i}", start) for i, start in enumerate(started, 1)),
+        ("this page", environment.describe()),
+    ]:
+        told = [_listed(start.get(key, "")) for key in facts]
+        if not rows or told != rows[-1][2:] or title == "this page":  # not every restart on the same machine
+            rows.append([title, start.get("time", ""), *told])
+    content.append(page.table(["", "time", *facts], rows))
     content += [page.tag("h3", "Commands")]
     shell = [f"{command} --workdir=RUN   # train the same again"] if command else []
     shell += [f"{start['command']}   # as it was started" for start in started[:1] if "command" in start]
