@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 VOID = ("img", "meta", "br")
-SHARP = 112  # pixels: pictures up to this side are stored as they are, larger ones as JPEG
+SHARP = 112  # pixels: pictures up to this side are stored as they are, larger ones as JPEG, no side above LARGEST
+LARGEST = 256
 # What a browser may load for the page: nothing that is not in it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 STYLE = """
@@ -74,6 +75,7 @@ def tag(name, /, *children, **attributes):
 def image(picture, alt):
     """uint8 [H, W, 3] as an <img> with its pixels inside: PNG, or JPEG where it is large."""
     drawn, buffer = Image.fromarray(np.ascontiguousarray(picture)), io.BytesIO()
+    drawn.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     kind, options = ("png", dict(optimize=True)) if max(drawn.size) <= SHARP else ("jpeg", dict(quality=88))
     drawn.save(buffer, kind, **options)
     return _embedded(kind, buffer, drawn, alt)

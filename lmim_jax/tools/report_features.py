@@ -13,9 +13,9 @@ from lmim_jax.data.evaluation import Evaluation, Selected
 from lmim_jax.evaluators import pictures as drawn
 
 FEATURE = "patches_prenorm"  # the official feature: tokens of patches before the final norm
-REFERENCE = 64  # R: images whose mean feature at each position is subtracted
+REFERENCE = 32  # R: images whose mean feature at each position is subtracted
 CHUNK = 8  # images at a time
-ZOOM = 2  # the finer grid is that of images enlarged so many times: 28 x 28 for 14 x 14, as in the paper's figure
+FINE = 28  # images are enlarged to so many rows or columns of patches, as in the paper's figure
 BATCH = 64
 
 
@@ -49,8 +49,13 @@ def look(run, count):
     method, data = run.method, run.data
     batch, indices = canvases(data, max(count, REFERENCE))
     count = min(count, len(indices))
-    sides = tuple(ZOOM * side for side in data.augment.eval_size)
-    augment = dataclasses.replace(data.augment, eval_resize=ZOOM * data.augment.eval_resize, eval_size=sides)
+    zoom = max(1, FINE / max(method.grid))
+    grid = tuple(round(zoom * side) for side in method.grid)
+    augment = dataclasses.replace(
+        data.augment,
+        eval_resize=round(zoom * data.augment.eval_resize),
+        eval_size=tuple(side * method.patch_size for side in grid),
+    )
     encode = _encoding(method, augment)
     fresh = jax.jit(method.init)(jax.random.key(run.config.seed))
     images, tokens, attention = encode(run.params, batch, count)
@@ -58,7 +63,6 @@ def look(run, count):
     masks = data.masks(data.held_out, indices[:count])
     if masks is not None:
         masks = np.asarray(augment.levels(augment.evaluation(masks))).mean(-1) > 127
-    grid = tuple(ZOOM * side for side in method.grid)
     centred = lambda x: (x - x.mean(axis=0))[:count].reshape(count, *grid, -1)
     return Seen(
         images,

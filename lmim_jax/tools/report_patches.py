@@ -9,7 +9,7 @@ from sklearn.manifold import TSNE
 from lmim_jax import clustering, page, pictures
 
 COUNTS = (3, 4, 5)  # K, clusters of the nested cuts
-MAX_COSINES = 1_500_000  # numbers in the page, over all images
+MAX_COSINES = 1_300_000  # numbers in the page, over all images: bytes
 
 
 def colored(values, low, high):
@@ -25,7 +25,7 @@ def segmentations(seen, count):
     for k, (image, tokens) in enumerate(zip(seen.images[:count], seen.tokens, strict=False), 1):
         flat = tokens.reshape(-1, tokens.shape[-1])
         cuts = clustering.nested(flat, COUNTS)
-        places = TSNE(perplexity=min(30, (len(flat) - 1) / 3), random_state=0).fit_transform(flat)
+        places = TSNE(perplexity=min(30, (len(flat) - 1) / 3), max_iter=500, random_state=0).fit_transform(flat)
         side = [np.arange(n) * m // n for n, m in zip(image.shape, tokens.shape[:2], strict=False)]
         row = [page.figure(image, f"image {k}, to be segmented", "image")]
         for number, labels in cuts.items():
@@ -82,14 +82,15 @@ def attention(seen, count):
 def similarities(seen, count):
     """Cosines of a chosen patch with all others; the script of tools/report_script.py lets one choose."""
     h, w = seen.tokens.shape[1:3]
-    count = max(1, min(count, MAX_COSINES // (h * w) ** 2, len(seen.images)))
+    upper = np.triu_indices(h * w)
+    count = max(1, min(count, MAX_COSINES // len(upper[0]), len(seen.images)))
     made = []
     for k in range(count):
         x = seen.tokens[k].reshape(h * w, -1)
         x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         cosines = np.clip(x @ x.T, -1, 1)
         chosen = _middle(seen.masks[k] if seen.masks is not None else None, h, w)
-        stored = base64.b64encode(((cosines + 1) * 127.5).round().astype(np.uint8).tobytes()).decode()
+        stored = base64.b64encode(((cosines[upper] + 1) * 127.5).round().astype(np.uint8).tobytes()).decode()
         place = page.tag("rect", x=chosen % w, y=chosen // w, width=1, height=1, class_="mark")
         mark = page.tag("svg", place, viewBox=f"0 0 {w} {h}", preserveAspectRatio="none", aria_hidden="true")
         shown = colored(cosines[chosen].reshape(h, w), 0, 1)

@@ -104,13 +104,13 @@ def neighbours(found, searched):
         row = [page.figure(picture, f"query {k}", page.join("query", page.tag("br"), name))]
         for rank, (other, its_name, cosine) in enumerate(nearest, 1):
             same = dict(class_="good" if its_name == name else "bad") if name else {}
-            caption = page.join(f"{cosine:.2f}", page.tag("br"), page.tag("span", its_name, **same))
-            row.append(page.figure(other, f"neighbour {rank} of query {k}, cosine {cosine:.2f}", caption))
+            caption = page.join(f"{cosine:.3f}", page.tag("br"), page.tag("span", its_name, **same))
+            row.append(page.figure(other, f"neighbour {rank} of query {k}, cosine {cosine:.3f}", caption))
         rows.append(row)
     look = (
         f"A held-out image, and the nearest of {searched:,} training images by the cosine of their mean features. Look "
         "for neighbours that show the same thing rather than the same colours"
     )
     look += " (green: the same class; labels are never trained on)." if found[0][1] else "."
-    collapsed = "the same few images turn up for every query, all cosines are 1.00, classes are as if drawn by lot."
+    collapsed = "the same few images turn up for every query, and their classes are as if drawn by lot."
     return page.explained("neighbours", "What is near", look, collapsed, page.cards(rows, len(rows[0]), 28))

@@ -1,6 +1,7 @@
 """The script of a run's page: a patch can be chosen, by pointer or arrow keys, and its cosines are drawn.
 
-Cards carry `data-grid` "h,w", `data-chosen`, and `data-cosines`: [h w, h w] bytes in base64, 0 .. 255 for -1 .. 1.
+Cards carry `data-grid` "h,w", `data-chosen`, and `data-cosines` in base64: bytes 0 .. 255 for -1 .. 1, the upper
+triangle of the matrix [h w, h w], row by row.
 Without the script the page shows one patch of each image.
 """
 
@@ -14,7 +15,8 @@ const color = share => {
 for (const card of document.querySelectorAll("[data-cosines]")) {
   const [h, w] = card.dataset.grid.split(",").map(Number);
   const bytes = Uint8Array.from(atob(card.dataset.cosines), letter => letter.charCodeAt(0));
-  const cosine = (a, b) => bytes[a * h * w + b] / 127.5 - 1;
+  const at = (a, b) => a > b ? at(b, a) : a * h * w - a * (a + 1) / 2 + b;
+  const cosine = (a, b) => bytes[at(a, b)] / 127.5 - 1;
   const sides = card.querySelectorAll(".over"), told = card.querySelector("output");
   const canvas = Object.assign(document.createElement("canvas"), {width: w, height: h});
   sides[1].querySelector("img").after(canvas);
