@@ -39,7 +39,10 @@ def open_run(folder, path=""):
     file = pathlib.Path(folder, "config.json")
     if not file.is_file():
         raise UserError(f"{folder} is no run: it has no config.json; give the --workdir of one")
-    config = ConfigDict(_tuples(json.loads(file.read_text())))
+    try:
+        config = ConfigDict(_tuples(json.loads(file.read_text())))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from error
     config.data.path = path or config.data.path
     method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
     params, target = checkpoint.weights(folder, method)

@@ -59,7 +59,10 @@ def main(argv):
     run = open_run(argv[1], flag.path)
     out = pathlib.Path(flag.out or run.folder / "report.html")
     text = report(run, flag.bank)
-    files.write(out, text)
+    try:
+        files.write(out, text)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
     log.info("%s: %.1f MB, in %s", out, len(text.encode()) / 1e6, metrics.duration(time.perf_counter() - began))
 
 
