@@ -4,6 +4,7 @@ import importlib
 import json
 import pathlib
 import shlex
+import sys
 
 from flax.traverse_util import flatten_dict
 
@@ -30,6 +31,8 @@ def nearest(config):
 
 def _all():
     """(name as for --config, ConfigDict) of every recipe of a run; studies and the like have no method."""
+    if str(FOLDER.parent) not in sys.path:
+        sys.path.append(str(FOLDER.parent))  # recipes import one another as configs.NAME
     for path in sorted(FOLDER.glob("[a-z]*.py")):
         module = importlib.import_module(f"configs.{path.stem}")
         variants = [f"{m},{d}" for m in module.METHODS for d in module.DATASETS] if path.stem == "small" else [""]

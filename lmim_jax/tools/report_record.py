@@ -9,8 +9,6 @@ import pathlib
 from lmim_jax import environment, metrics, page, pictures, recipes, summary
 from lmim_jax.gauges import COLLAPSED
 
-ROWS = summary.ROWS
-
 
 def lines(folder):
     """Lines of metrics.jsonl, without those that a kill has cut off; [] where there are none."""
