@@ -3,9 +3,6 @@
 Nothing here knows a method: a figure that a run has not logged is left out.
 """
 
-import base64
-import html
-import io
 import itertools
 import json
 import pathlib
@@ -13,7 +10,7 @@ import statistics
 
 from PIL import Image
 
-from lmim_jax import files, pictures
+from lmim_jax import files, page, pictures
 from lmim_jax.writers import history
 
 COLUMNS = {  # metric: (heading, decimals)
@@ -28,12 +25,6 @@ COLUMNS = {  # metric: (heading, decimals)
     "step_images_per_second": ("images/s", 0),
 }
 JUDGED = ("collapse_index", "effective_rank", "knn/knn20")  # what sentences are made of
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd }
-td:not(:first-child), th:not(:first-child) { text-align: right } td:nth-child(2) { text-align: left }
-img { max-width: 100% } code { background: #f3f3f3; padding: .1rem .3rem } li { margin: .2rem 0 }
-"""
 
 
 def last(folder):
@@ -138,37 +129,28 @@ def publish(out, command, groups, described, folders, costs):
     """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    text, page, results = [], [f"<h1>{html.escape(out.name)}</h1><p><code>{html.escape(command)}</code></p>"], {}
+    text, sections, results = [], [], {}
     for title, against, names in groups:
         rows = [(name, described[name], figures(folders[name]) | costs.get(name, {})) for name in names]
         said = conclusions(rows, against)
         results[title] = {name: {"what": what, "seeds": sorted(folders[name]), **values} for name, what, values in rows}
         text += [f"## {title}", table(rows), "\n".join(f"- {sentence}." for sentence in said)]
-        page += [f"<h2>{html.escape(title)}</h2>", _html_table(rows)]
-        page += ["<ul>", *(f"<li>{html.escape(sentence)}.</li>" for sentence in said), "</ul>"]
+        content = [_html_table(rows), page.tag("ul", *(page.tag("li", f"{sentence}.") for sentence in said))]
+        name = title.replace(" ", "_")
         if (picture := curves(rows, folders)) is not None:
-            Image.fromarray(picture).save(out / f"{title.replace(' ', '_')}.png", optimize=True)
-            page += [f'<img alt="curves of {html.escape(title)}" src="data:image/png;base64,{_png(picture)}">']
+            Image.fromarray(picture).save(out / f"{name}.png", optimize=True)
+            content.append(page.plot(picture, f"curves of {title}"))
+        sections.append(page.Section(name, title, page.join(*content)))
     note = "Mean over seeds ± half their range. A change is called one only where the seeds of both do not overlap."
     files.write(out / "table.md", "\n\n".join([*text, note]) + "\n")
     files.write(out / "results.json", json.dumps({"command": command, "groups": results}, indent=2) + "\n")
-    body = "\n".join([*page, f"<p>{note}</p>"])
-    files.write(
-        out / "index.html",
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(out.name)}</title>'
-        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n",
+    head = page.join(
+        page.tag("h1", out.name), page.tag("p", page.tag("code", command)), page.tag("p", note, class_="soft")
     )
+    files.write(out / "index.html", page.document(out.name, head, sections))
 
 
 def _html_table(rows):
     """The Markdown table as HTML."""
-    head, _, *body = [row.strip("| ").split(" | ") for row in table(rows).splitlines()]
-    cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row) + "</tr>"
-    return "<table>" + cells("th", head) + "".join(cells("td", row) for row in body) + "</table>"
-
-
-def _png(picture):
-    """uint8 [H, W, 3] as base64 text."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    head, _, *body = [row[2:-2].split(" | ") for row in table(rows).splitlines()]
+    return page.table(head, body, numbers=range(2, len(head)))

@@ -74,14 +74,19 @@ def patch_accuracy(logits):
     return jnp.mean(jnp.diagonal(logits, axis1=1, axis2=2) >= logits.max(axis=-1))
 
 
+def token_moments(x):
+    """Mean and (unbiased) deviation of every token over its channels, 1e-6 added to the variance: [..., 1], float32."""
+    x = x.astype(jnp.float32)
+    return x.mean(axis=-1, keepdims=True), jnp.sqrt(x.var(axis=-1, ddof=1, keepdims=True) + 1e-6)
+
+
 def norm_l2(predictions, targets):
-    """Mean squared error to targets standardised per token over channels (unbiased variance, eps 1e-6).
+    """Mean squared error to targets standardised per token over channels, see `token_moments`.
 
     Source: official `norm_l2`, from MAE's normalised pixels.
     """
-    targets = targets.astype(jnp.float32)
-    mean, variance = targets.mean(axis=-1, keepdims=True), targets.var(axis=-1, ddof=1, keepdims=True)
-    return mse(predictions, (targets - mean) / jnp.sqrt(variance + 1e-6))
+    mean, deviation = token_moments(targets)
+    return mse(predictions, (targets.astype(jnp.float32) - mean) / deviation)
 
 
 def mse(predictions, targets, mask=None):

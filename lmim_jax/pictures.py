@@ -1,8 +1,12 @@
-"""Drawing: figures that a newcomer can read, as uint8 arrays [H, W, 3]. Nothing here knows of a method or a run.
+"""Drawing: figures that a newcomer can read, as uint8 arrays [H, W, 3] or SVG. Nothing here knows of a method or a run.
 
 Letters: K images of a picture, h w grid rows and columns, p patch size.
 """
 
+import io
+import re
+
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
@@ -47,6 +51,18 @@ def _show(ax, image):
     ax.imshow(np.clip(image, 0, 255).astype(np.uint8), interpolation="nearest")
 
 
+def cut(crop, windows):
+    """What the two encoders get of a crop: (crop with visible windows only, with hidden ones only), the rest grey.
+
+    windows: a list of (top, left, side, visible) in pixels.
+    """
+    seen, hidden = np.full_like(crop, 128), np.full_like(crop, 128)
+    for top, left, side, visible in windows:
+        window = np.s_[top : top + side, left : left + side]
+        (seen if visible else hidden)[window] = crop[window]
+    return seen, hidden
+
+
 def masking(inputs, crops, windows):
     """What training sees: the image, its crop with the sampled windows, and what each of the two encoders gets.
 
@@ -64,14 +80,11 @@ def masking(inputs, crops, windows):
         [Patch(ec=SEEN, fc="none", label="visible"), Patch(ec=HIDDEN, fc="none", label="hidden")],
     )
     for column, (original, crop, patches) in enumerate(zip(inputs, crops, windows, strict=True)):
-        of_kind = {kind: np.full_like(crop, 128) for kind in (True, False)}
         for top, left, side, visible in patches:
-            window = np.s_[top : top + side, left : left + side]
-            of_kind[bool(visible)][window] = crop[window]
             color = SEEN if visible else HIDDEN
             frame = Rectangle((left - 0.5, top - 0.5), side, side, fill=False, lw=1.2 if visible else 0.4, ec=color)
             axes[1, column].add_patch(frame)
-        for ax, picture in zip(axes[:, column], (original, crop, of_kind[True], of_kind[False]), strict=True):
+        for ax, picture in zip(axes[:, column], (original, crop, *cut(crop, patches)), strict=True):
             _show(ax, picture)
     return _pixels(figure)
 
@@ -120,15 +133,8 @@ def curves(panels, title, shared_legend=False):
     fullest = max((lines for _, lines, _ in panels), key=len)
     color = {label: f"C{i}" if i < 10 else str(i % 7 / 8) for i, label in enumerate(fullest)} if shared_legend else {}
     for (name, lines, constants), ax in zip(panels, axes, strict=False):  # panels first, or an axis is lost
-        for label, (steps, values) in lines.items():
-            marker = "." if len(steps) < 12 else None
-            ax.plot(steps, values, label=label, lw=1.5, marker=marker, color=color.get(label))
-        for i, (label, value) in enumerate(constants.items()):
-            ax.axhline(value, ls=(0, (4, 2 + i)), lw=1, color=str(0.25 + 0.2 * i), label=label)
+        _plot(ax, lines, constants, color)
         ax.set_title(name, fontsize=9)
-        ax.set_xlabel("step", fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
         if not shared_legend:
             ax.legend(fontsize=7)
         elif lines is fullest:
@@ -137,3 +143,36 @@ def curves(panels, title, shared_legend=False):
     for ax in list(axes):
         ax.set_visible(False)
     return _pixels(figure)
+
+
+def chart(panel):
+    """A panel of `curves` as SVG text in the ink of the page around it ("currentColor"), light or dark."""
+    name, lines, constants = panel
+    ink = "#010203"  # no line has this colour
+    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "text.color": ink}
+    style |= {f"{axis}tick.{what}": ink for axis in "xy" for what in ("color", "labelcolor")}
+    with matplotlib.rc_context({**style, "axes.edgecolor": ink, "axes.labelcolor": ink}):
+        figure = Figure(figsize=(4, 2.6), layout="constrained")
+        ax = figure.subplots()
+        _plot(ax, lines, constants, {})
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(fontsize=7, frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    # metadata, and a style that would hold for the whole page
+    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"|(?<=<g) id="[^"]*"', "", text).replace("xlink:href", "href")
+    return re.sub(r"\s*\n\s*", " ", text).replace(ink, "currentColor")
+
+
+def _plot(ax, lines, constants, color):
+    """A panel's lines and constants."""
+    for label, (steps, values) in lines.items():
+        marker = "." if len(steps) < 12 else None
+        ax.plot(steps, values, label=label, lw=1.5, marker=marker, color=color.get(label))
+    for i, (label, value) in enumerate(constants.items()):
+        ax.axhline(value, ls=(0, (4, 2 + i)), lw=1, color=str(0.45 + 0.15 * i), label=label)
+    ax.set_xlabel("step", fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.grid(alpha=0.3)

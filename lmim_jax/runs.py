@@ -106,3 +106,44 @@ def read_config(workdir):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as the config of a run ({type(error).__name__}: {error})") from error
     return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A run with its newest weights and its images, on all devices: what pictures are made of.
+
+    folder: its workdir; config: a ConfigDict; method: see methods/base.py; params, target: trees; step: optimiser steps
+    that the weights have seen; data: an `Evaluation`.
+    """
+
+    folder: pathlib.Path
+    config: ConfigDict
+    method: object
+    params: dict
+    target: dict
+    step: int
+    data: Evaluation
+
+
+def open_with_images(workdir, path=""):
+    """Open the run in a folder.
+
+    Args:
+      path: where its images are now; "": where they were (`config.data.path`).
+
+    Raises:
+      UserError: no run, no checkpoint, or no images there.
+    """
+    run, mesh = open_run(workdir), sharding.make_mesh()
+    config = with_tuples(run.config)
+    config.data.path = path or config.data.path
+    weights = run.weights(mesh)
+    parts = run.method, weights.params, weights.target, weights.step
+    return Opened(run.workdir, config, *parts, run.images(config.data, mesh))
+
+
+def with_tuples(value):
+    """A ConfigDict of what JSON gave back: its lists were tuples."""
+    if isinstance(value, dict):
+        return ConfigDict({key: with_tuples(x) for key, x in value.items()})
+    return tuple(map(with_tuples, value)) if isinstance(value, list) else value

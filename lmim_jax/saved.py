@@ -69,18 +69,11 @@ def open_model(path):
     method = base.from_config(config["method"], total_steps=1, steps_per_epoch=1)
     if (path / WEIGHTS).is_file():
         tree = unflatten_dict(tensors.read(path / WEIGHTS)[0], sep="/")
-        return Model(path, _tuples(config), method, tree, {}, config["exported"]["step"])
+        return Model(path, runs.with_tuples(config), method, tree, {}, config["exported"]["step"])
     step = checkpoint.newest(path)
-    return Model(path, _tuples(config), method, *checkpoint.weights(path, method, step), step)
+    return Model(path, runs.with_tuples(config), method, *checkpoint.weights(path, method, step), step)
 
 
 def flat(tree):
     """{path with slashes: array}."""
     return flatten_dict(tree, sep="/")
-
-
-def _tuples(value):
-    """A ConfigDict of what JSON gave back: its lists were tuples."""
-    if isinstance(value, dict):
-        return ConfigDict({key: _tuples(x) for key, x in value.items()})
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -89,20 +89,30 @@ def table(summary, workdir):
 
 def curves(lines, workdir):
     """Draw workdir/pictures/curves.png from the lines of `history`; the picture."""
+    return pictures.curves(panels(lines), f"Run {workdir}")
+
+
+def panels(lines):
+    """The curves of a run as panels of `pictures.curves`, from the lines of `history`; those that are not empty."""
     names = {name for line in lines for name in line}
     series = {name: tuple(zip(*[(x["step"], x[name]) for x in lines if name in x], strict=True)) for name in names}
     of = lambda *wanted: {name: series[name] for name in wanted if name in names}
     constant = lambda label, name: {label: series[name][1][-1]} if name in names else {}
-    panels = [
+    found = [
         ("loss", of("loss", "reconstruction", *sorted(name for name in names if name.endswith("_loss"))), {}),
         ("patch accuracy: a prediction picks its own target", of("patch_accuracy"), constant("chance", "patch_chance")),
         ("similarity of patches within an image", of(*sorted(x for x in names if x.startswith("similarity_"))), {}),
         ("collapse index: similarity of different images", of("collapse_index"), {"collapsed above": COLLAPSED}),
         ("effective rank: dimensions that features use", of("effective_rank"), {}),
+        ("feature std: spread of different images", of("feature_std"), {}),
     ]
-    for title in sorted({name.split("/")[0] for name in names if "/knn" in name}):
-        accuracy = of(*sorted(name for name in names if name.startswith(f"{title}/") and "_" not in name))
-        fixed = [name for name in sorted(names) if name.startswith(f"{title}/") and "_knn" in name]
+    for title in sorted({name.split("/")[0] for name in names if "/" in name}):
+        figures = sorted(name for name in names if name.startswith(f"{title}/"))
+        if not any("/knn" in name for name in figures):
+            found.append((title, of(*figures), {}))
+            continue
+        fixed = [name for name in figures if "_knn" in name]
         constants = {k: v for name in fixed for k, v in constant(name.split("/")[1], name).items()}
-        panels.append((f"{title}: accuracy of nearest neighbours, %", accuracy, constants))
-    return pictures.curves([panel for panel in panels if panel[1]], f"Run {workdir}")
+        accuracy = of(*(name for name in figures if "_" not in name))
+        found.append((f"{title}: accuracy of nearest neighbours, %", accuracy, constants))
+    return [panel for panel in found if panel[1]]

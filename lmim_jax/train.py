@@ -10,7 +10,7 @@ import time
 import jax
 from clu import parameter_overview
 
-from lmim_jax import distributed, files, gauges, metrics, optim, preemption, sharding
+from lmim_jax import distributed, environment, files, gauges, metrics, optim, preemption, sharding
 from lmim_jax import summary as summaries
 from lmim_jax import workdir as workdirs
 from lmim_jax.checkpoint import Checkpoints
@@ -86,6 +86,7 @@ def train(config, workdir):
         return summary
     with workdirs.Lock(workdir), Checkpoints(workdir, config) as checkpoints, preemption.Notice() as notice:
         workdirs.claim(workdir, *belongs)
+        environment.note(workdir)
 
         # State
         state, shardings = create(

@@ -160,7 +160,7 @@ def test_pictures_show_each_cluster_and_each_window(run):
     assert pictures.pca_rgb(RNG.normal(size=(2, 9, 5))).shape == (2, 9, 3)
     keys = jax.random.split(jax.random.key(0), 2)
     views = jax.device_get(method.sample(keys[0], keys))
-    windows = pictures._windows(method, views, 1)
+    windows = pictures.windows_of(method, views, 1)
     assert [i for i, window in enumerate(windows) if window[3]] == sorted(views["visible"][1])
     assert windows[6][:3] == (5 + views["offsets"][1, 1, 2, 0], 10 + views["offsets"][1, 1, 2, 1], 4)
 

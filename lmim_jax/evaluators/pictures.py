@@ -35,10 +35,10 @@ class Evaluator:
 
     def _given(self, method, data, canvases, indices):
         """Crops, windows and masks, drawn as in training; the same draw at every evaluation."""
-        crops, views = jax.device_get(_draw(method, data.augment, data.mesh)(canvases))
+        crops, views = jax.device_get(drawing(method, data.augment, data.mesh)(canvases))
         count = min(self.images, len(indices))
-        windows = [_windows(method, views, k) for k in range(count)]
-        return pictures.masking(_whole(data, canvases)[:count], crops[:count], windows)
+        windows = [windows_of(method, views, k) for k in range(count)]
+        return pictures.masking(whole_images(data, canvases)[:count], crops[:count], windows)
 
     def _seen(self, method, params, data, canvases, indices):
         """PCA and clusters of the features of enlarged images, on a grid `zoom` times as fine as in training."""
@@ -56,7 +56,7 @@ class Evaluator:
 
 
 @functools.lru_cache(maxsize=2)
-def _draw(method, augment, mesh):
+def drawing(method, augment, mesh):
     """Jitted canvases -> (crops as levels, views), drawn as in training, on all processes."""
 
     def draw(canvases):
@@ -90,7 +90,7 @@ def pca_rgb(tokens):
     return np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(*tokens.shape[:2], 3)
 
 
-def _windows(method, views, k):
+def windows_of(method, views, k):
     """Patches of training image k: a list of (top, left, side, visible), in pixels of the crop."""
     (height, width), (h, w) = method.image_size, method.grid
     offsets = views["offsets"][k].reshape(-1, 2) if "offsets" in views else np.zeros((h * w, 2), int)
@@ -102,7 +102,7 @@ def _windows(method, views, k):
     ]
 
 
-def _whole(data, canvases):
+def whole_images(data, canvases):
     """The images as they are, cut out of their canvases: a list of [H, W, C]."""
     copy = jax.jit(lambda x: x, out_shardings=sharding.replicated(data.mesh))
     canvases = jax.device_get(copy(canvases))

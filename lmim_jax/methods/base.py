@@ -15,6 +15,12 @@ Its functions are pure:
                                                        "latents", what targets are made of, where there are any
   image_size, feature_size -> (H, W)                   pixels that `loss` takes, and `features` at evaluation
 
+and, of methods that predict pixels, one that nothing in training needs:
+
+  reconstruct(params, images, views) -> images         [B, H, W, C] as `loss` takes them, hidden patches as predicted.
+                                                       Where predictions are normalised patch by patch, they are given
+                                                       mean and deviation of the true patch
+
 `rng` serves what the whole batch shares, `keys` [B] what is drawn per image.
 The step around it (`step.py`) is the same for all: sample, gradient, optimiser, target += ema_rate (new - target).
 """

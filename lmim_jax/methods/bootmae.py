@@ -19,7 +19,7 @@ from lmim_jax.errors import UserError
 from lmim_jax.methods.base import check_choice, check_heads, check_range
 from lmim_jax.models import vit
 from lmim_jax.models.decoders import PixelHead, TargetAwareDecoder
-from lmim_jax.models.layers import Dense, patchify, sincos_positions
+from lmim_jax.models.layers import Dense, patchify, replace_patches, sincos_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +207,11 @@ class Method:
             "pixel_targets": pixel_targets,
             "reconstruction": pixels * deviation + mean,
         }
+
+    def reconstruct(self, params, images, views):
+        """The images with their masked patches as predicted, see methods/base.py."""
+        pixels = self.forward(params, self.target_of(params), images, views)["reconstruction"]
+        return replace_patches(images, views["masked"], pixels, self.grid, self.patch_size)
 
     def _positions(self, width, grid=None):
         """[1, N, width]; of another grid over the range of the training grid."""

@@ -13,7 +13,7 @@ from lmim_jax import losses, masking
 from lmim_jax.methods.base import check_choice, check_heads, check_range, check_sampler
 from lmim_jax.models import vit
 from lmim_jax.models.decoders import TokenDecoder
-from lmim_jax.models.layers import patchify, sincos_positions
+from lmim_jax.models.layers import patchify, replace_patches, sincos_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +124,15 @@ class Method:
         known = jnp.pad(masking.take(positions, visible), ((0, 0), (1, 0), (0, 0)))  # CLS: position zero
         out = self._decoder.apply({"params": params["decoder"]}, tokens, known, masking.take(positions, masked))
         return {"pixels": out[:, 1:]}
+
+    def reconstruct(self, params, images, views):
+        """The images with their masked patches as predicted, see methods/base.py."""
+        masked = views["masked"]
+        pixels = self.forward(params, {}, images, views)["pixels"][:, -masked.shape[1] :].astype(jnp.float32)
+        if self.norm_pix:
+            mean, deviation = losses.token_moments(masking.take(patchify(images, self.grid, self.patch_size), masked))
+            pixels = pixels * deviation + mean
+        return replace_patches(images, masked, pixels, self.grid, self.patch_size)
 
     def features(self, params, images, rng=None):
         """Tokens of full images, see `vit.features`; H and W multiples of the patch size."""

@@ -15,7 +15,7 @@ from lmim_jax import losses, masking, schedules
 from lmim_jax.methods.base import check_choice, check_heads, check_range, check_sampler
 from lmim_jax.models import initializers, vit
 from lmim_jax.models.decoders import TokenDecoder
-from lmim_jax.models.layers import patchify, resample_positions
+from lmim_jax.models.layers import patchify, replace_patches, resample_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +175,12 @@ class Method:
         teacher = jax.lax.stop_gradient(target["encoder"])
         targets, _ = self._encoder.apply({"params": teacher}, patches, teacher["positions"])
         return {"pixels": out["pixel_decoder"][:, 1:], "latents": out["latent_decoder"], "targets": targets}
+
+    def reconstruct(self, params, images, views):
+        """The images with their masked patches as predicted, see methods/base.py."""
+        masked = views["masked"]
+        pixels = self.forward(params, self.target_of(params), images, views)["pixels"][:, -masked.shape[1] :]
+        return replace_patches(images, masked, pixels, self.grid, self.patch_size)
 
     def features(self, params, images, rng=None):
         """Tokens of full images, see `vit.features`; H and W multiples of the patch size."""

@@ -54,6 +54,13 @@ def unpatchify(patches, grid, patch_size):
     return x.reshape(batch, h * p, w * p, -1)
 
 
+def replace_patches(images, ids, patches, grid, patch_size):
+    """Images [B, H, W, C] with the patches `ids` [B, M] replaced by `patches` [B, M, P]."""
+    known = patchify(images, grid, patch_size)
+    changed = known.at[jnp.arange(len(ids))[:, None], ids].set(patches.astype(known.dtype))
+    return unpatchify(changed, grid, patch_size)
+
+
 def sincos_positions(grid, width, trained_grid=None, integer=False):
     """Fixed sin-cos position vectors, float32 [N, D]: the first half encodes the column, the second the row.
 

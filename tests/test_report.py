@@ -1,0 +1,196 @@
+"""The page of a run: complete, self-contained, escaped; and what it is made of."""
+
+import html.parser
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from lmim_jax import clustering, environment, optim, page, recipes, runs, sharding, workdir
+from lmim_jax.checkpoint import Checkpoints
+from lmim_jax.errors import UserError
+from lmim_jax.methods import base as methods
+from lmim_jax.state import create
+from lmim_jax.tools import report, report_features, report_record
+
+ROOT = pathlib.Path(__file__).parent.parent
+EVIL = "<script>alert(1)</script>"
+SECTIONS = (
+    "given reconstructions features segmentations attention similarities neighbours curves evaluations provenance"
+)
+
+
+def make_run(folder, images, name="mae"):
+    """A run that has just begun: a config, a checkpoint, an environment."""
+    config = tiny.get_config()
+    config.data.path = str(images)
+    config.method = tiny.method(name)
+    method = methods.from_config(config.method, total_steps=10, steps_per_epoch=5)
+    optimizer, _ = optim.from_config(config.optimizer, warmup_steps=1, total_steps=10)
+    state, _ = create(method, optimizer, 0, sharding.make_mesh(), rules=config.mesh.rules, min_size=1)
+    workdir.claim(folder, config.to_dict(), {})
+    environment.note(folder)
+    with Checkpoints(folder, config) as checkpoints:
+        checkpoints.save(state, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(images, tmp_path_factory):
+    """A run whose names and files are as bad as can be."""
+    folder = make_run(tmp_path_factory.mktemp("runs") / 'a <b>"run" & more', images)
+    lines = [{"step": step, "loss": 1 / step, "collapse_index": 0.5, "effective_rank": 3.0} for step in (2, 4)]
+    lines += [{"step": step, "knn/knn5": 50.0 + step, f"{EVIL}/it": 1.0} for step in (0, 4)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 5, "lo')
+    (folder / "evaluations").mkdir()
+    (folder / "evaluations/linear.json").write_text(json.dumps({"figures": {EVIL: {"top1": 12.345, "note": EVIL}}}))
+    (folder / "evaluations/flat.json").write_text(json.dumps({"figures": {"top1": float("nan")}}))
+    (folder / "evaluations/cut.json").write_text('{"figures": {"to')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    return report.report(runs.open_with_images(folder), bank=20)
+
+
+class Parsed(html.parser.HTMLParser):
+    """All elements of a page, as (name, attributes); checks that they are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in page.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_page_has_everything_and_needs_nothing(text):
+    elements = Parsed(text).found
+    assert [a["id"] for tag, a in elements if tag == "section"] == SECTIONS.split()
+    assert [a["href"] for tag, a in elements if tag == "a"] == [f"#{name}" for name in SECTIONS.split()]
+    images = [a for tag, a in elements if tag == "img"]
+    assert len(images) > 60
+    assert all(a["src"].startswith("data:image/") and a["alt"] for a in images)
+    assert all(a.get("href", "#").startswith("#") for _, a in elements)
+    assert "://" not in text
+    assert not any(tag in ("link", "iframe", "object") for tag, _ in elements)
+    assert sum(tag == "script" for tag, _ in elements) == 1
+    assert len(text) < 2e6
+
+
+def test_everything_is_escaped(text):
+    assert EVIL not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3
+    assert "<h1>Run a &lt;b&gt;&quot;run&quot; &amp; more</h1>" in text
+
+
+def test_figures_are_those_of_the_files(text):
+    assert "54.0 %" in text
+    assert "the untrained encoder: 50.0 %" in text
+    assert "12.3" in text
+    assert "cut.json</code> holds no figures" in text
+    assert f"jax {jax.__version__}" in text
+
+
+def test_unlabelled_images_have_neighbours_other_than_themselves(folder, images, tmp_path):
+    run = runs.open_with_images(folder, images / "train" / "cat")
+    found, searched = report_features.neighbours(run, 4, 3, 100)
+    assert searched == len(list((images / "train" / "cat").iterdir()))
+    for picture, name, nearest in found:
+        assert name == ""
+        assert [cosine for *_, cosine in nearest] == sorted((cosine for *_, cosine in nearest), reverse=True)
+        assert not any((other == picture).all() for other, *_ in nearest)
+    assert report_record.lines(tmp_path) == []
+    assert report_record.curves([]) is None
+    assert report_record.evaluations(tmp_path, []) is None
+
+
+def test_bad_input_is_one_line(images, tmp_path):
+    with pytest.raises(UserError, match="no checkpoints here"):
+        folder = tmp_path / "begun"
+        config = tiny.get_config()
+        workdir.claim(folder, config.to_dict(), {})
+        runs.open_with_images(folder)
+    command = [sys.executable, "-m", "lmim_jax.tools.report", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {tmp_path} is no run: it has no config.json; give the --workdir of one\n"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cuts_are_nested_and_labels_stay(seed):
+    tokens = np.random.default_rng(seed).normal(size=(40, 6))
+    cuts = clustering.nested(tokens, (5, 3, 4))
+    assert list(cuts) == [3, 4, 5]
+    for before, after in ((3, 4), (4, 5)):
+        assert set(cuts[after]) == set(range(after))
+        pairs = set(zip(cuts[after].tolist(), cuts[before].tolist(), strict=True))
+        assert len(pairs) == after  # each part lies in one cluster
+        changed = cuts[after] != cuts[before]
+        assert set(cuts[after][changed]) == {after - 1}
+        (parent,) = set(cuts[before][changed])
+        assert changed.sum() <= (cuts[after] == parent).sum()
+
+
+def test_similar_tokens_share_a_cluster():
+    tokens = np.repeat(np.eye(3), (5, 9, 7), axis=0)
+    assert clustering.nested(tokens, (3,))[3].tolist() == [2] * 5 + [0] * 9 + [1] * 7
+
+
+def test_the_command_of_a_run_gives_its_config_again():
+    name, differing, command = recipes.nearest(change(batch_size=64, seed=3))
+    assert name == "configs/quickstart.py"
+    assert differing["batch_size"] == (128, 64)
+    assert command == "python main.py --config=configs/quickstart.py --config.batch_size=64 --config.seed=3"
+    assert recipes.nearest(change())[1] == {}
+
+
+def change(**settings):
+    """The quickstart recipe with other settings, as in config.json."""
+    from configs import quickstart
+
+    config = quickstart.get_config()
+    config.update(settings)
+    return {**json.loads(json.dumps(config.to_dict())), "training_images": {"images": 1}}
+
+
+@pytest.mark.parametrize("name", ["mae", "pilamim", "bootmae"])
+def test_reconstructions_keep_what_is_visible(name):
+    from lmim_jax.models.layers import patchify
+
+    method = methods.from_config(tiny.method(name), total_steps=10, steps_per_epoch=5)
+    images = np.random.default_rng(0).normal(2, 3, (3, *method.image_size, 3)).astype(np.float32)
+    masked = jax.eval_shape(method.sample, jax.random.key(0), jax.random.split(jax.random.key(2), 3))["masked"].shape[1]
+
+    @jax.jit
+    def paint():
+        params, keys = method.init(jax.random.key(0)), jax.random.split(jax.random.key(2), 3)
+        views = method.sample(jax.random.key(1), keys)
+        pixels = method.forward(params, method.target_of(params), images, views)["pixels"]
+        return method.reconstruct(params, images, views), views, pixels[:, -masked:]
+
+    painted, views, pixels = paint()
+    old, new = (np.asarray(patchify(x, method.grid, method.patch_size)) for x in (images, painted))
+    of = lambda x, ids: np.take_along_axis(x, np.asarray(views[ids])[..., None], axis=1)
+    np.testing.assert_array_equal(of(old, "visible"), of(new, "visible"))
+    assert (of(old, "masked") != of(new, "masked")).all()
+    if name == "mae":  # as predicted, in the moments of the true patch
+        true = of(old, "masked")
+        back = (of(new, "masked") - true.mean(-1, keepdims=True)) / true.std(-1, ddof=1, keepdims=True)
+        np.testing.assert_allclose(back, pixels, atol=1e-3)
