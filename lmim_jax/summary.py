@@ -20,7 +20,9 @@ NEXT = (
         "make it collapse",
         "./launch/local.sh --config.method.target=joint --config.method.loss=mse --workdir=runs/collapse",
     ),
-    ("use the features", "README.md, In a notebook"),
+    ("a page of this run", "python -m lmim_jax.tools.report {run}"),
+    ("what it is worth", "python -m lmim_jax.tools.evaluate --workdir={run} --evaluators=all --baselines"),
+    ("use the features", "docs/features.md"),
 )
 
 
@@ -83,7 +85,7 @@ def table(summary, workdir):
     )
     lines += [f"In {folder}:", ""] + [f"  {name:<18}  {what}" for name, what in kept]
     lines += ["", "What next:", ""]
-    lines += [f"  {what:<18}  {command}" for what, command in NEXT] + [""]
+    lines += [f"  {what:<18}  {command.format(run=folder)}" for what, command in NEXT] + [""]
     return "\n".join(lines)
 
 
