@@ -67,8 +67,9 @@ class Knows:
 
 
 def run(clevr, data=None, **change):
-    change = {"name": "clevr", "dir": clevr, "test_split": "validation", "l2": (1e-5, 1e-3), "iterations": 60, **change}
-    evaluator = annotated.evaluator("attributes", batch_size=32, **change)
+    change = {"name": "clevr", "dir": clevr, "test_split": "validation", "batch_size": 32, **change}
+    change = {"l2": (1e-5, 1e-3), "iterations": 60, **change}
+    evaluator = annotated.evaluator("attributes", **change)
     return evaluator.run(Knows, {}, data or annotated.evaluation())
 
 
