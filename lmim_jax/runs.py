@@ -136,7 +136,7 @@ def open_with_images(workdir, path=""):
     """
     run, mesh = open_run(workdir), sharding.make_mesh()
     config = with_tuples(run.config)
-    config.data.path = path or config.data.path
+    config.data.path = str(path) or config.data.path
     weights = run.weights(mesh)
     parts = run.method, weights.params, weights.target, weights.step
     return Opened(run.workdir, config, *parts, run.images(config.data, mesh))

@@ -60,10 +60,10 @@ def test_the_table_tells_it(planned):
 
 
 def test_what_is_cut_needs_less_and_what_is_computed_again_is_counted():
-    parts = {"mesh.data": 1, "mesh.fsdp": 8}
-    whole, cut = (dry_run.analyse(dry_run.Recipe.of(recipe(**change), 10**6), 8) for change in ({}, parts))
+    two, parts = {"method.depth": 2}, {"mesh.data": 1, "mesh.fsdp": 8}
+    whole, cut = (dry_run.analyse(dry_run.Recipe.of(recipe(**change), 10**6), 8) for change in (two, {**two, **parts}))
     saved = whole["memory"]["arguments"] - cut["memory"]["arguments"]
-    state = sum(dry_run.Recipe.of(recipe(), 10**6).state_bytes().values())
+    state = sum(dry_run.Recipe.of(recipe(**two), 10**6).state_bytes().values())
     assert saved == pytest.approx(7 / 8 * state, rel=0.02)  # all but norms and biases
     assert {one.kind for one in cut["collectives"]} == {"all-gather", "reduce-scatter"}
     full = dry_run.Recipe.of(recipe("tiny", remat="full"), 100).flops()

@@ -17,7 +17,7 @@ from lmim_jax.models import decoders, vit
 from lmim_jax.models.stack import run_as
 
 BATCH = 16
-SIZE = dict(depth=2, decoder_depth=1, similarity_weight=0.0)  # whose mean over a micro-batch is squared
+SIZE = dict(depth=1, decoder_depth=1, similarity_weight=0.0)  # whose mean over a micro-batch is squared
 
 
 @functools.cache

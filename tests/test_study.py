@@ -3,10 +3,12 @@
 import importlib
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
+import conftest
 import pytest
 
 from lmim_jax import comparison
@@ -74,11 +76,13 @@ def test_an_unknown_group_is_named(tmp_path):
 CONFIG = """
 from ml_collections import ConfigDict
 
+NAMES = "one", "two"
+
 def get_config():
     config = ConfigDict()
     config.seeds = (0,)
-    config.runs = tuple((name, "words", "tests/tiny.py", (f"method.target={name}",)) for name in ("ema", "joint"))
-    config.groups = (("targets", "first", ("ema", "joint")),)
+    config.runs = tuple((name, "words", "tests/tiny.py", (f"data.threads={i + 1}",)) for i, name in enumerate(NAMES))
+    config.groups = (("threads", "first", NAMES),)
     config.cost = False
     return config
 """
@@ -90,19 +94,21 @@ def test_a_study_runs_goes_on_and_reports(tmp_path, images):
     settings = [f"data.path={images}", "total_steps=4", "evaluators.knn.every=0.0", "evaluators.pictures.every=0.0"]
     command = [sys.executable, "-m", "lmim_jax.tools.study", f"--config={tmp_path}/config.py", f"--out={out}"]
     command += ["--parallel=2", *(f"--set={setting}" for setting in settings)]
-    execute = lambda: subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "XLA_FLAGS": conftest.FAST}
+    execute = lambda: subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     first = execute()
     assert first.returncode == 0, first.stderr
     assert first.stderr.count("seed 0 (") == 2
-    results = json.loads((out / "results.json").read_text())["groups"]["targets"]
-    assert results["ema"]["seeds"] == results["joint"]["seeds"] == [0]
-    assert 0 < results["ema"]["collapse_index"][0] <= 1
+    results = json.loads((out / "results.json").read_text())["groups"]["threads"]
+    assert results["one"]["seeds"] == results["two"]["seeds"] == [0]
+    assert results["one"] == results["two"]  # the same training
+    assert 0 < results["one"]["collapse_index"][0] <= 1
     page = (out / "index.html").read_text()
     assert "://" not in page
     assert page.count("<img ") == 1
-    (out / "joint/seed0/summary.json").unlink()  # as if it had been killed before its end
+    (out / "two/seed0/summary.json").unlink()  # as if it had been killed before its end
     again = execute()
     assert again.returncode == 0, again.stderr
     assert "2 runs, 1 of them finished" in again.stderr
     assert again.stderr.count("seed 0 (") == 1
-    assert json.loads((out / "results.json").read_text())["groups"]["targets"] == results
+    assert json.loads((out / "results.json").read_text())["groups"]["threads"] == results

@@ -23,6 +23,7 @@ from lmim_jax.errors import UserError
 from lmim_jax.writers import history
 
 ROOT = pathlib.Path(__file__).parent.parent
+SMALL = {"evaluators": {}, "method.depth": 1, "method.projector_depth": 1}  # compiles faster
 
 
 def recipe(images, **change):
@@ -162,7 +163,7 @@ NAN = {  # value to set -> the quantity named first
 def test_nan_stops_the_run_naming_step_and_quantity(images, tmp_path, key):
     value, quantity = NAN[key]
     with pytest.raises(metrics.NonFinite, match=rf"step \d+: {quantity} = (nan|-?inf)") as caught:
-        train.train(recipe(images, **{key: value, "checkpoint_every": 1, "evaluators": {}}), tmp_path)
+        train.train(recipe(images, **{key: value, "checkpoint_every": 1, **SMALL}), tmp_path)
     step = int(str(caught.value).split(":")[0].removeprefix("step "))
     kept = list(checkpoint.steps(tmp_path))
     assert kept == list(range(1, step))[-3:]  # every finite state, and nothing after it
@@ -170,7 +171,7 @@ def test_nan_stops_the_run_naming_step_and_quantity(images, tmp_path, key):
 
 
 def test_training_lowers_the_loss_below_chance(images, tmp_path):
-    change = {"total_steps": 60, "optimizer.base_lr": 0.1, "method.similarity_weight": 0.0, "evaluators": {}}
+    change = {"total_steps": 60, "optimizer.base_lr": 0.1, "method.similarity_weight": 0.0, **SMALL}
     change |= {"checkpoint_every": 1000, "log_every": 5}
     train.train(recipe(images, **change), tmp_path)
     losses = [line["reconstruction"] for line in lines(tmp_path)]
@@ -179,7 +180,7 @@ def test_training_lowers_the_loss_below_chance(images, tmp_path):
 
 
 def test_total_steps_replaces_epochs(images, tmp_path):
-    train.train(recipe(images, total_steps=2, **{"evaluators": {}}), tmp_path)
+    train.train(recipe(images, total_steps=2, **SMALL), tmp_path)
     assert lines(tmp_path)[-1]["step"] == 2
 
 
@@ -211,7 +212,7 @@ def test_the_recipe_is_chosen_by_flag(flags, recipe):
 
 
 def test_skipping_stops_after_too_many_in_a_row(images, tmp_path, caplog):
-    change = {"augment.std": (0.0, 0.0, 0.0), "on_nonfinite": "skip", "max_skipped": 3, "evaluators": {}}
+    change = {"augment.std": (0.0, 0.0, 0.0), "on_nonfinite": "skip", "max_skipped": 3, **SMALL}
     with pytest.raises(metrics.NonFinite, match=r"step 4: input_mean = "):
         train.train(recipe(images, **change), tmp_path)
     assert [record.args[:2] for record in caplog.records if "skipped" in record.msg] == [(1, 1), (2, 2), (3, 3)]

@@ -123,7 +123,7 @@ class Evaluation:
         """
         order = dict(seed=seed, batch_size=batch_size, steps=steps, start=0, mesh=self.mesh)
         for batch in loader.training(self.sources["train"], self.config, **order):
-            self._check()
+            self.check()
             yield batch
 
     def sample(self, split, count):

@@ -56,7 +56,7 @@ def unpatchify(patches, grid, patch_size):
 
 def replace_patches(images, ids, patches, grid, patch_size):
     """Images [B, H, W, C] with the patches `ids` [B, M] replaced by `patches` [B, M, P]."""
-    known = patchify(images, grid, patch_size)
+    known = jnp.asarray(patchify(images, grid, patch_size))
     changed = known.at[jnp.arange(len(ids))[:, None], ids].set(patches.astype(known.dtype))
     return unpatchify(changed, grid, patch_size)
 

@@ -12,6 +12,8 @@ import time
 import processes
 import pytest
 
+SELDOM = "--config.checkpoint_every=1000"  # at the end
+
 
 @pytest.fixture(scope="module")
 def last(full):
@@ -32,7 +34,7 @@ def whole(images, tmp_path_factory, last, flags):
     @functools.cache
     def run(number):
         workdir = tmp_path_factory.mktemp("whole")
-        for code, output in processes.finish(processes.start(images, workdir, *flags, processes=number)):
+        for code, output in processes.finish(processes.start(images, workdir, *flags, SELDOM, processes=number)):
             assert code == 0, output
         losses = processes.losses(workdir)
         assert len(losses) == last
@@ -86,7 +88,7 @@ def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, numb
     """[1 + 1 runs / 10 with one process and 10 with two]; SIGTERM and SIGUSR1 in turn, to one of the processes."""
     if repetition and not full:
         pytest.skip("more of the same; ./launch/test.sh --faults")
-    running = processes.start(images, tmp_path, *flags, "--config.checkpoint_every=1000", processes=number)
+    running = processes.start(images, tmp_path, *flags, SELDOM, processes=number)
     moment = random.randrange(1, last // 2)
     processes.wait_for(lambda: processes.step_of(tmp_path) >= moment, running)
     began = time.monotonic()
@@ -98,7 +100,7 @@ def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, numb
     assert moment <= step < last
     assert list(processes.checkpoint.steps(tmp_path)) == [step]
     assert processes.manifest.verify(processes.checkpoint.steps(tmp_path)[step]).state == "good"
-    for code, output in processes.finish(processes.start(images, tmp_path, *flags, processes=number)):
+    for code, output in processes.finish(processes.start(images, tmp_path, *flags, SELDOM, processes=number)):
         assert code == 0, output
         assert number > 1 or f"resuming after step {step} " in output
     equals(whole(number), tmp_path)
