@@ -61,6 +61,11 @@ def _settings(recipe, config):
             continue
         value = left[key][1]
         value = tuple(value) if isinstance(value, list) else value
-        recipe.update_from_flattened_dict({key: value})
+        try:
+            recipe.update_from_flattened_dict({key: value})
+        except (
+            TypeError
+        ):  # the key had another type when the run was made: listed as a difference, but no flag can set it
+            continue
         flags.append(f"--config.{key}={value}")
     return flags

@@ -93,7 +93,7 @@ def test_a_study_runs_goes_on_and_reports(tmp_path, images):
     out = tmp_path / "out"
     settings = [f"data.path={images}", "total_steps=4", "evaluators.knn.every=0.0", "evaluators.pictures.every=0.0"]
     command = [sys.executable, "-m", "lmim_jax.tools.study", f"--config={tmp_path}/config.py", f"--out={out}"]
-    command += ["--parallel=2", *(f"--set={setting}" for setting in settings)]
+    command += [f"--parallel={min(2, len(os.sched_getaffinity(0)))}", *(f"--set={setting}" for setting in settings)]
     environment = {**os.environ, "XLA_FLAGS": conftest.FAST}
     execute = lambda: subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     first = execute()
