@@ -14,6 +14,17 @@ WORDS = (  # (regex on a figure's name, what it is)
     (r"shots1", "1 labelled image of each class"),
     (r"shots(\d+)", r"\1 labelled images of each class"),
     (r"labels(\d+)pct", r"\1 % of the labels"),
+    (r"top(\d)", r"test images with their class among the \1 first"),
+    (r"miou(\d)", r"\1 clusters of patches per image, without training, against masks: mean IoU"),
+    (r"(knn|linear)_miou", r"patches told apart with labels: mean IoU"),
+    (r"(knn|linear)_accuracy", r"patches told apart with labels: accuracy"),
+    (r"J", "objects followed through a video: overlap"),
+    (r"F", "the same: contours"),
+    (r"JF", "the same: mean of both"),
+    (r"still_JF", "the same where nothing is followed"),
+    (r"count", "number of objects"),
+    (r"distance", "distance of the two nearest objects, in bins"),
+    (r"\w+_chance", "the same by guessing"),
 )
 SPREAD = "_std"  # of the figure of the same name without it
 

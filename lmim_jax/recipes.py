@@ -63,9 +63,7 @@ def _settings(recipe, config):
         value = tuple(value) if isinstance(value, list) else value
         try:
             recipe.update_from_flattened_dict({key: value})
-        except (
-            TypeError
-        ):  # the key had another type when the run was made: listed as a difference, but no flag can set it
+        except TypeError:  # of another type when the run was made: listed above, but no flag can set it
             continue
         flags.append(f"--config.{key}={value}")
     return flags
