@@ -193,8 +193,11 @@ def test_knn_predicts_as_scikit_learn_does():
         np.testing.assert_array_equal(ours, theirs.predict(q))
 
 
-def test_logistic_regression_is_that_of_scikit_learn():
+@pytest.mark.parametrize("more", [0, 200], ids=["more images than dimensions", "more dimensions"])
+def test_logistic_regression_is_that_of_scikit_learn(more):
     (x, y), (q, t) = blobs(0.9)
+    noise = np.random.default_rng(1)
+    x, q = (np.hstack([a, noise.normal(size=(len(a), more)).astype(np.float32)]) for a in (x, q))
     mean, deviation = logistic.statistics(x)
     x, q = (x - mean) / deviation, (q - mean) / deviation
     strengths = (1e-3, 1e-1)
