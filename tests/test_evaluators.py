@@ -207,7 +207,8 @@ def test_logistic_regression_is_that_of_scikit_learn(more):
         for i, l2 in enumerate(strengths):
             theirs = linear_model.LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=1000).fit(x, y)
             np.testing.assert_allclose(ours.weights[i], theirs.coef_.T, atol=2e-3 * np.abs(theirs.coef_).max())
-            np.testing.assert_allclose(ours.biases[i], theirs.intercept_, atol=2e-3)
+            # where classes can be separated, the loss hardly depends on biases: float32 knows them less exactly
+            np.testing.assert_allclose(ours.biases[i], theirs.intercept_, atol=1e-2 if more else 2e-3)
             assert np.mean(ours.predict(q)[i] == t) == theirs.score(q, t)
 
 
