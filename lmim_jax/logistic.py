@@ -18,14 +18,15 @@ from lmim_jax import sharding
 
 CHUNK = 16384  # images whose G x K logits are in memory at a time
 SMALL = (16, 64, 256, 1024, 4096)  # to which fewer images are padded: few shapes to compile for
-TOLERANCE = 1e-6  # largest entry of the gradient at which the minimum is reached
+TOLERANCE = 1e-6  # largest entry of the gradient, in the units of `fit`, at which the minimum is reached
 MEMORY = 10  # steps that L-BFGS remembers
 EXACT = jax.lax.Precision.HIGHEST  # the line search compares values that differ little
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """G solutions: weights [G, D, K] and biases [G, K], float32; gradient [G], its largest entry at the end."""
+    """G solutions: weights [G, D, K] and biases [G, K], float32; gradient [G], its largest entry at the end,
+    in units in which the curvature is about 1."""
 
     weights: np.ndarray
     biases: np.ndarray

@@ -203,7 +203,7 @@ def test_logistic_regression_is_that_of_scikit_learn(more):
     strengths = (1e-3, 1e-1)
     for mesh in (MESH, None):
         ours = logistic.fit(x, y, 3, strengths, 300, mesh)
-        assert ours.gradient.max() < 1e-5
+        assert ours.gradient.max() < 1e-4  # in units in which the curvature is 1
         for i, l2 in enumerate(strengths):
             theirs = linear_model.LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=1000).fit(x, y)
             np.testing.assert_allclose(ours.weights[i], theirs.coef_.T, atol=2e-3 * np.abs(theirs.coef_).max())
