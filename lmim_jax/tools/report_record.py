@@ -118,9 +118,7 @@ def evaluations(folder, told):
         content.append(_figures(figures))
     if not content:
         return None
-    look = (
-        "What frozen features are worth; accuracies in per cent. What each evaluator measures is in docs/features.md."
-    )
+    look = "What frozen features are worth; accuracies in per cent. What each figure is: docs/features.md."
     return page.explained("evaluations", "Evaluations", look, "", *content)
 
 
