@@ -17,6 +17,5 @@ def load(run, target=False):
     from lmim_jax import saved
 
     model = saved.open_model(run)
-    exported = model.config.get("exported")
-    which = model.choose("target" if target else exported.weights if exported else "online")
+    which = model.choose("target" if target else model.exported or "online")
     return model.method, model.weights(which)

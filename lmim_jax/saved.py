@@ -18,7 +18,8 @@ class Model:
     """What a folder holds.
 
     path: the folder. config: as it was trained with. method: without a schedule. params, target: numpy trees; the
-    second is {} where there is no teacher. step: optimiser steps that the weights have seen.
+    second is {} where there is no teacher. step: optimiser steps that the weights have seen. exported: of a folder that
+    was exported, "online" or "target", which its params are; None for a run.
     """
 
     path: pathlib.Path
@@ -27,6 +28,7 @@ class Model:
     params: dict
     target: dict
     step: int
+    exported: str | None = None
 
     def choose(self, wanted):
         """`wanted`, or where it is None: the weights that the run's own evaluators look at, "online" or "target".
@@ -34,10 +36,10 @@ class Model:
         Raises:
           UserError: they look at both, or there are none; or the weights were chosen when this folder was made.
         """
-        if exported := self.config.get("exported"):
-            if wanted not in (None, exported.weights):
-                raise UserError(f"{self.path} holds the {exported.weights} weights; for others, export the run again")
-            return exported.weights
+        if self.exported:
+            if wanted not in (None, self.exported):
+                raise UserError(f"{self.path} holds the {self.exported} weights; for others, export the run again")
+            return self.exported
         measured = {section.params for section in self.config.evaluators.values()}
         if not wanted and len(measured) != 1:
             raise UserError("this run's evaluators do not say which weights are the ones to take; give --weights")
@@ -51,7 +53,7 @@ class Model:
         """
         if which not in ("online", "target"):
             raise UserError(f"weights {which!r} are none of: online | target")
-        if self.config.get("exported"):  # the chosen ones are in place of the online ones
+        if self.exported:  # the chosen ones are in place of the online ones
             return self.params
         if which == "target" and "encoder" not in self.target:
             raise UserError(f"{self.path}: there is no target encoder here; take the online weights")
@@ -69,7 +71,8 @@ def open_model(path):
     method = base.from_config(config["method"], total_steps=1, steps_per_epoch=1)
     if (path / WEIGHTS).is_file():
         tree = unflatten_dict(tensors.read(path / WEIGHTS)[0], sep="/")
-        return Model(path, runs.with_tuples(config), method, tree, {}, config["exported"]["step"])
+        made = config.pop("exported")
+        return Model(path, runs.with_tuples(config), method, tree, {}, made["step"], made["weights"])
     step = checkpoint.newest(path)
     return Model(path, runs.with_tuples(config), method, *checkpoint.weights(path, method, step), step)
 

@@ -153,9 +153,14 @@ def train(config, workdir):
             save = stop or last or done % config.checkpoint_every == 0 or (log_due and checkpoints.failing)
             if save or any(evaluator.due(done, total_steps) for evaluator in scheduled):
                 meter.pause()  # and so make sure that this state is finite
-                with contextlib.suppress(preemption.Interrupted):
-                    if not stop:
-                        evaluate(done)
+                try:
+                    with contextlib.suppress(preemption.Interrupted):
+                        if not stop:
+                            evaluate(done)
+                except UserError:  # such as masks that are not there: what was trained is kept
+                    checkpoints.save(state, done)
+                    checkpoints.wait(must_succeed=True)
+                    raise
                 if save:
                     checkpoints.save(state, done)
                 if stop:

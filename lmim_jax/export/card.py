@@ -102,7 +102,7 @@ def _training(model):
     """A list: on what, how long, from what."""
     config = model.config.to_dict()
     source = {key: config["data"].get(key) for key in ("source", "name")}
-    source["images"] = config.get("training_images", {}).get("images")
+    source["images"] = config.get("training_images", {}).get("images")  # unknown where weights came without images
     lines = ["- data: " + ", ".join(f"{key} {value}" for key, value in source.items() if value)]
     lines += [f"- {model.step} steps with {config['batch_size']} images each, seed {config['seed']}"]
     if origin := _read(model.path / "imported.json"):
