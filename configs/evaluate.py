@@ -135,7 +135,7 @@ def trained():
         type="linear_probe",  # MAE's: batch normalisation + linear layer on a frozen feature
         every=0.0,
         params="online",
-        feature="cls",  # of the method's; of patches their mean. I-JEPA has no "cls": "patches"
+        feature="cls",  # any of the above; I-JEPA has no "cls": "patches"
         batch_size=128,  # MAE: 16384
         epochs=10.0,  # MAE: 90
         warmup_epochs=1.0,  # MAE: 10
@@ -151,7 +151,7 @@ def trained():
         type="attentive",  # CAPI's: one learned query reads frozen patch tokens
         every=0.0,
         params="online",
-        feature="patches",  # any with a token for each patch
+        feature="patches",  # one of the method's with a token for each patch
         batch_size=128,  # CAPI: 1024
         epochs=10.0,  # CAPI: 12,500 steps
         warmup_epochs=1.0,  # CAPI: a tenth

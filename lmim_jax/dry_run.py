@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.util
 import os
+import pathlib
 import re
+import tempfile
 import time
 
 import jax
@@ -127,7 +129,7 @@ def compile_for_tpu(recipe, topology):
     sharding.check_batch(recipe.config.batch_size, recipe.config.micro_batches, mesh.size)
     function, arguments = recipe.jitted(mesh)
     try:
-        compiled = function.lower(*arguments).compile()
+        compiled, text = _compile(function.lower(*arguments))
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", str(error))
         if not used:
@@ -143,10 +145,18 @@ def compile_for_tpu(recipe, topology):
     return {
         "mesh": dict(mesh.shape),
         "memory": memory,
-        "collectives": hlo.collectives(compiled.as_text()),
+        "collectives": hlo.collectives(text),
         "compiled_flops_per_image": None if loops else counted["flops"] / images,
         "compile_seconds": time.perf_counter() - began,
     }
+
+
+def _compile(lowered):
+    """(compiled program, its text), the text written by libtpu: jaxlib's reader does not know all of its operations."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (written,) = pathlib.Path(folder).glob("*train_step*.after_optimizations.txt")
+        return compiled, written.read_text()
 
 
 def analyse(recipe, count):

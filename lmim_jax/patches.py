@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmim_jax import sharding
+from lmim_jax import pooling, sharding
 from lmim_jax.errors import UserError
-from lmim_jax.evaluators.base import FIXED, fixed_features
 from lmim_jax.models.layers import patchify
 
 
@@ -25,7 +24,7 @@ def enlarged(augment, zoom):
 def features(method, augment, params, images, name):
     """One vector per patch: images [B, H, W, C] -> float32 [B, N, D], by row, then column.
 
-    name: key of the method's features that has a row per patch ("patches", "patches_prenorm"), or one of FIXED.
+    name: key of the method's features that has a row per patch ("patches", "patches_prenorm"), or one of pooling.FIXED.
 
     Raises:
       UserError: no such feature, or not one of patches.
@@ -33,13 +32,13 @@ def features(method, augment, params, images, name):
     batch, height, width, channels = images.shape
     side = method.patch_size
     grid = height // side, width // side
-    if name in FIXED:
+    if name in pooling.FIXED:
         cut = lambda x: patchify(x, grid, side).reshape(-1, side, side, channels)
-        return fixed_features(cut(images), cut(augment.levels(images)), name).reshape(batch, grid[0] * grid[1], -1)
+        return pooling.fixed(cut(images), cut(augment.levels(images)), name).reshape(batch, grid[0] * grid[1], -1)
     found = method.features(params, images)
     fit = [key for key, value in found.items() if value.ndim == 3 and value.shape[1] == grid[0] * grid[1]]
     if name not in fit:
-        raise UserError(f"feature={name!r} is not one of patches; there are: {', '.join([*fit, *FIXED])}")
+        raise UserError(f"feature={name!r} is not one of patches; there are: {', '.join([*fit, *pooling.FIXED])}")
     return found[name].astype(jnp.float32)
 
 

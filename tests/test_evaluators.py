@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from sklearn import linear_model, neighbors
 
-from lmim_jax import clustering, logistic, sharding
+from lmim_jax import classifiers, clustering, logistic, pooling, sharding
 from lmim_jax.data import augment, prepared, shapes, sources
 from lmim_jax.data.evaluation import Evaluation, Selected
 from lmim_jax.errors import UserError
@@ -147,7 +147,7 @@ def test_baselines_need_no_encoder_and_are_computed_once(run):
 def test_a_histogram_is_the_share_of_pixels_in_each_color():
     levels = np.zeros((1, 2, 2, 3), np.float32)
     levels[0, 0] = 255
-    histogram = np.asarray(base.fixed_features(levels, levels, "histogram"))
+    histogram = np.asarray(pooling.fixed(levels, levels, "histogram"))
     assert histogram.shape == (1, 216)
     assert histogram[0, 0] == histogram[0, 215] == np.float32(0.5**0.5)
     assert np.count_nonzero(histogram) == 2
@@ -185,11 +185,11 @@ def test_knn_equals_a_plain_computation():
 
 def test_knn_predicts_as_scikit_learn_does():
     (x, y), (q, _) = blobs(0.9)
-    scores, index = knn._nearest(knn._unit(q), knn._unit(x), 20, MESH)
+    scores, index = classifiers.nearest(classifiers.unit(q), classifiers.unit(x), 20, MESH)
     votes = lambda distances: np.exp((1 - distances) / 0.07)
     for k in (1, 5, 20):
         theirs = neighbors.KNeighborsClassifier(k, weights=votes, metric="cosine").fit(x, y)
-        ours = knn._vote(y[index[:, :k]], np.exp(scores[:, :k] / 0.07), 3)
+        ours = classifiers.vote(y[index[:, :k]], np.exp(scores[:, :k] / 0.07), 3)
         np.testing.assert_array_equal(ours, theirs.predict(q))
 
 
@@ -260,16 +260,16 @@ def test_leave_one_out_never_takes_the_image_itself():
 
 def test_a_feature_is_what_its_name_says(run):
     method, params, data = run
-    assert base.parse_feature("cls + block01/tokens:both") == [("cls", "mean"), ("block01/tokens", "both")]
+    assert pooling.parse("cls + block00/tokens:both") == [("cls", "mean"), ("block00/tokens", "both")]
     (images,) = [batch["images"] for batch in data.batches("test", 16)]
     known = jax.device_get(method.features(params, images))
-    tokens = known["block01/tokens"]
+    tokens = known["block00/tokens"]
     expected = {
         "patches": known["patches"].mean(1),
         "cls_prenorm": known["cls_prenorm"],
-        "block01/tokens": tokens[:, 1:].mean(1),
-        "block01/tokens:cls": tokens[:, 0],
-        "block01/tokens:both": np.concatenate([tokens[:, 0], tokens[:, 1:].mean(1)], 1),
+        "block00/tokens": tokens[:, 1:].mean(1),
+        "block00/tokens:cls": tokens[:, 0],
+        "block00/tokens:both": np.concatenate([tokens[:, 0], tokens[:, 1:].mean(1)], 1),
         "pixels": np.asarray(images).reshape(16, -1),
     }
     x, labels = base.split_features(method, params, data, "test", "+".join(expected), 16)
@@ -285,7 +285,7 @@ def test_a_feature_is_what_its_name_says(run):
         ("zzz", "there are: cls, cls_prenorm, latents, patches"),
         ("cls:max", "'max' is none of: mean | cls | both"),
         ("patches:cls", "no CLS token for :cls; join features instead: cls\\+patches"),
-        ("block01/attention", "no vectors"),
+        ("block00/attention", "no vectors"),
     ],
 )
 def test_a_wrong_feature_is_named(feature, message, run):

@@ -79,7 +79,9 @@ def test_random_erasing():
 
 
 def encoder_params(name):
-    method = methods.from_config(tiny.method(name), total_steps=1, steps_per_epoch=1)
+    section = tiny.method(name)
+    section.depth = 2
+    method = methods.from_config(section, total_steps=1, steps_per_epoch=1)
     return jax.eval_shape(method.init, jax.random.key(0))["encoder"]
 
 

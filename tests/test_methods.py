@@ -165,7 +165,7 @@ def test_random_projection_never_moves():
 
 
 def test_features_of_any_image_size():
-    method = build()
+    method = build(depth=2)
     params, *_ = inputs(method)
     out = method.features(params, np.zeros((2, 8, 20, 3), np.float32))
     assert out["patches"].shape == out["patches_prenorm"].shape == (2, 10, 16)

@@ -154,7 +154,7 @@ def test_a_bad_batch_is_named(change, message):
 
 
 def test_a_bad_feature_is_named():
-    with pytest.raises(UserError, match="feature='clss': this method's encoder has patches, patches_prenorm, cls"):
+    with pytest.raises(UserError, match="feature 'clss': the method has none of that name; did you mean cls"):
         trainer("linear_probe", feature="clss").run(Method, PARAMS, Data(*splits(True)))
     with pytest.raises(UserError, match="feature='cls' has no patches"):
         trainer("attentive", feature="cls").run(Method, PARAMS, Data(*splits(True)))

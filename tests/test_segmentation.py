@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmim_jax import classifiers
+from lmim_jax import classifiers, sharding
 from lmim_jax.data import drawing, masks, scenes, shapes
 from lmim_jax.errors import UserError
 from lmim_jax.evaluators import segmentation
+
+MESH = sharding.make_mesh()
 
 RNG = np.random.default_rng(0)
 SMALL = dict(zoom=1, center=False, train_images=10, test_images=10, batch_size=8, l2=(1e-4, 1e-2), iterations=20)
@@ -94,10 +96,12 @@ def test_neighbours_and_regression_equal_scikit_learn():
     x = (RNG.normal(size=(3, 6))[labels] + RNG.normal(size=(120, 6))).astype(np.float32)
     queries = RNG.normal(size=(50, 6)).astype(np.float32)
     reference = neighbors.KNeighborsClassifier(1, metric="cosine").fit(x, labels)
-    assert (classifiers.neighbours(x, labels, queries, 1, 3) == reference.predict(queries)).all()
+    assert (classifiers.neighbours(x, labels, queries, 1, 3, MESH) == reference.predict(queries)).all()
     scale = lambda a: (a - x.mean(0)) / x.std(0)
     model = linear_model.LogisticRegression(C=1 / (1e-2 * 120), tol=1e-8, max_iter=1000).fit(scale(x), labels)
-    assert (classifiers.linear(x, labels, queries, 3, (1e-2,), 200) == model.predict(scale(queries))).all()
+    assert (
+        classifiers.linear(x, labels, queries, 3, (1e-2,), 200, MESH).classes == model.predict(scale(queries))
+    ).all()
 
 
 def test_a_mask_lies_where_its_image_is():

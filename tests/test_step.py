@@ -18,7 +18,7 @@ from lmim_jax.methods import base
 
 def setup(**change):
     config = tiny.get_config()
-    config.method.update(dict(depth=1, projector_depth=1) | change)
+    config.method.update(change)
     method = base.from_config(config.method, total_steps=20, steps_per_epoch=10)
     images = augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
     optimizer, _ = optim.from_config(config.optimizer, warmup_steps=5, total_steps=20)

@@ -23,7 +23,7 @@ from lmim_jax.errors import UserError
 from lmim_jax.writers import history
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMALL = {"evaluators": {}, "method.depth": 1, "method.projector_depth": 1}  # compiles faster
+SMALL = {"evaluators": {}}  # compiles faster
 
 
 def recipe(images, **change):
@@ -116,7 +116,7 @@ HARMFUL = [
     {"method.target": "stop_gradient"},
     {"method.loss": "mse"},
     {"method.dtype": "bfloat16"},
-    {"method.depth": 1},
+    {"method.depth": 2},
     {"method.num_visible": 5},
     {"method.similarity_weight": 0.0},
     {"optimizer.b2": 0.99},
@@ -186,7 +186,7 @@ def test_total_steps_replaces_epochs(images, tmp_path):
 def test_an_evaluation_that_cannot_be_made_costs_no_step(images, tmp_path, monkeypatch):
     from lmim_jax.evaluators import knn
 
-    config = recipe(images, total_steps=2, **{"method.depth": 1, "method.projector_depth": 1})
+    config = recipe(images, total_steps=2)
     config.evaluators = {"knn": {**config.evaluators.knn.to_dict(), "every": 0.0}}
 
     def run(*_):

@@ -1,4 +1,4 @@
-"""A recipe that trains in seconds: 4 x 4 patches of 4 pixels, 16 wide, 2 deep."""
+"""A recipe that trains in seconds: 4 x 4 patches of 4 pixels, 16 wide, 1 deep."""
 
 import jax
 
@@ -7,7 +7,7 @@ from lmim_jax import checkpoint, optim, sharding, workdir
 from lmim_jax.methods import base as methods
 from lmim_jax.state import create
 
-SIZES = dict(grid=(4, 4), patch_size=4, gap=1, width=16, depth=2, heads=2, num_visible=4, projector_depth=2)
+SIZES = dict(grid=(4, 4), patch_size=4, gap=1, width=16, depth=1, heads=2, num_visible=4, projector_depth=1)
 SIZES |= dict(decoder_width=8, decoder_depth=1, decoder_heads=2, projector_width=24, latent_decoder_width=12)
 SIZES |= dict(context_capacity=8, min_context=1, mask_batch=2, dtype="float32")
 SIZES |= dict(block_total=8, block_smallest=2, block_largest=4)

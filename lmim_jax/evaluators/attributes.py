@@ -37,7 +37,7 @@ class Evaluator:
         for task, of in (("count", np.floor_divide), ("distance", np.mod)):
             classes, labels = np.unique(of(x_labels, bins), return_inverse=True)
             truth = of(y_labels, bins)
-            found = classifiers.linear(x, labels, y, len(classes), self.l2, self.iterations)
-            result[task] = 100 * float(np.mean(classes[found] == truth))
+            found = classifiers.linear(x, labels, y, len(classes), self.l2, self.iterations, data.mesh)
+            result[task] = 100 * float(np.mean(classes[found.classes] == truth))
             result[f"{task}_chance"] = 100 * float(np.mean(classes[np.bincount(labels).argmax()] == truth))
         return result

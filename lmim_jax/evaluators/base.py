@@ -10,7 +10,7 @@ data: an `evaluation.Evaluation`. A file in this folder *is* a registered evalua
 
 A class attribute `labelled = True` says that there is nothing to measure without classes and a test split: run gives
 {} then. A class attribute `takes_pixels = True` says that its field `feature` may be any that `split_features` takes,
-those of FIXED among them: what it comes to on raw pixels can stand beside.
+those of pooling.FIXED among them: what it comes to on raw pixels can stand beside.
 """
 
 import dataclasses
@@ -20,10 +20,9 @@ import importlib
 import pkgutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lmim_jax import sharding
+from lmim_jax import pooling, sharding
 from lmim_jax.errors import UserError
 
 
@@ -98,83 +97,12 @@ def _pop(fields, key, where):
     return fields.pop(key)
 
 
-def fixed_features(images, levels, name):
-    """What needs no encoder, one vector per image.
-
-    Args:
-      images: [B, H, W, C] as the encoder sees them. levels: the same as levels 0 .. 255.
-      name: "pixels": the image itself. "histogram": square root of the share of pixels in each of 6^C colours (so that
-        the cosine is Bhattacharyya's coefficient).
-    """
-    if name == "pixels":
-        return images.reshape(len(images), -1)
-    channels = images.shape[-1]
-    color = jnp.minimum((levels * (6 / 256)).astype(jnp.int32), 5) @ 6 ** jnp.arange(channels)
-    count = lambda row: jnp.bincount(row, length=6**channels)
-    return jnp.sqrt(jax.vmap(count)(color.reshape(len(images), -1)) / color[0].size)
-
-
-FIXED = ("pixels", "histogram")
-POOLS = ("mean", "cls", "both")
-
-
-def parse_feature(feature):
-    """[(name, pool)] of what `feature` puts side by side: "cls+block07/tokens:both"; see configs/evaluate.py.
-
-    Raises:
-      UserError: no such pool.
-    """
-    parts = []
-    for part in feature.split("+"):
-        name, _, pool = part.strip().partition(":")
-        if (pool or POOLS[0]) not in POOLS:
-            raise UserError(f"feature {feature!r}: {pool!r} is none of: {' | '.join(POOLS)}")
-        parts.append((name, pool or POOLS[0]))
-    return parts
-
-
-def needs_encoder(feature):
-    """Whether `feature` holds more than what is in FIXED."""
-    return any(name not in FIXED for name, _ in parse_feature(feature))
-
-
-def pool_tokens(features, name, pool):
-    """One vector per image of what a method calls `name`: [B, D], with pool "both" [B, 2 D].
-
-    Args:
-      features: of a method, see `methods.base`. name: a key of it. pool: one of POOLS; for "blockNN/tokens", whose
-        first row is CLS where the method has one; anything else has but one pool, the mean over its rows (or itself).
-
-    Raises:
-      UserError: there is no such feature, it is not one of tokens, or it has no such pool.
-    """
-    if name not in features:
-        near = difflib.get_close_matches(name, [*features, *FIXED], n=1)
-        usual = ", ".join([*sorted(key for key in features if "/" not in key), "block00/tokens, ...", *FIXED])
-        hint = f"; did you mean {near[0]}?" if near else f" (there are: {usual})"
-        raise UserError(f"feature {name!r}: the method has none of that name{hint}")
-    x = features[name].astype(jnp.float32)
-    if x.ndim not in (2, 3):
-        raise UserError(f"feature {name!r} has no vectors for images or patches to evaluate")
-    with_cls = name.endswith("/tokens") and "cls" in features
-    if pool != "mean" and not with_cls:
-        raise UserError(f"feature {name!r} has no CLS token for :{pool}; join features instead: cls+{name}")
-    tokens = {"mean": lambda: x[:, int(with_cls) :].mean(axis=1) if x.ndim == 3 else x, "cls": lambda: x[:, 0]}
-    return jnp.concatenate([tokens[one]() for one in (("cls", "mean") if pool == "both" else (pool,))], axis=-1)
-
-
 @functools.lru_cache(maxsize=8)
 def _pooled(method, augment, mesh, feature):
     """Jitted (params, batch) -> (feature of each image [B, D], label [B], index [B]), equal on all devices."""
-    parts = parse_feature(feature)
 
     def pooled(params, batch):
-        images = batch["images"]
-        known = {name: fixed_features(images, augment.levels(images), name) for name, _ in parts if name in FIXED}
-        if needs_encoder(feature):
-            known |= method.features(params, images)
-        x = jnp.concatenate([pool_tokens(known, name, pool) for name, pool in parts], axis=-1)
-        return x, batch["label"], batch["index"]
+        return pooling.vectors(method, augment, params, batch["images"], feature), batch["label"], batch["index"]
 
     return jax.jit(pooled, out_shardings=sharding.replicated(mesh))
 
@@ -183,7 +111,7 @@ def split_features(method, params, data, split, feature, batch_size):
     """A feature of every readable image of a split.
 
     Args:
-      feature: such as "cls" or "cls+patches_prenorm", see `parse_feature` and configs/evaluate.py.
+      feature: such as "cls" or "cls+patches_prenorm", see `pooling.parse` and configs/evaluate.py.
 
     Returns:
       (float32 [N, D], labels int32 [N]), numpy, in order; from `data.cache`, where there is one, if they are there.
@@ -198,7 +126,7 @@ def split_features(method, params, data, split, feature, batch_size):
         x, labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
         return x[index >= 0], labels[index >= 0]
 
-    if data.cache is None or not needs_encoder(feature):  # pixels take more room than time
+    if data.cache is None or not pooling.needs_encoder(feature):  # pixels take more room than time
         return compute()
     return data.cache.get(method, params, data, split, feature, compute)
 

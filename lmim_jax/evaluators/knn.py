@@ -10,14 +10,10 @@ and all but the last on what needs no encoder, where asked for: pixels_nn1, pixe
 import dataclasses
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lmim_jax import sharding
-from lmim_jax.evaluators.base import FIXED, labelled, split_features
-
-CHUNK = 512  # queries at a time: CHUNK x bank similarities in memory, over all devices
+from lmim_jax import classifiers, pooling
+from lmim_jax.evaluators.base import labelled, split_features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +33,7 @@ class Evaluator:
         if not labelled(data):
             return {}
         result = self._accuracies(method, params, data, self.feature)
-        for name in FIXED if self.baselines else ():
+        for name in pooling.FIXED if self.baselines else ():
             found = _baseline(self, method, data, name)
             result |= {f"{name}_{figure}": value for figure, value in found.items() if figure != "loo1"}
         return result
@@ -57,46 +53,13 @@ def _baseline(evaluator, method, data, name):
 
 def accuracies(train, test, ks, temperature, num_classes, mesh):
     """The figures from (features [N, D], labels [N]) of both splits. Each of `ks` is cut to the size of the bank."""
-    bank, queries = _unit(train[0]), _unit(test[0])
+    bank, queries = classifiers.unit(train[0]), classifiers.unit(test[0])
     ks = sorted({min(k, len(bank)) for k in ks})
-    scores, index = _nearest(queries, bank, ks[-1], mesh)
+    scores, index = classifiers.nearest(queries, bank, ks[-1], mesh)
     nearest, weights = train[1][index], np.exp(scores / temperature)
-    _, others = _nearest(queries, queries, min(2, len(queries)), mesh)
+    _, others = classifiers.nearest(queries, queries, min(2, len(queries)), mesh)
     own = np.arange(len(queries))
     other = np.where(others[:, 0] == own, others[:, -1], others[:, 0])  # a duplicate may come before the image itself
     percent = lambda predicted: 100 * float(np.mean(predicted == test[1]))
-    voted = {f"knn{k}": percent(_vote(nearest[:, :k], weights[:, :k], num_classes)) for k in ks}
+    voted = {f"knn{k}": percent(classifiers.vote(nearest[:, :k], weights[:, :k], num_classes)) for k in ks}
     return {"nn1": percent(nearest[:, 0]), **voted, "loo1": percent(test[1][other])}
-
-
-def _vote(labels, weights, num_classes):
-    """The class with most weight [Q] among neighbours' classes [Q, k]."""
-    votes = np.zeros((len(labels), num_classes))
-    np.add.at(votes, (np.arange(len(labels))[:, None], labels), weights)
-    return votes.argmax(axis=1)
-
-
-def _unit(x):
-    """Rows scaled to length 1, float32."""
-    return (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)).astype(np.float32)
-
-
-@functools.lru_cache(maxsize=4)
-def _programs(mesh):
-    """Jitted (queries [Q, D], split over the devices, bank [N, D]) -> cosines [Q, N]; and their top k, on all."""
-    similar = lambda queries, bank: jnp.matmul(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
-    top = jax.jit(jax.lax.top_k, static_argnums=1, out_shardings=sharding.replicated(mesh))
-    return jax.jit(similar, out_shardings=sharding.of_batch(mesh)), top
-
-
-def _nearest(queries, bank, k, mesh):
-    """(cosines, indices) [Q, k] of the nearest bank rows, best first."""
-    similarities, top = _programs(mesh)
-    bank, results = sharding.place(bank, sharding.replicated(mesh)), []
-    rows = -(-CHUNK // mesh.size) * mesh.size
-    for start in range(0, len(queries), rows):
-        chunk = queries[start : start + rows]
-        padded = np.pad(chunk, ((0, rows - len(chunk)), (0, 0)))  # one shape, one compilation
-        found = top(similarities(sharding.place(padded, sharding.of_batch(mesh)), bank), k)
-        results.append([np.asarray(jax.device_get(x))[: len(chunk)] for x in found])
-    return tuple(np.concatenate(column) for column in zip(*results, strict=True))

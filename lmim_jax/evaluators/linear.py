@@ -7,15 +7,12 @@ learning rate and no number of epochs to choose. MAE's protocol, with augmentati
 """
 
 import dataclasses
-import logging
 
 import numpy as np
 
-from lmim_jax import logistic
+from lmim_jax import classifiers
 from lmim_jax.errors import UserError
 from lmim_jax.evaluators.base import labelled, split_features
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +46,8 @@ class Evaluator:
 
     def accuracies(self, train, test, num_classes, mesh):
         """The figures from (features [N, D], labels [N]) of both splits."""
-        (x, y), order = train, np.random.default_rng(self.seed).permutation(len(train[1]))
-        count = max(1, round(self.held_out * len(y)))
-        held, rest = np.sort(order[:count]), np.sort(order[count:])
-        candidates = sorted(self.l2, reverse=True)
-        accuracy, _ = self._solve((x[rest], y[rest]), (x[held], y[held]), num_classes, candidates, mesh)
-        best = int(np.argmax(accuracy))
-        if best in (0, len(candidates) - 1) and len(candidates) > 1:
-            log.info("the best l2 is the last of the candidates, %g: try others beyond it", candidates[best])
-        (final,), (gradient,) = self._solve(train, test, num_classes, candidates[best : best + 1], mesh)
-        if gradient > 1e-3:
-            log.warning("after %d iterations the gradient is %.1e: not at the minimum yet", self.iterations, gradient)
-        return {"accuracy": final, "held_out": accuracy[best], "l2": candidates[best]}
-
-    def _solve(self, train, test, num_classes, l2, mesh):
-        """(accuracies in percent on `test` of what is solved on `train`, largest gradients left), for each of l2."""
-        mean, deviation = logistic.statistics(train[0])
-        scaled = [(x - mean) / deviation for x, _ in (train, test)]
-        fit = logistic.fit(scaled[0], train[1], num_classes, l2, self.iterations, mesh)
-        accuracies = [100 * float(np.mean(predicted == test[1])) for predicted in fit.predict(scaled[1])]
-        return accuracies, fit.gradient
+        found = classifiers.linear(
+            *train, test[0], num_classes, self.l2, self.iterations, mesh, self.held_out, self.seed
+        )
+        accuracy = 100 * float(np.mean(found.classes == test[1]))
+        return {"accuracy": accuracy, "held_out": 100 * found.held_out, "l2": found.l2}

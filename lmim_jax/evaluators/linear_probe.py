@@ -9,7 +9,7 @@ import dataclasses
 
 import jax
 
-from lmim_jax import probes, supervised
+from lmim_jax import pooling, probes, supervised
 from lmim_jax.lars import lars
 
 EPSILON = 1e-6
@@ -57,4 +57,4 @@ class Evaluator:
         return probes.linear(trained, probes.batch_norm(self._features(task, params, images), buffers, EPSILON))
 
     def _features(self, task, params, images):
-        return probes.pooled(probes.frozen(task.method, params, images, self.feature))
+        return jax.lax.stop_gradient(pooling.vectors(task.method, task.augment, params, images, self.feature))

@@ -55,13 +55,13 @@ class Evaluator:
         # Without the mean over images at each position, what is left tells of the image, not of the position
         mean = tokens["test"].mean(axis=0) if self.center else 0
         cuts = [clustering.nested(of_image, self.clusters) for of_image in tokens["test"] - mean]
-        result = self._probes(tokens, counts)
+        result = self._probes(tokens, counts, data.mesh)
         for k in self.clusters:
             of_images = [matched(cut[k], true, background) for cut, true in zip(cuts, counts["test"], strict=True)]
             result[f"miou{k}"] = 100 * np.mean(of_images)
         return {name: float(value) for name, value in result.items()}
 
-    def _probes(self, tokens, counts):
+    def _probes(self, tokens, counts, mesh):
         """The figures of the probes."""
         flat = {split: tokens[split].reshape(-1, tokens[split].shape[-1]) for split in tokens}
         pixels_of = {split: counts[split].reshape(-1, counts[split].shape[-1]) for split in counts}
@@ -70,8 +70,8 @@ class Evaluator:
         bank, labels = flat["train"][chosen], pixels_of["train"][chosen].argmax(axis=1)
         classes = pixels_of["train"].shape[-1]
         predicted = {
-            "knn": classifiers.neighbours(bank, labels, flat["test"], self.k, classes),
-            "linear": classifiers.linear(bank, labels, flat["test"], classes, self.l2, self.iterations),
+            "knn": classifiers.neighbours(bank, labels, flat["test"], self.k, classes, mesh),
+            "linear": classifiers.linear(bank, labels, flat["test"], classes, self.l2, self.iterations, mesh).classes,
         }
         truth, result = pixels_of["test"], {}
         counted = truth.any(axis=1)

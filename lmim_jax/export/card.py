@@ -35,6 +35,7 @@ mean = features["patches"].mean(axis=1)     # also "cls", "patches_prenorm", "bl
 """,
 }
 SIZES = {"timm": "`create_model(..., img_size=...)`", "hf": "`model(..., interpolate_pos_encoding=True)`"}
+ODD_MARGINS = " Half an odd margin is rounded down by transformers and to even by `lmim_jax`: one pixel, at times."
 LIBRARY = {"timm": "timm", "hf": "transformers", "flax": "lmim_jax", "safetensors": "safetensors"}
 WEIGHTS = {"online": "the trained encoder", "target": "the teacher, its moving average", "both": "all its networks"}
 PRIVATE = ("path", "dir", "classes")  # of config.data: where things lie on the machine of the run
@@ -67,7 +68,7 @@ def write(model, kind, which, folder):
         "## Images",
         f"The short side to {augment.eval_resize} pixels ({augment.interpolation}, antialiased); of that the centre, "
         f"{height} x {width}; channels, from 0 to 1, less ({numbers(augment.mean)}), "
-        f"divided by ({numbers(augment.std)}).",
+        f"divided by ({numbers(augment.std)}).{ODD_MARGINS if kind == 'hf' else ''}",
         "## Training",
         _training(model),
         "## Results",

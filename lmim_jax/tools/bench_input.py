@@ -4,6 +4,7 @@ Rates are images per second of CPU time, all threads and processes counted, and 
 the first is the steadier one; rounds of all stages alternate, and medians are told.
 """
 
+import collections
 import functools
 import io
 import os
@@ -21,6 +22,7 @@ from lmim_jax.methods import base as methods
 from lmim_jax.step import augment_keys
 
 ROWS = 64  # images in a batch here
+AROUND = 4  # batches before and after the measured ones: neither fresh memory nor the start of processes counts
 SETUPS = ((1, 0), (2, 0), (4, 0), (1, 1), (1, 2))  # (threads, workers) of the whole loader
 
 
@@ -28,7 +30,7 @@ def measure(config, images, repeats):
     """Rates of the training images of a recipe.
 
     Args:
-      images: how many each measurement takes (the first of the training set, over and over). repeats: rounds.
+      images: how many each measurement takes, the same ones in the order of training. repeats: rounds.
 
     Returns:
       {"stages": {name: images per CPU second}, "whole": {name: {"cpu": per CPU second, "wall": per second}}, "ratio":
@@ -39,19 +41,21 @@ def measure(config, images, repeats):
     augmentation = augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
     keys = functools.partial(augment_keys, config.seed)
     crop = host_crop.HostCrop(augmentation, keys, config.data.canvas)
-    indices = np.arange(max(1, images // ROWS) * ROWS) % len(source)
-    stages = _stages(source, config.data, crop, indices)
+    batches = max(1, images // ROWS)
+    order = _order(source, config.data, batches)
+    indices = np.stack([order.indices(AROUND + number) for number in range(batches)])
+    stages = _stages(source, config.data, crop, indices.flatten())
     wholes = {"Pillow baseline, 1 thread": lambda: _baseline(source, config, augmentation, indices)}
     for threads, workers in SETUPS:
         name = f"{workers} worker(s)" if workers else f"{threads} thread(s)"
         wholes[f"resize_on=device, {name}"] = functools.partial(
-            _whole, source, config.data, None, threads, workers, len(indices)
+            _whole, source, config.data, batches, None, threads, workers
         )
-    wholes["resize_on=host, 1 thread(s)"] = functools.partial(_whole, source, config.data, crop, 1, 0, len(indices))
+    wholes["resize_on=host, 1 thread(s)"] = functools.partial(_whole, source, config.data, batches, crop)
     found = {name: [] for name in (*stages, *wholes)}
     for _ in range(repeats):
         for name, run in stages.items():
-            found[name].append((_timed(run, len(indices)), 0.0))
+            found[name].append((_timed(run, indices.size), 0.0))
         for name, run in wholes.items():
             found[name].append(run())
     cpu = {name: statistics.median(rate for rate, _ in rates) for name, rates in found.items()}
@@ -65,9 +69,9 @@ def measure(config, images, repeats):
 
 
 def _timed(run, count):
-    """Things per CPU second of this process."""
+    """Things per CPU second of this process, in a thread, as in training: the main one handles memory otherwise."""
     began = time.process_time()
-    run()
+    background.pool(1).submit(run).result()
     return count / (time.process_time() - began)
 
 
@@ -100,9 +104,9 @@ def _baseline(source, config, augmentation, indices):
     """(per CPU second, per second): torchvision's way, uint8 crops stacked into batches, without normalisation."""
     rng = np.random.default_rng(0)
     began = time.process_time(), time.perf_counter()
-    for batch in indices.reshape(-1, ROWS).tolist():
+    for batch in indices.tolist():
         np.stack([_pillow_crop(source.record(i)[0], config.augment, augmentation.image_size, rng) for i in batch])
-    return len(indices) / (time.process_time() - began[0]), len(indices) / (time.perf_counter() - began[1])
+    return indices.size / (time.process_time() - began[0]), indices.size / (time.perf_counter() - began[1])
 
 
 def _pillow_crop(data, config, size, rng):
@@ -123,24 +127,27 @@ def _pillow_crop(data, config, size, rng):
     return np.asarray(image)
 
 
-def _whole(source, config, crop, threads, workers, count):
-    """(per CPU second, per second) of the loader: from the source to batches of numpy arrays."""
+def _order(source, config, batches, crop=None, threads=1, workers=0):
+    """The batches to measure, between AROUND others."""
     images = loader.Decoded(source, config.canvas, config.channels, threads, replace=True, crop=crop)
     size = min(ROWS, len(source))
-    around = 4 if workers else 0  # batches before and after the measured ones: without the start of processes
-    if crop:
-        crop.draws(0, np.arange(size))  # is compiled once
-    pids, began, used = [os.getpid()], time.perf_counter(), _cpu_seconds([os.getpid()])
-    order = loader.TrainingOrder(images, 0, size, count // size + 2 * around, 0, size, max(workers, 1))
+    return loader.TrainingOrder(images, 0, size, batches + 2 * AROUND, 0, size, max(workers, 1))
+
+
+def _whole(source, config, batches, crop=None, threads=1, workers=0):
+    """(per CPU second, per second) of the loader: from the source to batches of numpy arrays."""
+    order = _order(source, config, batches, crop, threads, workers)
     crew = background.Crew(order, 0, workers)
-    for _ in range(around):
+    for _ in range(AROUND):
         next(crew)
-    if workers:
-        pids += crew.pids
-        began, used = time.perf_counter(), _cpu_seconds(pids)
-    for _ in range(count // size):
+    pids = [os.getpid(), *crew.pids]
+    began, used = time.perf_counter(), _cpu_seconds(pids)
+    for _ in range(batches):
         next(crew)
-    return count / (_cpu_seconds(pids) - used), count / (time.perf_counter() - began)
+    count = batches * order.batch_size
+    rates = count / (_cpu_seconds(pids) - used), count / (time.perf_counter() - began)
+    collections.deque(crew, maxlen=0)  # to its end: what workers have shared is freed
+    return rates
 
 
 def _cpu_seconds(pids):

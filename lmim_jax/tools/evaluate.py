@@ -25,7 +25,7 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from lmim_jax import command, distributed, files, metrics, runs, sharding
+from lmim_jax import command, distributed, files, metrics, pooling, runs, sharding
 from lmim_jax.errors import UserError
 from lmim_jax.evaluation_table import line, table
 from lmim_jax.evaluators import base as evaluators
@@ -96,7 +96,7 @@ def measure(run, scheduled, data, weights, everything=False):
     """Run evaluators on each of some weights.
 
     Args:
-      weights: {column: Weights}; a column that is in evaluators.FIXED needs no encoder.
+      weights: {column: Weights}; a column that is in pooling.FIXED needs no encoder.
       everything: leave out an evaluator that something is missing for, and say so.
 
     Yields:
@@ -112,7 +112,7 @@ def measure(run, scheduled, data, weights, everything=False):
         log.info("[%d/%d] %s, %s", done + 1, len(jobs), one.title, column)
         start = time.perf_counter()
         try:
-            on = _on(one, column) if column in evaluators.FIXED else one
+            on = _on(one, column) if column in pooling.FIXED else one
             numbers, drawn = on.run(run.method, weights[column], data)
             if not numbers and not drawn:
                 raise UserError(f"{one.title} has nothing to measure on these images: they lack what it needs")
@@ -133,7 +133,7 @@ def measure(run, scheduled, data, weights, everything=False):
 
 
 def _has(scheduled, column):
-    return column not in evaluators.FIXED or hasattr(scheduled.evaluator, "takes_pixels")
+    return column not in pooling.FIXED or hasattr(scheduled.evaluator, "takes_pixels")
 
 
 def progress(batches, split, total):
@@ -158,7 +158,7 @@ def prepare(run, knobs, baselines, folder):
     data = run.images(knobs, mesh, progress=progress, cache=FeatureCache(folder / "cache"))
     identities = {split: source.identity() for split, source in data.sources.items() if source}
     distributed.agree(config=run.config, data=identities)
-    columns = {name: trained for name in evaluators.FIXED if baselines}
+    columns = {name: trained for name in pooling.FIXED if baselines}
     columns |= {"untrained": run.untrained(mesh)} if baselines else {}
     what = {
         "run": str(run.workdir),
