@@ -5,6 +5,7 @@ an error, hence the checksums.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -72,6 +73,15 @@ def read(folder):
     return json.loads(body)
 
 
+def _sizes(folder):
+    """{name: bytes} of the files below a folder; a run may be writing to it, so files may go."""
+    sizes = {}
+    for path in (pathlib.Path(above, name) for above, _, names in os.walk(folder) for name in names):
+        with contextlib.suppress(FileNotFoundError):
+            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return sizes
+
+
 def verify(folder, contents=True):
     """The Verdict on a step.
 
@@ -79,8 +89,8 @@ def verify(folder, contents=True):
       contents: compare checksums; otherwise only that all files are there with their sizes.
     """
     folder = pathlib.Path(folder)
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    size = sum(path.stat().st_size for path in found.values())
+    sizes = _sizes(folder)
+    size = sum(sizes.values())
     try:
         manifest = read(folder)
     except FileNotFoundError:
@@ -90,12 +100,12 @@ def verify(folder, contents=True):
 
     def problem(entry):
         name, expected = entry
-        if name not in found:
+        if name not in sizes:
             return f"{_title(name)} is missing"
         try:
-            if (actual := found[name].stat().st_size) != expected["size"]:
-                return f"{_title(name)} has {actual} bytes instead of {expected['size']}"
-            if contents and _checksum(found[name]) != expected["sha256"]:
+            if sizes[name] != expected["size"]:
+                return f"{_title(name)} has {sizes[name]} bytes instead of {expected['size']}"
+            if contents and _checksum(folder / name) != expected["sha256"]:
                 return f"{_title(name)}: wrong checksum"
         except OSError as error:
             return f"{_title(name)}: {error.strerror}"

@@ -42,7 +42,7 @@ def outputs():
 @functools.cache
 def case():
     """(method, params, target, images, views): a wide grid, decoder heads that do not divide their width."""
-    method = small(grid=(4, 5), width=24, heads=3, decoder_width=20, num_visible=6)
+    method = small(depth=2, grid=(4, 5), width=24, heads=3, decoder_width=20, num_visible=6)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(3, *method.image_size, 3)).astype(np.float32)
     noisy = lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(np.float32)

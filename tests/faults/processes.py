@@ -7,6 +7,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import conftest
@@ -38,14 +39,28 @@ def start(images, workdir, *flags, processes=1, devices=1, launcher=(), differen
             port = free.getsockname()[1]
         where = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
         ranks = [[*where, f"--process_id={i}", *(different[i] if different else ())] for i in range(processes)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [subprocess.Popen([*common, *rank], cwd=ROOT, env=environment, **pipes) for rank in ranks]
+    return [Process([*common, *rank], cwd=ROOT, env=environment) for rank in ranks]
+
+
+class Process(subprocess.Popen):
+    """A process whose output is read all the time: one that writes into a full pipe would stand still."""
+
+    def __init__(self, command, **how):
+        super().__init__(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+        self._lines = []
+        self._reader = threading.Thread(target=lambda: self._lines.extend(self.stdout), daemon=True)
+        self._reader.start()
+
+    def told(self):
+        """What it and its children wrote, once all of them have ended."""
+        self._reader.join(LIMIT)
+        assert not self._reader.is_alive(), "somebody still holds its output"
+        return "".join(self._lines)
 
 
 def finish(running):
     """Wait for processes: [(exit code, output)]."""
-    outputs = [process.communicate(timeout=LIMIT)[0] for process in running]
-    return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
+    return [(process.wait(timeout=LIMIT), process.told()) for process in running]
 
 
 def lines(workdir):
@@ -70,7 +85,7 @@ def wait_for(condition, running):
     deadline = time.monotonic() + LIMIT
     while not condition():
         for process in running:
-            assert process.poll() is None, process.stdout.read()
+            assert process.poll() is None, process.told()
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.002)
 

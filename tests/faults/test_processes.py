@@ -73,7 +73,7 @@ def test_kill_9_at_any_moment_changes_no_bit(images, whole, tmp_path, part, full
             break
         processes.wait_for(lambda now=now, first=first: (tmp_path / "lock").exists() and now(tmp_path, first), running)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=20)
+        process.wait(timeout=20)
         kills += 1
     ((code, output),) = processes.finish(processes.start(images, tmp_path, *flags))
     assert code == 0, output
@@ -115,7 +115,7 @@ def test_no_worker_outlives_a_killed_run(images, tmp_path):
     (process,) = running = processes.start(images, tmp_path, "--config.epochs=1000", "--config.data.workers=2")
     processes.wait_for(lambda: processes.step_of(tmp_path) >= 1, running)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=20)  # ends when the last process that holds the pipe is gone
+    process.told()  # ends when the last process that holds the pipe is gone
 
 
 def test_a_second_writer_is_refused_and_a_dead_ones_lock_taken_over(images, tmp_path):
@@ -125,7 +125,7 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_taken_over(images, tmp_
     assert code == 2
     assert f"pid {first.pid}, since 20" in output.splitlines()[-1]
     first.send_signal(signal.SIGKILL)
-    first.communicate()
+    first.wait()
     (third,) = running = processes.start(images, tmp_path, "--config.epochs=1000")
     before = processes.step_of(tmp_path)
     processes.wait_for(lambda: processes.step_of(tmp_path) > before, running)
