@@ -27,7 +27,7 @@ class NonFinite(RuntimeError):
 
 
 CAUSES = ("input_mean", "target_norm", "loss")  # what a NaN elsewhere may come from, first things first
-QUIET = {"loss", "input_mean", "update_norm", "target_norm"}  # not in the second line on the console
+QUIET = {"loss", "input_mean", "param_norm", "target_norm"}  # not in the second line on the console
 
 
 def check_finite(step, values, tell):

@@ -67,12 +67,12 @@ def make_train_step(method, augment, optimizer, mesh, micro_batches=1, skip_nonf
       mesh: see sharding.py; every device works on its own rows, and gradients are averaged over devices once per
         step, after the last micro-batch. The loss is per image: nothing else but scalars is communicated.
       micro_batches: gradient accumulation; the EMA moves once per step all the same.
-      skip_nonfinite: a step whose loss, gradient or update is NaN or infinite changes nothing but the step number.
+      skip_nonfinite: a step whose loss, gradient or new parameters are NaN or infinite changes the step number only.
       shardings: of the state; None: as `sharding.of_state` has it. What is cut over `fsdp` is put together once per
         step, before the first micro-batch, and its gradient arrives cut.
 
     The batch is a dict of arrays with a leading batch axis; metrics are float32 scalars, those of the method and
-    `input_mean`, `grad_norm`, `update_norm`, `target_norm` (and `skipped`, 1 or 0).
+    `input_mean`, `grad_norm`, `param_norm`, `target_norm` (and `skipped`, 1 or 0).
     """
     whole = PartitionSpec()
 
@@ -99,12 +99,13 @@ def make_train_step(method, augment, optimizer, mesh, micro_batches=1, skip_nonf
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         target = update_target(state.target, method.target_of(params), method.ema_rate(state.step))
-        # Where all of these are finite, so is the new state: nothing else can spoil a checkpoint.
-        metrics |= {name: optax.tree.norm(tree) for name, tree in (("grad_norm", grads), ("update_norm", updates))}
-        metrics |= {"target_norm": jnp.float32(optax.tree.norm(target))}
+        # Behind a barrier, so that the squares are not shared with Adam's, which would write them to memory on a CPU
+        metrics |= {"grad_norm": optax.tree.norm(jax.lax.optimization_barrier(grads))}
+        metrics |= {"param_norm": optax.tree.norm(params), "target_norm": jnp.float32(optax.tree.norm(target))}
         new, old = (params, target, opt_state), (state.params, state.target, state.opt_state)
         if skip_nonfinite:
-            finite = jnp.isfinite(metrics["loss"] + metrics["grad_norm"] + metrics["update_norm"])
+            # Where these are finite, so is the new state: nothing else can spoil a checkpoint.
+            finite = jnp.isfinite(metrics["loss"] + metrics["grad_norm"] + metrics["param_norm"])
             new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
             metrics |= {"skipped": 1.0 - finite}
         params, target, opt_state = new

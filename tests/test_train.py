@@ -152,7 +152,7 @@ def test_harmless_keys_may_change(finished, images):
 
 
 NAN = {  # value to set -> the quantity named first
-    "optimizer.base_lr": (1e30, "(loss|grad_norm|update_norm|target_norm)"),
+    "optimizer.base_lr": (1e30, "(loss|grad_norm|param_norm|target_norm)"),
     "augment.std": ((0.0, 0.0, 0.0), "input_mean"),
     "method.momentum_start": (math.nan, "target_norm"),
 }

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from lmim_jax.models.attention import attend, scores
+from lmim_jax.models.attention import attend, weights
 from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm
 
 
@@ -30,7 +30,7 @@ class Attention(nn.Module):
         qkv = Dense(3 * self.heads * of_head, self.dtype, self.qkv_bias, name="qkv")(x)
         query, key, value = jnp.split(qkv.reshape(batch, tokens, -1, of_head), 3, axis=2)
         if self.is_mutable_collection("intermediates"):  # attention maps, only where somebody asks for them
-            self.sow("intermediates", "attention", nn.softmax(scores(query, key) * of_head**-0.5))
+            self.sow("intermediates", "attention", weights(query, key))
         x = attend(query, key, value, self.implementation, mask).reshape(batch, tokens, -1)
         return Dense(width, self.dtype, name="proj")(x)
 
