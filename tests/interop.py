@@ -27,7 +27,9 @@ AS_IN_TRAINING = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), int
 
 def case(name):
     """(method, params) of a tiny encoder; weights are random, biases and norms too, and the same everywhere."""
-    method = base.from_config(tiny.method(name), total_steps=1, steps_per_epoch=1)
+    section = tiny.method(name)
+    section.depth = 2
+    method = base.from_config(section, total_steps=1, steps_per_epoch=1)
     rng = np.random.default_rng(0)
     draw = lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
     return method, jax.tree.map(draw, jax.eval_shape(method.init, jax.random.key(0)))

@@ -42,7 +42,7 @@ def test_a_bfloat16_step_multiplies_float32_only_where_it_must_and_asks_nothing_
     config.batch_size = 8
     *_, lowered = bench_step.lower(config, sharding.make_mesh())
     found = bench_program.asked(lowered)
-    assert found["products"] > 50
+    assert found["products"] > 40
     leaks = [
         where
         for where in found["float32_products"]

@@ -107,7 +107,7 @@ def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
     config, prepared = (json.loads((tmp_path / "out" / f"{x}config.json").read_text()) for x in ("", "preprocessor_"))
     assert config["layer_norm_eps"] == 1e-6 and config["model_type"] == "vit"
     assert prepared["image_mean"] == [0.485, 0.456, 0.406] and prepared["crop_size"] == {"height": 16, "width": 16}
-    assert "encoder.layer.1.attention.attention.query.weight" in tensors.read(tmp_path / "out" / "model.safetensors")[0]
+    assert "encoder.layer.0.attention.attention.query.weight" in tensors.read(tmp_path / "out" / "model.safetensors")[0]
     card = (tmp_path / "out" / "README.md").read_text()
     for line in (
         f'AutoModel.from_pretrained("{tmp_path / "out"}", add_pooling_layer=False)',
