@@ -23,6 +23,8 @@ INSTALL = "planning for TPUs needs their compiler, which runs without a TPU: pip
 LIBTPU = dict(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL="3", TPU_STDERR_LOG_LEVEL="3")
 LIBTPU |= dict(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", TPU_ACCELERATOR_TYPE="v5litepod-4")
 LIBTPU |= dict(TPU_HOST_BOUNDS="1,1,1")
+SIZE = r"([\d.]+)([MG])"
+TOO_MUCH = rf"Used {SIZE} of {SIZE} hbm", rf"\({SIZE}\) exceeds available HBM \({SIZE}\)"  # how libtpu says it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +133,8 @@ def compile_for_tpu(recipe, topology):
     try:
         compiled, text = _compile(function.lower(*arguments))
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)([MG]) hbm", str(error))
-        if not used:
+        if not (found := too_much(str(error))):
             raise
-        gigabytes = lambda number, unit: float(number) * (2**30 if unit == "G" else 2**20)
-        found = {"needed": gigabytes(*used.groups()[:2]), "limit": gigabytes(*used.groups()[2:])}
         return {"mesh": dict(mesh.shape), "memory": found, "compile_seconds": time.perf_counter() - began}
     sizes, counted = compiled.memory_analysis(), compiled.cost_analysis()
     memory = {"arguments": sizes.argument_size_in_bytes, "temporaries": sizes.temp_size_in_bytes}
@@ -149,6 +148,13 @@ def compile_for_tpu(recipe, topology):
         "compiled_flops_per_image": None if loops else counted["flops"] / images,
         "compile_seconds": time.perf_counter() - began,
     }
+
+
+def too_much(message):
+    """{"needed", "limit"} in bytes, where libtpu says that memory does not suffice (needed: at least); else None."""
+    used = next(filter(None, (re.search(words, message) for words in TOO_MUCH)), None)
+    gigabytes = lambda number, unit: float(number) * (2**30 if unit == "G" else 2**20)
+    return used and {"needed": gigabytes(*used.groups()[:2]), "limit": gigabytes(*used.groups()[2:])}
 
 
 def _compile(lowered):

@@ -151,3 +151,12 @@ ENTRY %main (p: f32[4]) -> f32[4] {
         ("all-gather", 2, ("bf16[4,8]",), 64, 1),
         ("reduce-scatter", 4, ("f32[2]",), 32, 1),
     }
+
+
+def test_too_little_memory_is_read_from_the_compiler_however_it_says_it():
+    for message in (
+        "Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded hbm capacity by 768.00M.",
+        "the total memory required for HLO temporaries (16.50G) exceeds available HBM (15.75G). HLO module: jit_step.",
+    ):
+        assert dry_run.too_much(message) == {"needed": 16.5 * 2**30, "limit": 15.75 * 2**30}
+    assert dry_run.too_much("INTERNAL: something else") is None
