@@ -28,6 +28,9 @@ class Same:
     def __call__(self, keys, batch):
         return batch["image"]
 
+    def levels(self, images):
+        return images
+
 
 class Data:
     """An in-memory `evaluation.Evaluation`: images of two pixels, which are two patches."""
@@ -158,6 +161,14 @@ def test_a_bad_feature_is_named():
         trainer("linear_probe", feature="clss").run(Method, PARAMS, Data(*splits(True)))
     with pytest.raises(UserError, match="feature='cls' has no patches"):
         trainer("attentive", feature="cls").run(Method, PARAMS, Data(*splits(True)))
+
+
+def test_a_linear_probe_takes_features_side_by_side():
+    probe, task = trainer("linear_probe", feature="cls+patches+pixels"), supervised.Task(Method, Same(), CLASSES)
+    x = RNG.normal(size=(2, 5, 1, WIDTH)).astype(np.float32)
+    found = probe._features(task, PARAMS, jnp.asarray(x))
+    expected = np.concatenate([x[:, 0, 0], x[:, :, 0].mean(1), x.reshape(2, -1)], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_one_query_reads_the_tokens():

@@ -27,7 +27,10 @@ def setup(**change):
 
 @functools.cache
 def run(devices, micro_batches, similarity_weight=0.1):
-    """Four steps on a mesh of so many devices: (losses, first gradients times 0.1, final target, steps done)."""
+    """Four steps on so many devices: (losses, first gradients times 0.1, final target, steps done, first norms).
+
+    Norms: {name: (told, worked out from the state)}.
+    """
     method, images, optimizer = setup(similarity_weight=similarity_weight)
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     current, _ = state.create(method, optimizer, 0, mesh)
@@ -40,7 +43,10 @@ def run(devices, micro_batches, similarity_weight=0.1):
         losses.append(float(found["loss"]))
         if i == 0:
             first = jax.device_get(current.opt_state[0].mu)
-    return losses, first, jax.device_get(current.target), int(current.step)
+            trees = {"grad_norm": first, "param_norm": current.params, "target_norm": current.target}
+            length = lambda tree: np.sqrt(sum(np.square(np.float64(x)).sum() for x in jax.tree.leaves(tree)))
+            norms = {name: (float(found[name]), length(tree)) for name, tree in trees.items()}
+    return losses, first, jax.device_get(current.target), int(current.step), norms
 
 
 def close(first, second, **tolerance):
@@ -54,11 +60,20 @@ def test_eight_devices_equal_one():
     close(first, second, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_norms_are_those_of_the_gradient_and_of_the_new_state(devices):
+    *_, norms = run(devices, 1)
+    (told, tenth), *states = norms.values()
+    assert told == pytest.approx(10 * tenth, rel=1e-5)
+    assert all(told == pytest.approx(expected, rel=1e-5) for told, expected in states)
+    assert len({round(told, 6) for told, _ in norms.values()}) == 3
+
+
 @pytest.mark.parametrize(("devices", "micro_batches"), [(1, 4), (4, 2)])
 def test_accumulation_equals_the_whole_batch(devices, micro_batches):
     # Similarities are means over a micro-batch before they are squared, so equality holds without them.
-    whole, first, target, _ = run(1, 1, similarity_weight=0.0)
-    parts, second, moved, steps = run(devices, micro_batches, similarity_weight=0.0)
+    whole, first, target, *_ = run(1, 1, similarity_weight=0.0)
+    parts, second, moved, steps, _ = run(devices, micro_batches, similarity_weight=0.0)
     np.testing.assert_allclose(parts, whole, rtol=1e-4)
     close(first, second, rtol=1e-3, atol=1e-6)
     close(target, moved, rtol=1e-3, atol=1e-4)  # the EMA moved once per optimiser step

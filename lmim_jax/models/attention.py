@@ -31,9 +31,11 @@ def _attend(query, key, value, mask):
 
 
 def _forward(query, key, value, mask):
-    """The softmax's division comes last, on [T, D/A] instead of [T, S] numbers of a head; what is kept is 16 bits wide.
+    """(what `_attend` gives, what `_backward` needs of it).
 
-    Heads come before tokens: these are plain matrix products then, several times as fast on a CPU.
+    The softmax's division comes last, on [T, D/A] instead of [T, S] numbers of a head, and of these only the
+    exponentials are kept, in the operands' dtype. Heads come before tokens: these are plain matrix products then,
+    several times as fast on a CPU.
     """
     query, key, value = map(_heads_first, (query, key, value))
     scores = _scores(query, key)
@@ -46,7 +48,10 @@ def _forward(query, key, value, mask):
 
 
 def _backward(kept, gradient):
-    """As flash attention's (Dao et al. 2022, appendix B): factors of products are in the operands' dtype."""
+    """Gradients of query, key and value, as flash attention has them (Dao et al. 2022, appendix B).
+
+    What is multiplied is rounded to the operands' dtype first: autodiff would multiply it in float32.
+    """
     query, key, value, exponentials, total, out = kept
     gradient = _heads_first(gradient).astype(jnp.float32) / total
     common = (gradient * out).sum(axis=-1, keepdims=True)
