@@ -21,6 +21,6 @@ def get_config():
     config.method.update(decoder_width=128, decoder_heads=4, projector_width=512, dtype="float32")
     config.optimizer.update(base_lr=5e-4, warmup_epochs=4.0)
     config.evaluators.knn.update(every=4.0, baselines=True)
-    config.evaluators.pictures.every = 4.0
+    config.evaluators.visualization.every = 4.0
     config.update(log_every=39, checkpoint_every=390)
     return config

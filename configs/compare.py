@@ -1,7 +1,7 @@
 """All methods side by side: equal encoder, data, epochs, optimiser and evaluation; only the method differs.
 
-    python -m lmim_jax.tools.study --config=configs/compare.py --out=runs/compare                   (on `shapes`)
-    python -m lmim_jax.tools.study --config=configs/compare.py:cifar10 --set=data.path=CIFAR10 --out=runs/compare_c10
+    python -m lmim_jax.cli.study --config=configs/compare.py --out=runs/compare                   (on `shapes`)
+    python -m lmim_jax.cli.study --config=configs/compare.py:cifar10 --set=data.path=CIFAR10 --out=runs/compare_c10
 
 Beside quality stands what training costs: FLOPs and images per second, measured when all runs are done. About half an
 hour on two CPU cores. What it came to is in RESULTS.md; at this size and length it says little of ImageNet.

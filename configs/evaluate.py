@@ -1,9 +1,9 @@
 """What frozen features are worth: every evaluator, complete, for tools.evaluate and for recipes.
 
-    python -m lmim_jax.tools.evaluate --workdir=RUN --evaluators=knn,linear,fewshot --baselines
-    python -m lmim_jax.tools.evaluate --config=configs/evaluate.py --workdir=RUN --evaluators=knn --feature=cls
+    python -m lmim_jax.cli.evaluate --workdir=RUN --evaluators=knn,logistic_regression,fewshot --baselines
+    python -m lmim_jax.cli.evaluate --config=configs/evaluate.py --workdir=RUN --evaluators=knn --feature=cls
 
-A recipe takes a section into training: config.evaluators.linear = evaluate.get_config().linear (with `every` set).
+A recipe takes a section into training: config.evaluators.logistic_regression = evaluate.get_config().logistic_regression (with `every` set).
 
 Every section has `type`, a file in lmim_jax/evaluators/; `every`, epochs between evaluations while training (0: at the
 end only); and `params`, the weights to evaluate: online | target.
@@ -37,8 +37,8 @@ def get_config(part="evaluators"):
         temperature=0.07,  # a neighbour votes with weight exp(cosine / temperature)
         baselines=False,  # also with raw pixels and colour histograms; here --baselines does that, for all evaluators
     )
-    config.linear = dict(
-        type="linear",  # logistic regression, solved exactly
+    config.logistic_regression = dict(
+        type="logistic_regression",  # logistic regression, solved exactly
         every=0.0,
         params="online",
         batch_size=256,
@@ -94,8 +94,8 @@ def spatial():
         l2=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1),  # weight decays to choose from, on a held-out tenth
         iterations=100,  # of L-BFGS, at most
     )
-    config.video = dict(
-        type="video",  # DINO's label propagation
+    config.video_segmentation = dict(
+        type="video_segmentation",  # DINO's label propagation
         every=0.0,
         params="online",
         batch_size=16,  # frames at a time
@@ -108,8 +108,8 @@ def spatial():
         past=7,  # frames in which they are, besides the first
         temperature=0.1,
     )
-    config.attributes = dict(
-        type="attributes",  # number of objects and distance, by logistic regression
+    config.clevr = dict(
+        type="clevr",  # number of objects and distance, by logistic regression
         every=0.0,
         params="online",
         batch_size=256,
@@ -147,8 +147,8 @@ def trained():
         scale=(0.08, 1.0),  # share of the area a crop takes; ratio and flip are those of the run
         seed=0,  # of first weights, order and augmentation
     )
-    config.attentive = dict(
-        type="attentive",  # CAPI's: one learned query reads frozen patch tokens
+    config.attentive_probe = dict(
+        type="attentive_probe",  # CAPI's: one learned query reads frozen patch tokens
         every=0.0,
         params="online",
         feature="patches",  # one of the method's with a token for each patch

@@ -23,7 +23,7 @@ def get_config():
     config.optimizer.update(warmup_start=0.2, floor=1e-3, b2=0.999, weight_decay=0.04)
     config.optimizer.weight_decay_end = 0.4
     config.optimizer.decay_rules = ((".*/(bias|scale)", False), (".*", True))  # all but one-dimensional parameters
-    for evaluator in (config.evaluators.knn, config.evaluators.pictures):
+    for evaluator in (config.evaluators.knn, config.evaluators.visualization):
         evaluator.update(params="target", feature="patches")
     return config
 

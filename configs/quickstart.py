@@ -20,6 +20,6 @@ def get_config():
     config.method.update(similarity_start=0.5, similarity_end=0.0)  # flat shapes: 0.75 adds a constant to all latents
     config.optimizer.update(base_lr=4e-3, warmup_epochs=1.0)
     config.evaluators.knn.update(every=4.0, batch_size=64, baselines=True)
-    config.evaluators.pictures.every = 4.0
+    config.evaluators.visualization.every = 4.0
     config.update(log_every=64, checkpoint_every=256, gauge_images=256)
     return config

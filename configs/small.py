@@ -9,7 +9,7 @@ is in RESULTS.md.
 """
 
 from configs import bootmae_vit_b, ijepa_vit_b, mae_vit_b, pilamim_vit_b, quickstart
-from lmim_jax.errors import UserError
+from lmim_jax.utils.errors import UserError
 
 SIZES = dict(grid=(8, 8), patch_size=8, width=96, depth=4, heads=4, dtype="float32")
 DECODER = dict(decoder_width=64, decoder_depth=2, decoder_heads=4)
@@ -21,7 +21,7 @@ def get_config(which="latent_mim,shapes"):
     config = quickstart.get_config()
     config.update(epochs=8, log_every=32)
     config.evaluators.knn.baselines = False
-    config.evaluators.pictures.every = 0.0
+    config.evaluators.visualization.every = 0.0
     for name, choices in ((method, METHODS), (dataset, DATASETS)):
         if name not in choices:
             raise UserError(f"configs/small.py:{which}: {name!r} is none of: {' | '.join(choices)}")

@@ -61,8 +61,8 @@ def get_config():
         temperature=0.07,
         baselines=False,  # also with raw pixels and colour histograms; for small images only
     )
-    config.evaluators.pictures = dict(
-        type="pictures",  # what the model is given; PCA and clusters of its features
+    config.evaluators.visualization = dict(
+        type="visualization",  # what the model is given; PCA and clusters of its features
         every=10.0,
         params="online",
         images=6,  # the same random held-out ones each time

@@ -14,7 +14,7 @@ def load(run, target=False):
     Raises:
       UserError: no run, no checkpoint, or no target encoder there.
     """
-    from lmim_jax import saved
+    from lmim_jax.train import saved
 
     model = saved.open_model(run)
     which = model.choose("target" if target else model.exported or "online")

@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import evaluate, vit_b
-from lmim_jax import sharding
-from lmim_jax.data import augment
-from lmim_jax.data.evaluation import Evaluation
+from lmim_jax.data.augment import device
+from lmim_jax.data.eval.eval_data import Evaluation
+from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base
 
 STEP = 45  # grey levels between classes
@@ -44,7 +44,7 @@ def evaluation(sources=None, grid=(8, 8), patch_size=4):
     config = vit_b.get_config()
     config.data.update(canvas=max(size), threads=1)
     config.augment.update(eval_resize=min(size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear")
-    augmentation = augment.from_config(config.augment, image_size=size, eval_size=size)
+    augmentation = device.from_config(config.augment, image_size=size, eval_size=size)
     sources = sources or {"train": types.SimpleNamespace(mask=lambda index: None), "test": None}
     return Evaluation(sources, config.data, augmentation, sharding.make_mesh())
 

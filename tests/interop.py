@@ -16,7 +16,7 @@ import numpy as np
 import tiny
 from PIL import Image
 
-from lmim_jax.export import encoder, hf, timm
+from lmim_jax.convert import hf, timm, torch_encoder
 from lmim_jax.methods import base
 
 STORED = pathlib.Path(__file__).parent / "interop.npz"
@@ -62,7 +62,7 @@ def checksum(tensors):
 
 def contents(library, name):
     """(tensors, texts) that are exported of a case."""
-    return LIBRARIES[library].contents(encoder.of(*case(name)), AS_IN_TRAINING)
+    return LIBRARIES[library].contents(torch_encoder.of(*case(name)), AS_IN_TRAINING)
 
 
 def main():
@@ -74,8 +74,8 @@ def main():
     import torch
     import transformers
 
-    from lmim_jax import tensors
-    from lmim_jax.export import check
+    from lmim_jax.convert import parity_check
+    from lmim_jax.utils import array_io
 
     found = {"versions": np.array([f"{x.__name__} {x.__version__}" for x in (torch, timm_library, transformers)])}
     for name in METHODS:
@@ -84,8 +84,8 @@ def main():
             with tempfile.TemporaryDirectory() as folder:
                 for file, content in texts.items():
                     pathlib.Path(folder, file).write_text(json.dumps(content))
-                tensors.write(pathlib.Path(folder, "model.safetensors"), arrays, {"format": "pt"})
-                tokens, _ = check.OPEN[library](folder)
+                array_io.write(pathlib.Path(folder, "model.safetensors"), arrays, {"format": "pt"})
+                tokens, _ = parity_check.OPEN[library](folder)
                 with torch.no_grad():
                     found[f"{name}/{library}/tokens"] = tokens(torch.from_numpy(images().transpose(0, 3, 1, 2))).numpy()
             found[f"{name}/{library}/checksum"] = np.array(checksum(arrays))

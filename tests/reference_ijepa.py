@@ -4,9 +4,9 @@ import jax
 import numpy as np
 from test_reference import group
 
+from lmim_jax.convert.official.base import from_official
 from lmim_jax.methods.ijepa import Method
-from lmim_jax.official.base import from_official
-from lmim_jax.step import update_target
+from lmim_jax.train.step import update_target
 
 
 class Perturbed(Method):

@@ -3,10 +3,10 @@
 import numpy as np
 from test_reference import group
 
+from lmim_jax.convert.official.base import from_official
 from lmim_jax.methods.latent_mim import Method
 from lmim_jax.models.layers import patchify, sincos_positions
-from lmim_jax.official.base import from_official
-from lmim_jax.step import update_target
+from lmim_jax.train.step import update_target
 
 LOSSES = {"infonce_patches": "patch_infonce", "norm_l2": "norm_l2"}
 

@@ -3,8 +3,8 @@
 import numpy as np
 from test_reference import group
 
+from lmim_jax.convert.official.base import from_official
 from lmim_jax.methods.mae import Method
-from lmim_jax.official.base import from_official
 
 
 def method(c):

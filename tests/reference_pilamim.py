@@ -4,10 +4,10 @@ import numpy as np
 from reference_mae import views
 from test_reference import group
 
+from lmim_jax.convert.official.base import from_official
 from lmim_jax.methods.pilamim import Method
 from lmim_jax.models.layers import unpatchify
-from lmim_jax.official.base import from_official
-from lmim_jax.step import update_target
+from lmim_jax.train.step import update_target
 
 CHANNELS = 3
 

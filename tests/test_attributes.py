@@ -8,9 +8,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lmim_jax.data import attributes, prepared, shapes
-from lmim_jax.errors import UserError
+from lmim_jax.data import tfds_source
+from lmim_jax.data.eval import clevr as attributes
+from lmim_jax.data.synthetic import shapes
 from lmim_jax.evaluators import base
+from lmim_jax.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
 DISTANCES = (7.0, 8.0, 8.2, 8.7, 9.2, 9.7, 10.0, 12.0)
@@ -69,7 +71,7 @@ class Knows:
 def run(clevr, data=None, **change):
     change = {"name": "clevr", "dir": clevr, "test_split": "validation", "batch_size": 32, **change}
     change = {"l2": (1e-5, 1e-3), "iterations": 60, **change}
-    evaluator = annotated.evaluator("attributes", **change)
+    evaluator = annotated.evaluator("clevr", **change)
     return evaluator.run(Knows, {}, data or annotated.evaluation())
 
 
@@ -93,7 +95,7 @@ def test_features_that_tell_score_100_and_shuffled_ones_chance(clevr, monkeypatc
         RNG.normal(size=(len(data.sources[split]), 4)).astype(np.float32),
         np.array([data.sources[split].record(i)[1] for i in range(len(data.sources[split]))]),
     )
-    monkeypatch.setattr("lmim_jax.evaluators.attributes.split_features", shuffle)
+    monkeypatch.setattr("lmim_jax.evaluators.clevr.split_features", shuffle)
     assert run(clevr)["count"] < 50
 
 
@@ -108,7 +110,7 @@ def test_the_whole_image_is_seen(clevr):
 
 
 def test_the_embedded_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepared, "cache", lambda: tmp_path)
+    monkeypatch.setattr(tfds_source, "cache", lambda: tmp_path)
     monkeypatch.setattr(shapes, "SEVERAL", {"train": 24, "test": 16})
     found = run("", name="", dir="", test_split="test")
     assert found.keys() == {"count", "distance", "count_chance", "distance_chance"}
@@ -118,7 +120,7 @@ def test_the_embedded_images(tmp_path, monkeypatch):
     counts, distances = np.divmod([source.record(i)[1] for i in range(24)], attributes.BINS)
     assert set(counts) <= set(range(2, 6))
     assert set(distances) <= set(range(6))
-    assert prepared.open_tfds("shapes/several", str(tmp_path), "train").numbers(0, "count") is not None
+    assert tfds_source.open_tfds("shapes/several", str(tmp_path), "train").numbers(0, "count") is not None
 
 
 def test_bad_input_is_named(clevr, tmp_path, monkeypatch):
@@ -133,6 +135,6 @@ def test_bad_input_is_named(clevr, tmp_path, monkeypatch):
 
 
 def test_sections_are_whole():
-    for name in ("segmentation", "video", "attributes"):
+    for name in ("segmentation", "video_segmentation", "clevr"):
         assert name in base.names()
         annotated.evaluator(name)

@@ -13,9 +13,9 @@ import jax
 import pytest
 import tiny
 
-from lmim_jax import chips, flops, sharding
+from lmim_jax.distributed import sharding
 from lmim_jax.methods import base
-from lmim_jax.tools import bench_profile, bench_program, bench_step
+from lmim_jax.perf import accelerators, bench_step, flops, profile, program_stats
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -41,7 +41,7 @@ def test_a_bfloat16_step_multiplies_float32_only_where_it_must_and_asks_nothing_
     config = vit_b if name == "vit_b" else recipe(name, dtype="bfloat16")
     config.batch_size = 8
     *_, lowered = bench_step.lower(config, sharding.make_mesh())
-    found = bench_program.asked(lowered)
+    found = program_stats.asked(lowered)
     assert found["products"] > 40
     leaks = [
         where
@@ -54,7 +54,7 @@ def test_a_bfloat16_step_multiplies_float32_only_where_it_must_and_asks_nothing_
 
 def test_the_float32_step_shows_that_products_are_seen():
     *_, lowered = bench_step.lower(recipe("latent_mim"), sharding.make_mesh())
-    found = bench_program.asked(lowered)
+    found = program_stats.asked(lowered)
     assert sum(found["float32_products"].values()) == found["products"]
 
 
@@ -64,8 +64,8 @@ def test_host_transfers_are_seen():
         return x + 1
 
     lowered = jax.jit(step).lower(1.0)
-    assert bench_program.asked(lowered)["host_transfers"] == 1
-    assert bench_program.made(lowered.compile())["host_transfers"] == 1
+    assert program_stats.asked(lowered)["host_transfers"] == 1
+    assert program_stats.made(lowered.compile())["host_transfers"] == 1
 
 
 def test_figures_of_eight_devices():
@@ -86,10 +86,11 @@ def test_figures_of_eight_devices():
 
 def test_peaks_are_found_by_name():
     flops = {
-        kind: chips.of_device(kind).flops for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "TPU v5 lite", "TPU v5p")
+        kind: accelerators.of_device(kind).flops
+        for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "TPU v5 lite", "TPU v5p")
     }
     assert list(flops.values()) == [989e12, 989e12, 197e12, 459e12]
-    assert chips.of_device("NVIDIA H100 PCIe") is chips.of_device("NVIDIA GeForce RTX 3090") is None
+    assert accelerators.of_device("NVIDIA H100 PCIe") is accelerators.of_device("NVIDIA GeForce RTX 3090") is None
 
 
 def test_hlo_is_read():
@@ -107,12 +108,12 @@ ENTRY %main.1 (x: f32[2]) -> (f32[2], f32[2]) {
   ROOT %custom-call.3 = f32[2]{0} custom-call(%x), custom_call_target="__cublas$gemm"
 }
 """  # noqa: E501
-    program = bench_program.instructions(text)
+    program = program_stats.instructions(text)
     assert [one.opcode for one in program] == ["copy", "dot", "parameter", "fusion", "copy", "custom-call"]
     fusion = program[3]
     assert (fusion.name, fusion.calls, fusion.where) == ("fusion.1", "fused_computation", "jit(step)/f")
     assert {one.computation for one in program} == {"fused_computation", "main.1"}
-    assert [bench_profile.is_product(one, program) for one in program] == [False, True, False, True, False, True]
+    assert [profile.is_product(one, program) for one in program] == [False, True, False, True, False, True]
 
 
 def test_a_comparison_says_how_much_faster_the_second_is(monkeypatch):
@@ -140,7 +141,7 @@ def bench(*flags):
     """The command as users call it, on one device."""
     environment = {**os.environ, "XLA_FLAGS": conftest.FAST, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    call = [sys.executable, "-m", "lmim_jax.tools.bench", "--config=tests/tiny.py", *flags]
+    call = [sys.executable, "-m", "lmim_jax.cli.bench", "--config=tests/tiny.py", *flags]
     return subprocess.Popen(call, cwd=ROOT, env=environment, **pipes)
 
 

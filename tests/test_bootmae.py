@@ -12,10 +12,11 @@ from clu import parameter_overview
 from flax.traverse_util import flatten_dict
 
 from configs import bootmae_vit_b
-from lmim_jax import losses, masking, optim
-from lmim_jax.errors import UserError
 from lmim_jax.methods import base
+from lmim_jax.methods.common import losses, masking
 from lmim_jax.models.layers import patchify
+from lmim_jax.optim import adamw
+from lmim_jax.utils.errors import UserError
 
 GRID, TOTAL, SMALLEST, LARGEST, ASPECT = (14, 14), 120, 16, 60, 0.3
 STEPS = 625  # per epoch
@@ -234,7 +235,7 @@ def test_parameters_are_as_many_as_in_the_released_code():
 def test_decay_spares_what_the_released_code_spares():
     params = jax.eval_shape(published().init, jax.random.key(0))
     rules = bootmae_vit_b.get_config().optimizer.decay_rules
-    decayed = flatten_dict(optim.by_name(rules, params, ""), sep="/")
+    decayed = flatten_dict(adamw.by_name(rules, params, ""), sep="/")
     for name, leaf in flatten_dict(params, sep="/").items():
         assert decayed[name] == (leaf.ndim > 1 and name != "encoder/cls_token"), name
 

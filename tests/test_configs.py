@@ -8,11 +8,11 @@ import pytest
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from lmim_jax import optim
-from lmim_jax.data import augment
-from lmim_jax.errors import UserError
+from lmim_jax.data.augment import device
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
+from lmim_jax.optim import adamw
+from lmim_jax.utils.errors import UserError
 
 NAMES = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -38,11 +38,11 @@ def test_recipe_builds(name):
     config = recipe(name)
     method = build(config)
     params = jax.eval_shape(method.init, jax.random.key(0))
-    optimizer, rate = optim.from_config(config.optimizer, warmup_steps=10, total_steps=100)
+    optimizer, rate = adamw.from_config(config.optimizer, warmup_steps=10, total_steps=100)
     jax.eval_shape(optimizer.init, params)
     close = 1e-6 if config.optimizer.rebased else 0.03  # PiLaMIM's cosine has begun to fall by then
     assert 0 <= rate(0) < rate(10) == pytest.approx(config.optimizer.lr, rel=close)
-    augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    device.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
     evaluators.from_config(config.evaluators, steps_per_epoch=10, has_target="encoder" in method.target_of(params))
     views = jax.eval_shape(method.sample, jax.random.key(0), jax.random.split(jax.random.key(0), 2))
     image = jax.ShapeDtypeStruct((2, *method.image_size, config.method.channels), "float32")

@@ -10,10 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lmim_jax import sharding
 from lmim_jax.data import decode, loader, sources
-from lmim_jax.data.evaluation import Evaluation
-from lmim_jax.errors import UserError
+from lmim_jax.data.eval.eval_data import Evaluation
+from lmim_jax.distributed import sharding
+from lmim_jax.utils.errors import UserError
 
 OPTIONS = dict(canvas=40, channels=3, workers=0, threads=1, timeout=60.0, max_bad_fraction=0.2)
 
@@ -155,7 +155,7 @@ def test_a_sample_is_random_but_the_same_at_every_call(images):
 
 
 def test_shapes_is_drawn_deterministically():
-    from lmim_jax.data import shapes
+    from lmim_jax.data.synthetic import shapes
 
     first, again, other = shapes.draw("train", 5), shapes.draw("train", 5), shapes.draw("test", 5)
     np.testing.assert_array_equal(first[0], again[0])
@@ -166,7 +166,7 @@ def test_shapes_is_drawn_deterministically():
 
 
 def test_shapes_is_prepared_once_and_read_encoded(tmp_path, monkeypatch):
-    from lmim_jax.data import shapes
+    from lmim_jax.data.synthetic import shapes
 
     monkeypatch.setattr(shapes, "SPLITS", {"train": 12, "test": 5})
     train, test = (sources.shapes(tmp_path, split) for split in ("train", "test"))

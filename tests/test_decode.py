@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmim_jax.data import augment, decode, host_crop, loader, sources
+from lmim_jax.data import decode, loader, sources
+from lmim_jax.data.augment import device as augment
+from lmim_jax.data.augment import host
 
 REAL = pathlib.Path(conftest.ROOT).parent / "shared" / "data" / "imagenet_jpegs_125.zip"
 needs_real = pytest.mark.skipif(not REAL.is_file(), reason=f"no real ImageNet files at {REAL}")
@@ -199,7 +201,7 @@ def test_real_crops_and_evaluation_images_equal_pillows_within_a_level():
     """Every file that fits the canvas: a training crop on host and device, and the transform of evaluations."""
     ours = augmentation()
     keys = lambda step, positions: jax.vmap(lambda i: jax.random.fold_in(jax.random.key(step), i))(positions)
-    crop = host_crop.HostCrop(ours, keys, 512)
+    crop = host.HostCrop(ours, keys, 512)
     train, evaluate = jax.jit(lambda keys, batch: ours(keys, batch)), jax.jit(ours.evaluation)
     draws = crop.draws(0, np.arange(len(small())))
     for i, data in enumerate(small()):

@@ -8,8 +8,9 @@ import jax
 import pytest
 from jax._src.clusters import cloud_tpu_cluster, ompi_cluster, slurm_cluster
 
-from lmim_jax import distributed, workdir
-from lmim_jax.errors import UserError
+from lmim_jax.distributed import multihost
+from lmim_jax.train import workdir
+from lmim_jax.utils.errors import UserError
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -50,14 +51,14 @@ def test_clusters_are_detected(environment, packages, chips, expected, monkeypat
     (tmp_path / "vfio").mkdir()
     for i in range(chips):
         (tmp_path / "vfio" / str(i)).touch()
-    assert distributed.detect(environment, tmp_path) == expected
+    assert multihost.detect(environment, tmp_path) == expected
 
 
 @pytest.mark.parametrize(("environment", "package"), [(OMPI, "mpi4py"), (POD, "jax.k8s.")])
 def test_what_a_cluster_does_not_say_is_asked_for(environment, package, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install '?{package}.*--coordinator"):
-        distributed.detect(environment, tmp_path)
+        multihost.detect(environment, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -80,17 +81,17 @@ def test_jax_makes_of_the_same_variables(cluster, environment, address, count, i
 def test_it_joins_with_a_heartbeat_when_told_or_detected_and_not_otherwise(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **how: calls.append(how))
-    monkeypatch.setattr(distributed, "detect", lambda environment: None)
-    distributed.initialize()
+    monkeypatch.setattr(multihost, "detect", lambda environment: None)
+    multihost.initialize()
     assert not calls
     timeouts = {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 7}
-    distributed.initialize("host:1", 4, 3, heartbeat=7)
-    monkeypatch.setattr(distributed, "detect", lambda environment: ("Slurm", {"cluster_detection_method": "slurm"}))
-    distributed.initialize(heartbeat=7)
+    multihost.initialize("host:1", 4, 3, heartbeat=7)
+    monkeypatch.setattr(multihost, "detect", lambda environment: ("Slurm", {"cluster_detection_method": "slurm"}))
+    multihost.initialize(heartbeat=7)
     where = {"coordinator_address": "host:1", "num_processes": 4, "process_id": 3}
     assert calls == [where | timeouts, {"cluster_detection_method": "slurm"} | timeouts]
     with pytest.raises(UserError, match="needs --num_processes and --process_id, not 2 and 2"):
-        distributed.initialize("host:1", 2, 2)
+        multihost.initialize("host:1", 2, 2)
 
 
 def process(host="a", used=1, visible=1, **facts):
@@ -109,12 +110,12 @@ def process(host="a", used=1, visible=1, **facts):
     ],
 )
 def test_unlike_processes_are_named(processes, message, monkeypatch):
-    monkeypatch.setattr(distributed, "gather", lambda mine: processes)
+    monkeypatch.setattr(multihost, "gather", lambda mine: processes)
     if message is None:
-        distributed.agree(x=1)
+        multihost.agree(x=1)
     else:
         with pytest.raises(UserError, match=message):
-            distributed.agree(x=1)
+            multihost.agree(x=1)
 
 
 def test_processes_with_unequal_numbers_of_devices_are_named(monkeypatch):
@@ -122,13 +123,13 @@ def test_processes_with_unequal_numbers_of_devices_are_named(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices)
     assert collections.Counter(device.process_index for device in jax.devices()) == {0: 2, 1: 1}
     with pytest.raises(UserError, match="equally many devices: process 0 has 2, process 1 has 1"):
-        distributed.agree()
+        multihost.agree()
 
 
 def test_config_code_and_data_are_what_is_compared(monkeypatch):
     seen = []
-    monkeypatch.setattr(distributed, "gather", lambda mine: seen.append(mine) or [mine])
-    distributed.agree(config={"mesh": {"rules": ((".*", "largest"),)}}, data={"images": 3})
+    monkeypatch.setattr(multihost, "gather", lambda mine: seen.append(mine) or [mine])
+    multihost.agree(config={"mesh": {"rules": ((".*", "largest"),)}}, data={"images": 3})
     facts = seen[0]["facts"]
     assert facts["config.mesh.rules"] == [[".*", "largest"]]
     assert facts["data.images"] == 3
@@ -148,7 +149,7 @@ def test_config_code_and_data_are_what_is_compared(monkeypatch):
 )
 def test_accelerators_are_counted(cuda, files, count, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu" or None)
-    monkeypatch.setattr(distributed, "_told_to_use_the_cpu", lambda: False)
+    monkeypatch.setattr(multihost, "_told_to_use_the_cpu", lambda: False)
     if cuda is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -156,11 +157,11 @@ def test_accelerators_are_counted(cuda, files, count, monkeypatch, tmp_path):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert distributed.visible_accelerators(tmp_path) == count
+    assert multihost.visible_accelerators(tmp_path) == count
 
 
 def test_a_folder_that_is_not_shared_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(workdir, "UNSEEN", 0)
-    monkeypatch.setattr(distributed, "gather", lambda mine: [["a", True], ["b", False]])
+    monkeypatch.setattr(multihost, "gather", lambda mine: [["a", True], ["b", False]])
     with pytest.raises(UserError, match=r"is not the same folder on all hosts: process 1 \(host b\)"):
         workdir.claim(tmp_path, {}, {})

@@ -19,13 +19,16 @@ from ml_collections import ConfigDict
 
 import lmim_jax
 from configs import evaluate as recipe
-from lmim_jax import evaluation_table, optim, runs, sharding, workdir
-from lmim_jax.checkpoint import Checkpoints
+from lmim_jax.cli import evaluate
+from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base
-from lmim_jax.feature_cache import FeatureCache
+from lmim_jax.evaluators.common.feature_cache import FeatureCache
 from lmim_jax.methods import base as methods
-from lmim_jax.state import create
-from lmim_jax.tools import evaluate
+from lmim_jax.optim import adamw
+from lmim_jax.report import eval_table
+from lmim_jax.train import runs, workdir
+from lmim_jax.train.checkpoints import Checkpoints
+from lmim_jax.train.state import create
 
 ROOT = pathlib.Path(conftest.ROOT)
 MESH = sharding.make_mesh(devices=jax.devices()[:1])  # compiles faster
@@ -38,7 +41,7 @@ def made(images, tmp_path_factory):
     config, folder = tiny.get_config(), tmp_path_factory.mktemp("made")
     config.data.path = str(images)
     method = methods.from_config(config.method, total_steps=10, steps_per_epoch=5)
-    optimizer, _ = optim.from_config(config.optimizer, warmup_steps=1, total_steps=10)
+    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=1, total_steps=10)
     state, _ = create(method, optimizer, config.seed, MESH)
     state = state.replace(params=jax.tree.map(lambda x: 0.9 * x + 0.01, state.params))
     with Checkpoints(folder, config) as checkpoints:
@@ -133,7 +136,7 @@ def test_the_table_is_for_people():
     what["images"] = {"train": 4096, "test": 16}
     figures = {"a/knn20": {"trained": 50.0, "pixels": 40.04}, "a/shots4": {"trained": 9.0}, "a/l2": {"trained": 0.001}}
     figures |= {"a/shots4_std": {"trained": 1.25}, "a/own": {"trained": 1.0}}
-    lines = evaluation_table.table(what, figures).splitlines()
+    lines = eval_table.table(what, figures).splitlines()
     assert lines[1].split(":") == ["RUN", " step 3, online weights, checkpoint aaaaaaaaaaaa"]
     assert "4,096 train and 16 test images, 4 classes: guessing gives 25 %." in lines[2]
     assert [re.split(r"\s\s+", line.strip()) for line in lines[4:]] == [
@@ -147,9 +150,9 @@ def test_the_table_is_for_people():
 
 FORKED = """
 import os, sys
-from lmim_jax import command
-from lmim_jax.tools import evaluate
-import lmim_jax.data.augment, lmim_jax.evaluators.linear
+from lmim_jax.cli import app
+from lmim_jax.cli import evaluate
+import lmim_jax.data.augment.device, lmim_jax.evaluators.logistic_regression
 for call in sys.argv[1:]:
     sys.stdout.flush()
     if child := os.fork():
@@ -157,7 +160,7 @@ for call in sys.argv[1:]:
         continue
     sys.argv = ["evaluate", *call.split()]
     evaluate.define_flags()
-    command.run(evaluate.main, "configs/evaluate.py", data="configs/evaluate.py:data")
+    app.run(evaluate.main, "configs/evaluate.py", data="configs/evaluate.py:data")
 """
 
 
@@ -208,7 +211,7 @@ def test_bad_input_is_one_line_and_exit_code_2(made, images, tmp_path):
         f"--workdir={unsaved}": "unsaved: no checkpoints here",
         f"--workdir={broken}": "broken/config.json cannot be read",
         "--evaluators=kn": "--evaluators=kn: no such evaluator; did you mean knn?",
-        "--evaluators=zzzz": "--evaluators=zzzz: no such evaluator; there are: .*knn, .*linear",
+        "--evaluators=zzzz": "--evaluators=zzzz: no such evaluator; there are: .*knn, .*logistic_regression",
         "--config.knn.kk=3": "unknown config key config.knn.kk",
         "--data.pth=x": "unknown config key data.pth",
         f"--data.path={texts}": "texts/train: no images in this folder",

@@ -12,12 +12,15 @@ from ml_collections import ConfigDict
 from PIL import Image
 from sklearn import linear_model, neighbors
 
-from lmim_jax import classifiers, clustering, logistic, pooling, sharding
-from lmim_jax.data import augment, prepared, shapes, sources
-from lmim_jax.data.evaluation import Evaluation, Selected
-from lmim_jax.errors import UserError
-from lmim_jax.evaluators import base, fewshot, knn, linear, pictures
+from lmim_jax.data import sources, tfds_source
+from lmim_jax.data.augment import device
+from lmim_jax.data.eval.eval_data import Evaluation, Selected
+from lmim_jax.data.synthetic import shapes
+from lmim_jax.distributed import sharding
+from lmim_jax.evaluators import base, fewshot, knn, logistic_regression, visualization
+from lmim_jax.evaluators.common import classifiers, clustering, image_features, lbfgs_logistic
 from lmim_jax.methods import base as methods
+from lmim_jax.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
 MESH = sharding.make_mesh()
@@ -72,7 +75,7 @@ def run(images):
     config = tiny.get_config()
     config.data.path = str(images)
     method = methods.from_config(config.method, total_steps=10, steps_per_epoch=5)
-    augmentation = augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    augmentation = device.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
     source = {split: sources.from_config(config.data, split) for split in ("train", "test")}
     data = Evaluation(source, config.data, augmentation, sharding.make_mesh())
     return method, jax.jit(method.init)(jax.random.key(0)), data
@@ -87,11 +90,11 @@ def small(images, tmp_path_factory):
             red = np.asarray(image)[..., 0] > 100
         annotated.save(masks / path.relative_to(images / "train").with_suffix(".png"), red)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepared, "cache", lambda: masks / "cache")
+        patch.setattr(tfds_source, "cache", lambda: masks / "cache")
         patch.setattr(shapes, "SEVERAL", {"train": 16, "test": 8})
         patch.setattr(shapes, "CLIPS", {"test": 2})
         folders = dict(images=str(images / "train"), masks=str(masks))
-        yield {"segmentation": dict(**folders, batch_size=16, iterations=5), "attributes": dict(iterations=5)}
+        yield {"segmentation": dict(**folders, batch_size=16, iterations=5), "clevr": dict(iterations=5)}
 
 
 @pytest.mark.parametrize("name", base.names())
@@ -106,7 +109,7 @@ def test_contract(name, run, small):
             assert np.isfinite(value)
 
 
-@pytest.mark.parametrize("name", ["knn", "linear", "fewshot"])
+@pytest.mark.parametrize("name", ["knn", "logistic_regression", "fewshot"])
 def test_padding_changes_no_figure(name):
     train, test = blobs(0.8)
     figures = []
@@ -147,7 +150,7 @@ def test_baselines_need_no_encoder_and_are_computed_once(run):
 def test_a_histogram_is_the_share_of_pixels_in_each_color():
     levels = np.zeros((1, 2, 2, 3), np.float32)
     levels[0, 0] = 255
-    histogram = np.asarray(pooling.fixed(levels, levels, "histogram"))
+    histogram = np.asarray(image_features.fixed(levels, levels, "histogram"))
     assert histogram.shape == (1, 216)
     assert histogram[0, 0] == histogram[0, 215] == np.float32(0.5**0.5)
     assert np.count_nonzero(histogram) == 2
@@ -157,10 +160,10 @@ def test_pictures_show_each_cluster_and_each_window(run):
     method, *_ = run
     tokens = np.repeat(np.eye(4)[[0, 1, 1, 2, 2, 2, 3, 3, 3, 3]], 1, axis=0)
     assert clustering.nested(tokens, (4,))[4].tolist() == [3, 2, 2, 1, 1, 1, 0, 0, 0, 0]
-    assert pictures.pca_rgb(RNG.normal(size=(2, 9, 5))).shape == (2, 9, 3)
+    assert visualization.pca_rgb(RNG.normal(size=(2, 9, 5))).shape == (2, 9, 3)
     keys = jax.random.split(jax.random.key(0), 2)
     views = jax.device_get(method.sample(keys[0], keys))
-    windows = pictures.windows_of(method, views, 1)
+    windows = visualization.windows_of(method, views, 1)
     assert [i for i, window in enumerate(windows) if window[3]] == sorted(views["visible"][1])
     assert windows[6][:3] == (5 + views["offsets"][1, 1, 2, 0], 10 + views["offsets"][1, 1, 2, 1], 4)
 
@@ -198,11 +201,11 @@ def test_logistic_regression_is_that_of_scikit_learn(more):
     (x, y), (q, t) = blobs(0.9)
     noise = np.random.default_rng(1)
     x, q = (np.hstack([a, noise.normal(size=(len(a), more)).astype(np.float32)]) for a in (x, q))
-    mean, deviation = logistic.statistics(x)
+    mean, deviation = lbfgs_logistic.statistics(x)
     x, q = (x - mean) / deviation, (q - mean) / deviation
     strengths = (1e-3, 1e-1)
     for mesh in (MESH, None):
-        ours = logistic.fit(x, y, 3, strengths, 300, mesh)
+        ours = lbfgs_logistic.fit(x, y, 3, strengths, 300, mesh)
         assert ours.gradient.max() < 1e-4  # in units in which the curvature is 1
         for i, l2 in enumerate(strengths):
             theirs = linear_model.LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=1000).fit(x, y)
@@ -214,7 +217,7 @@ def test_logistic_regression_is_that_of_scikit_learn(more):
 
 def test_perfect_features_score_100_and_shuffled_ones_chance():
     train, test = blobs(0.01)
-    solved, few = (tiny_evaluators(name)[0].evaluator for name in ("linear", "fewshot"))
+    solved, few = (tiny_evaluators(name)[0].evaluator for name in ("logistic_regression", "fewshot"))
     figures = lambda train, test: {
         **knn.accuracies(train, test, (5, 10), 0.07, 3, MESH),
         **{f"linear {name}": value for name, value in solved.accuracies(train, test, 3, MESH).items() if name != "l2"},
@@ -227,7 +230,7 @@ def test_perfect_features_score_100_and_shuffled_ones_chance():
 
 
 def test_the_strength_is_chosen_on_training_images_alone():
-    evaluator = dataclasses.replace(tiny_evaluators("linear")[0].evaluator, l2=(1e-3, 1e-1, 10.0))
+    evaluator = dataclasses.replace(tiny_evaluators("logistic_regression")[0].evaluator, l2=(1e-3, 1e-1, 10.0))
     train, (x, y) = blobs(0.9)
     ours, other = (evaluator.accuracies(train, (x, labels), 3, MESH) for labels in (y, (y + 1) % 3))
     assert {ours[name] == other[name] for name in ("l2", "held_out")} == {True}
@@ -237,12 +240,12 @@ def test_the_strength_is_chosen_on_training_images_alone():
 def test_few_shots_are_so_many_of_each_class():
     rows = []
     train, test = blobs(0.9)
-    evaluator, fit = tiny_evaluators("fewshot")[0].evaluator, logistic.fit
+    evaluator, fit = tiny_evaluators("fewshot")[0].evaluator, lbfgs_logistic.fit
     try:
-        logistic.fit = lambda x, y, *more: rows.append(np.bincount(y, minlength=3).tolist()) or fit(x, y, *more)
+        lbfgs_logistic.fit = lambda x, y, *more: rows.append(np.bincount(y, minlength=3).tolist()) or fit(x, y, *more)
         found = evaluator.accuracies(train, test, 3)
     finally:
-        logistic.fit = fit
+        lbfgs_logistic.fit = fit
     halves = [max(1, round(n / 2)) for n in np.bincount(train[1])]
     assert rows == 2 * [[1, 1, 1]] + 2 * [[4, 4, 4]] + 2 * [halves]
     assert found.keys() == {f"{name}{end}" for name in ("shots1", "shots4", "labels50pct") for end in ("", "_std")}
@@ -260,7 +263,7 @@ def test_leave_one_out_never_takes_the_image_itself():
 
 def test_a_feature_is_what_its_name_says(run):
     method, params, data = run
-    assert pooling.parse("cls + block00/tokens:both") == [("cls", "mean"), ("block00/tokens", "both")]
+    assert image_features.parse("cls + block00/tokens:both") == [("cls", "mean"), ("block00/tokens", "both")]
     (images,) = [batch["images"] for batch in data.batches("test", 16)]
     known = jax.device_get(method.features(params, images))
     tokens = known["block00/tokens"]
@@ -293,7 +296,7 @@ def test_a_wrong_feature_is_named(feature, message, run):
         base.split_features(*run, "test", feature, 16)
 
 
-@pytest.mark.parametrize("evaluator", [knn, linear, fewshot])
+@pytest.mark.parametrize("evaluator", [knn, logistic_regression, fewshot])
 def test_unlabelled_data_have_no_accuracy(evaluator):
     data = Data(*blobs(0.5))
     data.classes = ()

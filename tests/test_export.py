@@ -14,12 +14,13 @@ import pytest
 import tiny
 
 import lmim_jax
-from lmim_jax import saved, tensors
-from lmim_jax.errors import UserError
-from lmim_jax.export import check, encoder, hf, timm
+from lmim_jax.cli import export
+from lmim_jax.convert import hf, parity_check, timm, torch_encoder
 from lmim_jax.methods import base
 from lmim_jax.models.layers import sincos_positions
-from lmim_jax.tools import export
+from lmim_jax.train import saved
+from lmim_jax.utils import array_io
+from lmim_jax.utils.errors import UserError
 
 SHARED = conftest.ROOT.parent / "shared" / "data"
 
@@ -51,7 +52,7 @@ def test_features_are_those_that_the_library_made_of_the_exported_tensors(name, 
     """tests/interop.npz was made by `python tests/interop.py`, with the versions it names, on a CPU in float32."""
     with np.load(interop.STORED) as stored:
         method, params = interop.case(name)
-        out = jax.jit(lambda images: check.tokens_of(method.features(params, images)))(interop.images())
+        out = jax.jit(lambda images: parity_check.tokens_of(method.features(params, images)))(interop.images())
         np.testing.assert_allclose(out, stored[f"{name}/{library}/tokens"], rtol=0, atol=1e-4)
         tensors_out, _ = interop.contents(library, name)
         assert interop.checksum(tensors_out) == stored[f"{name}/{library}/checksum"], (
@@ -61,7 +62,7 @@ def test_features_are_those_that_the_library_made_of_the_exported_tensors(name, 
 
 def test_the_positions_of_latent_mim_are_written_as_they_are():
     method, params = interop.case("latent_mim")
-    found = encoder.of(method, params).tensors["pos_embed"]
+    found = torch_encoder.of(method, params).tensors["pos_embed"]
     assert not found[0, 0].any()  # CLS
     np.testing.assert_array_equal(found[0, 1:], sincos_positions((4, 4), 16))
 
@@ -71,7 +72,7 @@ def test_sizes_that_timm_knows_go_by_its_names():
     method = base.from_config(recipe(**sizes).method, total_steps=1, steps_per_epoch=1)
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0)))
     images = {**interop.AS_IN_TRAINING, "resize": 256}
-    _, texts = timm.contents(encoder.of(method, params), images)
+    _, texts = timm.contents(torch_encoder.of(method, params), images)
     config = texts["config.json"]
     assert config["architecture"] == "vit_tiny_patch16_224"
     assert config["model_args"] == {"global_pool": "avg", "fc_norm": False}
@@ -96,7 +97,7 @@ def test_what_a_library_cannot_hold_is_said(changes, library, message):
     method = base.from_config(recipe("pilamim", **changes).method, total_steps=1, steps_per_epoch=1)
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0)))
     with pytest.raises(UserError, match=message):
-        library.contents(encoder.of(method, params), interop.AS_IN_TRAINING)
+        library.contents(torch_encoder.of(method, params), interop.AS_IN_TRAINING)
 
 
 def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
@@ -107,7 +108,9 @@ def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
     config, prepared = (json.loads((tmp_path / "out" / f"{x}config.json").read_text()) for x in ("", "preprocessor_"))
     assert config["layer_norm_eps"] == 1e-6 and config["model_type"] == "vit"
     assert prepared["image_mean"] == [0.485, 0.456, 0.406] and prepared["crop_size"] == {"height": 16, "width": 16}
-    assert "encoder.layer.0.attention.attention.query.weight" in tensors.read(tmp_path / "out" / "model.safetensors")[0]
+    assert (
+        "encoder.layer.0.attention.attention.query.weight" in array_io.read(tmp_path / "out" / "model.safetensors")[0]
+    )
     card = (tmp_path / "out" / "README.md").read_text()
     for line in (
         f'AutoModel.from_pretrained("{tmp_path / "out"}", add_pooling_layer=False)',
@@ -148,10 +151,10 @@ def test_there_is_no_export_without_official_names_or_a_teacher(tmp_path):
 def tool(*words, hide=()):
     """Run `tools.export` in a process of its own, without the modules to hide: (exit code, stderr)."""
     hidden = f"import sys; sys.modules.update(dict.fromkeys({hide!r})); sys.argv = {['export', *map(str, words)]!r}; "
-    script = hidden + "from lmim_jax import command; from lmim_jax.tools import export as t; t.define_flags(); "
+    script = hidden + "from lmim_jax.cli import app; from lmim_jax.cli import export as t; t.define_flags(); "
     environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(
-        [sys.executable, "-c", script + "command.run(t.main)"],
+        [sys.executable, "-c", script + "app.run(t.main)"],
         cwd=conftest.ROOT,
         env=environment,
         capture_output=True,
@@ -175,7 +178,7 @@ def test_both_libraries_make_the_same_features_of_jpegs(name, library, tmp_path)
     model = saved.Model(tmp_path, recipe(name), method, params, {}, 0)
     export.export(model, library, "online", tmp_path / "out")
     jpegs = [interop.jpeg(height, width, i) for i, (height, width) in enumerate([(40, 40), (36, 72), (90, 45)])]
-    found = check.compare(library, tmp_path / "out", model, params, jpegs)
+    found = parity_check.compare(library, tmp_path / "out", model, params, jpegs)
     assert found["features"] <= 1e-4 and found["pixels"] < 0.5, found
 
 
@@ -199,7 +202,7 @@ def test_published_sizes_agree_on_photographs(size, library, tmp_path):
         jpegs = [interop.jpeg(300, 400, 0), interop.jpeg(500, 333, 1)]
     model = saved.Model(tmp_path, config, method, params, {}, 0)
     export.export(model, library, "online", tmp_path / "out")
-    found = check.compare(library, tmp_path / "out", model, params, jpegs)
+    found = parity_check.compare(library, tmp_path / "out", model, params, jpegs)
     assert found["features"] <= 1e-4, found
 
 

@@ -12,11 +12,12 @@ import pytest
 import tiny
 from PIL import Image
 
-from lmim_jax import feature_files, saved
-from lmim_jax.data import augment
-from lmim_jax.errors import UserError
-from lmim_jax.extraction import Extractor, extract
-from lmim_jax.tools import features
+from lmim_jax.cli import extract_features
+from lmim_jax.data.augment import device
+from lmim_jax.evaluators.common import feature_io
+from lmim_jax.evaluators.common.feature_extraction import Extractor, extract
+from lmim_jax.train import saved
+from lmim_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,8 @@ def extractor(run):
 
 def make(run, **options):
     model = saved.open_model(run)
-    transform = augment.from_config(model.config.augment, image_size=(20, 20), eval_size=(16, 16))
-    options = dict(size=16, kinds=features.KINDS, norm=True, batch_size=8) | options
+    transform = device.from_config(model.config.augment, image_size=(20, 20), eval_size=(16, 16))
+    options = dict(size=16, kinds=extract_features.KINDS, norm=True, batch_size=8) | options
     return Extractor(model.method, model.params, transform, **options)
 
 
@@ -50,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 def test_features_of_every_image_are_the_methods_own(extractor, folder):
-    root, names, others = features.files_of(folder)
+    root, names, others = extract_features.files_of(folder)
     assert others == ["notes.txt"]
     names, grids, found, bad = extract(extractor, root, names, lambda count: None)
     assert names == ["a.jpg", "d.jpg", "deep/b.jpg", "deep/er/c.jpg"]
@@ -90,14 +91,14 @@ def test_sizes_keep_the_shape_of_the_image_within_half_a_patch(extractor):
         assert abs(max(found) - 16 * max(height, width) / min(height, width)) <= 2
 
 
-@pytest.mark.parametrize("suffix", feature_files.WRITERS)
+@pytest.mark.parametrize("suffix", feature_io.WRITERS)
 def test_every_kind_of_file_gives_back_names_and_features(tmp_path, suffix):
     parquet = pytest.importorskip("pyarrow.parquet") if suffix == ".parquet" else None
     rng, grids = np.random.default_rng(0), np.array([[2, 3], [1, 2]], np.int32)
     names = ["a.jpg", "deep/ü.jpg"]
     given = {"mean": list(rng.random((2, 4), np.float32)), "patches": [rng.random((n, 4), np.float32) for n in (6, 2)]}
     path = tmp_path / f"f{suffix}"
-    feature_files.writer(path)(names, grids, given)
+    feature_io.writer(path)(names, grids, given)
     assert list(tmp_path.iterdir()) == [path]
     if suffix == ".parquet":
         table = parquet.read_table(path).to_pydict()
@@ -124,22 +125,22 @@ def test_every_kind_of_file_gives_back_names_and_features(tmp_path, suffix):
 
 def test_what_cannot_be_written_is_said_before_anything_is_computed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"must end in \.npz"):
-        feature_files.writer(tmp_path / "f.csv")
+        feature_io.writer(tmp_path / "f.csv")
     with pytest.raises(UserError, match="no folder"):
-        feature_files.writer(tmp_path / "absent" / "f.npz")
+        feature_io.writer(tmp_path / "absent" / "f.npz")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
-        feature_files.writer(tmp_path / "f.parquet")
+        feature_io.writer(tmp_path / "f.parquet")
 
 
 def test_folders_without_images_and_too_many_images_are_refused(tmp_path, extractor):
     (tmp_path / "notes.txt").write_text("a text")
     with pytest.raises(UserError, match="no images in this folder, only 1 other files"):
-        features.files_of(tmp_path)
+        extract_features.files_of(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
-        features.files_of(tmp_path / "absent")
+        extract_features.files_of(tmp_path / "absent")
     with pytest.raises(UserError, match=r"take at least .* GB"):
-        features.check_memory(10**10, extractor)
+        extract_features.check_memory(10**10, extractor)
 
 
 def test_the_command(run, folder, tmp_path):
@@ -149,14 +150,14 @@ def test_the_command(run, folder, tmp_path):
     words = [f"--out={tmp_path / 'f.npz'}", "--size=24", "--nonorm", "--batch_size=2"]
     script = f"""
 import contextlib, sys
-from lmim_jax import command
-from lmim_jax.tools import features
-features.define_flags()
+from lmim_jax.cli import app
+from lmim_jax.cli import extract_features
+extract_features.define_flags()
 for images in {str(folder)!r}, {str(tmp_path / "texts")!r}:
     sys.argv = ["features", {str(run)!r}, images, *{words!r}]
     with contextlib.suppress(SystemExit):
-        command.run(features.main)
-command.run(features.main)
+        app.run(extract_features.main)
+app.run(extract_features.main)
 """
     pipes = dict(env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
     done = subprocess.run([sys.executable, "-c", script], cwd=conftest.ROOT, **pipes)

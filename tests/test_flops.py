@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from lmim_jax import flops
 from lmim_jax.methods import base
+from lmim_jax.perf import flops
 
 
 def method_of(config):

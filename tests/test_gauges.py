@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from lmim_jax import gauges
+from lmim_jax.train import collapse_metrics
 
 RNG = np.random.default_rng(0)
-GAUGES = (gauges.collapse_index, gauges.effective_rank, gauges.feature_std)
+GAUGES = (collapse_metrics.collapse_index, collapse_metrics.effective_rank, collapse_metrics.feature_std)
 
 
 def read(x):
@@ -52,7 +52,7 @@ def test_padding_changes_nothing(gauge):
     ],
 )
 def test_the_alarm_is_given_once_and_not_while_the_index_falls(indices, warned_at, caplog):
-    alarm = gauges.Alarm()
+    alarm = collapse_metrics.Alarm()
     with caplog.at_level(logging.WARNING, logger="lmim_jax"):
         for step, index in enumerate(indices, 1):
             alarm.see(step, {"collapse_index": index, "effective_rank": 1.5, "feature_std": 0.1})

@@ -14,13 +14,15 @@ import test_reference
 import tiny
 from ml_collections import ConfigDict
 
-from lmim_jax import saved, sharding, tensors, workdir
-from lmim_jax.checkpoint import Checkpoints
+from lmim_jax.cli import export, import_weights
+from lmim_jax.convert.official import base as official
 from lmim_jax.data import sources
-from lmim_jax.errors import UserError
-from lmim_jax.official import base as official
-from lmim_jax.state import create
-from lmim_jax.tools import export, import_weights
+from lmim_jax.distributed import sharding
+from lmim_jax.train import saved, workdir
+from lmim_jax.train.checkpoints import Checkpoints
+from lmim_jax.train.state import create
+from lmim_jax.utils import array_io
+from lmim_jax.utils.errors import UserError
 
 CASES = {path.stem: path for path in test_reference.CASES}
 # The positions of this case hold random noise, and are constants here
@@ -52,7 +54,7 @@ def file(tmp_path_factory):
     """A recipe of MAE and a file that fits it."""
     config, arrays = load("mae")
     path = tmp_path_factory.mktemp("file") / "mae.safetensors"
-    tensors.write(path, arrays)
+    array_io.write(path, arrays)
     return config, arrays, path
 
 
@@ -70,7 +72,7 @@ def test_reference_weights_go_in_and_out_and_back_unchanged(stem, tmp_path):
 
     model = saved.open_model(tmp_path / "run")
     export.export(model, "safetensors", "both", tmp_path / "out")
-    again, _ = tensors.read(tmp_path / "out" / "model.safetensors")
+    again, _ = array_io.read(tmp_path / "out" / "model.safetensors")
     assert again.keys() == arrays.keys()
     fixed = official.describe(model.method).fixed
     for name, value in arrays.items():
@@ -114,7 +116,7 @@ def test_what_is_missing_starts_afresh_only_where_asked(file, tmp_path):
     config, arrays, _ = file
     encoder = {name: x for name, x in arrays.items() if not name.startswith(("decoder", "mask_token"))}
     path = tmp_path / "encoder.safetensors"
-    tensors.write(path, encoder)
+    array_io.write(path, encoder)
     with pytest.raises(UserError, match=r"32 missing: .*decoder_pred\.bias") as error:
         import_weights.read(path, method_of(config))
     assert "mask_token" in str(error.value) and "decoder_pos_embed" in str(error.value)
@@ -127,7 +129,7 @@ def test_what_is_missing_starts_afresh_only_where_asked(file, tmp_path):
 def test_a_missing_teacher_starts_as_a_copy(tmp_path):
     config, arrays = load("pilamim")
     online = {name: x for name, x in arrays.items() if not name.startswith("target_encoder.")}
-    tensors.write(tmp_path / "online.safetensors", online)
+    array_io.write(tmp_path / "online.safetensors", online)
     import_weights.import_weights(
         tmp_path / "online.safetensors", config, tmp_path / "run", None, fresh=[r"target_encoder\..*"]
     )
@@ -151,14 +153,14 @@ def altered(arrays, **changes):
 )
 def test_arrays_that_do_not_fit_are_listed(file, tmp_path, changes, options, message):
     config, arrays, _ = file
-    tensors.write(tmp_path / "x.safetensors", altered(arrays, **changes))
+    array_io.write(tmp_path / "x.safetensors", altered(arrays, **changes))
     with pytest.raises(UserError, match=message):
         import_weights.read(tmp_path / "x.safetensors", method_of(config), **options)
 
 
 def test_dropped_arrays_are_told(file, tmp_path):
     config, arrays, _ = file
-    tensors.write(tmp_path / "x.safetensors", altered(arrays, **{"head.weight": np.zeros((9, 32), np.float32)}))
+    array_io.write(tmp_path / "x.safetensors", altered(arrays, **{"head.weight": np.zeros((9, 32), np.float32)}))
     _, dropped, fresh, _ = import_weights.read(tmp_path / "x.safetensors", method_of(config), drop=["head.*"])
     assert dropped == ["head.weight"] and fresh == []
 
@@ -176,21 +178,21 @@ def test_files_that_are_none_are_named(tmp_path, name, content, message):
     if content:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}.*{message}"):
-        tensors.read(tmp_path / name)
+        array_io.read(tmp_path / name)
 
 
 def test_pickled_arrays_are_not_loaded(tmp_path):
     np.savez(tmp_path / "x.npz", x=np.array([{"an": "object"}], dtype=object))
     with pytest.raises(UserError, match="cannot be read"):
-        tensors.read(tmp_path / "x.npz")
+        array_io.read(tmp_path / "x.npz")
 
 
 def test_half_precision_becomes_float32_and_parallel_names_plain(tmp_path):
     import ml_dtypes
 
     arrays = {"module.a": np.ones(3, np.float16), "encoder.module.b": np.ones(3, ml_dtypes.bfloat16)}
-    tensors.write(tmp_path / "x.safetensors", arrays)
-    found, _ = tensors.read(tmp_path / "x.safetensors")
+    array_io.write(tmp_path / "x.safetensors", arrays)
+    found, _ = array_io.read(tmp_path / "x.safetensors")
     assert {name: x.dtype for name, x in found.items()} == {"a": np.float32, "encoder.b": np.float32}
 
 
@@ -198,7 +200,7 @@ def test_without_pytorch_its_files_are_refused_kindly(tmp_path, monkeypatch):
     (tmp_path / "x.pth").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"pip install 'torch>=2.6'"):
-        tensors.read(tmp_path / "x.pth")
+        array_io.read(tmp_path / "x.pth")
 
 
 @pytest.mark.interop
@@ -211,22 +213,22 @@ def test_files_of_pytorch(tmp_path):
         root, _, rest = name.partition(".")
         state.setdefault(root, {})[f"module.{rest}"] = torch.from_numpy(value)
     torch.save({**state, "opt": {"state": {0: torch.ones(3)}}, "scaler": None, "epoch": 300}, tmp_path / "x.pth.tar")
-    found, rest = tensors.read(tmp_path / "x.pth.tar", roots={"encoder", "predictor", "target_encoder"})
+    found, rest = array_io.read(tmp_path / "x.pth.tar", roots={"encoder", "predictor", "target_encoder"})
     assert rest == ["opt", "scaler", "epoch"] and found.keys() == arrays.keys()
     for name, value in arrays.items():
         np.testing.assert_array_equal(found[name], value)
 
     model = {"a.weight": torch.ones(2, dtype=torch.bfloat16)}
     torch.save({"model": model, "args": argparse.Namespace(lr=1), "epoch": 3}, tmp_path / "y.pth")
-    found, rest = tensors.read(tmp_path / "y.pth")
+    found, rest = array_io.read(tmp_path / "y.pth")
     assert rest == ["args", "epoch"] and found["a.weight"].dtype == np.float32
 
     torch.save({"model": model, "args": pathlib.Path("x"), "hook": Exploding()}, tmp_path / "z.pth")
     with pytest.raises(UserError, match="holds other Python objects than tensors"):
-        tensors.read(tmp_path / "z.pth")
+        array_io.read(tmp_path / "z.pth")
     (tmp_path / "w.pth").write_bytes(b"no zip")
     with pytest.raises(UserError, match=r"w\.pth"):
-        tensors.read(tmp_path / "w.pth")
+        array_io.read(tmp_path / "w.pth")
 
 
 class Exploding:

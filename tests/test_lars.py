@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lmim_jax.lars import lars
+from lmim_jax.optim.lars import lars
 
 RNG = np.random.default_rng(0)
 SHAPES = {"kernel": (5, 3), "conv": (2, 3, 4), "bias": (3,), "zero": (4, 2), "still": (2, 2)}

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmim_jax import losses, masking, schedules
+from lmim_jax.methods.common import losses, masking
+from lmim_jax.optim import schedules
 
 RNG = np.random.default_rng(0)
 X, Y = (RNG.normal(size=(3, 7, 5)).astype(np.float32) for _ in range(2))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmim_jax import masking
+from lmim_jax.methods.common import masking
 
 GRID, SCALE, ASPECT, CONTEXT = (14, 14), (0.15, 0.2), (0.75, 1.5), (0.85, 1.0)
 

@@ -11,9 +11,9 @@ import sys
 import jax
 import pytest
 
-from lmim_jax import chips, dry_run, hlo
-from lmim_jax.errors import UserError
-from lmim_jax.tools import plan
+from lmim_jax.cli import plan
+from lmim_jax.perf import accelerators, aot, hlo
+from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = dict(images=1_281_167, utilization=0.45, decode_rate=900.0, resize_rate=500.0)
@@ -61,12 +61,12 @@ def test_the_table_tells_it(planned):
 
 def test_what_is_cut_needs_less_and_what_is_computed_again_is_counted():
     two, parts = {"method.depth": 2}, {"mesh.data": 1, "mesh.fsdp": 8}
-    whole, cut = (dry_run.analyse(dry_run.Recipe.of(recipe(**change), 10**6), 8) for change in (two, {**two, **parts}))
+    whole, cut = (aot.analyse(aot.Recipe.of(recipe(**change), 10**6), 8) for change in (two, {**two, **parts}))
     saved = whole["memory"]["arguments"] - cut["memory"]["arguments"]
-    state = sum(dry_run.Recipe.of(recipe(**two), 10**6).state_bytes().values())
+    state = sum(aot.Recipe.of(recipe(**two), 10**6).state_bytes().values())
     assert saved == pytest.approx(7 / 8 * state, rel=0.02)  # all but norms and biases
     assert {one.kind for one in cut["collectives"]} == {"all-gather", "reduce-scatter"}
-    full = dry_run.Recipe.of(recipe("tiny", remat="full"), 100).flops()
+    full = aot.Recipe.of(recipe("tiny", remat="full"), 100).flops()
     assert 1.1 < full["executed"] / full["method"] < 1.5
 
 
@@ -88,24 +88,26 @@ def test_a_sweep_recommends_the_fastest_that_fits(monkeypatch):
 @pytest.mark.parametrize("name", ["v5e", "v5e:4y4", "h300:8", "v5e:0x4", ""])
 def test_unknown_topologies_are_refused(name):
     with pytest.raises(UserError, match="none of: v5e:4x4"):
-        chips.topology(name)
+        accelerators.topology(name)
 
 
 def test_known_topologies():
-    sizes = {name: chips.topology(name)[2:] for name in ("v5e:4x4", "v5p:2x2x4", "v6e:8x8", "h200:8", "h100:8x4")}
+    sizes = {
+        name: accelerators.topology(name)[2:] for name in ("v5e:4x4", "v5p:2x2x4", "v6e:8x8", "h200:8", "h100:8x4")
+    }
     assert sizes["v5e:4x4"] == sizes["v5p:2x2x4"] == (16, 4)
     assert (sizes["v6e:8x8"], sizes["h200:8"]) == ((64, 16), (8, 1))
     assert sizes["h100:8x4"] == (32, 4)
-    node, cluster = chips.topology("h100:8")[1], chips.topology("h100:8x4")[1]
-    assert chips.network_seconds(node, 8, 1e9) < chips.network_seconds(cluster, 32, 1e9)
-    assert chips.network_seconds(chips.topology("h100:1")[1], 1, 0) == 0
+    node, cluster = accelerators.topology("h100:8")[1], accelerators.topology("h100:8x4")[1]
+    assert accelerators.network_seconds(node, 8, 1e9) < accelerators.network_seconds(cluster, 32, 1e9)
+    assert accelerators.network_seconds(accelerators.topology("h100:1")[1], 1, 0) == 0
 
 
 def test_without_libtpu_it_says_how_to_get_it():
     hide = "import sys; sys.modules['libtpu'] = None; import importlib.util as u; f = u.find_spec; "
     hide += "u.find_spec = lambda name, *a: None if name == 'libtpu' else f(name, *a); "
     run = "sys.argv = ['plan', '--config=tests/tiny.py', '--topology=v5e:2x2', '--config.batch_size=16']; "
-    run += "import runpy; runpy.run_module('lmim_jax.tools.plan', run_name='__main__')"
+    run += "import runpy; runpy.run_module('lmim_jax.cli.plan', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", hide + run], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "pip install libtpu" in done.stderr.splitlines()[-1]
@@ -116,7 +118,7 @@ def test_the_tool_compiles_for_a_topology_that_is_not_there(tmp_path, full):
     """[only with --faults] A tiny recipe for v5e:2x2, as users call it."""
     if not full:
         pytest.skip("a minute; ./launch/test.sh --faults")
-    command = [sys.executable, "-m", "lmim_jax.tools.plan", "--config=tests/tiny.py", "--topology=v5e:2x2"]
+    command = [sys.executable, "-m", "lmim_jax.cli.plan", "--config=tests/tiny.py", "--topology=v5e:2x2"]
     command += ["--config.batch_size=16", f"--json={tmp_path / 'plan.json'}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -124,7 +126,7 @@ def test_the_tool_compiles_for_a_topology_that_is_not_there(tmp_path, full):
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["from"] == "compiler"
     assert {one["kind"] for one in found["collectives"]} == {"all-reduce"}
-    params = jax.eval_shape(dry_run.Recipe.of(recipe("tiny", batch_size=16), 100).state).params
+    params = jax.eval_shape(aot.Recipe.of(recipe("tiny", batch_size=16), 100).state).params
     moved = sum(one["size"] for one in found["collectives"])
     assert moved >= sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
 
@@ -158,5 +160,5 @@ def test_too_little_memory_is_read_from_the_compiler_however_it_says_it():
         "Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded hbm capacity by 768.00M.",
         "the total memory required for HLO temporaries (16.50G) exceeds available HBM (15.75G). HLO module: jit_step.",
     ):
-        assert dry_run.too_much(message) == {"needed": 16.5 * 2**30, "limit": 15.75 * 2**30}
-    assert dry_run.too_much("INTERNAL: something else") is None
+        assert aot.too_much(message) == {"needed": 16.5 * 2**30, "limit": 15.75 * 2**30}
+    assert aot.too_much("INTERNAL: something else") is None

@@ -17,10 +17,11 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lmim_jax import sharding
-from lmim_jax.data import decode, loader, prepared, shards, sources
-from lmim_jax.errors import UserError
-from lmim_jax.tools import prepare
+from lmim_jax.cli import prepare_data
+from lmim_jax.data import decode, loader, sources, tfds_source
+from lmim_jax.data.prepare import tfds_writer
+from lmim_jax.distributed import sharding
+from lmim_jax.utils.errors import UserError
 
 DATA = dict(source="tfds", path="", name="pets", dir="", train_split="train", test_split="test", classes="")
 DATA |= dict(train_per_class=0, test_per_class=0, canvas=40, channels=3, workers=0, threads=2, timeout=60.0)
@@ -35,7 +36,7 @@ def config(**change):
 def pets(images, tmp_path_factory):
     """The folder of the tests as a dataset."""
     out = tmp_path_factory.mktemp("prepared")
-    return prepare.convert_folder(images, out, "pets", 0, 1)
+    return prepare_data.convert_folder(images, out, "pets", 0, 1)
 
 
 def contents(folder):
@@ -49,8 +50,8 @@ def test_a_folder_becomes_a_dataset_with_the_same_images(images, pets):
         assert [ours.record(i) for i in range(count)] == [theirs.record(i) for i in range(count)]
     assert ours.name(3) == "pets/1.0.0/test[3]"
     assert ours.identity() == {"source": "pets/1.0.0/test", "images": 16}
-    assert not (pets / shards.UNFINISHED).exists()
-    assert (pets / shards.BAD).read_text() == ""
+    assert not (pets / tfds_writer.UNFINISHED).exists()
+    assert (pets / tfds_writer.BAD).read_text() == ""
 
 
 def test_folder_and_dataset_give_the_same_batches(images, pets):
@@ -103,13 +104,13 @@ def test_a_wrong_dataset_is_named(pets, change, message):
 def test_a_folder_without_classes_and_with_bad_files(images, tmp_path):
     shutil.copytree(images / "train" / "cat", tmp_path / "any")
     (tmp_path / "any" / "05.jpg").write_bytes(b"broken")
-    folder = prepare.convert_folder(tmp_path / "any", tmp_path, "flat", 16, 1)
+    folder = prepare_data.convert_folder(tmp_path / "any", tmp_path, "flat", 16, 1)
     flat = sources.from_config(config(dir=tmp_path, name="flat"), "train")
     assert (len(flat), flat.classes, flat.record(0)[1]) == (23, (), -1)
-    assert "05.jpg: " in (folder / shards.BAD).read_text()
+    assert "05.jpg: " in (folder / tfds_writer.BAD).read_text()
     assert {min(decode.decode(flat.record(i)[0], 0, 3).shape[:2]) for i in range(23)} == {16}  # shrunk
     with pytest.raises(UserError, match="holds something else"):
-        prepare.convert_folder(tmp_path / "any", tmp_path, "flat", 0, 1)
+        prepare_data.convert_folder(tmp_path / "any", tmp_path, "flat", 0, 1)
     with pytest.raises(UserError, match=r"has no split 'test'"):
         sources.from_config(config(dir=tmp_path, name="flat"), "test")
 
@@ -117,7 +118,7 @@ def test_a_folder_without_classes_and_with_bad_files(images, tmp_path):
 def test_damage_is_found(pets, tmp_path):
     copy = tmp_path / "pets" / "1.0.0"
     shutil.copytree(pets, copy)
-    manifest, problems = prepare.verify(copy, 100)
+    manifest, problems = prepare_data.verify(copy, 100)
     assert not problems
     assert {facts["records"] for facts in manifest.values()} == {48, 16}
     shard, train = next(copy.glob("*test*")), next(copy.glob("*train*"))
@@ -127,14 +128,14 @@ def test_damage_is_found(pets, tmp_path):
     source = sources.from_config(config(dir=tmp_path), "train")
     found = loader.Decoded(source, 40, 3, 1, replace=False).batch(np.arange(48))
     assert (found["bad"] >= 0).sum() == 1
-    assert len(prepare.verify(copy, 100)[1]) == 2  # its record, its checksum
+    assert len(prepare_data.verify(copy, 100)[1]) == 2  # its record, its checksum
     shutil.copy(pets / train.name, train)
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    assert prepare.verify(copy, 0)[1] == [f"{shard.name}: not as in manifest.json"]
+    assert prepare_data.verify(copy, 0)[1] == [f"{shard.name}: not as in manifest.json"]
 
 
 def tool(*arguments):
-    command = [sys.executable, "-m", "lmim_jax.tools.prepare", *map(str, arguments)]
+    command = [sys.executable, "-m", "lmim_jax.cli.prepare_data", *map(str, arguments)]
     return subprocess.Popen(command, cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -148,7 +149,7 @@ def many(tmp_path_factory):
 
 
 def test_killed_and_resumed_it_makes_the_same_bytes(many, tmp_path):
-    whole = prepare.convert_folder(many, tmp_path / "whole", "many", 0, 1)
+    whole = prepare_data.convert_folder(many, tmp_path / "whole", "many", 0, 1)
     out = tmp_path / "killed" / "many" / "1.0.0"
     killed = tool(f"--folder={many}", f"--out={tmp_path / 'killed'}", "--name=many", "--processes=1")
     deadline = time.monotonic() + 120
@@ -158,7 +159,7 @@ def test_killed_and_resumed_it_makes_the_same_bytes(many, tmp_path):
         time.sleep(0.002)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert not (out / shards.MANIFEST).exists()
+    assert not (out / tfds_writer.MANIFEST).exists()
     again = tool(f"--folder={many}", f"--out={tmp_path / 'killed'}", "--name=many", "--processes=2")
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output
@@ -193,7 +194,9 @@ def tfrecords(pets, tmp_path):
 
 def test_tfrecords_become_readable_beside_the_originals(pets, tfrecords, images):
     data = config(dir=tfrecords.parent.parent)
-    with pytest.raises(UserError, match=r"prepared as tfrecord.*python -m lmim_jax.tools.prepare --tfrecord=") as error:
+    with pytest.raises(
+        UserError, match=r"prepared as tfrecord.*python -m lmim_jax.cli.prepare_data --tfrecord="
+    ) as error:
         sources.from_config(data, "train")
     before = contents(tfrecords)
     flag = str(error.value).rpartition(" ")[2]
@@ -208,7 +211,7 @@ def test_tfrecords_become_readable_beside_the_originals(pets, tfrecords, images)
     }
     for path in pets.glob("*.array_record*"):  # the records are the same, and so are the files
         assert (tfrecords / path.name).read_bytes() == path.read_bytes()
-    assert prepare.verify(tfrecords, 4)[1] == []
+    assert prepare_data.verify(tfrecords, 4)[1] == []
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut"])
@@ -218,14 +221,14 @@ def test_a_damaged_tfrecord_file_is_named(tfrecords, damage):
     content[len(content) // 2] ^= 1
     path.write_bytes(content if damage == "bit" else content[: len(content) // 3])
     with pytest.raises(UserError, match=r"pets-test.tfrecord-00000-of-00001 is damaged at record \d+"):
-        prepare.convert_tfrecords(tfrecords, 1)
+        prepare_data.convert_tfrecords(tfrecords, 1)
     assert not list(tfrecords.glob("*test.array_record*")), "nothing half-made"
 
 
 def test_labels_are_not_trusted_when_the_files_have_changed(pets, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = sources.from_config(config(dir=pets.parent.parent), "train")
-    assert prepared._labels(source).tolist() == [0] * 24 + [1] * 24
+    assert tfds_source._labels(source).tolist() == [0] * 24 + [1] * 24
     (path,) = pathlib.Path(tmp_path, "lmim_jax", "labels").iterdir()
     np.save(path, 1 - np.load(path))
-    assert prepared._labels(source).tolist() == [0] * 24 + [1] * 24
+    assert tfds_source._labels(source).tolist() == [0] * 24 + [1] * 24

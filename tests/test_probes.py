@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from lmim_jax import probes, sharding, supervised
-from lmim_jax.errors import UserError
-from lmim_jax.evaluators import attentive, base, linear_probe
+from lmim_jax.distributed import sharding
+from lmim_jax.evaluators import attentive_probe, base, linear_probe
+from lmim_jax.evaluators.common import probe_layers, probe_training
+from lmim_jax.utils.errors import UserError
 
 CLASSES, WIDTH = 7, 12
 RNG = np.random.default_rng(0)
@@ -83,14 +84,14 @@ def splits(informative):
 
 
 def trainer(name, **change):
-    rate, epochs = {"linear_probe": (80.0, 40.0), "attentive": (0.3, 10.0), "finetune": (0.3, 10.0)}[name]
+    rate, epochs = {"linear_probe": (80.0, 40.0), "attentive_probe": (0.3, 10.0), "finetune": (0.3, 10.0)}[name]
     fields = dict(batch_size=32, epochs=epochs, warmup_epochs=1.0, base_lr=rate)
     fields |= dict(randaugment=(0, 9.0, 0.5)) if name == "finetune" else {}  # these are no colours
     section = {**tiny.evaluator(name), **fields, **change}
     return base.from_config({"it": section}, steps_per_epoch=1, has_target=False)[0].evaluator
 
 
-@pytest.mark.parametrize("name", ["linear_probe", "attentive", "finetune"])
+@pytest.mark.parametrize("name", ["linear_probe", "attentive_probe", "finetune"])
 def test_perfect_features_score_100_and_others_chance(name):
     assert trainer(name).run(Method, PARAMS, Data(*splits(True))) == {"top1": 100.0, "top5": 100.0}
     found = trainer(name).run(Method, PARAMS, Data(*splits(False)))
@@ -109,7 +110,7 @@ def losses(splits, seed, mesh):
     """Of four steps of a linear probe."""
     probe, data, found = trainer("linear_probe", seed=seed), Data(*splits), []
     data.mesh = mesh
-    create, step, _ = supervised._programs(probe, supervised.Task(Method, Same(), CLASSES), mesh, 4, 4, WIDTH)
+    create, step, _ = probe_training._programs(probe, probe_training.Task(Method, Same(), CLASSES), mesh, 4, 4, WIDTH)
     state = create(PARAMS)
     for batch in data.training(32, 4, seed):
         state, loss = step(state, PARAMS, batch)
@@ -127,11 +128,11 @@ def test_training_repeats_on_any_number_of_devices():
 
 def test_batch_norm_is_torchs():
     """torch.nn.BatchNorm1d(affine=False, eps=1e-6), by its documentation, in float64."""
-    running = probes.batch_norm_init(5)
+    running = probe_layers.batch_norm_init(5)
     mean, variance = np.zeros(5), np.ones(5)
     for step in range(4):
         x = (RNG.normal(size=(9, 5)) * (step + 1) + 50).astype(np.float32)
-        y, running = jax.jit(probes.batch_norm_train, static_argnums=2)(x, running, 1e-6)
+        y, running = jax.jit(probe_layers.batch_norm_train, static_argnums=2)(x, running, 1e-6)
         wide = x.astype(np.float64)
         np.testing.assert_allclose(y, (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-6), atol=1e-4)
         mean = 0.9 * mean + 0.1 * wide.mean(0)
@@ -139,7 +140,7 @@ def test_batch_norm_is_torchs():
     np.testing.assert_allclose(running["mean"], mean, rtol=1e-5)
     np.testing.assert_allclose(running["variance"], variance, rtol=1e-5)
     expected = (x - mean) / np.sqrt(variance + 1e-6)
-    np.testing.assert_allclose(probes.batch_norm(x, running, 1e-6), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(probe_layers.batch_norm(x, running, 1e-6), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_unlabelled_data_has_no_figures():
@@ -160,11 +161,11 @@ def test_a_bad_feature_is_named():
     with pytest.raises(UserError, match="feature 'clss': the method has none of that name; did you mean cls"):
         trainer("linear_probe", feature="clss").run(Method, PARAMS, Data(*splits(True)))
     with pytest.raises(UserError, match="feature='cls' has no patches"):
-        trainer("attentive", feature="cls").run(Method, PARAMS, Data(*splits(True)))
+        trainer("attentive_probe", feature="cls").run(Method, PARAMS, Data(*splits(True)))
 
 
 def test_a_linear_probe_takes_features_side_by_side():
-    probe, task = trainer("linear_probe", feature="cls+patches+pixels"), supervised.Task(Method, Same(), CLASSES)
+    probe, task = trainer("linear_probe", feature="cls+patches+pixels"), probe_training.Task(Method, Same(), CLASSES)
     x = RNG.normal(size=(2, 5, 1, WIDTH)).astype(np.float32)
     found = probe._features(task, PARAMS, jnp.asarray(x))
     expected = np.concatenate([x[:, 0, 0], x[:, :, 0].mean(1), x.reshape(2, -1)], axis=1)
@@ -173,7 +174,7 @@ def test_a_linear_probe_takes_features_side_by_side():
 
 def test_one_query_reads_the_tokens():
     """The pooled token is the average of the values by how well the query fits the keys, head by head."""
-    probe, task = trainer("attentive", feature="patches"), supervised.Task(Method, Same(), 3)
+    probe, task = trainer("attentive_probe", feature="patches"), probe_training.Task(Method, Same(), 3)
     x = RNG.normal(size=(2, 5, 1, WIDTH)).astype(np.float32)
     trained, buffers = probe.init(task, PARAMS, jax.ShapeDtypeStruct((1, 5, 1, WIDTH), np.float32), jax.random.key(0))
     trained = jax.tree.map(lambda leaf: RNG.normal(size=leaf.shape).astype(np.float32), trained)
@@ -185,11 +186,11 @@ def test_one_query_reads_the_tokens():
     pooled = (weights[..., None] * both[..., WIDTH:]).sum(1)
     expected = pooled @ trained["head"]["kernel"] + trained["head"]["bias"]
     np.testing.assert_allclose(probe.logits(task, PARAMS, trained, buffers, x), expected, rtol=1e-4, atol=1e-4)
-    assert attentive.HEAD_WIDTH == 64
+    assert attentive_probe.HEAD_WIDTH == 64
 
 
 def test_the_encoder_is_frozen():
-    probe, task = trainer("linear_probe"), supervised.Task(Method, Same(), CLASSES)
+    probe, task = trainer("linear_probe"), probe_training.Task(Method, Same(), CLASSES)
     (x, y), _ = splits(True)
     trained, buffers = probe.init(task, PARAMS, jax.ShapeDtypeStruct((1, 2, 1, WIDTH), np.float32), jax.random.key(0))
     loss = lambda params: probe.loss(task, params, trained, buffers, x, y, None, None)[0]
@@ -198,8 +199,8 @@ def test_the_encoder_is_frozen():
 
 
 def test_finetuning_trains_the_encoder_and_nothing_else_of_the_method():
-    tuned, task, mesh = trainer("finetune"), supervised.Task(Method, Same(), CLASSES), Data.mesh
-    create, step, _ = supervised._programs(tuned, task, mesh, 4, 4, WIDTH)
+    tuned, task, mesh = trainer("finetune"), probe_training.Task(Method, Same(), CLASSES), Data.mesh
+    create, step, _ = probe_training._programs(tuned, task, mesh, 4, 4, WIDTH)
     state = create(PARAMS)
     assert state["trained"].keys() == {"encoder", "fc_norm", "head"}
     for batch in Data(*splits(True)).training(32, 4, 0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from lmim_jax import randaugment
+from lmim_jax.data.augment import randaugment
 
 FILL = (124, 116, 104)
 APPLY = jax.jit(randaugment.apply)

@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 import tiny
 
-from lmim_jax import clustering, environment, optim, page, recipes, runs, sharding, workdir
-from lmim_jax.checkpoint import Checkpoints
-from lmim_jax.errors import UserError
+from lmim_jax.cli import report
+from lmim_jax.distributed import sharding
+from lmim_jax.evaluators.common import clustering
 from lmim_jax.methods import base as methods
-from lmim_jax.state import create
-from lmim_jax.tools import report, report_features, report_record
+from lmim_jax.optim import adamw
+from lmim_jax.report import config_diff, log_sections, run_features
+from lmim_jax.train import provenance, runs, workdir
+from lmim_jax.train.checkpoints import Checkpoints
+from lmim_jax.train.state import create
+from lmim_jax.utils import html as page
+from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVIL = "<script>alert(1)</script>"
@@ -31,10 +36,10 @@ def make_run(folder, images, name="mae"):
     config.data.path = str(images)
     config.method = tiny.method(name)
     method = methods.from_config(config.method, total_steps=10, steps_per_epoch=5)
-    optimizer, _ = optim.from_config(config.optimizer, warmup_steps=1, total_steps=10)
+    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=1, total_steps=10)
     state, _ = create(method, optimizer, 0, sharding.make_mesh(), rules=config.mesh.rules, min_size=1)
     workdir.claim(folder, config.to_dict(), {})
-    environment.note(folder)
+    provenance.note(folder)
     with Checkpoints(folder, config) as checkpoints:
         checkpoints.save(state, 4)
     return folder
@@ -110,15 +115,15 @@ def test_figures_are_those_of_the_files(text):
 
 def test_unlabelled_images_have_neighbours_other_than_themselves(folder, images, tmp_path):
     run = runs.open_with_images(folder, images / "train" / "cat")
-    found, searched = report_features.neighbours(run, 4, 3, 100)
+    found, searched = run_features.neighbours(run, 4, 3, 100)
     assert searched == len(list((images / "train" / "cat").iterdir()))
     for picture, name, nearest in found:
         assert name == ""
         assert [cosine for *_, cosine in nearest] == sorted((cosine for *_, cosine in nearest), reverse=True)
         assert not any((other == picture).all() for other, *_ in nearest)
-    assert report_record.lines(tmp_path) == []
-    assert report_record.curves([]) is None
-    assert report_record.evaluations(tmp_path, []) is None
+    assert log_sections.lines(tmp_path) == []
+    assert log_sections.curves([]) is None
+    assert log_sections.evaluations(tmp_path, []) is None
 
 
 def test_bad_input_is_one_line(images, tmp_path):
@@ -127,7 +132,7 @@ def test_bad_input_is_one_line(images, tmp_path):
         config = tiny.get_config()
         workdir.claim(folder, config.to_dict(), {})
         runs.open_with_images(folder)
-    command = [sys.executable, "-m", "lmim_jax.tools.report", str(tmp_path)]
+    command = [sys.executable, "-m", "lmim_jax.cli.report", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == f"error: {tmp_path} is no run: it has no config.json; give the --workdir of one\n"
@@ -154,11 +159,11 @@ def test_similar_tokens_share_a_cluster():
 
 
 def test_the_command_of_a_run_gives_its_config_again():
-    name, differing, command = recipes.nearest(change(batch_size=64, seed=3))
+    name, differing, command = config_diff.nearest(change(batch_size=64, seed=3))
     assert name == "configs/quickstart.py"
     assert differing["batch_size"] == (128, 64)
     assert command == "python main.py --config=configs/quickstart.py --config.batch_size=64 --config.seed=3"
-    assert recipes.nearest(change())[1] == {}
+    assert config_diff.nearest(change())[1] == {}
 
 
 def change(**settings):

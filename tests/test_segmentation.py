@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmim_jax import classifiers, sharding
-from lmim_jax.data import drawing, masks, scenes, shapes
-from lmim_jax.errors import UserError
+from lmim_jax.data.eval import segmentation_masks
+from lmim_jax.data.synthetic import drawing, scenes, shapes
+from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import segmentation
+from lmim_jax.evaluators.common import classifiers
+from lmim_jax.utils.errors import UserError
 
 MESH = sharding.make_mesh()
 
@@ -107,7 +109,7 @@ def test_neighbours_and_regression_equal_scikit_learn():
 def test_a_mask_lies_where_its_image_is():
     augment = annotated.evaluation().augment
     mask = RNG.integers(0, 3, (64, 96))  # twice as high: every second row and column of the middle
-    np.testing.assert_array_equal(masks.placed(mask, augment), mask[1::2, 17:80:2])
+    np.testing.assert_array_equal(segmentation_masks.placed(mask, augment), mask[1::2, 17:80:2])
 
 
 def test_numbers_of_palette_and_grey_files():
@@ -115,11 +117,11 @@ def test_numbers_of_palette_and_grey_files():
     image = Image.fromarray(np.array([[0, 1], [2, 255]], np.uint8)).convert("P")
     image.putpalette(list(range(255, -1, -1)) * 3)
     image.save(stream, format="PNG")
-    assert masks.numbers(stream.getvalue()).tolist() == [[0, 1], [2, 255]]
+    assert segmentation_masks.numbers(stream.getvalue()).tolist() == [[0, 1], [2, 255]]
     stream = io.BytesIO()
     Image.fromarray(RNG.integers(0, 255, (4, 4, 3)).astype(np.uint8)).save(stream, format="PNG")
-    with pytest.raises(masks.BadImage, match="a mask of colours"):
-        masks.numbers(stream.getvalue())
+    with pytest.raises(segmentation_masks.BadImage, match="a mask of colours"):
+        segmentation_masks.numbers(stream.getvalue())
 
 
 def test_bad_input_is_named(folders, tmp_path):

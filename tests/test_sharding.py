@@ -11,10 +11,12 @@ import tiny
 from jax._src.ad_checkpoint import saved_residuals  # what jax.ad_checkpoint.print_saved_residuals prints
 from jax.sharding import PartitionSpec
 
-from lmim_jax import hlo, sharding, state, step
-from lmim_jax.errors import UserError
+from lmim_jax.distributed import sharding
 from lmim_jax.models import decoders, vit
-from lmim_jax.models.stack import run_as
+from lmim_jax.models.layer_stack import run_as
+from lmim_jax.perf import hlo
+from lmim_jax.train import state, step
+from lmim_jax.utils.errors import UserError
 
 BATCH = 16
 SIZE = dict(depth=1, decoder_depth=1, similarity_weight=0.0)  # whose mean over a micro-batch is squared

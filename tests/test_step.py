@@ -10,18 +10,20 @@ import pytest
 import tiny
 from flax.traverse_util import flatten_dict
 
-from lmim_jax import metrics, optim, sharding, state, step
-from lmim_jax.data import augment
-from lmim_jax.errors import UserError
+from lmim_jax.data.augment import device
+from lmim_jax.distributed import sharding
 from lmim_jax.methods import base
+from lmim_jax.optim import adamw
+from lmim_jax.train import metric_logger, state, step
+from lmim_jax.utils.errors import UserError
 
 
 def setup(**change):
     config = tiny.get_config()
     config.method.update(change)
     method = base.from_config(config.method, total_steps=20, steps_per_epoch=10)
-    images = augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
-    optimizer, _ = optim.from_config(config.optimizer, warmup_steps=5, total_steps=20)
+    images = device.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=5, total_steps=20)
     return method, images, optimizer
 
 
@@ -129,7 +131,7 @@ def test_decay_spares_what_the_official_code_spares():
     method, _, _ = setup()
     params = jax.eval_shape(method.init, jax.random.key(0))
     rules = tiny.get_config().optimizer.decay_rules
-    decayed = {name for name, on in flatten_dict(optim.by_name(rules, params, ""), sep="/").items() if on}
+    decayed = {name for name, on in flatten_dict(adamw.by_name(rules, params, ""), sep="/").items() if on}
     assert {"encoder/cls_token", "decoder/mask_token", "decoder/cls_token"} <= decayed
     assert {"encoder/block00/attn/qkv/kernel", "projector/linear0/kernel", "decoder/head/kernel"} <= decayed
     assert not any("bias" in name or "norm" in name or "embed" in name for name in decayed)
@@ -137,13 +139,13 @@ def test_decay_spares_what_the_official_code_spares():
 
 def test_uncovered_parameters_are_named():
     with pytest.raises(UserError, match="no rule matches a/b"):
-        optim.by_name([("c.*", True)], {"a": {"b": 1}, "c": 2}, "config.optimizer.decay_rules")
+        adamw.by_name([("c.*", True)], {"a": {"b": 1}, "c": 2}, "config.optimizer.decay_rules")
 
 
 def test_adamw_equals_torchs_definition():
     _, _, optimizer = setup()
     config, rng = tiny.get_config().optimizer, np.random.default_rng(0)
-    _, rate = optim.from_config(config, warmup_steps=5, total_steps=20)
+    _, rate = adamw.from_config(config, warmup_steps=5, total_steps=20)
     params = {"dense": {"kernel": rng.normal(size=(3, 2)).astype(np.float32)}}
     opt_state, m, v, expected = optimizer.init(params), 0, 0, params["dense"]["kernel"].astype(float)
     for t in range(1, 6):
@@ -205,5 +207,5 @@ def test_a_gradient_that_is_not_finite_is_named():
     current, train_step = sick_step(sick, augmentation, optimizer, skip=False)
     _, found = train_step(current)
     assert np.isfinite(found["loss"])
-    with pytest.raises(metrics.NonFinite, match=r"step 5: .*grad_norm = nan.*; all is well"):
-        metrics.check_finite(5, {name: float(value) for name, value in found.items()}, lambda: "all is well")
+    with pytest.raises(metric_logger.NonFinite, match=r"step 5: .*grad_norm = nan.*; all is well"):
+        metric_logger.check_finite(5, {name: float(value) for name, value in found.items()}, lambda: "all is well")

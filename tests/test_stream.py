@@ -16,10 +16,14 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lmim_jax import errors, sharding
-from lmim_jax.data import augment, background, host_crop, loader
+from lmim_jax.data import loader, prefetch
+from lmim_jax.data.augment import device as augment
+from lmim_jax.data.augment import host as host_crop
+from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
-from lmim_jax.step import augment_keys, draw, image_keys
+from lmim_jax.train.step import draw
+from lmim_jax.utils import errors
+from lmim_jax.utils.prng import augment_keys, image_keys
 
 OPTIONS = dict(canvas=40, channels=3, workers=0, threads=2, timeout=60.0, max_bad_fraction=0.2, resize_on="device")
 BATCH, COUNT, SEED = 40, 2000, 3
@@ -88,7 +92,7 @@ def stream(workers=0, processes=1, start=0, steps=COUNT // BATCH):
     for process in range(processes):
         images = loader.Decoded(Numbered(), 40, 3, 2, replace=True)
         order = loader.TrainingOrder(images, SEED, BATCH, steps, process * rows, rows, max(workers, 1))
-        crews.append(background.Crew(order, start, workers))
+        crews.append(prefetch.Crew(order, start, workers))
     for batches in zip(*crews, strict=True):
         yield {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0] if name != "pid"}
 
@@ -209,23 +213,23 @@ def test_memory_is_bounded():
 
 
 def test_memory_is_recycled_only_when_nobody_looks():
-    first = background.recycled((4, 64, 64, 3), np.uint8)
+    first = prefetch.recycled((4, 64, 64, 3), np.uint8)
     first[:] = 7
     placed = sharding.to_global({"image": np.concatenate([first, first])}, sharding.make_mesh())["image"]
     part = first[1:, :2]
     address = first.ctypes.data
     del first
-    other = background.recycled((4, 64, 64, 3), np.uint8)
+    other = prefetch.recycled((4, 64, 64, 3), np.uint8)
     assert other.ctypes.data != address  # `part` still shows the first
     other[:] = 9
     assert (part == 7).all()
     del part
-    again = background.recycled((4, 64, 64, 3), np.uint8)
+    again = prefetch.recycled((4, 64, 64, 3), np.uint8)
     assert again.ctypes.data == address
     on_devices = jax.device_put(again)  # may share the memory
     again[:] = 5
     seen = np.asarray(on_devices).copy()
     del again
-    background.recycled((4, 64, 64, 3), np.uint8)[:] = 1
+    prefetch.recycled((4, 64, 64, 3), np.uint8)[:] = 1
     np.testing.assert_array_equal(np.asarray(on_devices), seen)
     assert (np.asarray(placed) == 7).all()

@@ -11,10 +11,10 @@ import sys
 import conftest
 import pytest
 
-from lmim_jax import comparison
-from lmim_jax.errors import UserError
+from lmim_jax.cli import study
 from lmim_jax.methods import base as methods
-from lmim_jax.tools import study
+from lmim_jax.report import comparison
+from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -91,8 +91,8 @@ def get_config():
 def test_a_study_runs_goes_on_and_reports(tmp_path, images):
     (tmp_path / "config.py").write_text(CONFIG)
     out = tmp_path / "out"
-    settings = [f"data.path={images}", "total_steps=4", "evaluators.knn.every=0.0", "evaluators.pictures.every=0.0"]
-    command = [sys.executable, "-m", "lmim_jax.tools.study", f"--config={tmp_path}/config.py", f"--out={out}"]
+    settings = [f"data.path={images}", "total_steps=4", "evaluators.knn.every=0.0", "evaluators.visualization.every=0.0"]
+    command = [sys.executable, "-m", "lmim_jax.cli.study", f"--config={tmp_path}/config.py", f"--out={out}"]
     command += [f"--parallel={min(2, len(os.sched_getaffinity(0)))}", *(f"--set={setting}" for setting in settings)]
     environment = {**os.environ, "XLA_FLAGS": conftest.FAST}
     execute = lambda: subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -18,9 +18,9 @@ import pytest
 import tiny
 
 import lmim_jax
-from lmim_jax import checkpoint, metrics, train
-from lmim_jax.errors import UserError
-from lmim_jax.writers import history
+from lmim_jax.train import checkpoints, loop, metric_logger
+from lmim_jax.train.metric_writer import history
+from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {"evaluators": {}}  # compiles faster
@@ -43,7 +43,7 @@ def finished(images, tmp_path_factory):
     """A finished run in this process: (config, workdir, summary)."""
     workdir = tmp_path_factory.mktemp("finished")
     config = recipe(images)
-    return config, workdir, train.train(config, workdir)
+    return config, workdir, loop.train(config, workdir)
 
 
 def test_a_run_tells_what_it_did(finished):
@@ -62,14 +62,14 @@ def test_a_run_tells_what_it_did(finished):
     assert {path.name for path in (workdir / "pictures").iterdir()} == names
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert any((workdir / "tensorboard").iterdir())
-    assert list(checkpoint.steps(workdir)) == [6, 9, 12]  # keep 3
+    assert list(checkpoints.steps(workdir)) == [6, 9, 12]  # keep 3
 
 
 def test_a_finished_run_says_so_and_does_nothing(finished, caplog):
     config, workdir, summary = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     with caplog.at_level(logging.INFO, logger="lmim_jax"):
-        assert train.train(config, workdir) == summary
+        assert loop.train(config, workdir) == summary
     assert "this run is finished: 12 of 12 steps" in caplog.text
     assert "trained encoder" in caplog.text
     assert "What next" in caplog.text
@@ -79,7 +79,7 @@ def test_a_finished_run_says_so_and_does_nothing(finished, caplog):
 def test_a_run_killed_before_its_summary_is_evaluated_again(finished):
     config, workdir, summary = finished
     (workdir / "summary.json").unlink()
-    again = train.train(config, workdir)
+    again = loop.train(config, workdir)
     assert {name: again[name] for name in again if "knn/" in name} == {n: summary[n] for n in summary if "knn/" in n}
     (workdir / "summary.json").write_text(json.dumps(summary))
 
@@ -88,7 +88,7 @@ def test_weights_load_alone_in_a_notebook(finished, tmp_path):
     _, workdir, _ = finished
     method, online = lmim_jax.load(workdir)
     _, target = lmim_jax.load(workdir, target=True)
-    *_, newest = checkpoint.steps(workdir).values()
+    *_, newest = checkpoints.steps(workdir).values()
     saved = ocp.PyTreeCheckpointer().restore(newest.absolute() / "state")
     for params, name in ((online, "params"), (target, "target")):
         jax.tree.map(np.testing.assert_array_equal, params["encoder"], saved[name]["encoder"])
@@ -130,7 +130,7 @@ HARMFUL = [
 def test_another_config_in_its_workdir_is_refused_by_key(finished, images, change):
     _, workdir, _ = finished
     with pytest.raises(UserError, match=r"the run of another config.*choose another --workdir") as refused:
-        train.train(recipe(images, **change), workdir)
+        loop.train(recipe(images, **change), workdir)
     for key, value in change.items():
         told = list(value) if isinstance(value, tuple) else value
         assert re.search(rf"{key} [^,]+(, [^,]+\])? -> {re.escape(str(told))}", str(refused.value)), refused.value
@@ -139,16 +139,16 @@ def test_another_config_in_its_workdir_is_refused_by_key(finished, images, chang
 def test_other_images_in_its_workdir_are_refused(finished, images, tmp_path):
     _, workdir, _ = finished
     shutil.copytree(images, tmp_path, dirs_exist_ok=True)
-    train.train(recipe(tmp_path), workdir)  # the same images elsewhere: fine
+    loop.train(recipe(tmp_path), workdir)  # the same images elsewhere: fine
     (tmp_path / "train" / "cat" / "00.png").rename(tmp_path / "train" / "cat" / "new.png")
     with pytest.raises(UserError, match=r"training_images\.names"):
-        train.train(recipe(tmp_path), workdir)
+        loop.train(recipe(tmp_path), workdir)
 
 
 def test_harmless_keys_may_change(finished, images):
     _, workdir, summary = finished
     change = {"log_every": 5, "checkpoint_keep": 9, "data.threads": 3, "evaluators.knn.k": (3,)}
-    assert train.train(recipe(images, **change), workdir) == summary
+    assert loop.train(recipe(images, **change), workdir) == summary
 
 
 NAN = {  # value to set -> the quantity named first
@@ -161,10 +161,10 @@ NAN = {  # value to set -> the quantity named first
 @pytest.mark.parametrize("key", NAN)
 def test_nan_stops_the_run_naming_step_and_quantity(images, tmp_path, key):
     value, quantity = NAN[key]
-    with pytest.raises(metrics.NonFinite, match=rf"step \d+: {quantity} = (nan|-?inf)") as caught:
-        train.train(recipe(images, **{key: value, "checkpoint_every": 1, **SMALL}), tmp_path)
+    with pytest.raises(metric_logger.NonFinite, match=rf"step \d+: {quantity} = (nan|-?inf)") as caught:
+        loop.train(recipe(images, **{key: value, "checkpoint_every": 1, **SMALL}), tmp_path)
     step = int(str(caught.value).split(":")[0].removeprefix("step "))
-    kept = list(checkpoint.steps(tmp_path))
+    kept = list(checkpoints.steps(tmp_path))
     assert kept == list(range(1, step))[-3:]  # every finite state, and nothing after it
     assert all(math.isfinite(value) for line in lines(tmp_path) for value in line.values())
 
@@ -172,14 +172,14 @@ def test_nan_stops_the_run_naming_step_and_quantity(images, tmp_path, key):
 def test_training_lowers_the_loss_below_chance(images, tmp_path):
     change = {"total_steps": 60, "optimizer.base_lr": 0.1, "method.similarity_weight": 0.0, **SMALL}
     change |= {"checkpoint_every": 1000, "log_every": 5}
-    train.train(recipe(images, **change), tmp_path)
+    loop.train(recipe(images, **change), tmp_path)
     losses = [line["reconstruction"] for line in lines(tmp_path)]
     chance = 2 * 0.2 * math.log(12)  # 12 masked patches
     assert np.mean(losses[-5:]) < min(0.95 * chance, np.mean(losses[:3]) - 0.05)
 
 
 def test_total_steps_replaces_epochs(images, tmp_path):
-    train.train(recipe(images, total_steps=2, **SMALL), tmp_path)
+    loop.train(recipe(images, total_steps=2, **SMALL), tmp_path)
     assert lines(tmp_path)[-1]["step"] == 2
 
 
@@ -194,13 +194,13 @@ def test_an_evaluation_that_cannot_be_made_costs_no_step(images, tmp_path, monke
 
     monkeypatch.setattr(knn.Evaluator, "run", run)
     with pytest.raises(UserError, match="no such folder of masks"):
-        train.train(config, tmp_path)
-    assert list(checkpoint.steps(tmp_path)) == [2]
+        loop.train(config, tmp_path)
+    assert list(checkpoints.steps(tmp_path)) == [2]
 
 
 def test_images_without_classes_train_without_knn(images, tmp_path):
     config = recipe(images / "train" / "cat", total_steps=2)
-    summary = train.train(config, tmp_path)
+    summary = loop.train(config, tmp_path)
     assert not any(name.startswith("knn") for name in summary)
 
 
@@ -218,8 +218,8 @@ def command(images, workdir, *flags):
 )
 def test_the_recipe_is_chosen_by_flag(flags, recipe):
     script = (
-        "import main, sys; main.command.parse_flags(sys.argv, main.DEFAULT);"
-        "print(main.flags.FLAGS['config'].config_filename)"
+        "import sys; from lmim_jax.cli import app, train; app.parse_flags(sys.argv, train.DEFAULT);"
+        "print(train.flags.FLAGS['config'].config_filename)"
     )
     told = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == f"configs/{recipe}.py"
@@ -227,14 +227,14 @@ def test_the_recipe_is_chosen_by_flag(flags, recipe):
 
 def test_skipping_stops_after_too_many_in_a_row(images, tmp_path, caplog):
     change = {"augment.std": (0.0, 0.0, 0.0), "on_nonfinite": "skip", "max_skipped": 3, **SMALL}
-    with pytest.raises(metrics.NonFinite, match=r"step 4: input_mean = "):
-        train.train(recipe(images, **change), tmp_path)
+    with pytest.raises(metric_logger.NonFinite, match=r"step 4: input_mean = "):
+        loop.train(recipe(images, **change), tmp_path)
     assert [record.args[:2] for record in caplog.records if "skipped" in record.msg] == [(1, 1), (2, 2), (3, 3)]
 
 
 TOOLS = {
-    "ceiling --config.methd.tau=1": "unknown config key config.methd.tau",
-    "ceiling --config=configs/none.py": "configs/none.py: no such file",
+    "supervised_baseline --config.methd.tau=1": "unknown config key config.methd.tau",
+    "supervised_baseline --config=configs/none.py": "configs/none.py: no such file",
     "bench": "--what",
     "checkpoints": "give one folder",
     "checkpoints /nowhere --verify": "no checkpoints here",
@@ -243,7 +243,7 @@ TOOLS = {
 
 @pytest.mark.parametrize("call", TOOLS)
 def test_a_tool_called_wrongly_says_so_in_one_line(call):
-    command = [sys.executable, "-m", *f"lmim_jax.tools.{call}".split()]
+    command = [sys.executable, "-m", *f"lmim_jax.cli.{call}".split()]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 2, told.stderr
     assert "Traceback" not in told.stderr

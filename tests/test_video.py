@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmim_jax import davis
-from lmim_jax.data import clips, prepared, scenes, shapes
-from lmim_jax.errors import UserError
-from lmim_jax.evaluators import video
+from lmim_jax.data import tfds_source
+from lmim_jax.data.eval import video_clips
+from lmim_jax.data.synthetic import scenes, shapes
+from lmim_jax.evaluators import video_segmentation
+from lmim_jax.evaluators.common import davis_metrics
+from lmim_jax.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
 
@@ -40,7 +42,7 @@ def folder(tmp_path_factory):
 
 
 def run(method=None, patch_size=1, **change):
-    evaluator = annotated.evaluator("video", **{"side": 16, "batch_size": 8, "radius": 6, "past": 2, **change})
+    evaluator = annotated.evaluator("video_segmentation", **{"side": 16, "batch_size": 8, "radius": 6, "past": 2, **change})
     method = method or annotated.Sees()
     method.patch_size = patch_size
     return evaluator.run(method, {}, annotated.evaluation())
@@ -64,17 +66,17 @@ def test_region_and_contour_by_hand():
     """
     first, second, third = square(1, 1), square(1, 2), square(1, 3)
     contour = [[1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 0, 0], [1, 1, 1, 1, 0, 0], [0] * 6, [0] * 6]
-    assert (davis.boundary(first) * 1).tolist() == contour
-    assert (davis.region(first, second), davis.contour(first, second)) == (1 / 2, 1)
-    assert davis.region(first, third) == 3 / 15
-    assert davis.contour(first, third) == pytest.approx(8 / 11)
+    assert (davis_metrics.boundary(first) * 1).tolist() == contour
+    assert (davis_metrics.region(first, second), davis_metrics.contour(first, second)) == (1 / 2, 1)
+    assert davis_metrics.region(first, third) == 3 / 15
+    assert davis_metrics.contour(first, third) == pytest.approx(8 / 11)
 
 
 def test_empty_masks():
     empty, some = np.zeros((6, 6), bool), square(1, 1)
-    assert (davis.region(empty, empty), davis.contour(empty, empty)) == (1, 1)
-    assert (davis.region(some, empty), davis.contour(some, empty)) == (0, 0)
-    assert (davis.region(empty, some), davis.contour(empty, some)) == (0, 0)
+    assert (davis_metrics.region(empty, empty), davis_metrics.contour(empty, empty)) == (1, 1)
+    assert (davis_metrics.region(some, empty), davis_metrics.contour(some, empty)) == (0, 0)
+    assert (davis_metrics.region(empty, some), davis_metrics.contour(empty, some)) == (0, 0)
 
 
 def test_contours_equal_the_official_way():
@@ -95,18 +97,18 @@ def test_contours_equal_the_official_way():
         wide = [ndimage.binary_dilation(edge, x * x + y * y <= 4) for edge in edges]
         precision = (edges[1] & wide[0]).sum() / edges[1].sum()
         recall = (edges[0] & wide[1]).sum() / edges[0].sum()
-        assert davis.contour(*masks) == pytest.approx(2 * precision * recall / (precision + recall))
+        assert davis_metrics.contour(*masks) == pytest.approx(2 * precision * recall / (precision + recall))
 
 
 def test_first_and_last_frame_are_not_scored():
     truth = np.stack([square(1, 1) * 1] * 4)
     found = truth.copy()
     found[0] = found[-1] = 0
-    assert davis.scores(truth, found).tolist() == [[1, 1]]
+    assert davis_metrics.scores(truth, found).tolist() == [[1, 1]]
     found[1] = 0
-    assert davis.scores(truth, found).tolist() == [[0.5, 0.5]]
+    assert davis_metrics.scores(truth, found).tolist() == [[0.5, 0.5]]
     truth[2] = 2  # an object that the first frame does not show is none
-    assert len(davis.scores(truth, found)) == 1
+    assert len(davis_metrics.scores(truth, found)) == 1
 
 
 def test_perfect_features_score_100_and_shuffled_ones_do_not(folder):
@@ -122,8 +124,8 @@ def test_padding_changes_no_figure(folder):
 
 
 def test_a_list_names_the_sequences(folder):
-    assert [clip.name for clip in clips.folder(folder)] == ["small", "wide"]
-    assert [clip.name for clip in clips.folder(folder, "ImageSets/val.txt")] == ["wide"]
+    assert [clip.name for clip in video_clips.folder(folder)] == ["small", "wide"]
+    assert [clip.name for clip in video_clips.folder(folder, "ImageSets/val.txt")] == ["wide"]
 
 
 def test_propagation_equals_a_plain_computation():
@@ -139,16 +141,21 @@ def test_propagation_equals_a_plain_computation():
                     weights.append((np.exp(frame[n] @ tokens[f, m] / 0.7), f, m))
         best = sorted(weights, reverse=True)[:3]
         expected[n] = sum(weight * labels[f, m] for weight, f, m in best) / sum(weight for weight, *_ in best)
-    step = video._propagate((h, w), 3, 1, 0.7, frames)
+    step = video_segmentation._propagate((h, w), 3, 1, 0.7, frames)
     found = step(*(np.asarray(x, np.float32) for x in (frame, tokens, labels)), there)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_frames_are_resized_to_whole_patches():
     frames = np.zeros((1, 48, 85, 3), np.uint8)
-    assert video._resized(frames, 480, 64).shape == (1, 480, 832, 3)  # as DINO does it with DAVIS's 480 x 854
-    assert video._resized(frames.transpose(0, 2, 1, 3), 480, 64).shape == (1, 832, 480, 3)
-    assert video._resized(frames[:, :, :48], 480, 64).shape == (1, 480, 480, 3)
+    assert video_segmentation._resized(frames, 480, 64).shape == (
+        1,
+        480,
+        832,
+        3,
+    )  # as DINO does it with DAVIS's 480 x 854
+    assert video_segmentation._resized(frames.transpose(0, 2, 1, 3), 480, 64).shape == (1, 832, 480, 3)
+    assert video_segmentation._resized(frames[:, :, :48], 480, 64).shape == (1, 480, 480, 3)
 
 
 def test_bad_input_is_named(folder, tmp_path):
@@ -174,11 +181,11 @@ def test_bad_input_is_named(folder, tmp_path):
 
 
 def test_embedded_clips_are_drawn_once_and_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepared, "cache", lambda: tmp_path)
+    monkeypatch.setattr(tfds_source, "cache", lambda: tmp_path)
     monkeypatch.setattr(shapes, "CLIPS", {"test": 3})
-    found = clips.embedded()
+    found = video_clips.embedded()
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
-    again = clips.embedded()
+    again = video_clips.embedded()
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert again == found
     assert len(found) == 3

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from lmim_jax import workdir
-from lmim_jax.errors import UserError
+from lmim_jax.train import lock, workdir
+from lmim_jax.utils.errors import UserError
 
 
 def hold(path, **change):
@@ -17,7 +17,7 @@ def hold(path, **change):
     holder = {
         "host": socket.gethostname(),
         "pid": 1,
-        "start": workdir._start_of(1),
+        "start": lock._start_of(1),
         "since": "2026-01-01T00:00:00+00:00",
     }
     (path / "lock").write_text(json.dumps(holder | change))
@@ -25,8 +25,8 @@ def hold(path, **change):
 
 def test_a_lock_is_held_and_given_back(tmp_path):
     taken = pytest.raises(UserError, match=rf"pid {os.getpid()}, since 20.*choose another --workdir")
-    with workdir.Lock(tmp_path / "run"), taken:
-        workdir.Lock(tmp_path / "run")
+    with lock.Lock(tmp_path / "run"), taken:
+        lock.Lock(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -43,19 +43,19 @@ def test_whose_lock_counts(tmp_path, change, alive):
     hold(tmp_path, **change)
     if alive:
         with pytest.raises(UserError, match="is being written by another run"):
-            workdir.Lock(tmp_path)
+            lock.Lock(tmp_path)
     else:
-        workdir.Lock(tmp_path).release()
+        lock.Lock(tmp_path).release()
 
 
 def test_a_silent_lock_of_another_host_is_taken_over(tmp_path, caplog):
     hold(tmp_path, host="elsewhere")
-    long_ago = time.time() - 10 * workdir.STALE
+    long_ago = time.time() - 10 * lock.STALE
     os.utime(tmp_path / "lock", (long_ago, long_ago))
-    workdir.Lock(tmp_path).release()
+    lock.Lock(tmp_path).release()
     assert "taking over" in caplog.text
     (tmp_path / "lock").write_text("cut o")
-    workdir.Lock(tmp_path).release()
+    lock.Lock(tmp_path).release()
 
 
 def test_kernels_are_pinned_where_there_is_a_gpu(tmp_path, monkeypatch):

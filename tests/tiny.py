@@ -3,9 +3,12 @@
 import jax
 
 from configs import evaluate, small, vit_b
-from lmim_jax import checkpoint, optim, sharding, workdir
+from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
-from lmim_jax.state import create
+from lmim_jax.optim import adamw
+from lmim_jax.train import checkpoints as checkpoint
+from lmim_jax.train import workdir
+from lmim_jax.train.state import create
 
 SIZES = dict(grid=(4, 4), patch_size=4, gap=1, width=16, depth=1, heads=2, num_visible=4, projector_depth=1)
 SIZES |= dict(decoder_width=8, decoder_depth=1, decoder_heads=2, projector_width=24, latent_decoder_width=12)
@@ -13,10 +16,10 @@ SIZES |= dict(context_capacity=8, min_context=1, mask_batch=2, dtype="float32")
 SIZES |= dict(block_total=8, block_smallest=2, block_largest=4)
 
 EVALUATORS = {  # what is smaller than in configs/evaluate.py
-    "linear": dict(batch_size=16, l2=(1e-3, 1e-1), iterations=50),
+    "logistic_regression": dict(batch_size=16, l2=(1e-3, 1e-1), iterations=50),
     "fewshot": dict(batch_size=16, shots=(1, 4), percent=(50,), draws=2, iterations=50),
     "linear_probe": dict(batch_size=16, epochs=1.0, warmup_epochs=0.5),
-    "attentive": dict(batch_size=16, epochs=1.0, warmup_epochs=0.5),
+    "attentive_probe": dict(batch_size=16, epochs=1.0, warmup_epochs=0.5),
     "finetune": dict(batch_size=16, epochs=1.0, warmup_epochs=0.5),
 }
 
@@ -31,7 +34,7 @@ def get_config():
     _shrink(config.method)
     config.optimizer.update(base_lr=0.03, warmup_epochs=0.5)
     config.evaluators.knn.update(every=1.0, batch_size=16, k=(5,))
-    config.evaluators.pictures.update(every=2.0, images=2)
+    config.evaluators.visualization.update(every=2.0, images=2)
     config.update(log_every=2, checkpoint_every=3, gauge_images=16)
     return config
 
@@ -58,7 +61,7 @@ def run(config, folder):
     """Make `folder` a run of `config` that has not trained: its fresh state as the checkpoint of step 0."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])  # quicker than eight
     model = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
-    optimizer, _ = optim.from_config(config.optimizer, warmup_steps=0, total_steps=1)
+    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=0, total_steps=1)
     state, _ = create(model, optimizer, config.seed, mesh, rules=config.mesh.rules, min_size=config.mesh.min_size)
     with checkpoint.Checkpoints(folder, config) as checkpoints:
         checkpoints.save(state, 0)

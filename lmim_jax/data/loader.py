@@ -15,9 +15,9 @@ import grain.multiprocessing
 import jax
 import numpy as np
 
-from lmim_jax import sharding
-from lmim_jax.data import background, decode
-from lmim_jax.errors import UserError
+from lmim_jax.data import decode, prefetch
+from lmim_jax.distributed import sharding
+from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Decoded:
           image uint8 [B, *shape], size [B, 2] (height, width), label [B], index [B] of the images taken, bad [B]: the
           index asked for where that image is bad, or -1; int32; and pid, who made it.
         """
-        new = grain.multiprocessing.SharedMemoryArray if background.in_worker else background.recycled
+        new = grain.multiprocessing.SharedMemoryArray if prefetch.in_worker else prefetch.recycled
         batch = {"image": new((len(indices), *self.shape), np.uint8), "size": np.full((len(indices), 2), self.canvas)}
         batch |= {name: np.full(len(indices), -1) for name in ("label", "index", "bad")}
         draws = self.crop.draws(step, positions) if self.crop else [None] * len(indices)
@@ -70,7 +70,7 @@ class Decoded:
             for row in range(first, min(first + CHUNK, len(indices))):
                 self._fill({name: column[row : row + 1] for name, column in batch.items()}, indices[row], draws[row])
 
-        run = map if self.threads == 1 else background.pool(self.threads).map
+        run = map if self.threads == 1 else prefetch.pool(self.threads).map
         for _ in run(fill, range(0, len(indices), CHUNK)):
             pass
         numbers = {name: column.astype(np.int32) for name, column in batch.items() if name != "image"}
@@ -208,10 +208,10 @@ def training(source, config, *, seed, batch_size, steps, start, mesh, crop=None)
     """
     if start == steps:  # Grain knows no empty datasets
         return iter(())
-    threads = background.threads_of(config)
+    threads = prefetch.threads_of(config)
     images = Decoded(source, config.canvas, config.channels, threads, replace=True, crop=crop)
     first, rows = rows_of_process(batch_size)
-    parts = background.parts_of(config.workers, rows)
+    parts = prefetch.parts_of(config.workers, rows)
     order = TrainingOrder(images, seed, batch_size, steps, first, rows, parts)
     bad = BadImages(images, config.max_bad_fraction)
     names = ("image", "label") if crop else ("image", "size", "label")
@@ -220,4 +220,4 @@ def training(source, config, *, seed, batch_size, steps, start, mesh, crop=None)
         bad.see(batch["bad"])
         return sharding.to_global({name: batch[name] for name in names}, mesh)
 
-    return background.ahead(background.Crew(order, start, config.workers), place, config.timeout, images.reading)
+    return prefetch.ahead(prefetch.Crew(order, start, config.workers), place, config.timeout, images.reading)

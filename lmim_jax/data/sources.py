@@ -13,9 +13,9 @@ import logging
 import os
 import pathlib
 
-from lmim_jax.data import prepared
+from lmim_jax.data import tfds_source
 from lmim_jax.data.decode import SUFFIXES
-from lmim_jax.errors import UserError
+from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ def from_config(config, split):
             return None
         return folder(config.path, name, config[f"{split}_per_class"], config.train_split, classes)
     if config.source == "tfds":
-        source = prepared.open_tfds(config.name, config.dir, name) if name else None
-        return prepared.only(source, classes) if source and classes else source
+        source = tfds_source.open_tfds(config.name, config.dir, name) if name else None
+        return tfds_source.only(source, classes) if source and classes else source
     near = difflib.get_close_matches(config.source, SOURCES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"config.data.source={config.source!r} is none of: {' | '.join(SOURCES)}{hint}")
@@ -66,9 +66,9 @@ def _names(path):
 
 def shapes(path, split, kind=None):
     """The embedded dataset, in `path` or else the user's cache folder; or its config "several"."""
-    from lmim_jax.data import shapes as dataset  # TFDS is slow to import, and not needed for folders
+    from lmim_jax.data.synthetic import shapes as dataset  # TFDS is slow to import, and not needed for folders
 
-    return prepared.split_of(dataset.prepare(path or prepared.cache(), kind), split)
+    return tfds_source.split_of(dataset.prepare(path or tfds_source.cache(), kind), split)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,15 +22,31 @@ import pkgutil
 import jax
 import numpy as np
 
-from lmim_jax import pooling, sharding
-from lmim_jax.errors import UserError
+from lmim_jax.distributed import sharding
+from lmim_jax.evaluators.common import image_features
+from lmim_jax.utils.errors import UserError
+
+
+# `type` of an evaluator in the config.json of runs made before version 0.2 -> its module now
+FORMER_NAMES = {
+    "linear": "logistic_regression",
+    "attentive": "attentive_probe",
+    "video": "video_segmentation",
+    "attributes": "clevr",
+    "pictures": "visualization",
+}
+
+
+def _registered(module):
+    """Whether a module of this folder is an entry: any file but this one; the folder common/ is shared code."""
+    return not module.ispkg and module.name != "base"
 
 
 def names():
     """The evaluators there are: the modules of this folder."""
     import lmim_jax.evaluators as package
 
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if _registered(module))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +90,7 @@ def from_config(config, *, steps_per_epoch, has_target, where="config.evaluators
     for title, section in config.items():
         here, fields = f"{where}.{title}", dict(section)
         kind, every, weights = (_pop(fields, key, here) for key in ("type", "every", "params"))
+        kind = FORMER_NAMES.get(kind, kind)
         if kind not in names():
             near = difflib.get_close_matches(str(kind), names(), n=1)
             hint = f"; did you mean {near[0]}?" if near else f" (there are: {', '.join(names())})"
@@ -102,7 +119,7 @@ def _pooled(method, augment, mesh, feature):
     """Jitted (params, batch) -> (feature of each image [B, D], label [B], index [B]), equal on all devices."""
 
     def pooled(params, batch):
-        return pooling.vectors(method, augment, params, batch["images"], feature), batch["label"], batch["index"]
+        return image_features.vectors(method, augment, params, batch["images"], feature), batch["label"], batch["index"]
 
     return jax.jit(pooled, out_shardings=sharding.replicated(mesh))
 
@@ -126,7 +143,7 @@ def split_features(method, params, data, split, feature, batch_size):
         x, labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
         return x[index >= 0], labels[index >= 0]
 
-    if data.cache is None or not pooling.needs_encoder(feature):  # pixels take more room than time
+    if data.cache is None or not image_features.needs_encoder(feature):  # pixels take more room than time
         return compute()
     return data.cache.get(method, params, data, split, feature, compute)
 

@@ -12,9 +12,9 @@ import statistics
 
 import numpy as np
 
-from lmim_jax import logistic
-from lmim_jax.errors import UserError
 from lmim_jax.evaluators.base import labelled, split_features
+from lmim_jax.evaluators.common import lbfgs_logistic
+from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Evaluator:
 
     def accuracies(self, train, test, num_classes):
         """The figures from (features [N, D], labels [N]) of both splits."""
-        mean, deviation = logistic.statistics(train[0])
+        mean, deviation = lbfgs_logistic.statistics(train[0])
         x, test_x = ((x - mean) / deviation for x, _ in (train, test))
         of_class = [np.flatnonzero(train[1] == label) for label in range(num_classes)]
         smallest = min(map(len, of_class))
@@ -73,7 +73,7 @@ class Evaluator:
                 chosen = [rng.permutation(members)[:n] for members, n in zip(of_class, of_each, strict=True)]
                 chosen = np.concatenate(chosen)
                 l2 = 1 / (self.prior**2 * len(chosen))
-                fit = logistic.fit(x[chosen], train[1][chosen], num_classes, (l2,), self.iterations)
+                fit = lbfgs_logistic.fit(x[chosen], train[1][chosen], num_classes, (l2,), self.iterations)
                 found.append(100 * float(np.mean(fit.predict(test_x)[0] == test[1])))
             result[name] = statistics.mean(found)
             result[f"{name}_std"] = statistics.stdev(found) if len(found) > 1 else 0.0

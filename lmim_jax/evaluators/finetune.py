@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmim_jax import layer_decay, losses, mixing, probes, supervised
-from lmim_jax.errors import UserError
-from lmim_jax.models.stack import POLICIES, stochastic_depth
-from lmim_jax.randaugment import randaugment
+from lmim_jax.data.augment import mixup as mixing
+from lmim_jax.data.augment.randaugment import randaugment
+from lmim_jax.evaluators.common import probe_layers, probe_training
+from lmim_jax.models import normalization
+from lmim_jax.models.layer_stack import POLICIES, stochastic_depth
+from lmim_jax.optim import layer_decay
+from lmim_jax.utils.errors import UserError
 
 FEATURE = "patches_prenorm"
 
@@ -49,7 +52,7 @@ class Evaluator:
             raise UserError(f"evaluator finetune: remat={self.remat!r} is none of: {' | '.join(POLICIES)}")
         if self.batch_size % (2 * data.mesh.size) and (self.mixup or self.cutmix):
             raise UserError(f"evaluator finetune: batch_size={self.batch_size}: every device mixes pairs of images")
-        return supervised.accuracy(self, method, params, data)
+        return probe_training.accuracy(self, method, params, data)
 
     def init(self, task, params, images, rng):
         """The pretrained encoder; norm and linear layer."""
@@ -57,7 +60,7 @@ class Evaluator:
         return {
             "encoder": params["encoder"],
             "fc_norm": {"scale": jnp.ones(width), "bias": jnp.zeros(width)},
-            "head": probes.linear_init(rng, width, task.classes, 2e-5),
+            "head": probe_layers.linear_init(rng, width, task.classes, 2e-5),
         }, {}
 
     def optimizer(self, rate, trained):
@@ -84,9 +87,9 @@ class Evaluator:
         """[B, K]."""
         del buffers
         x = task.method.features({**params, "encoder": trained["encoder"]}, images)[FEATURE]
-        x = losses.layer_norm(probes.pooled(x), 1e-6)
+        x = normalization.layer_norm(probe_layers.pooled(x), 1e-6)
         x = x * trained["fc_norm"]["scale"][None] + trained["fc_norm"]["bias"][None]
-        return probes.linear(trained["head"], x)
+        return probe_layers.linear(trained["head"], x)
 
     def _disturbed(self, augment, images, keys):
         """RandAugment, on levels, and random erasing of normalised images [B, H, W, C]."""

@@ -12,8 +12,8 @@ import functools
 
 import numpy as np
 
-from lmim_jax import classifiers, pooling
 from lmim_jax.evaluators.base import labelled, split_features
+from lmim_jax.evaluators.common import classifiers, image_features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Evaluator:
         if not labelled(data):
             return {}
         result = self._accuracies(method, params, data, self.feature)
-        for name in pooling.FIXED if self.baselines else ():
+        for name in image_features.FIXED if self.baselines else ():
             found = _baseline(self, method, data, name)
             result |= {f"{name}_{figure}": value for figure, value in found.items() if figure != "loo1"}
         return result

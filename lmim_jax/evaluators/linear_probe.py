@@ -9,8 +9,8 @@ import dataclasses
 
 import jax
 
-from lmim_jax import pooling, probes, supervised
-from lmim_jax.lars import lars
+from lmim_jax.evaluators.common import image_features, probe_layers, probe_training
+from lmim_jax.optim.lars import lars
 
 EPSILON = 1e-6
 
@@ -33,12 +33,12 @@ class Evaluator:
 
     def run(self, method, params, data):
         """{"top1", "top5"} in percent; {} where there are no labels or no test images."""
-        return supervised.accuracy(self, method, params, data)
+        return probe_training.accuracy(self, method, params, data)
 
     def init(self, task, params, images, rng):
         """The linear layer; running statistics."""
         width = jax.eval_shape(lambda x: self._features(task, params, x), images).shape[-1]
-        return probes.linear_init(rng, width, task.classes, 0.01), probes.batch_norm_init(width)
+        return probe_layers.linear_init(rng, width, task.classes, 0.01), probe_layers.batch_norm_init(width)
 
     def optimizer(self, rate, trained):
         """LARS."""
@@ -49,12 +49,14 @@ class Evaluator:
     def loss(self, task, params, trained, buffers, images, labels, rng, keys):
         """Cross-entropy; the running statistics after the batch."""
         del rng, keys
-        x, buffers = probes.batch_norm_train(self._features(task, params, images), buffers, EPSILON)
-        return probes.cross_entropy(probes.linear(trained, x), labels), buffers
+        x, buffers = probe_layers.batch_norm_train(self._features(task, params, images), buffers, EPSILON)
+        return probe_layers.cross_entropy(probe_layers.linear(trained, x), labels), buffers
 
     def logits(self, task, params, trained, buffers, images):
         """[B, K]."""
-        return probes.linear(trained, probes.batch_norm(self._features(task, params, images), buffers, EPSILON))
+        return probe_layers.linear(
+            trained, probe_layers.batch_norm(self._features(task, params, images), buffers, EPSILON)
+        )
 
     def _features(self, task, params, images):
-        return jax.lax.stop_gradient(pooling.vectors(task.method, task.augment, params, images, self.feature))
+        return jax.lax.stop_gradient(image_features.vectors(task.method, task.augment, params, images, self.feature))

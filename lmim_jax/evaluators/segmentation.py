@@ -14,8 +14,8 @@ import dataclasses
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from lmim_jax import classifiers, clustering, patches
-from lmim_jax.errors import UserError
+from lmim_jax.evaluators.common import classifiers, clustering, patch_features
+from lmim_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Evaluator:
 
     def run(self, method, params, data):
         """{"miou<K>", "knn_miou", "knn_accuracy", "linear_miou", "linear_accuracy"} in percent."""
-        augment = patches.enlarged(data.augment, self.zoom)
+        augment = patch_features.enlarged(data.augment, self.zoom)
         data = data.masked(self.images, self.masks, (self.train_images, self.test_images), augment)
         tokens, maps = {}, {}
         for split in ("train", "test"):
-            found = patches.of_split(method, params, data, split, self.feature, self.batch_size)
+            found = patch_features.of_split(method, params, data, split, self.feature, self.batch_size)
             tokens[split], maps[split] = found[0], data.segments(split, found[1])
         classes = sorted({int(number) for of_split in maps.values() for number in np.unique(of_split)} - {self.ignore})
         if len(classes) < 2:

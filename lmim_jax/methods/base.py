@@ -33,15 +33,20 @@ import pkgutil
 
 import jax
 
-from lmim_jax import masking
-from lmim_jax.errors import UserError
+from lmim_jax.methods.common import masking
+from lmim_jax.utils.errors import UserError
+
+
+def _registered(module):
+    """Whether a module of this folder is an entry: any file but this one; the folder common/ is shared code."""
+    return not module.ispkg and module.name != "base"
 
 
 def names():
     """The methods there are: the modules of this folder."""
     import lmim_jax.methods as package
 
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if _registered(module))
 
 
 def from_config(config, *, total_steps, steps_per_epoch):

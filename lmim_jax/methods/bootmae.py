@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lmim_jax import losses, masking
-from lmim_jax.errors import UserError
 from lmim_jax.methods.base import check_choice, check_heads, check_range
-from lmim_jax.models import vit
+from lmim_jax.methods.common import losses, masking
+from lmim_jax.models import normalization, vit
 from lmim_jax.models.decoders import PixelHead, TargetAwareDecoder
 from lmim_jax.models.layers import Dense, patchify, replace_patches, sincos_positions
+from lmim_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +201,8 @@ class Method:
         _, targets = self._encoder.apply({"params": jax.lax.stop_gradient(target["encoder"])}, patches, positions)
         pixel_targets, mean, deviation = losses.standardize_pixels(masking.take(patches, masked), self.channels)
         return {
-            "predictions": losses.layer_norm(predictions, 1e-6),
-            "targets": losses.layer_norm(masking.take(targets[:, 1:], masked), 1e-6),
+            "predictions": normalization.layer_norm(predictions, 1e-6),
+            "targets": normalization.layer_norm(masking.take(targets[:, 1:], masked), 1e-6),
             "pixels": pixels,
             "pixel_targets": pixel_targets,
             "reconstruction": pixels * deviation + mean,
@@ -231,7 +231,7 @@ class Method:
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
         patches = patchify(images, grid, self.patch_size)
         out = vit.features(self._encoder, params["encoder"], patches, self._positions(self.width, grid))
-        return {**out, "latents": losses.layer_norm(out["patches_prenorm"], 1e-6)}
+        return {**out, "latents": normalization.layer_norm(out["patches_prenorm"], 1e-6)}
 
 
 def official_scales(params):

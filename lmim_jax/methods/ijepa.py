@@ -9,11 +9,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lmim_jax import losses, masking, schedules
 from lmim_jax.methods.base import check_choice, check_heads, check_range
-from lmim_jax.models import initializers, vit
+from lmim_jax.methods.common import losses, masking
+from lmim_jax.models import initializers, normalization, vit
 from lmim_jax.models.decoders import TokenDecoder
 from lmim_jax.models.layers import patchify, sincos_positions
+from lmim_jax.optim import schedules
 
 LOSSES = {"smooth_l1": losses.smooth_l1, "mse": losses.mse, "l1": losses.l1}
 
@@ -145,7 +146,7 @@ class Method:
         predictions = self._predictor.apply({"params": params["predictor"]}, *known, hidden, mask)[:, -length:]
         teacher = jax.lax.stop_gradient(target["encoder"])
         whole, _ = self._encoder.apply({"params": teacher}, patches, self._positions(teacher))
-        wanted = masking.take(losses.layer_norm(whole, 1e-5), targets.reshape(batch, -1))
+        wanted = masking.take(normalization.layer_norm(whole, 1e-5), targets.reshape(batch, -1))
         shape = (batch, blocks, length, self.width)
         return {"predictions": predictions.reshape(shape), "targets": wanted.reshape(shape)}
 

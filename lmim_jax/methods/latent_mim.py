@@ -17,11 +17,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lmim_jax import losses, masking, schedules
 from lmim_jax.methods.base import check_choice, check_heads, check_range
+from lmim_jax.methods.common import losses, masking
 from lmim_jax.models import vit
 from lmim_jax.models.decoders import LatentDecoder
 from lmim_jax.models.layers import Dense, patchify, sincos_positions
+from lmim_jax.optim import schedules
 
 
 @dataclasses.dataclass(frozen=True)

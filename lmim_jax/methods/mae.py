@@ -9,9 +9,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lmim_jax import losses, masking
 from lmim_jax.methods.base import check_choice, check_heads, check_range, check_sampler
-from lmim_jax.models import vit
+from lmim_jax.methods.common import losses, masking
+from lmim_jax.models import normalization, vit
 from lmim_jax.models.decoders import TokenDecoder
 from lmim_jax.models.layers import patchify, replace_patches, sincos_positions
 
@@ -130,7 +130,9 @@ class Method:
         masked = views["masked"]
         pixels = self.forward(params, {}, images, views)["pixels"][:, -masked.shape[1] :].astype(jnp.float32)
         if self.norm_pix:
-            mean, deviation = losses.token_moments(masking.take(patchify(images, self.grid, self.patch_size), masked))
+            mean, deviation = normalization.token_moments(
+                masking.take(patchify(images, self.grid, self.patch_size), masked)
+            )
             pixels = pixels * deviation + mean
         return replace_patches(images, masked, pixels, self.grid, self.patch_size)
 

@@ -11,11 +11,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lmim_jax import losses, masking, schedules
 from lmim_jax.methods.base import check_choice, check_heads, check_range, check_sampler
+from lmim_jax.methods.common import losses, masking
 from lmim_jax.models import initializers, vit
 from lmim_jax.models.decoders import TokenDecoder
 from lmim_jax.models.layers import patchify, replace_patches, resample_positions
+from lmim_jax.optim import schedules
 
 
 @dataclasses.dataclass(frozen=True)

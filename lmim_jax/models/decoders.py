@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lmim_jax.models.blocks import Block, CrossBlock
+from lmim_jax.models.layer_stack import run_blocks
 from lmim_jax.models.layers import Dense, Dtype, layer_norm, matmul
-from lmim_jax.models.stack import run_blocks
 
 
 def visual_cues(visible, visible_positions, masked_positions):

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lmim_jax.models.blocks import Block
+from lmim_jax.models.layer_stack import run_blocks
 from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm
-from lmim_jax.models.stack import run_blocks
 
 # Sizes by their usual names (An Image is Worth 16x16 Words, table 1; DeiT for Ti and S).
 VARIANTS = {

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lmim_jax import checkpoint, manifest
+from lmim_jax.train import checkpoint_manifest, checkpoints
 
 ROOT = pathlib.Path(conftest.ROOT)
 LIMIT = 300  # seconds that anything may take on a busy machine
@@ -31,7 +31,7 @@ def start(images, workdir, *flags, processes=1, devices=1, launcher=(), differen
     environment = {**os.environ, "XLA_FLAGS": fake, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "JAX_PLATFORMS": "cpu"}
     common = [*launcher, sys.executable, program, "--config=tests/tiny.py", f"--config.data.path={images}"]
     common += [f"--workdir={workdir}", "--config.log_every=1", "--config.evaluators.knn.every=0"]
-    common += ["--config.evaluators.pictures.every=0", *flags]
+    common += ["--config.evaluators.visualization.every=0", *flags]
     ranks = [[]]
     if processes > 1 and not launcher:
         with socket.socket() as free:
@@ -92,12 +92,12 @@ def wait_for(condition, running):
 
 def saving(workdir):
     """Whether a save is under way: a step without a manifest."""
-    return any(not (path / manifest.NAME).exists() for path in checkpoint.steps(workdir).values())
+    return any(not (path / checkpoint_manifest.NAME).exists() for path in checkpoints.steps(workdir).values())
 
 
 def digest(workdir, step):
     """SHA-256 over all tensors of a saved step, names and bytes, as read by Orbax."""
-    path, reader = checkpoint.steps(workdir)[step].absolute() / "state", ocp.PyTreeCheckpointer()
+    path, reader = checkpoints.steps(workdir)[step].absolute() / "state", ocp.PyTreeCheckpointer()
     # as plain arrays, wherever the devices were that saved them
     plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
     return digest_of(reader.restore(path, restore_args=plain))

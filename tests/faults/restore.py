@@ -10,7 +10,10 @@ from absl import flags  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
 
 import main as program  # noqa: E402
-from lmim_jax import checkpoint, command, distributed, dry_run, sharding  # noqa: E402
+from lmim_jax.cli import app  # noqa: E402
+from lmim_jax.distributed import multihost, sharding
+from lmim_jax.perf import aot
+from lmim_jax.train import checkpoints as checkpoint
 
 os.environ["XLA_FLAGS"] = told  # not the 8 devices of tests
 
@@ -18,9 +21,9 @@ os.environ["XLA_FLAGS"] = told  # not the 8 devices of tests
 def main(_):
     """As the flags say."""
     given = flags.FLAGS
-    distributed.initialize(given.coordinator, given.num_processes, given.process_id, given.heartbeat)
+    multihost.initialize(given.coordinator, given.num_processes, given.process_id, given.heartbeat)
     config = given.config
-    recipe = dry_run.Recipe.of(config, images=48)
+    recipe = aot.Recipe.of(config, images=48)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     with checkpoint.Checkpoints(given.workdir, config) as checkpoints:
         state = checkpoints.restore(recipe.state(), recipe.shardings(mesh))
@@ -32,4 +35,4 @@ def main(_):
 
 if __name__ == "__main__":
     assert program.DEFAULT
-    command.run(main)
+    app.run(main)

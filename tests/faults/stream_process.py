@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lmim_jax import distributed, sharding
 from lmim_jax.data import loader, sources
+from lmim_jax.distributed import multihost, sharding
 
 OPTIONS = dict(canvas=40, channels=3, threads=2, timeout=120.0, max_bad_fraction=0.2)
 STEPS, BATCH = 12, 8
@@ -19,7 +19,7 @@ STEPS, BATCH = 12, 8
 
 def main(coordinator, count, rank, images, workers, start):
     """See above."""
-    distributed.initialize(coordinator, int(count), int(rank))
+    multihost.initialize(coordinator, int(count), int(rank))
     config, source = ConfigDict({**OPTIONS, "workers": int(workers)}), sources.folder(images, "train")
     options = dict(seed=0, batch_size=BATCH, steps=STEPS, start=int(start), mesh=sharding.make_mesh())
     for batch in loader.training(source, config, **options):

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import tiny
 
-from lmim_jax import checkpoint, manifest, sharding, writers
-from lmim_jax.errors import UserError
-from lmim_jax.state import TrainState
-from lmim_jax.tools import checkpoints as tool
+from lmim_jax.cli import checkpoints as tool
+from lmim_jax.distributed import sharding
+from lmim_jax.train import checkpoint_manifest, metric_writer
+from lmim_jax.train import checkpoints as checkpoint
+from lmim_jax.train.state import TrainState
+from lmim_jax.utils.errors import UserError
 
 MESH = sharding.make_mesh()
 
@@ -81,13 +83,13 @@ def test_every_flipped_bit_is_detected_and_its_file_named(tmp_path, full):
         path = paths[i % len(paths)]
         good = path.read_bytes()
         flip(path, rng)
-        verdict = manifest.verify(step)
+        verdict = checkpoint_manifest.verify(step)
         assert verdict.state == "damaged", path
         assert path.name in verdict.problems[0]
         if path.parent.name.startswith("params."):
             assert f"(tensor {path.parent.name.replace('.', '/')})" in verdict.problems[0]
         path.write_bytes(good)
-    assert manifest.verify(step).state == "good"
+    assert checkpoint_manifest.verify(step).state == "good"
 
 
 def damage(path, kind, rng):
@@ -107,7 +109,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_restored(tmp_path, caplo
     cases = [(rng.choice(paths), "flip") for _ in range(50 if full else 8)]
     cases += [(rng.choice(paths), share) for share in (0, 0.5, 0.999)]
     cases += [(path, "delete") for path in paths[:: 1 if full else 5]]
-    cases += [(paths[0].parents[0] / manifest.NAME, "delete")] if paths[0].parents[0].name == "2" else []
+    cases += [(paths[0].parents[0] / checkpoint_manifest.NAME, "delete")] if paths[0].parents[0].name == "2" else []
     for i, (path, kind) in enumerate(cases):
         run = tmp_path / f"run{i}"
         shutil.copytree(tmp_path / "good", run)
@@ -135,7 +137,7 @@ def test_without_any_good_step_the_error_says_so(tmp_path):
 
 def test_a_first_save_cut_short_is_no_damage(tmp_path, caplog):
     save(tmp_path, 1)
-    (tmp_path / "checkpoints" / "1" / manifest.NAME).unlink()
+    (tmp_path / "checkpoints" / "1" / checkpoint_manifest.NAME).unlink()
     (tmp_path / "checkpoints" / checkpoint.SEALED).unlink()
     assert restore(tmp_path) is None
     assert "no save was ever completed: step 1 is partial: manifest.json is missing" in caplog.text
@@ -159,7 +161,7 @@ def test_retention_keeps_the_newest_every_mth_and_the_best(tmp_path):
     change = {"checkpoint_keep": 2, "checkpoint_keep_every": 4, "checkpoint_best": "knn/knn5"}
     save(tmp_path, *range(1, 10), **change)
     assert list(checkpoint.steps(tmp_path)) == [3, 4, 8, 9]
-    assert all(manifest.verify(path).state == "good" for path in checkpoint.steps(tmp_path).values())
+    assert all(checkpoint_manifest.verify(path).state == "good" for path in checkpoint.steps(tmp_path).values())
 
 
 def test_a_step_stays_though_old_ones_cannot_be_deleted(tmp_path, caplog):
@@ -200,7 +202,7 @@ def test_a_full_disk_is_told_at_once_leaks_nothing_and_is_tried_again(small_disk
         assert "SAVING STEP 2 FAILED" in caplog.text
         assert "the checkpoint of step 1 is good" in caplog.text
         assert used(small_disk) == before
-        assert manifest.verify(checkpoint.steps(small_disk)[1]).state == "good"
+        assert checkpoint_manifest.verify(checkpoint.steps(small_disk)[1]).state == "good"
         filler.unlink()
         checkpoints.save(state(3, size), 3)
     assert not checkpoints.failing
@@ -263,7 +265,7 @@ def test_a_read_only_folder_fails_and_works_again(tmp_path):
 
 
 def test_metrics_wait_for_space_and_are_all_there_in_the_end(small_disk, caplog):
-    writer = writers.Writer(small_disk, 0)
+    writer = metric_writer.Writer(small_disk, 0)
     writer.write(1, {"loss": 1.0})
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file:
@@ -279,14 +281,14 @@ def test_metrics_wait_for_space_and_are_all_there_in_the_end(small_disk, caplog)
     filler.unlink()
     writer.write(400, {"loss": 400.0})
     writer.close()
-    assert [line["step"] for line in writers.history(small_disk)] == list(range(1, 401))
+    assert [line["step"] for line in metric_writer.history(small_disk)] == list(range(1, 401))
 
 
 def test_the_tool_lists_every_step_and_finds_the_damage(tmp_path):
     save(tmp_path, 1, 2, 3)
     _, all_good = tool.table(tmp_path, verify=True)
     assert all_good
-    (tmp_path / "checkpoints" / "2" / manifest.NAME).unlink()
+    (tmp_path / "checkpoints" / "2" / checkpoint_manifest.NAME).unlink()
     path = files(tmp_path / "checkpoints" / "3" / "state")[-1]
     flip(path, random.Random(0))
     by_size, _ = tool.table(tmp_path, verify=False)

@@ -45,7 +45,7 @@ def test_two_processes_train_as_one_does(images, tmp_path, cut, full):
     """[state cut over both, without evaluators / also a copy in each, with both evaluators at the end]"""
     if not cut and not full:
         pytest.skip("more of the same; ./launch/test.sh --faults")
-    flags = FLAGS if full else (*FLAGS, *(f"--config.evaluators.{name}.every=1000" for name in ("knn", "pictures")))
+    flags = FLAGS if full else (*FLAGS, *(f"--config.evaluators.{name}.every=1000" for name in ("knn", "visualization")))
     one = run(images, tmp_path / "one", *flags, devices=2)
     two = run(images, tmp_path / "two", *flags, *cut, processes=2)
     assert len(one) == STEPS
@@ -68,24 +68,24 @@ def test_a_process_that_was_started_otherwise_is_named(images, tmp_path):
 
 MEETING = """
 import sys
-from lmim_jax import distributed
+from lmim_jax.distributed import multihost
 me = int(sys.argv[2])
-distributed.initialize(sys.argv[1], 2, me, 10)
-distributed.meet("save/1/folder", "failed/1", 60)
+multihost.initialize(sys.argv[1], 2, me, 10)
+multihost.meet("save/1/folder", "failed/1", 60)
 if me == 1:
-    distributed.give_up("failed/1", "disk full")
+    multihost.give_up("failed/1", "disk full")
 else:
     try:
-        distributed.meet("save/1/written", "failed/1", 60)
+        multihost.meet("save/1/written", "failed/1", 60)
     except OSError as error:
         print("told:", error)
-distributed.meet("save/2/folder", "failed/2", 60)
+multihost.meet("save/2/folder", "failed/2", 60)
 if me == 0:
     try:
-        distributed.meet("save/2/written", "failed/2", 1)
+        multihost.meet("save/2/written", "failed/2", 1)
     except TimeoutError as error:
         print("told:", error)
-print("all:", distributed.gather({"me": me}))
+print("all:", multihost.gather({"me": me}))
 """
 
 
@@ -188,8 +188,8 @@ def test_two_processes_evaluate_as_one_does(images, tmp_path, full):
         pytest.skip("four processes; ./launch/test.sh --faults")
     run(images, tmp_path, *FLAGS)
     script = [str(processes.ROOT / "launch" / "processes.sh"), "2"]
-    tool = [sys.executable, "-m", "lmim_jax.tools.evaluate", f"--workdir={tmp_path}", "--evaluators=knn,linear"]
-    tool += ["--config.knn.batch_size=16", "--config.linear.batch_size=16"]
+    tool = [sys.executable, "-m", "lmim_jax.cli.evaluate", f"--workdir={tmp_path}", "--evaluators=knn,logistic_regression"]
+    tool += ["--config.knn.batch_size=16", "--config.logistic_regression.batch_size=16"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     figures, cache = [], tmp_path / "evaluations" / "cache"
     for name, launcher in (("two", script), ("again", script), ("one", [])):

@@ -20,7 +20,7 @@ def test_a_job_of_two_tasks_saves_on_its_signal_goes_back_into_the_queue_and_fin
     workdir, log = tmp_path / "run", tmp_path / "job.log"
     flags = ["--config=configs/quickstart.py", f"--workdir={workdir}", f"--config.total_steps={STEPS}"]
     flags += ["--heartbeat=300", "--config.log_every=1", "--config.evaluators.knn.baselines=False"]
-    flags += [f"--config.evaluators.{name}.every=0" for name in ("knn", "pictures")]
+    flags += [f"--config.evaluators.{name}.every=0" for name in ("knn", "visualization")]
     options = ["--parsable", "--time=60", f"--ntasks-per-node={TASKS}", f"--output={log}"]
     with cluster.Cluster(tmp_path / "slurm") as slurm:
         environment = {**slurm.environment, "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}

@@ -15,8 +15,8 @@ import stream_process
 import test_stream
 from ml_collections import ConfigDict
 
+from lmim_jax.cli import prepare_data
 from lmim_jax.data import loader, sources
-from lmim_jax.tools import prepare
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -56,7 +56,7 @@ def test_two_processes_share_the_batches_of_one(images):
 def test_a_folder_and_the_dataset_made_of_it_train_alike(resize_on, images, tmp_path, full):
     if not full:
         pytest.skip("with --faults only: two whole runs")
-    prepare.convert_folder(images, tmp_path, "pets", 0, 1)
+    prepare_data.convert_folder(images, tmp_path, "pets", 0, 1)
     dataset = "--config.data.source=tfds", "--config.data.name=pets", f"--config.data.dir={tmp_path}"
     losses = []
     for name, flags in (("folder", ()), ("tfds", dataset)):

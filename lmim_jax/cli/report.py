@@ -1,0 +1,80 @@
+"""A page about a run: curves, what is given and seen, segments, attention, neighbours, figures, config, commands.
+
+    python -m lmim_jax.cli.report RUN [--out=FILE.html] [--path=IMAGES]
+
+RUN is the --workdir of a run with a checkpoint. The page is one HTML file that needs no network, RUN/report.html unless
+`--out` says otherwise. --path: where the images are now, if they were moved.
+"""
+
+import logging
+import pathlib
+import time
+
+from absl import flags
+
+from lmim_jax.cli import app
+from lmim_jax.report import image_sections, log_sections, patch_sections, run_features
+from lmim_jax.report.script import SCRIPT
+from lmim_jax.train.runs import open_with_images
+from lmim_jax.utils import atomic_io, html
+from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.logging import duration, log_to_console
+
+log = logging.getLogger("lmim_jax.cli.report")
+
+IMAGES, SEGMENTED, QUERIES, NEAREST = 6, 4, 6, 5  # how many are shown
+
+
+def report(run, bank):
+    """The page of a run, as text.
+
+    Args:
+      run: a `runs.Opened`. bank: training images among which neighbours are searched.
+    """
+    told = log_sections.lines(run.folder)
+    wholes, crops, windows, rebuilt = run_features.given(run, IMAGES)
+    seen = run_features.look(run, IMAGES)
+    found, searched = run_features.neighbours(run, QUERIES, NEAREST, bank)
+    sections = [
+        image_sections.given(wholes, crops, windows, rebuilt),
+        image_sections.reconstructions(crops, windows, rebuilt) if rebuilt is not None else None,
+        image_sections.features(seen),
+        patch_sections.segmentations(seen, SEGMENTED),
+        patch_sections.attention(seen, IMAGES),
+        patch_sections.similarities(seen, IMAGES),
+        image_sections.neighbours(found, searched),
+        log_sections.curves(told),
+        log_sections.evaluations(run.folder, told),
+        log_sections.provenance(run, run.folder),
+    ]
+    title = f"Run {run.folder.resolve().name}"
+    return html.document(title, log_sections.head(run, told), [part for part in sections if part], SCRIPT)
+
+
+def main(argv):
+    """As the flags say."""
+    began = time.perf_counter()
+    if len(argv) != 2:
+        raise UserError("give one folder: python -m lmim_jax.cli.report RUN [--out=FILE.html] [--path=IMAGES]")
+    log_to_console()
+    flag = flags.FLAGS
+    run = open_with_images(argv[1], flag.path)
+    out = pathlib.Path(flag.out or run.folder / "report.html")
+    text = report(run, flag.bank)
+    try:
+        atomic_io.write(out, text)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
+    log.info("%s: %.1f MB, in %s", out, len(text.encode()) / 1e6, duration(time.perf_counter() - began))
+
+
+def define_flags():
+    """Here, and not at import: tools are imported side by side by tests."""
+    flags.DEFINE_string("out", "", "The page; default: RUN/report.html.")
+    flags.DEFINE_string("path", "", "Where the images are now, if they were moved (config.data.path).")
+    flags.DEFINE_integer("bank", 8192, "Nearest neighbours are searched among so many training images.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
