@@ -21,7 +21,9 @@ def get_config():
     config.augment.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     config.method = bootmae(config.data.get_ref("channels"))
     config.optimizer.warmup_start = 0.0
-    config.optimizer.floor = 1 / 12  # 1e-4 at this batch size; the released code fixes that, whatever the peak is
+    config.optimizer.floor = (
+        1 / 12
+    )  # 1e-4 at this batch size; the released code fixes that, whatever the peak is
     config.optimizer.decay_rules = ((".*(bias|norm).*|encoder/cls_token", False), (".*", True))
     return config
 
@@ -36,7 +38,9 @@ def bootmae(channels):
     # encoder; L: lmim_jax/models/vit.py VARIANTS
     method.width = 768
     method.depth = 12
-    method.heads = 12  # also of both decoders; heads of the pixel decoder are floor(512 / 12) = 42 wide
+    method.heads = (
+        12  # also of both decoders; heads of the pixel decoder are floor(512 / 12) = 42 wide
+    )
     method.mlp_ratio = 4.0
     method.norm_eps = 1e-6
     # masks: blocks, then single patches at random
@@ -45,7 +49,9 @@ def bootmae(channels):
     method.block_smallest = 16  # area of a block in patches
     method.block_largest = 60
     method.block_aspect = 0.3  # height / width of a block: 0.3 .. 1 / 0.3
-    method.block_exposed = 3  # up to so many patches of the blocks are visible all the same (a quirk of the code)
+    method.block_exposed = (
+        3  # up to so many patches of the blocks are visible all the same (a quirk of the code)
+    )
     # two decoders: of pixels, and of features (as wide as the encoder)
     method.decoder_width = 512  # of the one of pixels
     method.decoder_depth = 2  # of each
@@ -55,8 +61,15 @@ def bootmae(channels):
     method.feature_ramp = 0.25  # share of the run in which the weight grows to that, epoch by epoch
     # teacher: EMA momentum, linear between these values at epochs 0, 100, 400, and constant afterwards
     method.momentum = (0.999, 0.9999, 0.99999)
-    method.momentum_epochs = (100, 400)  # epochs, not shares of the run: a shorter run ends earlier on this line
+    method.momentum_epochs = (
+        100,
+        400,
+    )  # epochs, not shares of the run: a shorter run ends earlier on this line
     # precision and kernels
-    method.dtype = "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
-    method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs; not where heads are no multiple of 8 wide: 42)
+    method.dtype = (
+        "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
+    )
+    method.attention = (
+        "xla"  # xla | cudnn (fused, NVIDIA GPUs; not where heads are no multiple of 8 wide: 42)
+    )
     return method

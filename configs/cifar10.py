@@ -17,7 +17,9 @@ def get_config():
     config.epochs = 40
     config.data.update(train_per_class=1000, test_per_class=200, canvas=32)
     config.augment.eval_resize = 32
-    config.method.update(grid=(8, 8), patch_size=4, gap=1, width=192, depth=6, heads=3, num_visible=10)
+    config.method.update(
+        grid=(8, 8), patch_size=4, gap=1, width=192, depth=6, heads=3, num_visible=10
+    )
     config.method.update(decoder_width=128, decoder_heads=4, projector_width=512, dtype="float32")
     config.optimizer.update(base_lr=5e-4, warmup_epochs=4.0)
     config.evaluators.knn.update(every=4.0, baselines=True)

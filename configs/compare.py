@@ -26,7 +26,12 @@ def get_config(dataset="shapes"):
     config = ConfigDict()
     config.seeds = (0, 1)
     recipe = lambda name: f"configs/small.py:{name},{dataset}"
-    shuffled = ("pilamim_shuffled", "the same, targets shuffled", recipe("pilamim"), ("method.align_targets=False",))
+    shuffled = (
+        "pilamim_shuffled",
+        "the same, targets shuffled",
+        recipe("pilamim"),
+        ("method.align_targets=False",),
+    )
     config.runs = (*((name, WORDS[name], recipe(name), ()) for name in small.METHODS), shuffled)
     config.groups = (
         ("comparison", "none", tuple(small.METHODS)),

@@ -43,7 +43,15 @@ def get_config(part="evaluators"):
         params="online",
         batch_size=256,
         feature="patches_prenorm",
-        l2=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),  # weight decays to choose from: l2 / 2 x the squared weights
+        l2=(
+            1e-6,
+            1e-5,
+            1e-4,
+            1e-3,
+            1e-2,
+            1e-1,
+            1.0,
+        ),  # weight decays to choose from: l2 / 2 x the squared weights
         held_out=0.1,  # share of the training images on which it is chosen
         iterations=300,  # of L-BFGS, at most
         seed=0,  # of the choice of held-out images
@@ -177,7 +185,11 @@ def trained():
         b2=0.999,
         weight_decay=0.05,  # not of biases, norms, positions and CLS
         drop_path=0.1,  # stochastic depth in the last block, rising from 0 in the first (L: 0.2, H: 0.3)
-        randaugment=(2, 9.0, 0.5),  # operations, their magnitude 0 .. 10 and its deviation; 0 operations: none
+        randaugment=(
+            2,
+            9.0,
+            0.5,
+        ),  # operations, their magnitude 0 .. 10 and its deviation; 0 operations: none
         erasing=0.25,  # probability of random erasing
         mixup=0.8,  # parameter of the Beta distribution; 0: none
         cutmix=1.0,

@@ -22,7 +22,10 @@ def get_config():
     config.optimizer.base_lr = 1.25e-4  # peak 1e-3 at batch 2048
     config.optimizer.update(warmup_start=0.2, floor=1e-3, b2=0.999, weight_decay=0.04)
     config.optimizer.weight_decay_end = 0.4
-    config.optimizer.decay_rules = ((".*/(bias|scale)", False), (".*", True))  # all but one-dimensional parameters
+    config.optimizer.decay_rules = (
+        (".*/(bias|scale)", False),
+        (".*", True),
+    )  # all but one-dimensional parameters
     for evaluator in (config.evaluators.knn, config.evaluators.visualization):
         evaluator.update(params="target", feature="patches")
     return config
@@ -43,14 +46,25 @@ def ijepa(channels):
     method.blocks = 4  # target blocks per image
     method.target_scale = (0.15, 0.2)  # their share of the area
     method.target_aspect = (0.75, 1.5)
-    method.context_scale = (0.85, 1.0)  # of the context block, before the targets are taken out of it
-    method.context_capacity = 72  # the encoder's static length; in 3,000 batches the longest context had 69
+    method.context_scale = (
+        0.85,
+        1.0,
+    )  # of the context block, before the targets are taken out of it
+    method.context_capacity = (
+        72  # the encoder's static length; in 3,000 batches the longest context had 69
+    )
     method.min_context = 10  # draw again until the context has more patches than this
-    method.mask_batch = 128  # images whose contexts are cut to the shortest: 128 on each GPU in the released recipe
-    method.biased_masks = True  # as released, see masking.Multiblock; False: sizes per image, blocks anywhere, no cut
+    method.mask_batch = (
+        128  # images whose contexts are cut to the shortest: 128 on each GPU in the released recipe
+    )
+    method.biased_masks = (
+        True  # as released, see masking.Multiblock; False: sizes per image, blocks anywhere, no cut
+    )
     method.loss = "smooth_l1"  # smooth_l1 (the code) | mse (the paper) | l1
     method.momentum_start = 0.996  # EMA momentum rises along a line
     method.momentum_end = 1.0
-    method.dtype = "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
+    method.dtype = (
+        "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
+    )
     method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
     return method

@@ -17,7 +17,10 @@ def get_config():
     config = vit_b.get_config()
     config.method = mae(config.data.get_ref("channels"))
     config.optimizer.update(warmup_start=0.0, floor=0.0)
-    config.optimizer.decay_rules = ((".*/(bias|scale)", False), (".*", True))  # all but one-dimensional parameters
+    config.optimizer.decay_rules = (
+        (".*/(bias|scale)", False),
+        (".*", True),
+    )  # all but one-dimensional parameters
     return config
 
 
@@ -35,6 +38,8 @@ def mae(channels):
     method.sampler = "random"  # random | checkerboard (mask_ratio 0.5) | checkerboard2, in cells of 2 x 2 patches
     method.mask_ratio = 0.75
     method.norm_pix = True  # each patch of the target to mean 0, deviation 1
-    method.dtype = "bfloat16"  # of activations; parameters, statistics, softmax and losses are float32
+    method.dtype = (
+        "bfloat16"  # of activations; parameters, statistics, softmax and losses are float32
+    )
     method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
     return method

@@ -36,7 +36,11 @@ def pilamim(channels):
     method.norm_eps = 1e-5  # of blocks
     method.final_norm_eps = 1e-5  # of the encoder's last norm; decoders have none
     method.qkv_bias = False
-    method.decoder_width, method.decoder_depth, method.decoder_heads = 384, 6, 12  # depth and heads of both decoders
+    method.decoder_width, method.decoder_depth, method.decoder_heads = (
+        384,
+        6,
+        12,
+    )  # depth and heads of both decoders
     method.latent_decoder_width = 384
     method.sampler = "random"  # random | checkerboard (mask_ratio 0.5) | checkerboard2, in cells of 2 x 2 patches
     method.mask_ratio = 0.75
@@ -46,6 +50,8 @@ def pilamim(channels):
     method.cls_weight = 1.0
     method.momentum_start = 0.996  # EMA momentum rises along a line
     method.momentum_end = 1.0
-    method.dtype = "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
+    method.dtype = (
+        "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
+    )
     method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
     return method

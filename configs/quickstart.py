@@ -15,9 +15,15 @@ def get_config():
     config.epochs = 12
     config.data.update(source="shapes", canvas=64)
     config.augment.eval_resize = 64
-    config.method.update(grid=(8, 8), patch_size=8, gap=2, width=96, depth=4, heads=4, num_visible=10)
-    config.method.update(decoder_width=64, decoder_depth=2, decoder_heads=4, projector_width=256, dtype="float32")
-    config.method.update(similarity_start=0.5, similarity_end=0.0)  # flat shapes: 0.75 adds a constant to all latents
+    config.method.update(
+        grid=(8, 8), patch_size=8, gap=2, width=96, depth=4, heads=4, num_visible=10
+    )
+    config.method.update(
+        decoder_width=64, decoder_depth=2, decoder_heads=4, projector_width=256, dtype="float32"
+    )
+    config.method.update(
+        similarity_start=0.5, similarity_end=0.0
+    )  # flat shapes: 0.75 adds a constant to all latents
     config.optimizer.update(base_lr=4e-3, warmup_epochs=1.0)
     config.evaluators.knn.update(every=4.0, batch_size=64, baselines=True)
     config.evaluators.visualization.every = 4.0

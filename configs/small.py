@@ -78,5 +78,8 @@ def cifar10(config):
         config.method.gap = 1
 
 
-METHODS = {method.__name__: method for method in (latent_mim, latent_mim_lite, pilamim, mae, ijepa, bootmae)}
+METHODS = {
+    method.__name__: method
+    for method in (latent_mim, latent_mim_lite, pilamim, mae, ijepa, bootmae)
+}
 DATASETS = {"shapes": shapes, "cifar10": cifar10}

@@ -60,12 +60,18 @@ def get_config(dataset="shapes"):
     ablations = []
     for key, values in ABLATIONS.items():
         for value in values:
-            ablations.append((f"{key}={value}", f"{key} = {value}", recipe, listed({**state, key: value})))
+            ablations.append(
+                (f"{key}={value}", f"{key} = {value}", recipe, listed({**state, key: value}))
+            )
     config = ConfigDict()
     config.seeds = (0, 1)
     config.runs = (*runs, *ablations)  # (name, what it is, recipe, changes to the recipe)
     config.groups = (  # (title, compared with: previous | first | none, names of runs)
-        ("ladder", "previous", ladder if dataset == "shapes" else ("naive", "ema", "similarity", final)),
+        (
+            "ladder",
+            "previous",
+            ladder if dataset == "shapes" else ("naive", "ema", "similarity", final),
+        ),
         ("ablations", "first", (final, *(name for name, *_ in ablations))),
     )
     config.cost = False  # of training: see configs/compare.py

@@ -19,7 +19,9 @@ def get_config():
     config.micro_batches = 1  # gradient accumulation: equal parts of the batch, one after the other
     config.epochs = epochs  # an epoch is floor(images / batch_size) steps
     config.deterministic = True  # GPUs: only kernels whose sums do not depend on timing, so that runs repeat to the bit
-    config.total_steps = config_dict.placeholder(int)  # instead of epochs; the warm-up keeps its share of the run
+    config.total_steps = config_dict.placeholder(
+        int
+    )  # instead of epochs; the warm-up keeps its share of the run
     config.update(devices())
 
     config.data = data()
@@ -42,10 +44,14 @@ def get_config():
     optimizer.warmup_start = 0.25  # share of the peak where the warm-up starts
     optimizer.warmup_epochs = 40.0
     optimizer.floor = 0.25  # share of the peak where the cosine ends
-    optimizer.rebased = True  # the cosine begins after the warm-up; False: with the run, under the warm-up
+    optimizer.rebased = (
+        True  # the cosine begins after the warm-up; False: with the run, under the warm-up
+    )
     optimizer.b1, optimizer.b2, optimizer.eps = 0.9, 0.95, 1e-8
     optimizer.weight_decay = 0.05  # at the start
-    optimizer.weight_decay_end = optimizer.get_ref("weight_decay")  # at the end, along half a cosine
+    optimizer.weight_decay_end = optimizer.get_ref(
+        "weight_decay"
+    )  # at the end, along half a cosine
     # (regex on the parameter's path, decayed or not), first full match wins. As in the official code, which goes by
     # names: patch and decoder embeddings are spared too, CLS and mask tokens are decayed.
     optimizer.decay_rules = ((".*(bias|norm|embed).*", False), (".*", True))
@@ -72,13 +78,19 @@ def get_config():
     )
 
     config.log_every = 50  # steps between lines of metrics
-    config.gauge_images = 512  # held-out images on which the gauges of collapse are read with every such line
+    config.gauge_images = (
+        512  # held-out images on which the gauges of collapse are read with every such line
+    )
     config.checkpoint_every = 1000  # steps; also once at the end
     config.checkpoint_keep = 3  # the newest so many; 0: all
     config.checkpoint_keep_every = 0  # and every multiple of so many steps; 0: none
-    config.checkpoint_best = ""  # and the one with the highest value of this metric, such as "knn/knn20"
+    config.checkpoint_best = (
+        ""  # and the one with the highest value of this metric, such as "knn/knn20"
+    )
     config.checkpoint_max_failures = 5  # stop when so many saves in a row fail
-    config.on_nonfinite = "stop"  # stop | skip: what to do about a step whose loss or gradient is NaN or infinite
+    config.on_nonfinite = (
+        "stop"  # stop | skip: what to do about a step whose loss or gradient is NaN or infinite
+    )
     config.max_skipped = 10  # skip: stop after so many in a row
     return config
 
@@ -90,16 +102,24 @@ def data():
     data.path = ""  # folder: with images at any depth, or with train/CLASS/ and test/CLASS/; shapes: where to keep it
     data.name = ""  # tfds: dataset, or dataset/config:version, prepared in ArrayRecord files
     data.dir = ""  # tfds: the folder that holds it; "": TFDS's own, ~/tensorflow_datasets
-    data.train_split = "train"  # folder: name of the sub-folder; tfds: split or a slice of it, such as train[:1%]
+    data.train_split = (
+        "train"  # folder: name of the sub-folder; tfds: split or a slice of it, such as train[:1%]
+    )
     data.test_split = "test"  # "": none
     data.classes = ""  # a file with the names of the classes to keep, one a line, in order of their numbers; "": all
-    data.train_per_class = 0  # folder: only the first so many images of each class, by file name; 0: all
+    data.train_per_class = (
+        0  # folder: only the first so many images of each class, by file name; 0: all
+    )
     data.test_per_class = 0
     data.canvas = 512  # host decodes into a canvas of this side; larger images are shrunk to fit
     data.channels = 3  # 1 grey, 3 RGB
-    data.workers = 0  # decoding processes per host; 0: threads. The stream is the same at any number
+    data.workers = (
+        0  # decoding processes per host; 0: threads. The stream is the same at any number
+    )
     data.threads = 0  # decoding threads per process; 0: as many as there are cores
-    data.timeout = 30.0  # seconds without a batch after which the run stops and names the worker that hangs
+    data.timeout = (
+        30.0  # seconds without a batch after which the run stops and names the worker that hangs
+    )
     data.resize_on = "device"  # device | host: where training images are cropped and resized; the same boxes and pixels
     data.max_bad_fraction = 0.01  # stop when more of the files than this are no usable images
     return data
@@ -134,13 +154,17 @@ def latent_mim(channels):
     method.mlp_ratio = 4.0
     method.norm_eps = 1e-6
     # challenge 1, joint optimisation collapses: where targets come from
-    method.target = "ema"  # ema | joint | stop_gradient | random | random_projection (Latent MIM Lite)
+    method.target = (
+        "ema"  # ema | joint | stop_gradient | random | random_projection (Latent MIM Lite)
+    )
     method.momentum_start = 0.99  # EMA momentum rises along half a cosine
     method.momentum_end = 1.0
     # challenge 2, direct regression has trivial solutions: what is compared
     method.loss = "patch_infonce"  # patch_infonce | norm_l2 | mse | l1 | smooth_l1
     method.tau = 0.2  # temperature of patch_infonce
-    method.standardize = True  # patch_infonce: predictions to mean 0, deviation 1 over the patches of an image
+    method.standardize = (
+        True  # patch_infonce: predictions to mean 0, deviation 1 over the patches of an image
+    )
     # challenge 3, visible and target patches are too correlated: what is seen (and `gap` above)
     method.num_visible = 20  # of grid[0] x grid[1] = 196
     method.target_patches = "masked"  # masked | all: what the target encoder sees
@@ -148,7 +172,9 @@ def latent_mim(channels):
     method.similarity_start = 0.75  # the goal falls along half a cosine
     method.similarity_end = 0.25
     # challenge 4, a decoder for latents: how predictions are conditioned
-    method.decoder = "cross"  # cross | self: attention to the visible tokens, or all tokens in one sequence
+    method.decoder = (
+        "cross"  # cross | self: attention to the visible tokens, or all tokens in one sequence
+    )
     method.decoder_width = 512
     method.decoder_depth = 3
     method.decoder_heads = 16
@@ -156,6 +182,8 @@ def latent_mim(channels):
     method.projector_depth = 3  # layers of the MLP behind both encoders; 0: none
     method.projector_width = 4096
     # precision and kernels
-    method.dtype = "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
+    method.dtype = (
+        "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
+    )
     method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
     return method

@@ -28,13 +28,21 @@ class Sees:
         """Of patches, and the share of patches of each class as "cls"."""
         batch, height, width, _ = images.shape
         p = self.patch_size
-        cells = images.mean(-1).reshape(batch, height // p, p, width // p, p).mean((2, 4)).reshape(batch, -1)
+        cells = (
+            images.mean(-1)
+            .reshape(batch, height // p, p, width // p, p)
+            .mean((2, 4))
+            .reshape(batch, -1)
+        )
         level = jnp.round(cells * 255 / STEP)
         if self.shuffled:
             level = jnp.floor(
-                jnp.abs(jnp.sin((cells + 1) * 1e4 + jnp.arange(cells.shape[1])[None] * 78.2)) * self.classes
+                jnp.abs(jnp.sin((cells + 1) * 1e4 + jnp.arange(cells.shape[1])[None] * 78.2))
+                * self.classes
             )
-        one_hot = (level[..., None] == jnp.arange(self.classes).reshape(1, 1, -1)).astype(jnp.float32)
+        one_hot = (level[..., None] == jnp.arange(self.classes).reshape(1, 1, -1)).astype(
+            jnp.float32
+        )
         return {"patches": one_hot, "cls": one_hot.mean(1)}
 
 
@@ -43,7 +51,9 @@ def evaluation(sources=None, grid=(8, 8), patch_size=4):
     size = grid[0] * patch_size, grid[1] * patch_size
     config = vit_b.get_config()
     config.data.update(canvas=max(size), threads=1)
-    config.augment.update(eval_resize=min(size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear")
+    config.augment.update(
+        eval_resize=min(size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear"
+    )
     augmentation = device.from_config(config.augment, image_size=size, eval_size=size)
     sources = sources or {"train": types.SimpleNamespace(mask=lambda index: None), "test": None}
     return Evaluation(sources, config.data, augmentation, sharding.make_mesh())
@@ -52,7 +62,9 @@ def evaluation(sources=None, grid=(8, 8), patch_size=4):
 def evaluator(kind, /, **change):
     """The evaluator of a section of configs/evaluate.py."""
     section = {**evaluate.get_config()[kind].to_dict(), "feature": "patches", **change}
-    return base.from_config(ConfigDict({kind: section}), steps_per_epoch=1, has_target=False)[0].evaluator
+    return base.from_config(ConfigDict({kind: section}), steps_per_epoch=1, has_target=False)[
+        0
+    ].evaluator
 
 
 def save(path, numbers, scale=1):

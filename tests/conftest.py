@@ -11,7 +11,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The programs here run once or twice: compile them quickly, and the same one only once, in whatever process.
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST}"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST}"
+)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker, or a process that a test started
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lmim_jax_programs_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -36,14 +38,24 @@ def images(tmp_path_factory):
             folder.mkdir(parents=True)
             for i in range(count):
                 height, width = rng.integers(20, 41, 2)
-                noise = rng.integers(0, 120, (height, width, 3)) + np.array([100 * label, 60, 100 * (1 - label)])
-                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i:02d}.{'jpg' if i % 2 else 'png'}")
+                noise = rng.integers(0, 120, (height, width, 3)) + np.array(
+                    [100 * label, 60, 100 * (1 - label)]
+                )
+                Image.fromarray(noise.astype(np.uint8)).save(
+                    folder / f"{i:02d}.{'jpg' if i % 2 else 'png'}"
+                )
     return root
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults", action="store_true", help="the whole fault suite, and nothing else (40 minutes)")
-    parser.addoption("--interop", action="store_true", help="comparisons with timm and transformers, and nothing else")
+    parser.addoption(
+        "--faults", action="store_true", help="the whole fault suite, and nothing else (40 minutes)"
+    )
+    parser.addoption(
+        "--interop",
+        action="store_true",
+        help="comparisons with timm and transformers, and nothing else",
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -22,7 +22,9 @@ from lmim_jax.methods import base
 STORED = pathlib.Path(__file__).parent / "interop.npz"
 METHODS = base.names()
 LIBRARIES = {"timm": timm, "hf": hf}
-AS_IN_TRAINING = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", resize=18)
+AS_IN_TRAINING = dict(
+    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", resize=18
+)
 
 
 def case(name):
@@ -56,7 +58,9 @@ def checksum(tensors):
     """SHA-256 of names, shapes and values."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+        digest.update(
+            f"{name} {value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -77,7 +81,11 @@ def main():
     from lmim_jax.convert import parity_check
     from lmim_jax.utils import array_io
 
-    found = {"versions": np.array([f"{x.__name__} {x.__version__}" for x in (torch, timm_library, transformers)])}
+    found = {
+        "versions": np.array(
+            [f"{x.__name__} {x.__version__}" for x in (torch, timm_library, transformers)]
+        )
+    }
     for name in METHODS:
         for library in LIBRARIES:
             arrays, texts = contents(library, name)
@@ -87,7 +95,9 @@ def main():
                 array_io.write(pathlib.Path(folder, "model.safetensors"), arrays, {"format": "pt"})
                 tokens, _ = parity_check.OPEN[library](folder)
                 with torch.no_grad():
-                    found[f"{name}/{library}/tokens"] = tokens(torch.from_numpy(images().transpose(0, 3, 1, 2))).numpy()
+                    found[f"{name}/{library}/tokens"] = tokens(
+                        torch.from_numpy(images().transpose(0, 3, 1, 2))
+                    ).numpy()
             found[f"{name}/{library}/checksum"] = np.array(checksum(arrays))
     np.savez_compressed(STORED, **found)
     print(STORED, *found["versions"])

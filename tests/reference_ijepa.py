@@ -53,7 +53,10 @@ def tree(method, case, prefix):
     """Our tree of a case's arrays below a prefix, with the positions of encoders in it."""
     arrays = group(case, prefix)
     out = from_official(method, arrays)
-    for root, name, official in (("params", "encoder", "encoder"), ("target", "encoder", "target_encoder")):
+    for root, name, official in (
+        ("params", "encoder", "encoder"),
+        ("target", "encoder", "target_encoder"),
+    ):
         if f"{official}.pos_embed" in arrays:
             out[root][name]["positions"] = arrays[f"{official}.pos_embed"]
     return out
@@ -62,7 +65,10 @@ def tree(method, case, prefix):
 def load(case, config):
     """(method, params, target, images [B, H, W, C], views), the views padded by what must not matter."""
     context, targets = (case[f"in/{name}_idx"].astype(np.int32) for name in ("context", "target"))
-    views = {"visible": np.pad(context, ((0, 0), (0, 3))), "targets": np.pad(targets, ((0, 0), (0, 0), (0, 2)))}
+    views = {
+        "visible": np.pad(context, ((0, 0), (0, 3))),
+        "targets": np.pad(targets, ((0, 0), (0, 0), (0, 2))),
+    }
     views["visible_mask"] = np.pad(np.ones(context.shape, bool), ((0, 0), (0, 3)))
     views["target_mask"] = np.pad(np.ones(targets.shape, bool), ((0, 0), (0, 0), (0, 2)))
     ours = method(config, targets.shape[1])

@@ -50,9 +50,14 @@ def method(c):
 
 def views(case):
     """The case's mask indices and window offsets."""
-    out = {"visible": case["in/visible_idx"].astype(np.int32), "masked": case["in/masked_idx"].astype(np.int32)}
+    out = {
+        "visible": case["in/visible_idx"].astype(np.int32),
+        "masked": case["in/masked_idx"].astype(np.int32),
+    }
     if "in/gap_offset_y" in case:
-        out["offsets"] = np.stack([case["in/gap_offset_y"], case["in/gap_offset_x"]], -1).astype(np.int32)
+        out["offsets"] = np.stack([case["in/gap_offset_y"], case["in/gap_offset_x"]], -1).astype(
+            np.int32
+        )
     return out
 
 
@@ -66,7 +71,11 @@ def load(case, config):
 
 def outputs(case, run):
     """Pairs (ours, theirs) of what the forward pass gives and the loss reports; `run`: see test_reference.py."""
-    names = {"visible": "encoder_tokens", "targets": "target_tokens", "predictions": "decoder_tokens"}
+    names = {
+        "visible": "encoder_tokens",
+        "targets": "target_tokens",
+        "predictions": "decoder_tokens",
+    }
     yield from ((run.forward[name], case[f"out/{official}"]) for name, official in names.items())
     for name, official in (("predictions", "pred"), ("visible", "vis"), ("targets", "trg")):
         yield run.metrics[f"similarity_{name}"], case[f"out/avg_sim_{official}"]

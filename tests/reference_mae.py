@@ -49,7 +49,10 @@ def outputs(case, run):
     """Pairs (ours, theirs) of what the forward pass gives and the loss reports; `run`: see test_reference.py."""
     order = np.concatenate([run.views["visible"], run.views["masked"]], axis=1)
     yield run.forward["pixels"], np.take_along_axis(case["out/pred"], order[..., None], 1)
-    yield np.take_along_axis(case["out/mask"], run.views["masked"], 1), np.ones(run.views["masked"].shape)
+    yield (
+        np.take_along_axis(case["out/mask"], run.views["masked"], 1),
+        np.ones(run.views["masked"].shape),
+    )
     yield run.loss, case["out/loss"]
 
 

@@ -49,7 +49,13 @@ def load(case, config):
     model = method(config)
     state = from_official(model, group(case, "state/"))
     places = views(case, int(model.num_patches * (1 - model.mask_ratio)))
-    return model, state["params"], state["target"], case["in/images_nchw"].transpose(0, 2, 3, 1), places
+    return (
+        model,
+        state["params"],
+        state["target"],
+        case["in/images_nchw"].transpose(0, 2, 3, 1),
+        places,
+    )
 
 
 def outputs(case, run):
@@ -57,10 +63,15 @@ def outputs(case, run):
     order = np.concatenate([run.views["visible"], run.views["masked"]], axis=1)
     back = np.argsort(order, axis=1)[..., None]
     image = unpatchify(
-        np.take_along_axis(np.asarray(run.forward["pixels"]), back, 1), run.method.grid, run.method.patch_size
+        np.take_along_axis(np.asarray(run.forward["pixels"]), back, 1),
+        run.method.grid,
+        run.method.patch_size,
     )
     yield image, case["out/predicted_image"].transpose(0, 2, 3, 1)
-    yield np.take_along_axis(np.asarray(run.forward["latents"])[:, 1:], back, 1), case["out/predicted_latent"]
+    yield (
+        np.take_along_axis(np.asarray(run.forward["latents"])[:, 1:], back, 1),
+        case["out/predicted_latent"],
+    )
     yield run.forward["latents"][:, 0], case["out/cls_latent_pred"]
     yield run.forward["targets"][:, 1:], case["out/target_latent"]
     yield run.forward["targets"][:, 0], case["out/cls_target"]

@@ -33,7 +33,10 @@ class Clevr(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        return {"train": self._generate_examples(120, 0), "validation": self._generate_examples(40, 1)}
+        return {
+            "train": self._generate_examples(120, 0),
+            "validation": self._generate_examples(40, 1),
+        }
 
     def _generate_examples(self, length, seed):
         rng = np.random.default_rng(seed)
@@ -81,7 +84,9 @@ def test_labels_of_clevr_are_those_of_vtab(clevr):
     counts, distances = np.divmod(labels, attributes.BINS)
     assert np.bincount(counts).tolist() == [0, 0, 0, 30, 30, 30, 30]
     assert set(distances) == set(BINS)
-    nearest = [source.images.numbers(i, "objects/pixel_coords")[2::3].min() for i in range(len(source))]
+    nearest = [
+        source.images.numbers(i, "objects/pixel_coords")[2::3].min() for i in range(len(source))
+    ]
     expected = [BINS[int(np.argmin(np.abs(np.array(DISTANCES) - x)))] for x in nearest]
     assert distances.tolist() == expected
 
@@ -106,7 +111,9 @@ def test_the_whole_image_is_seen(clevr):
     label = np.asarray(batch["label"])[0]
     row = np.asarray(batch["images"])[0, 0, :, 0]
     assert row.shape == (32,)
-    assert (row[:15] > 0.5).sum() == pytest.approx(15 - 2 * (label // attributes.BINS) * 32 / 30, abs=1)
+    assert (row[:15] > 0.5).sum() == pytest.approx(
+        15 - 2 * (label // attributes.BINS) * 32 / 30, abs=1
+    )
 
 
 def test_the_embedded_images(tmp_path, monkeypatch):
@@ -120,7 +127,10 @@ def test_the_embedded_images(tmp_path, monkeypatch):
     counts, distances = np.divmod([source.record(i)[1] for i in range(24)], attributes.BINS)
     assert set(counts) <= set(range(2, 6))
     assert set(distances) <= set(range(6))
-    assert tfds_source.open_tfds("shapes/several", str(tmp_path), "train").numbers(0, "count") is not None
+    assert (
+        tfds_source.open_tfds("shapes/several", str(tmp_path), "train").numbers(0, "count")
+        is not None
+    )
 
 
 def test_bad_input_is_named(clevr, tmp_path, monkeypatch):

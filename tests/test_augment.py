@@ -19,9 +19,13 @@ def picture(height, width, channels=3):
     """A natural-looking picture with strong edges, in a canvas of 96."""
     rng = np.random.default_rng(height * width)
     rough = Image.fromarray(rng.integers(0, 256, (7, 9, channels), dtype=np.uint8).squeeze())
-    pixels = np.asarray(rough.resize((width, height), Image.Resampling.NEAREST)).reshape(height, width, channels)
+    pixels = np.asarray(rough.resize((width, height), Image.Resampling.NEAREST)).reshape(
+        height, width, channels
+    )
     pixels = np.clip(pixels + rng.normal(0, 9, pixels.shape), 0, 255).astype(np.uint8)
-    canvas = rng.integers(0, 256, (96, 96, channels), dtype=np.uint8)  # garbage outside must not leak in
+    canvas = rng.integers(
+        0, 256, (96, 96, channels), dtype=np.uint8
+    )  # garbage outside must not leak in
     canvas[:height, :width] = pixels
     return canvas, Image.fromarray(pixels.squeeze())
 
@@ -30,7 +34,9 @@ def reference(image, box, size, kernel):
     """Crop first, then Pillow's one-axis resizes, horizontal then vertical."""
     top, left, height, width = (int(v) for v in box)
     crop = image.crop((left, top, left + width, top + height))
-    resized = crop.resize((size[1], height), PILLOW[kernel]).resize((size[1], size[0]), PILLOW[kernel])
+    resized = crop.resize((size[1], height), PILLOW[kernel]).resize(
+        (size[1], size[0]), PILLOW[kernel]
+    )
     return np.asarray(resized).astype(int)
 
 
@@ -44,13 +50,25 @@ def test_crops_equal_pillow_within_one_level(kernel, size):
             top, left = RNG.integers(0, height - box_h + 1), RNG.integers(0, width - box_w + 1)
             box = np.array([top, left, box_h, box_w], np.int32)
             ours = RESIZE(canvas, box, size=size, kernel=device.KERNELS[kernel])
-            assert np.abs(np.asarray(ours).astype(int) - reference(image, box, size, kernel)).max() <= 1
+            assert (
+                np.abs(np.asarray(ours).astype(int) - reference(image, box, size, kernel)).max()
+                <= 1
+            )
 
 
 def make(**change):
-    options = dict(scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=True, interpolation="bicubic", mean=(0.5,) * 3)
+    options = dict(
+        scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=True, interpolation="bicubic", mean=(0.5,) * 3
+    )
     return device.Augment(
-        **{**options, "std": (0.25,) * 3, "image_size": (40, 40), "eval_resize": 32, "eval_size": (28, 28), **change}
+        **{
+            **options,
+            "std": (0.25,) * 3,
+            "image_size": (40, 40),
+            "eval_resize": 32,
+            "eval_size": (28, 28),
+            **change,
+        }
     )
 
 
@@ -59,7 +77,9 @@ def test_evaluation_is_torchvisions_resize_and_centre_crop(height, width):
     canvas, image = picture(height, width)
     short = min(height, width)
     resized_w, resized_h = 32 * width // short, 32 * height // short
-    resized = image.resize((resized_w, height), PILLOW["bicubic"]).resize((resized_w, resized_h), PILLOW["bicubic"])
+    resized = image.resize((resized_w, height), PILLOW["bicubic"]).resize(
+        (resized_w, resized_h), PILLOW["bicubic"]
+    )
     top, left = round((resized_h - 28) / 2), round((resized_w - 28) / 2)
     expected = np.asarray(resized.crop((left, top, left + 28, top + 28))).astype(int)
     batch = {"image": canvas[None], "size": np.array([[height, width]], np.int32)}
@@ -88,14 +108,18 @@ def torchvision_box(rng, height, width, scale=(0.2, 1.0), ratio=(0.75, 4 / 3)):
 def test_boxes_are_distributed_as_torchvisions(height, width):
     count, rng = 4000, np.random.default_rng(1)
     size, scale, ratio = np.array([height, width], np.int32), (0.2, 1.0), (0.75, 4 / 3)
-    sample = jax.vmap(lambda key: device.fit_crop(device.draw_crop(key, scale, ratio), size, 300, ratio))
+    sample = jax.vmap(
+        lambda key: device.fit_crop(device.draw_crop(key, scale, ratio), size, 300, ratio)
+    )
     ours = np.asarray(sample(jax.random.split(jax.random.key(0), count)), float)
     theirs = np.array([torchvision_box(rng, height, width) for _ in range(count)], float)
     assert (ours >= 0).all()
     assert (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
     for a, b in zip(ours.T, theirs.T, strict=True):  # two-sample Kolmogorov-Smirnov, p = 0.001
         grid = np.unique(np.concatenate([a, b]))
-        gap = np.abs(np.searchsorted(np.sort(a), grid, "right") - np.searchsorted(np.sort(b), grid, "right")).max()
+        gap = np.abs(
+            np.searchsorted(np.sort(a), grid, "right") - np.searchsorted(np.sort(b), grid, "right")
+        ).max()
         assert gap / count < 1.95 * np.sqrt(2 / count)
 
 

@@ -48,7 +48,9 @@ def test_a_bfloat16_step_multiplies_float32_only_where_it_must_and_asks_nothing_
         for where in found["float32_products"]
         if not any(re.fullmatch(f"{allowed}/dot_general", where) for allowed in FLOAT32)
     ]
-    assert not leaks, "products of float32 cost twice to sixteen times those of bfloat16; a new reason goes in FLOAT32"
+    assert not leaks, (
+        "products of float32 cost twice to sixteen times those of bfloat16; a new reason goes in FLOAT32"
+    )
     assert found["host_transfers"] == 0
 
 
@@ -72,7 +74,12 @@ def test_figures_of_eight_devices():
     config = recipe("mae", depth=1)
     found = bench_step.measure(config, steps=5, warmup=1)
     seconds = found["seconds_per_step"]
-    assert seconds["min"] <= seconds["lower_quartile"] <= seconds["median"] <= seconds["upper_quartile"]
+    assert (
+        seconds["min"]
+        <= seconds["lower_quartile"]
+        <= seconds["median"]
+        <= seconds["upper_quartile"]
+    )
     assert seconds["upper_quartile"] <= seconds["max"] and seconds["steps"] == 5
     method = base.from_config(config.method, total_steps=10, steps_per_epoch=5)
     assert found["gflop_per_image"] == flops.of_method(method).total / 1e9
@@ -90,7 +97,11 @@ def test_peaks_are_found_by_name():
         for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "TPU v5 lite", "TPU v5p")
     }
     assert list(flops.values()) == [989e12, 989e12, 197e12, 459e12]
-    assert accelerators.of_device("NVIDIA H100 PCIe") is accelerators.of_device("NVIDIA GeForce RTX 3090") is None
+    assert (
+        accelerators.of_device("NVIDIA H100 PCIe")
+        is accelerators.of_device("NVIDIA GeForce RTX 3090")
+        is None
+    )
 
 
 def test_hlo_is_read():
@@ -109,11 +120,29 @@ ENTRY %main.1 (x: f32[2]) -> (f32[2], f32[2]) {
 }
 """  # noqa: E501
     program = program_stats.instructions(text)
-    assert [one.opcode for one in program] == ["copy", "dot", "parameter", "fusion", "copy", "custom-call"]
+    assert [one.opcode for one in program] == [
+        "copy",
+        "dot",
+        "parameter",
+        "fusion",
+        "copy",
+        "custom-call",
+    ]
     fusion = program[3]
-    assert (fusion.name, fusion.calls, fusion.where) == ("fusion.1", "fused_computation", "jit(step)/f")
+    assert (fusion.name, fusion.calls, fusion.where) == (
+        "fusion.1",
+        "fused_computation",
+        "jit(step)/f",
+    )
     assert {one.computation for one in program} == {"fused_computation", "main.1"}
-    assert [profile.is_product(one, program) for one in program] == [False, True, False, True, False, True]
+    assert [profile.is_product(one, program) for one in program] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_a_comparison_says_how_much_faster_the_second_is(monkeypatch):
@@ -131,7 +160,10 @@ def test_a_comparison_says_how_much_faster_the_second_is(monkeypatch):
     from ml_collections import ConfigDict
 
     monkeypatch.setattr(bench_step, "Step", Fake)
-    slow, fast = ConfigDict(dict(batch_size=8, seconds=1.0)), ConfigDict(dict(batch_size=16, seconds=0.5))
+    slow, fast = (
+        ConfigDict(dict(batch_size=8, seconds=1.0)),
+        ConfigDict(dict(batch_size=16, seconds=0.5)),
+    )
     found = bench_step.compare(slow, fast, steps=3)
     assert found["ratio"]["median"] == 4.0
     assert (found["first"], found["second"]) == ([1.0] * 3, [0.5] * 3)
@@ -162,7 +194,9 @@ def test_the_commands(images, tmp_path):
         _, told = process.communicate(timeout=600)
         assert process.returncode == 2, told
         assert "Traceback" not in told
-        assert message in told.splitlines()[-1] and told.splitlines()[-1].startswith("error: "), told
+        assert message in told.splitlines()[-1] and told.splitlines()[-1].startswith("error: "), (
+            told
+        )
 
     out, told = step.communicate(timeout=600)
     assert step.returncode == 0, told
@@ -170,7 +204,9 @@ def test_the_commands(images, tmp_path):
     made, seconds = found["made"], found["seconds_per_step"]
     assert seconds["steps"] == 20 and found["peak_teraflops"] > 0 and found["compile_seconds"] > 0
     assert made["memory"]["outputs"] - made["memory"]["aliased"] < 4096  # metrics and pointers
-    assert made["memory"]["aliased"] > 0.9 * made["memory"]["arguments"] - 8 * 40 * 40 * 3  # all but the batch
+    assert (
+        made["memory"]["aliased"] > 0.9 * made["memory"]["arguments"] - 8 * 40 * 40 * 3
+    )  # all but the batch
     assert made["host_transfers"] == found["asked"]["host_transfers"] == made["collectives"] == 0
     assert pathlib.Path(found["profile"]["trace"]).is_file()
     slowest = [one["milliseconds"] for one in found["profile"]["operations"]]

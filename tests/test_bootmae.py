@@ -28,7 +28,9 @@ def published(**change):
 
 
 def small(**change):
-    return base.from_config({**tiny.method("bootmae"), **change}, total_steps=100, steps_per_epoch=5)
+    return base.from_config(
+        {**tiny.method("bootmae"), **change}, total_steps=100, steps_per_epoch=5
+    )
 
 
 @functools.cache
@@ -47,7 +49,9 @@ def case():
     rng = np.random.default_rng(0)
     images = rng.normal(size=(3, *method.image_size, 3)).astype(np.float32)
     noisy = lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(np.float32)
-    params, target = (jax.tree.map(noisy, jax.jit(method.init)(jax.random.key(seed))) for seed in (0, 1))
+    params, target = (
+        jax.tree.map(noisy, jax.jit(method.init)(jax.random.key(seed))) for seed in (0, 1)
+    )
     views = method.sample(jax.random.key(2), jax.random.split(jax.random.key(3), 3))
     return method, params, method.target_of(target), images, views
 
@@ -68,7 +72,11 @@ def attention(q, k, v, heads):
     split = lambda x: x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
     q, k, v = split(q), split(k), split(v)
     scores = np.exp(q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[-1]))
-    return (scores / scores.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3).reshape(len(q), q.shape[2], -1)
+    return (
+        (scores / scores.sum(-1, keepdims=True) @ v)
+        .transpose(0, 2, 1, 3)
+        .reshape(len(q), q.shape[2], -1)
+    )
 
 
 def self_attention(p, x, heads):
@@ -91,7 +99,12 @@ def positions(h, w, width):
     """Integers: sine and cosine of the column, then of the row."""
     frequency = 1 / 10000 ** (np.arange(width // 4) / (width // 4))
     at = [(row, column) for row in range(h) for column in range(w)]
-    return np.stack([np.concatenate([f(x * frequency) for x in (c, r) for f in (np.sin, np.cos)]) for r, c in at])
+    return np.stack(
+        [
+            np.concatenate([f(x * frequency) for x in (c, r) for f in (np.sin, np.cos)])
+            for r, c in at
+        ]
+    )
 
 
 def embed(method, p, images):
@@ -99,7 +112,10 @@ def embed(method, p, images):
     (h, w), size = method.grid, method.patch_size
     kernel = p["patch_embed"]["kernel"].reshape(size, size, 3, -1)
     cells = images.reshape(len(images), 3, h, size, w, size)
-    x = np.einsum("bchiwj,ijcd->bhwd", cells, kernel).reshape(len(images), h * w, -1) + p["patch_embed"]["bias"]
+    x = (
+        np.einsum("bchiwj,ijcd->bhwd", cells, kernel).reshape(len(images), h * w, -1)
+        + p["patch_embed"]["bias"]
+    )
     cls = np.broadcast_to(p["cls_token"], (len(x), 1, method.width))
     return np.concatenate([cls, x + positions(h, w, method.width)], 1)
 
@@ -139,27 +155,39 @@ def numpy_losses():
     order = np.concatenate([np.zeros((len(images), 1), int), visible + 1, masked + 1], 1)
     rows = np.arange(len(images))[:, None]
     encoder, regressor, predictor = params["encoder"], params["regressor"], params["predictor"]
-    layers = encode(method, encoder, embed(method, encoder, images)[rows, order[:, : 1 + visible.shape[1]]])
+    layers = encode(
+        method, encoder, embed(method, encoder, images)[rows, order[:, : 1 + visible.shape[1]]]
+    )
     tokens = norm(layers[-1], encoder["norm"])
-    x = decode(method, regressor, tokens, layers[0], order, method.decoder_width).reshape(len(images), h, w, -1)
+    x = decode(method, regressor, tokens, layers[0], order, method.decoder_width).reshape(
+        len(images), h, w, -1
+    )
     kernel = regressor["head"]["kernel"].reshape(-1, size, size, 3)
     pixels = np.einsum("bhwd,dijc->bchiwj", x, kernel).reshape(images.shape)
     pixels += regressor["head"]["bias"].reshape(1, 3, 1, 1)
-    predictions = dense(predictor["head"], decode(method, predictor, tokens, layers[-1], order, method.width))
+    predictions = dense(
+        predictor["head"], decode(method, predictor, tokens, layers[-1], order, method.width)
+    )
     targets = encode(method, target["encoder"], embed(method, target["encoder"], images))[-1][:, 1:]
 
     mask = np.zeros((len(images), h * w))
     mask[rows, masked] = 1
     mask = mask.reshape(-1, h, w)
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
-    pooled = np.array([[padded[:, i : i + 3, j : j + 3].mean((1, 2)) for j in range(w)] for i in range(h)])
+    pooled = np.array(
+        [[padded[:, i : i + 3, j : j + 3].mean((1, 2)) for j in range(w)] for i in range(h)]
+    )
     weight = mask * pooled.transpose(2, 0, 1) + mask
     cells = images.reshape(len(images), 3, h, size, w, size)
-    wanted = (cells - cells.mean((3, 5), keepdims=True)) / np.sqrt(cells.var((3, 5), keepdims=True) + 1e-5)
+    wanted = (cells - cells.mean((3, 5), keepdims=True)) / np.sqrt(
+        cells.var((3, 5), keepdims=True) + 1e-5
+    )
     of_pixel = np.repeat(np.repeat(weight, size, 1), size, 2)[:, None]
     of_pixels = np.mean(of_pixel * (pixels - wanted.reshape(images.shape)) ** 2) / mask.mean()
     predictions, targets = norm(predictions), norm(targets)
-    of_features = np.mean(weight.reshape(len(images), -1, 1) * (targets - predictions) ** 2) / mask.mean()
+    of_features = (
+        np.mean(weight.reshape(len(images), -1, 1) * (targets - predictions) ** 2) / mask.mean()
+    )
     return of_pixels, of_features, predictions, targets, pixels
 
 
@@ -168,8 +196,14 @@ def test_losses_and_predictions_equal_those_of_numpy():
     of_pixels, of_features, predictions, targets, pixels = numpy_losses()
     forward, losses_at = outputs()
     rows, masked = np.arange(len(images))[:, None], np.asarray(views["masked"])
-    patches = patchify(pixels.transpose(0, 2, 3, 1).astype(np.float32), method.grid, method.patch_size)
-    for name, expected in (("targets", targets), ("predictions", predictions), ("pixels", np.asarray(patches))):
+    patches = patchify(
+        pixels.transpose(0, 2, 3, 1).astype(np.float32), method.grid, method.patch_size
+    )
+    for name, expected in (
+        ("targets", targets),
+        ("predictions", predictions),
+        ("pixels", np.asarray(patches)),
+    ):
         np.testing.assert_allclose(forward[name], expected[rows, masked], rtol=2e-4, atol=2e-5)
     for step, (loss, metrics) in losses_at.items():
         weight = min(4 * (step // 5 + 1) / 20, 1)  # of 20 epochs of 5 steps
@@ -195,7 +229,9 @@ def test_latents_are_what_targets_are_made_of():
     method, params, target, images, views = case()
     latents = np.asarray(jax.jit(method.features)({**params, **target}, images)["latents"])
     targets = outputs()[0]["targets"]
-    np.testing.assert_allclose(np.take_along_axis(latents, views["masked"][..., None], 1), targets, atol=1e-4)
+    np.testing.assert_allclose(
+        np.take_along_axis(latents, views["masked"][..., None], 1), targets, atol=1e-4
+    )
 
 
 def test_features_of_any_image_size():
@@ -243,7 +279,9 @@ def test_decay_spares_what_the_released_code_spares():
 def test_initial_spread_is_that_of_the_released_code():
     method = small(width=64, decoder_width=32)
     params = jax.jit(method.init)(jax.random.key(0))
-    limits = {name: float(jnp.abs(leaf).max()) for name, leaf in flatten_dict(params, sep="/").items()}
+    limits = {
+        name: float(jnp.abs(leaf).max()) for name, leaf in flatten_dict(params, sep="/").items()
+    }
     expected = {
         "encoder/block00/attn/qkv/kernel": (6 / 128) ** 0.5,
         "encoder/block00/attn/proj/kernel": (6 / 128) ** 0.5,
@@ -286,7 +324,10 @@ def official_mask(rng, grid, total, smallest, largest, aspect):
         height, width = round(math.sqrt(area * stretch)), round(math.sqrt(area / stretch))
         if height >= h or width >= w:
             continue
-        top, left = rng.integers(0, h - height, endpoint=True), rng.integers(0, w - width, endpoint=True)
+        top, left = (
+            rng.integers(0, h - height, endpoint=True),
+            rng.integers(0, w - width, endpoint=True),
+        )
         block = np.zeros(grid, bool)
         block[top : top + height, left : left + width] = True
         if 0 < (block & ~mask).sum() <= limit:
@@ -296,7 +337,9 @@ def official_mask(rng, grid, total, smallest, largest, aspect):
 
 def official_order(rng, mask, exposed):
     """Unmasked patches, then masked ones, each in random order, rolled."""
-    order = np.concatenate([rng.permutation(np.flatnonzero(mask == value)) for value in (False, True)])
+    order = np.concatenate(
+        [rng.permutation(np.flatnonzero(mask == value)) for value in (False, True)]
+    )
     return np.roll(order, exposed)
 
 
@@ -307,7 +350,9 @@ COUNT = 3000
 def samples():
     """Masks [COUNT, 14, 14] of blocks alone and final ones, ours and the released sampler's; our visible patches."""
     keys = jax.random.split(jax.random.key(0), (2, COUNT))
-    draw = jax.jit(jax.vmap(lambda key: masking.block_mask(key, GRID, TOTAL, SMALLEST, LARGEST, ASPECT)))
+    draw = jax.jit(
+        jax.vmap(lambda key: masking.block_mask(key, GRID, TOTAL, SMALLEST, LARGEST, ASPECT))
+    )
     split = jax.jit(jax.vmap(lambda key, mask: masking.block_split(key, mask, 49, 2)))
     blocks = draw(keys[0])
 
@@ -317,10 +362,18 @@ def samples():
         return out.reshape(-1, *GRID)
 
     rng = np.random.default_rng(0)
-    theirs = np.stack([official_mask(rng, GRID, TOTAL, SMALLEST, LARGEST, ASPECT) for _ in range(COUNT)])
+    theirs = np.stack(
+        [official_mask(rng, GRID, TOTAL, SMALLEST, LARGEST, ASPECT) for _ in range(COUNT)]
+    )
     order = np.stack([official_order(rng, mask.ravel(), 2) for mask in theirs])
     visible, masked = split(keys[1], blocks)
-    return np.asarray(blocks), final(np.asarray(masked)), theirs, final(order[:, 49:]), np.asarray(visible)
+    return (
+        np.asarray(blocks),
+        final(np.asarray(masked)),
+        theirs,
+        final(order[:, 49:]),
+        np.asarray(visible),
+    )
 
 
 def deviations(ours, theirs):
@@ -340,7 +393,9 @@ def test_blocks_cover_exactly_so_many_patches_and_the_split_is_a_partition():
 
 def test_blocks_that_cannot_be_are_given_up():
     key = jax.random.key(0)
-    assert masking.block_mask(key, (4, 4), 8, 9, 9, 1.0).sum() == 0  # blocks of 3 x 3 only, each one patch too many
+    assert (
+        masking.block_mask(key, (4, 4), 8, 9, 9, 1.0).sum() == 0
+    )  # blocks of 3 x 3 only, each one patch too many
 
 
 def test_masks_have_the_statistics_of_the_released_sampler():
@@ -348,10 +403,17 @@ def test_masks_have_the_statistics_of_the_released_sampler():
     for ours, theirs in ((blocks, official_blocks), (masks, official_masks)):
         ours, theirs = ours.astype(float), theirs.astype(float)
         assert deviations(ours, theirs).max() < 4.5  # of 196 positions
-        for shift, axis in ((1, 1), (1, 2), (3, 1), (3, 2)):  # how often patches so far apart are masked together
+        for shift, axis in (
+            (1, 1),
+            (1, 2),
+            (3, 1),
+            (3, 2),
+        ):  # how often patches so far apart are masked together
             together = [np.mean(m * np.roll(m, shift, axis), axis=(1, 2)) for m in (ours, theirs)]
             assert deviations(*together) < 4.5
-        extent = [np.sort(m.sum(1), axis=1) for m in (ours, theirs)]  # masked patches of columns, fullest last
+        extent = [
+            np.sort(m.sum(1), axis=1) for m in (ours, theirs)
+        ]  # masked patches of columns, fullest last
         assert deviations(*extent).max() < 4.5
     share = masks.mean(0)
     assert share[6:8, 6:8].mean() == pytest.approx(0.93, abs=0.01)
@@ -372,7 +434,9 @@ def test_exposed_is_one_draw_for_the_batch_and_uniform():
     @jax.vmap
     def exposed(rng):
         """Patches of the blocks of each image that are visible."""
-        block = lambda key: masking.block_mask(jax.random.split(key)[0], GRID, TOTAL, SMALLEST, LARGEST, ASPECT)
+        block = lambda key: masking.block_mask(
+            jax.random.split(key)[0], GRID, TOTAL, SMALLEST, LARGEST, ASPECT
+        )
         blocks = jax.vmap(block)(keys).reshape(2, -1)
         return jnp.take_along_axis(blocks, method.sample(rng, keys)["visible"], axis=1).sum(axis=1)
 

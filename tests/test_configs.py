@@ -14,14 +14,18 @@ from lmim_jax.methods import base as methods
 from lmim_jax.optim import adamw
 from lmim_jax.utils.errors import UserError
 
-NAMES = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+NAMES = sorted(
+    path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
+)
 
 
 def recipe(name):
     return importlib.import_module(f"configs.{name}").get_config()
 
 
-RECIPES = [name for name in NAMES if "method" in recipe(name)]  # the others are studies: tests/test_study.py
+RECIPES = [
+    name for name in NAMES if "method" in recipe(name)
+]  # the others are studies: tests/test_study.py
 
 
 def build(config):
@@ -43,7 +47,9 @@ def test_recipe_builds(name):
     close = 1e-6 if config.optimizer.rebased else 0.03  # PiLaMIM's cosine has begun to fall by then
     assert 0 <= rate(0) < rate(10) == pytest.approx(config.optimizer.lr, rel=close)
     device.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
-    evaluators.from_config(config.evaluators, steps_per_epoch=10, has_target="encoder" in method.target_of(params))
+    evaluators.from_config(
+        config.evaluators, steps_per_epoch=10, has_target="encoder" in method.target_of(params)
+    )
     views = jax.eval_shape(method.sample, jax.random.key(0), jax.random.split(jax.random.key(0), 2))
     image = jax.ShapeDtypeStruct((2, *method.image_size, config.method.channels), "float32")
     loss, _ = jax.eval_shape(method.loss, params, method.target_of(params), image, views, 0)
@@ -58,7 +64,11 @@ def test_recipe_documents_its_command(name):
 
 
 def test_vit_b_has_the_published_number_of_parameters():
-    assert counts(recipe("vit_b")) == {"encoder": 85_647_360, "projector": 23_086_592, "decoder": 13_404_928}
+    assert counts(recipe("vit_b")) == {
+        "encoder": 85_647_360,
+        "projector": 23_086_592,
+        "decoder": 13_404_928,
+    }
 
 
 def test_derived_knobs_follow_overrides():
@@ -72,7 +82,12 @@ def test_derived_knobs_follow_overrides():
 
 def test_imagenet_recipe_is_the_papers():
     method = recipe("vit_b").method
-    assert (method.num_visible, method.gap, method.tau, method.similarity_weight) == (20, 4, 0.2, 0.1)
+    assert (method.num_visible, method.gap, method.tau, method.similarity_weight) == (
+        20,
+        4,
+        0.2,
+        0.1,
+    )
     assert (method.decoder_depth, method.decoder_width, method.decoder_heads) == (3, 512, 16)
 
 

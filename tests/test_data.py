@@ -70,7 +70,13 @@ def batches(folder, *, steps=12, start=0, seed=0, batch_size=8, **change):
     mesh = sharding.make_mesh()
     source = sources.folder(folder, "train")
     return loader.training(
-        source, options(**change), seed=seed, batch_size=batch_size, steps=steps, start=start, mesh=mesh
+        source,
+        options(**change),
+        seed=seed,
+        batch_size=batch_size,
+        steps=steps,
+        start=start,
+        mesh=mesh,
     )
 
 
@@ -89,7 +95,9 @@ def test_a_bad_file_is_named_counted_and_replaced(partly_bad, caplog):
 
 
 def test_too_many_bad_files_stop_the_run_with_the_list(partly_bad):
-    with pytest.raises(UserError, match=r"2 of 49 files.*max_bad_fraction=0.03.*03.jpg.*readme.txt"):
+    with pytest.raises(
+        UserError, match=r"2 of 49 files.*max_bad_fraction=0.03.*03.jpg.*readme.txt"
+    ):
         list(batches(partly_bad, max_bad_fraction=0.03))
 
 
@@ -110,10 +118,15 @@ def test_every_image_once_an_epoch_in_another_order(images):
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_processes_and_workers_share_each_global_batch(images, processes, parts):
     rows = 8 // processes
-    shares = [order(images, first=i * rows, rows=rows, parts=min(parts, rows)) for i in range(processes)]
+    shares = [
+        order(images, first=i * rows, rows=rows, parts=min(parts, rows)) for i in range(processes)
+    ]
     for step in range(6):
         made = [share[step * share.parts + part] for share in shares for part in range(share.parts)]
-        assert np.concatenate([part["index"] for part in made]).tolist() == order(images).indices(step).tolist()
+        assert (
+            np.concatenate([part["index"] for part in made]).tolist()
+            == order(images).indices(step).tolist()
+        )
 
 
 def test_the_stream_is_the_same_after_a_restart_and_with_workers(images):
@@ -148,8 +161,13 @@ def test_a_sample_is_random_but_the_same_at_every_call(images):
     (batch, indices), (again, _) = data.sample("train", 10), data.sample("train", 10)
     np.testing.assert_array_equal(batch["image"], again["image"])
     assert len(set(indices)) == 10
-    assert {source["train"].record(i)[1] for i in indices} == {0, 1}  # files are sorted by class: a slice would not do
-    assert batch["label"].tolist() == [source["train"].record(i)[1] for i in indices] + [-1] * 6  # 8 devices
+    assert {source["train"].record(i)[1] for i in indices} == {
+        0,
+        1,
+    }  # files are sorted by class: a slice would not do
+    assert (
+        batch["label"].tolist() == [source["train"].record(i)[1] for i in indices] + [-1] * 6
+    )  # 8 devices
     assert batch["index"].tolist() == [*range(10)] + [-1] * 6
     assert data.masks("train", indices) is None
 

@@ -83,7 +83,9 @@ def test_transparent_colours_count():
     palette = Image.fromarray(SMOOTH).quantize(16)
     stream = io.BytesIO()
     palette.save(stream, "PNG", transparency=3)
-    np.testing.assert_array_equal(decode.decode(stream.getvalue(), 0, 3), np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(
+        decode.decode(stream.getvalue(), 0, 3), np.asarray(palette.convert("RGB"))
+    )
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -110,8 +112,17 @@ def header_of(width, height):
 
 
 def damaged():
-    bad = {"empty": b"", "text": b"hello world, not an image", "svg": b"<svg/>", "eps": b"%!PS-Adobe-3.0 EPSF-3.0"}
-    for name, how in (("jpeg", {}), ("progressive", {"progressive": True}), ("cmyk", {"mode": "CMYK"})):
+    bad = {
+        "empty": b"",
+        "text": b"hello world, not an image",
+        "svg": b"<svg/>",
+        "eps": b"%!PS-Adobe-3.0 EPSF-3.0",
+    }
+    for name, how in (
+        ("jpeg", {}),
+        ("progressive", {"progressive": True}),
+        ("cmyk", {"mode": "CMYK"}),
+    ):
         good = encoded(SMOOTH, **how)
         half = len(good) // 2
         bad[f"{name}, half"] = good[:half]
@@ -165,7 +176,11 @@ def test_an_unreadable_file_is_bad(tmp_path):
 def real():
     """The 125 real files, by name."""
     with zipfile.ZipFile(REAL) as archive:
-        return {name: archive.read(name) for name in sorted(archive.namelist()) if not name.endswith("/")}
+        return {
+            name: archive.read(name)
+            for name in sorted(archive.namelist())
+            if not name.endswith("/")
+        }
 
 
 def size_of(data):
@@ -191,8 +206,12 @@ def test_real_files_have_pillows_pixels():
 
 
 def augmentation(**change):
-    options = dict(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=True, interpolation="bicubic", mean=(0.0,) * 3)
-    options |= dict(std=(1 / 255,) * 3, image_size=(280, 280), eval_resize=256, eval_size=(224, 224))
+    options = dict(
+        scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=True, interpolation="bicubic", mean=(0.0,) * 3
+    )
+    options |= dict(
+        std=(1 / 255,) * 3, image_size=(280, 280), eval_resize=256, eval_size=(224, 224)
+    )
     return augment.Augment(**options | change)
 
 
@@ -200,7 +219,9 @@ def augmentation(**change):
 def test_real_crops_and_evaluation_images_equal_pillows_within_a_level():
     """Every file that fits the canvas: a training crop on host and device, and the transform of evaluations."""
     ours = augmentation()
-    keys = lambda step, positions: jax.vmap(lambda i: jax.random.fold_in(jax.random.key(step), i))(positions)
+    keys = lambda step, positions: jax.vmap(lambda i: jax.random.fold_in(jax.random.key(step), i))(
+        positions
+    )
     crop = host.HostCrop(ours, keys, 512)
     train, evaluate = jax.jit(lambda keys, batch: ours(keys, batch)), jax.jit(ours.evaluation)
     draws = crop.draws(0, np.arange(len(small())))

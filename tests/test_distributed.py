@@ -32,13 +32,23 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
         ({}, (), 0, None),
         (SLURM, (), 0, ("Slurm", {"cluster_detection_method": "slurm"})),
         (SLURM | {"SLURM_NTASKS": "1"}, (), 0, None),
-        ({key: value for key, value in SLURM.items() if key != "SLURM_STEP_NODELIST"}, (), 0, None),  # not in srun
+        (
+            {key: value for key, value in SLURM.items() if key != "SLURM_STEP_NODELIST"},
+            (),
+            0,
+            None,
+        ),  # not in srun
         (OMPI | ORTE, (), 0, ("Open MPI", {"cluster_detection_method": "ompi"})),
         (OMPI, ("mpi4py",), 0, ("Open MPI", {"cluster_detection_method": "mpi4py"})),
         (OMPI | {"OMPI_COMM_WORLD_SIZE": "1"}, (), 0, None),
         (GKE_TPU, (), 0, ("Cloud TPU", {})),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, (), 0, None),
-        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, (), 0, ("Cloud TPU", {})),
+        (
+            {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"},
+            (),
+            0,
+            ("Cloud TPU", {}),
+        ),
         ({}, ("libtpu",), 4, ("Cloud TPU", {})),  # a virtual machine: jax asks the metadata server
         ({}, (), 4, None),  # devices handed through to something else
         ({"TPU_SKIP_MDS_QUERY": "1"}, ("libtpu",), 4, None),
@@ -69,7 +79,9 @@ def test_what_a_cluster_does_not_say_is_asked_for(environment, package, monkeypa
         (cloud_tpu_cluster.GkeTpuCluster, GKE_TPU | ONE_SLICE, "", 2, 1, 0),
     ],
 )
-def test_jax_makes_of_the_same_variables(cluster, environment, address, count, index, local, monkeypatch):
+def test_jax_makes_of_the_same_variables(
+    cluster, environment, address, count, index, local, monkeypatch
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert (cluster.get_process_count(), cluster.get_process_id()) == (count, index)
@@ -86,7 +98,9 @@ def test_it_joins_with_a_heartbeat_when_told_or_detected_and_not_otherwise(monke
     assert not calls
     timeouts = {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 7}
     multihost.initialize("host:1", 4, 3, heartbeat=7)
-    monkeypatch.setattr(multihost, "detect", lambda environment: ("Slurm", {"cluster_detection_method": "slurm"}))
+    monkeypatch.setattr(
+        multihost, "detect", lambda environment: ("Slurm", {"cluster_detection_method": "slurm"})
+    )
     multihost.initialize(heartbeat=7)
     where = {"coordinator_address": "host:1", "num_processes": 4, "process_id": 3}
     assert calls == [where | timeouts, {"cluster_detection_method": "slurm"} | timeouts]
@@ -104,9 +118,15 @@ def process(host="a", used=1, visible=1, **facts):
         ([process(x=1), process(x=1)], None),
         ([process("a", 8, 8), process("b", 8, 8)], None),
         ([process("a", 1, 2), process("a", 1, 2)], None),  # each its own of two
-        ([process("a", 1, 8), process("b", 1, 8)], r"host a has 8 accelerators, of which this run uses 1: .*ntasks"),
+        (
+            [process("a", 1, 8), process("b", 1, 8)],
+            r"host a has 8 accelerators, of which this run uses 1: .*ntasks",
+        ),
         ([process("a", 8, 8), process("b", 1, 8)], r"host b has 8"),
-        ([process(x=1, y=2), process("b", x=2)], r"process 1 \(host b\) .* 0 \(host a\): x is 2, not 1; y is abs"),
+        (
+            [process(x=1, y=2), process("b", x=2)],
+            r"process 1 \(host b\) .* 0 \(host a\): x is 2, not 1; y is abs",
+        ),
     ],
 )
 def test_unlike_processes_are_named(processes, message, monkeypatch):
@@ -163,5 +183,7 @@ def test_accelerators_are_counted(cuda, files, count, monkeypatch, tmp_path):
 def test_a_folder_that_is_not_shared_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(workdir, "UNSEEN", 0)
     monkeypatch.setattr(multihost, "gather", lambda mine: [["a", True], ["b", False]])
-    with pytest.raises(UserError, match=r"is not the same folder on all hosts: process 1 \(host b\)"):
+    with pytest.raises(
+        UserError, match=r"is not the same folder on all hosts: process 1 \(host b\)"
+    ):
         workdir.claim(tmp_path, {}, {})

@@ -53,7 +53,11 @@ def made(images, tmp_path_factory):
 def opened(folder, **options):
     """(run, its weights, its images)."""
     run = runs.open_run(folder)
-    return run, run.weights(MESH), run.images(run.data_config(recipe.get_config("data").to_dict(), {}), MESH, **options)
+    return (
+        run,
+        run.weights(MESH),
+        run.images(run.data_config(recipe.get_config("data").to_dict(), {}), MESH, **options),
+    )
 
 
 def changed(weights):
@@ -68,15 +72,22 @@ def test_a_run_opens_as_it_was_saved(made):
     jax.tree.map(np.testing.assert_array_equal, weights.target, jax.device_get(state.target))
     assert (weights.step, len(weights.checkpoint)) == (3, 64)
     untrained = run.untrained(MESH)  # the target of a fresh state is what it began with
-    jax.tree.map(np.testing.assert_array_equal, untrained.params["encoder"], state.target["encoder"])
+    jax.tree.map(
+        np.testing.assert_array_equal, untrained.params["encoder"], state.target["encoder"]
+    )
     jax.tree.map(np.testing.assert_array_equal, lmim_jax.load(folder)[1], weights.params)
     assert data.classes == ("cat", "dog")
-    assert run.data_config({"canvas": 1, "new": 7}, {"new": 8}).to_dict() == {"canvas": 40, "new": 8}
+    assert run.data_config({"canvas": 1, "new": 7}, {"new": 8}).to_dict() == {
+        "canvas": 40,
+        "new": 8,
+    }
 
 
 def test_features_come_from_the_cache_bit_by_bit(made, tmp_path, caplog):
     run, weights, data = opened(made[0], cache=FeatureCache(tmp_path / "cache"))
-    of = lambda params, feature="cls": base.split_features(run.method, params, data, "test", feature, 16)
+    of = lambda params, feature="cls": base.split_features(
+        run.method, params, data, "test", feature, 16
+    )
     first = of(weights.params)
     (path,) = (tmp_path / "cache").iterdir()
     batches, data.batches = data.batches, None  # so that nothing can be encoded
@@ -107,7 +118,9 @@ def test_other_images_of_the_same_names_are_not_taken_for_them(made, images, tmp
     for change in (False, True):
         if change:
             shutil.copy(copy / "test/dog/00.png", copy / "test/cat/00.png")
-        data = run.images(run.data_config(recipe.get_config("data").to_dict(), {"path": str(copy)}), MESH)
+        data = run.images(
+            run.data_config(recipe.get_config("data").to_dict(), {"path": str(copy)}), MESH
+        )
         identities.append(FeatureCache(tmp_path)._identity(data, "test"))
     before, after = identities
     assert before["names"] == after["names"]
@@ -124,7 +137,10 @@ def test_every_column_is_measured_by_the_same_evaluator(made, images):
     assert not pictures
     assert figures.keys() == {"near/nn1", "near/knn3", "near/loo1"}
     assert all(of_one.keys() == columns.keys() for of_one in figures.values())
-    of = {column: {name.partition("/")[2]: value[column] for name, value in figures.items()} for column in columns}
+    of = {
+        column: {name.partition("/")[2]: value[column] for name, value in figures.items()}
+        for column in columns
+    }
     assert scheduled.evaluator.run(run.method, weights.params, data) == of["trained"]
     pixels = base.split_features(run.method, {}, data, "test", "pixels", 16)
     assert pixels[0].shape == (16, 16 * 16 * 3)
@@ -132,9 +148,19 @@ def test_every_column_is_measured_by_the_same_evaluator(made, images):
 
 
 def test_the_table_is_for_people():
-    what = {"run": "RUN", "step": 3, "checkpoint": 64 * "a", "weights": {"a": "online"}, "classes": 4}
+    what = {
+        "run": "RUN",
+        "step": 3,
+        "checkpoint": 64 * "a",
+        "weights": {"a": "online"},
+        "classes": 4,
+    }
     what["images"] = {"train": 4096, "test": 16}
-    figures = {"a/knn20": {"trained": 50.0, "pixels": 40.04}, "a/shots4": {"trained": 9.0}, "a/l2": {"trained": 0.001}}
+    figures = {
+        "a/knn20": {"trained": 50.0, "pixels": 40.04},
+        "a/shots4": {"trained": 9.0},
+        "a/l2": {"trained": 0.001},
+    }
     figures |= {"a/shots4_std": {"trained": 1.25}, "a/own": {"trained": 1.0}}
     lines = eval_table.table(what, figures).splitlines()
     assert lines[1].split(":") == ["RUN", " step 3, online weights, checkpoint aaaaaaaaaaaa"]
@@ -179,7 +205,9 @@ def test_the_command_prints_a_table_and_writes_json(made, tmp_path):
     words = " ".join(["--evaluators=knn", *(f"--config.{change}" for change in KNN)])
     told = call(folder, f"{words} --baselines", f"{words} --out={tmp_path}/again.json", devices=2)
     assert told.stderr.count("exit code 0") == 2, told.stderr
-    assert told.stderr.count(f"from {folder}/evaluations/cache") == 2  # the second time, both splits
+    assert (
+        told.stderr.count(f"from {folder}/evaluations/cache") == 2
+    )  # the second time, both splits
     first, again = told.stdout.split("Figures: ")[:2]
     assert "raw pixels  colour histogram  untrained encoder  trained encoder" in first
     assert re.search(r"knn/knn3 +\d+\.\d +\d+\.\d +\d+\.\d +\d+\.\d  vote of the 3 nearest", first)
@@ -188,7 +216,9 @@ def test_the_command_prints_a_table_and_writes_json(made, tmp_path):
     found = json.loads(path.read_text())
     assert found["figures"]["knn/nn1"].keys() == {"pixels", "histogram", "untrained", "trained"}
     of_trained = json.loads((tmp_path / "again.json").read_text())["figures"]
-    assert of_trained == {name: {"trained": value["trained"]} for name, value in found["figures"].items()}
+    assert of_trained == {
+        name: {"trained": value["trained"]} for name, value in found["figures"].items()
+    }
     assert found["evaluated"]["step"] == 3
     assert found["evaluated"]["data"]["test"]["images"] == 16
     assert found["config"]["knn"]["k"] == [1, 3]

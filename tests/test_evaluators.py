@@ -43,7 +43,11 @@ class Data:
         index = np.where(np.arange(count) < len(x), np.arange(count), -1)
         for i in range(0, count, batch_size):
             rows = index[i : i + batch_size]
-            yield {"images": np.where(rows[:, None] < 0, 9e9, x[rows]), "label": y[rows], "index": rows}
+            yield {
+                "images": np.where(rows[:, None] < 0, 9e9, x[rows]),
+                "label": y[rows],
+                "index": rows,
+            }
 
 
 class Method:
@@ -61,7 +65,9 @@ PARAMS = {"scale": np.ones((1, 1, 1), np.float32)}
 def blobs(spread):
     centers = RNG.normal(size=(3, 8))
     labels = [RNG.integers(0, 3, n).astype(np.int32) for n in (60, 31)]
-    return [((centers[y] + spread * RNG.normal(size=(len(y), 8))).astype(np.float32), y) for y in labels]
+    return [
+        ((centers[y] + spread * RNG.normal(size=(len(y), 8))).astype(np.float32), y) for y in labels
+    ]
 
 
 def tiny_evaluators(name="knn", **change):
@@ -75,7 +81,9 @@ def run(images):
     config = tiny.get_config()
     config.data.path = str(images)
     method = methods.from_config(config.method, total_steps=10, steps_per_epoch=5)
-    augmentation = device.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    augmentation = device.from_config(
+        config.augment, image_size=method.image_size, eval_size=method.feature_size
+    )
     source = {split: sources.from_config(config.data, split) for split in ("train", "test")}
     data = Evaluation(source, config.data, augmentation, sharding.make_mesh())
     return method, jax.jit(method.init)(jax.random.key(0)), data
@@ -94,7 +102,10 @@ def small(images, tmp_path_factory):
         patch.setattr(shapes, "SEVERAL", {"train": 16, "test": 8})
         patch.setattr(shapes, "CLIPS", {"test": 2})
         folders = dict(images=str(images / "train"), masks=str(masks))
-        yield {"segmentation": dict(**folders, batch_size=16, iterations=5), "clevr": dict(iterations=5)}
+        yield {
+            "segmentation": dict(**folders, batch_size=16, iterations=5),
+            "clevr": dict(iterations=5),
+        }
 
 
 @pytest.mark.parametrize("name", base.names())
@@ -113,7 +124,12 @@ def test_contract(name, run, small):
 def test_padding_changes_no_figure(name):
     train, test = blobs(0.8)
     figures = []
-    for batch_size, padding in ((16, 0), (16, 2), (31, 0), (60, 1)):  # 60 and 31 images: divided by them or not
+    for batch_size, padding in (
+        (16, 0),
+        (16, 2),
+        (31, 0),
+        (60, 1),
+    ):  # 60 and 31 images: divided by them or not
         evaluator = tiny_evaluators(name, batch_size=batch_size)[0].evaluator
         figures.append(evaluator.run(Method, PARAMS, Data(train, test, padding)))
     assert figures[0]
@@ -128,7 +144,10 @@ def test_padding_changes_no_feature_by_a_bit(run):
     }  # 11 of the 16, and 5 rows of padding
     padded = Evaluation(few, data.config, data.augment, data.mesh)
     for ours, whole in zip(
-        *(base.split_features(method, params, of, "test", "cls+patches_prenorm", 16) for of in (padded, data)),
+        *(
+            base.split_features(method, params, of, "test", "cls+patches_prenorm", 16)
+            for of in (padded, data)
+        ),
         strict=True,
     ):
         np.testing.assert_array_equal(ours, whole[:11])
@@ -165,7 +184,11 @@ def test_pictures_show_each_cluster_and_each_window(run):
     views = jax.device_get(method.sample(keys[0], keys))
     windows = visualization.windows_of(method, views, 1)
     assert [i for i, window in enumerate(windows) if window[3]] == sorted(views["visible"][1])
-    assert windows[6][:3] == (5 + views["offsets"][1, 1, 2, 0], 10 + views["offsets"][1, 1, 2, 1], 4)
+    assert windows[6][:3] == (
+        5 + views["offsets"][1, 1, 2, 0],
+        10 + views["offsets"][1, 1, 2, 1],
+        4,
+    )
 
 
 def test_knn_equals_a_plain_computation():
@@ -208,29 +231,49 @@ def test_logistic_regression_is_that_of_scikit_learn(more):
         ours = lbfgs_logistic.fit(x, y, 3, strengths, 300, mesh)
         assert ours.gradient.max() < 1e-4  # in units in which the curvature is 1
         for i, l2 in enumerate(strengths):
-            theirs = linear_model.LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=1000).fit(x, y)
-            np.testing.assert_allclose(ours.weights[i], theirs.coef_.T, atol=2e-3 * np.abs(theirs.coef_).max())
+            theirs = linear_model.LogisticRegression(
+                C=1 / (l2 * len(x)), tol=1e-8, max_iter=1000
+            ).fit(x, y)
+            np.testing.assert_allclose(
+                ours.weights[i], theirs.coef_.T, atol=2e-3 * np.abs(theirs.coef_).max()
+            )
             # where classes can be separated, the loss hardly depends on biases: float32 knows them less exactly
-            np.testing.assert_allclose(ours.biases[i], theirs.intercept_, atol=1e-2 if more else 2e-3)
+            np.testing.assert_allclose(
+                ours.biases[i], theirs.intercept_, atol=1e-2 if more else 2e-3
+            )
             assert np.mean(ours.predict(q)[i] == t) == theirs.score(q, t)
 
 
 def test_perfect_features_score_100_and_shuffled_ones_chance():
     train, test = blobs(0.01)
-    solved, few = (tiny_evaluators(name)[0].evaluator for name in ("logistic_regression", "fewshot"))
+    solved, few = (
+        tiny_evaluators(name)[0].evaluator for name in ("logistic_regression", "fewshot")
+    )
     figures = lambda train, test: {
         **knn.accuracies(train, test, (5, 10), 0.07, 3, MESH),
-        **{f"linear {name}": value for name, value in solved.accuracies(train, test, 3, MESH).items() if name != "l2"},
-        **{f"few {name}": value for name, value in few.accuracies(train, test, 3).items() if "_std" not in name},
+        **{
+            f"linear {name}": value
+            for name, value in solved.accuracies(train, test, 3, MESH).items()
+            if name != "l2"
+        },
+        **{
+            f"few {name}": value
+            for name, value in few.accuracies(train, test, 3).items()
+            if "_std" not in name
+        },
     }
     assert set(figures(train, test).values()) == {100.0}
     shuffled = RNG.normal(size=(3000, 8)).astype(np.float32), RNG.integers(0, 3, 3000)
     for name, value in figures(shuffled, shuffled[:1] + (RNG.integers(0, 3, 3000),)).items():
-        assert value == pytest.approx(33.3, abs=4 if name != "linear held_out" else 8), name  # of 300 images
+        assert value == pytest.approx(33.3, abs=4 if name != "linear held_out" else 8), (
+            name
+        )  # of 300 images
 
 
 def test_the_strength_is_chosen_on_training_images_alone():
-    evaluator = dataclasses.replace(tiny_evaluators("logistic_regression")[0].evaluator, l2=(1e-3, 1e-1, 10.0))
+    evaluator = dataclasses.replace(
+        tiny_evaluators("logistic_regression")[0].evaluator, l2=(1e-3, 1e-1, 10.0)
+    )
     train, (x, y) = blobs(0.9)
     ours, other = (evaluator.accuracies(train, (x, labels), 3, MESH) for labels in (y, (y + 1) % 3))
     assert {ours[name] == other[name] for name in ("l2", "held_out")} == {True}
@@ -242,15 +285,21 @@ def test_few_shots_are_so_many_of_each_class():
     train, test = blobs(0.9)
     evaluator, fit = tiny_evaluators("fewshot")[0].evaluator, lbfgs_logistic.fit
     try:
-        lbfgs_logistic.fit = lambda x, y, *more: rows.append(np.bincount(y, minlength=3).tolist()) or fit(x, y, *more)
+        lbfgs_logistic.fit = lambda x, y, *more: (
+            rows.append(np.bincount(y, minlength=3).tolist()) or fit(x, y, *more)
+        )
         found = evaluator.accuracies(train, test, 3)
     finally:
         lbfgs_logistic.fit = fit
     halves = [max(1, round(n / 2)) for n in np.bincount(train[1])]
     assert rows == 2 * [[1, 1, 1]] + 2 * [[4, 4, 4]] + 2 * [halves]
-    assert found.keys() == {f"{name}{end}" for name in ("shots1", "shots4", "labels50pct") for end in ("", "_std")}
+    assert found.keys() == {
+        f"{name}{end}" for name in ("shots1", "shots4", "labels50pct") for end in ("", "_std")
+    }
     assert found["shots1_std"] > 0
-    assert dataclasses.replace(evaluator, shots=(1, 500), percent=()).accuracies(train, test, 3).keys() == {
+    assert dataclasses.replace(evaluator, shots=(1, 500), percent=()).accuracies(
+        train, test, 3
+    ).keys() == {
         "shots1",
         "shots1_std",
     }
@@ -258,12 +307,18 @@ def test_few_shots_are_so_many_of_each_class():
 
 def test_leave_one_out_never_takes_the_image_itself():
     same = np.ones((4, 3), np.float32)
-    assert knn.accuracies((same, np.zeros(4, int)), (same, np.arange(4)), (2,), 0.07, 4, MESH)["loo1"] == 0
+    assert (
+        knn.accuracies((same, np.zeros(4, int)), (same, np.arange(4)), (2,), 0.07, 4, MESH)["loo1"]
+        == 0
+    )
 
 
 def test_a_feature_is_what_its_name_says(run):
     method, params, data = run
-    assert image_features.parse("cls + block00/tokens:both") == [("cls", "mean"), ("block00/tokens", "both")]
+    assert image_features.parse("cls + block00/tokens:both") == [
+        ("cls", "mean"),
+        ("block00/tokens", "both"),
+    ]
     (images,) = [batch["images"] for batch in data.batches("test", 16)]
     known = jax.device_get(method.features(params, images))
     tokens = known["block00/tokens"]

@@ -36,7 +36,12 @@ def recipe(name="latent_mim", **changes):
 def run(tmp_path_factory):
     """A run of Latent MIM that has not trained, with figures as after training."""
     folder = tiny.run(recipe(decoder="cross"), tmp_path_factory.mktemp("run"))
-    summary = {"steps": 0, "collapse_index": 0.5, "knn5": {"pixels": 30.0, "untrained": 40.0}, "knn/knn5": 61.5}
+    summary = {
+        "steps": 0,
+        "collapse_index": 0.5,
+        "knn5": {"pixels": 30.0, "untrained": 40.0},
+        "knn/knn5": 61.5,
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "evaluations").mkdir()
     figures = {"linear/accuracy": {"untrained": 11.0, "trained": 77.25}}
@@ -52,7 +57,9 @@ def test_features_are_those_that_the_library_made_of_the_exported_tensors(name, 
     """tests/interop.npz was made by `python tests/interop.py`, with the versions it names, on a CPU in float32."""
     with np.load(interop.STORED) as stored:
         method, params = interop.case(name)
-        out = jax.jit(lambda images: parity_check.tokens_of(method.features(params, images)))(interop.images())
+        out = jax.jit(lambda images: parity_check.tokens_of(method.features(params, images)))(
+            interop.images()
+        )
         np.testing.assert_allclose(out, stored[f"{name}/{library}/tokens"], rtol=0, atol=1e-4)
         tensors_out, _ = interop.contents(library, name)
         assert interop.checksum(tensors_out) == stored[f"{name}/{library}/checksum"], (
@@ -70,13 +77,19 @@ def test_the_positions_of_latent_mim_are_written_as_they_are():
 def test_sizes_that_timm_knows_go_by_its_names():
     sizes = dict(grid=(14, 14), patch_size=16, width=192, depth=12, heads=3)
     method = base.from_config(recipe(**sizes).method, total_steps=1, steps_per_epoch=1)
-    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0))
+    )
     images = {**interop.AS_IN_TRAINING, "resize": 256}
     _, texts = timm.contents(torch_encoder.of(method, params), images)
     config = texts["config.json"]
     assert config["architecture"] == "vit_tiny_patch16_224"
     assert config["model_args"] == {"global_pool": "avg", "fc_norm": False}
-    assert config["pretrained_cfg"]["crop_pct"] == 0.875 and config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
+    assert config["pretrained_cfg"]["crop_pct"] == 0.875 and config["pretrained_cfg"]["mean"] == [
+        0.485,
+        0.456,
+        0.406,
+    ]
 
 
 @pytest.mark.parametrize("size", [64, 96, 224, 384, 518])
@@ -95,7 +108,9 @@ def test_timm_resizes_to_what_evaluation_does(size):
 )
 def test_what_a_library_cannot_hold_is_said(changes, library, message):
     method = base.from_config(recipe("pilamim", **changes).method, total_steps=1, steps_per_epoch=1)
-    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0))
+    )
     with pytest.raises(UserError, match=message):
         library.contents(torch_encoder.of(method, params), interop.AS_IN_TRAINING)
 
@@ -105,11 +120,18 @@ def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
     export.export(model, "hf", "online", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"}
-    config, prepared = (json.loads((tmp_path / "out" / f"{x}config.json").read_text()) for x in ("", "preprocessor_"))
+    config, prepared = (
+        json.loads((tmp_path / "out" / f"{x}config.json").read_text())
+        for x in ("", "preprocessor_")
+    )
     assert config["layer_norm_eps"] == 1e-6 and config["model_type"] == "vit"
-    assert prepared["image_mean"] == [0.485, 0.456, 0.406] and prepared["crop_size"] == {"height": 16, "width": 16}
+    assert prepared["image_mean"] == [0.485, 0.456, 0.406] and prepared["crop_size"] == {
+        "height": 16,
+        "width": 16,
+    }
     assert (
-        "encoder.layer.0.attention.attention.query.weight" in array_io.read(tmp_path / "out" / "model.safetensors")[0]
+        "encoder.layer.0.attention.attention.query.weight"
+        in array_io.read(tmp_path / "out" / "model.safetensors")[0]
     )
     card = (tmp_path / "out" / "README.md").read_text()
     for line in (
@@ -151,7 +173,10 @@ def test_there_is_no_export_without_official_names_or_a_teacher(tmp_path):
 def tool(*words, hide=()):
     """Run `tools.export` in a process of its own, without the modules to hide: (exit code, stderr)."""
     hidden = f"import sys; sys.modules.update(dict.fromkeys({hide!r})); sys.argv = {['export', *map(str, words)]!r}; "
-    script = hidden + "from lmim_jax.cli import app; from lmim_jax.cli import export as t; t.define_flags(); "
+    script = (
+        hidden
+        + "from lmim_jax.cli import app; from lmim_jax.cli import export as t; t.define_flags(); "
+    )
     environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", script + "app.run(t.main)"],
@@ -177,7 +202,10 @@ def test_both_libraries_make_the_same_features_of_jpegs(name, library, tmp_path)
     method, params = interop.case(name)
     model = saved.Model(tmp_path, recipe(name), method, params, {}, 0)
     export.export(model, library, "online", tmp_path / "out")
-    jpegs = [interop.jpeg(height, width, i) for i, (height, width) in enumerate([(40, 40), (36, 72), (90, 45)])]
+    jpegs = [
+        interop.jpeg(height, width, i)
+        for i, (height, width) in enumerate([(40, 40), (36, 72), (90, 45)])
+    ]
     found = parity_check.compare(library, tmp_path / "out", model, params, jpegs)
     assert found["features"] <= 1e-4 and found["pixels"] < 0.5, found
 
@@ -196,7 +224,9 @@ def test_published_sizes_agree_on_photographs(size, library, tmp_path):
     params = jax.jit(method.init)(jax.random.key(0))
     if archive.exists():
         with zipfile.ZipFile(archive) as file:
-            names = [name for name in sorted(file.namelist()) if name.lower().endswith((".jpeg", ".jpg"))][:4]
+            names = [
+                name for name in sorted(file.namelist()) if name.lower().endswith((".jpeg", ".jpg"))
+            ][:4]
             jpegs = [file.read(name) for name in names]
     else:
         jpegs = [interop.jpeg(300, 400, 0), interop.jpeg(500, 333, 1)]
@@ -212,7 +242,9 @@ def test_transformers_misses_nothing_and_takes_other_sizes(tmp_path):
     from transformers import AutoModel
 
     method, params = interop.case("latent_mim")
-    export.export(saved.Model(tmp_path, recipe(), method, params, {}, 0), "hf", "online", tmp_path / "out")
+    export.export(
+        saved.Model(tmp_path, recipe(), method, params, {}, 0), "hf", "online", tmp_path / "out"
+    )
     options = dict(add_pooling_layer=False, output_loading_info=True)
     model, told = AutoModel.from_pretrained(tmp_path / "out", **options)
     assert not any(told.values()), told
@@ -226,9 +258,13 @@ def test_timm_takes_other_sizes_and_pools_patches(tmp_path):
     import torch
 
     method, params = interop.case("latent_mim")
-    export.export(saved.Model(tmp_path, recipe(), method, params, {}, 0), "timm", "online", tmp_path / "out")
+    export.export(
+        saved.Model(tmp_path, recipe(), method, params, {}, 0), "timm", "online", tmp_path / "out"
+    )
     library = importlib.import_module("timm")
-    model = library.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, img_size=(24, 32)).eval()
+    model = library.create_model(
+        f"local-dir:{tmp_path / 'out'}", pretrained=True, img_size=(24, 32)
+    ).eval()
     with torch.no_grad():
         x = torch.zeros(1, 3, 24, 32)
         torch.testing.assert_close(model(x), model.forward_features(x)[:, 1:].mean(dim=1))

@@ -42,7 +42,12 @@ def folder(tmp_path_factory):
     """Images of three shapes, two of them in a sub-folder; a text file, a cut JPEG, a text that claims to be a PNG."""
     root = tmp_path_factory.mktemp("images")
     (root / "deep" / "er").mkdir(parents=True)
-    for name, size in (("a.jpg", (40, 40)), ("deep/b.jpg", (24, 48)), ("deep/er/c.jpg", (48, 24)), ("d.jpg", (41, 40))):
+    for name, size in (
+        ("a.jpg", (40, 40)),
+        ("deep/b.jpg", (24, 48)),
+        ("deep/er/c.jpg", (48, 24)),
+        ("d.jpg", (41, 40)),
+    ):
         (root / name).write_bytes(interop.jpeg(*size))
     (root / "deep" / "cut.jpg").write_bytes(interop.jpeg(40, 40)[:300])
     (root / "e.png").write_text("no image")
@@ -58,10 +63,14 @@ def test_features_of_every_image_are_the_methods_own(extractor, folder):
     assert sorted(name for name, _ in bad) == ["deep/cut.jpg", "e.png"]
     assert grids.tolist() == [[4, 4], [4, 4], [4, 8], [8, 4]]
 
-    pixels = np.asarray(Image.open(folder / "deep" / "b.jpg").resize((32, 16), Image.Resampling.BICUBIC))
+    pixels = np.asarray(
+        Image.open(folder / "deep" / "b.jpg").resize((32, 16), Image.Resampling.BICUBIC)
+    )
     mean, std = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
     model = extractor.method
-    expected = model.features(saved_params(extractor), ((pixels / np.float32(255) - mean) / std)[None])
+    expected = model.features(
+        saved_params(extractor), ((pixels / np.float32(255) - mean) / std)[None]
+    )
     np.testing.assert_allclose(found["cls"][2], expected["cls"][0], atol=1e-5)
     np.testing.assert_allclose(found["patches"][2], expected["patches"][0], atol=1e-5)
     np.testing.assert_allclose(found["mean"][2], expected["patches"][0].mean(axis=0), atol=1e-5)
@@ -96,7 +105,10 @@ def test_every_kind_of_file_gives_back_names_and_features(tmp_path, suffix):
     parquet = pytest.importorskip("pyarrow.parquet") if suffix == ".parquet" else None
     rng, grids = np.random.default_rng(0), np.array([[2, 3], [1, 2]], np.int32)
     names = ["a.jpg", "deep/ü.jpg"]
-    given = {"mean": list(rng.random((2, 4), np.float32)), "patches": [rng.random((n, 4), np.float32) for n in (6, 2)]}
+    given = {
+        "mean": list(rng.random((2, 4), np.float32)),
+        "patches": [rng.random((n, 4), np.float32) for n in (6, 2)],
+    }
     path = tmp_path / f"f{suffix}"
     feature_io.writer(path)(names, grids, given)
     assert list(tmp_path.iterdir()) == [path]
@@ -115,8 +127,14 @@ def test_every_kind_of_file_gives_back_names_and_features(tmp_path, suffix):
             with safe_open(path, "np") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 told = json.loads(file.metadata()["name"])
-        assert told == names and found["grid"].tolist() == grids.tolist() and found["first"].tolist() == [0, 6, 8]
-        first, second = (found["patches"][found["first"][i] : found["first"][i + 1]] for i in range(2))
+        assert (
+            told == names
+            and found["grid"].tolist() == grids.tolist()
+            and found["first"].tolist() == [0, 6, 8]
+        )
+        first, second = (
+            found["patches"][found["first"][i] : found["first"][i + 1]] for i in range(2)
+        )
         mean = found["mean"]
     np.testing.assert_array_equal(mean, np.stack(given["mean"]))
     np.testing.assert_array_equal(first, given["patches"][0])
@@ -161,9 +179,14 @@ app.run(extract_features.main)
 """
     pipes = dict(env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
     done = subprocess.run([sys.executable, "-c", script], cwd=conftest.ROOT, **pipes)
-    assert "left out: deep/cut.jpg: " in done.stdout and "1 files that are no images: notes.txt" in done.stdout, done
+    assert (
+        "left out: deep/cut.jpg: " in done.stdout
+        and "1 files that are no images: notes.txt" in done.stdout
+    ), done
     with np.load(tmp_path / "f.npz") as file:
-        assert file["grid"].tolist() == [[6, 6], [6, 6], [6, 12], [12, 6]] and file["patches"].shape == (216, 16)
+        assert file["grid"].tolist() == [[6, 6], [6, 6], [6, 12], [12, 6]] and file[
+            "patches"
+        ].shape == (216, 16)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 2 and "no images in this folder" in errors[0]
     assert "Traceback" not in done.stderr

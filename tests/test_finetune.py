@@ -20,7 +20,9 @@ NEIGHBOUR = np.array([1, 0, 3, 2, 5, 4])
 
 def test_smooth_labels():
     found = np.asarray(mixup.smooth(np.array([2, 0]), 4, 0.1))
-    np.testing.assert_allclose(found, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]], rtol=1e-6)
+    np.testing.assert_allclose(
+        found, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]], rtol=1e-6
+    )
 
 
 def test_mixup_weighs_images_and_targets_alike():
@@ -29,8 +31,12 @@ def test_mixup_weighs_images_and_targets_alike():
         images, targets = MIX(jax.random.key(seed), IMAGES, TARGETS, 0.8, 0.0, 0.5)
         difference = IMAGES - IMAGES[NEIGHBOUR]
         share = float(((images - IMAGES[NEIGHBOUR]) * difference).sum() / (difference**2).sum())
-        np.testing.assert_allclose(images, share * IMAGES + (1 - share) * IMAGES[NEIGHBOUR], atol=1e-4)
-        np.testing.assert_allclose(targets, share * TARGETS + (1 - share) * TARGETS[NEIGHBOUR], atol=1e-4)
+        np.testing.assert_allclose(
+            images, share * IMAGES + (1 - share) * IMAGES[NEIGHBOUR], atol=1e-4
+        )
+        np.testing.assert_allclose(
+            targets, share * TARGETS + (1 - share) * TARGETS[NEIGHBOUR], atol=1e-4
+        )
         shares.append(share)
     assert np.mean(shares) == pytest.approx(0.5, abs=0.2)
     assert np.std(shares) == pytest.approx(0.31, abs=0.08)  # of Beta(0.8, 0.8)
@@ -49,7 +55,9 @@ def test_cutmix_weighs_targets_by_the_area_of_the_box():
         rows, columns = np.flatnonzero(other[0].any(1)), np.flatnonzero(other[0].any(0))
         assert other[0].sum() == len(rows) * len(columns)  # a box
         share = 1 - other[0].mean()
-        np.testing.assert_allclose(targets, share * TARGETS + (1 - share) * TARGETS[NEIGHBOUR], atol=1e-6)
+        np.testing.assert_allclose(
+            targets, share * TARGETS + (1 - share) * TARGETS[NEIGHBOUR], atol=1e-6
+        )
         shares.append(share)
     assert 0.5 < np.mean(shares) < 0.8  # 0.5 before boxes are cut off at the border
 
@@ -88,24 +96,41 @@ def encoder_params(name):
 
 @pytest.mark.parametrize("name", methods.names())
 def test_learning_rates_fall_by_layer(name):
-    trained = {"encoder": encoder_params(name), "head": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
+    trained = {
+        "encoder": encoder_params(name),
+        "head": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)},
+    }
     factors = layer_decay.by_name(layer_decay.rules(trained, 0.5), trained, "it")
     of = lambda tree: set(jax.tree.leaves(tree))
     assert of(factors["head"]) == of(factors["encoder"]["norm"]) == {1.0}
     assert of(factors["encoder"]["block01"]) == {0.5}
     assert of(factors["encoder"]["block00"]) == {0.25}
-    below = {key: tree for key, tree in factors["encoder"].items() if not key.startswith(("block", "norm"))}
+    below = {
+        key: tree
+        for key, tree in factors["encoder"].items()
+        if not key.startswith(("block", "norm"))
+    }
     assert "patch_embed" in below
     assert of(below) == {0.125}
 
 
 def test_adamw_scales_the_step_and_spares_biases():
-    shapes = {"patch_embed": {"kernel": (2, 3), "bias": (3,)}, "block00": {"kernel": (3, 3)}, "cls_token": (1, 1, 3)}
+    shapes = {
+        "patch_embed": {"kernel": (2, 3), "bias": (3,)},
+        "block00": {"kernel": (3, 3)},
+        "cls_token": (1, 1, 3),
+    }
     ones = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
     trained = {"encoder": ones, "head": jnp.ones((2, 2))}
-    optimizer = layer_decay.adamw(0.1, trained, b1=0.9, b2=0.999, eps=0.0, weight_decay=0.5, decay=0.5)
-    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, trained), optimizer.init(trained), trained)
-    first = jax.tree.map(lambda x: float(x.ravel()[0]), updates)  # Adam's first step is 1, and 0.5 of decay
+    optimizer = layer_decay.adamw(
+        0.1, trained, b1=0.9, b2=0.999, eps=0.0, weight_decay=0.5, decay=0.5
+    )
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.ones_like, trained), optimizer.init(trained), trained
+    )
+    first = jax.tree.map(
+        lambda x: float(x.ravel()[0]), updates
+    )  # Adam's first step is 1, and 0.5 of decay
     close = lambda value: pytest.approx(value, rel=1e-4)
     assert first["head"] == close(-0.1 * 1.5)
     assert first["encoder"]["block00"]["kernel"] == close(-0.05 * 1.5)

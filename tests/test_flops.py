@@ -23,13 +23,20 @@ def test_vit_b_is_the_closed_formula():
     projector = lambda n: (n + 1) * 2 * (2 * d * 4096 + 4096**2)
     block = (masked + 1) * 2 * (4 + 2 + 8) * narrow**2 + (visible + 1) * 2 * 2 * narrow**2
     block += 4 * (masked + 1) * (masked + 1 + visible + 1) * narrow
-    decoder = (visible + 1 + masked + 1) * 2 * d * narrow + 4 * masked * visible * narrow + 3 * block
-    parts = {"ViT": encoder(visible) + encoder(masked), "Projector": projector(visible) + projector(masked)}
+    decoder = (
+        (visible + 1 + masked + 1) * 2 * d * narrow + 4 * masked * visible * narrow + 3 * block
+    )
+    parts = {
+        "ViT": encoder(visible) + encoder(masked),
+        "Projector": projector(visible) + projector(masked),
+    }
     parts |= {"LatentDecoder": decoder, "loss": 2 * masked**2 * d}
     assert {name: forward for name, (forward, _) in count.parts.items()} == parts
     assert count.total == pytest.approx(66.4e9, rel=1e-3)
     backward = 2 * (encoder(visible) + projector(visible) + decoder) + 2 * masked**2 * d
-    assert count.backward == pytest.approx(backward, rel=0.01)  # neither images nor positions have a gradient
+    assert count.backward == pytest.approx(
+        backward, rel=0.01
+    )  # neither images nor positions have a gradient
     assert "total" in count.table()[-1]
 
 

@@ -9,7 +9,11 @@ import pytest
 from lmim_jax.train import collapse_metrics
 
 RNG = np.random.default_rng(0)
-GAUGES = (collapse_metrics.collapse_index, collapse_metrics.effective_rank, collapse_metrics.feature_std)
+GAUGES = (
+    collapse_metrics.collapse_index,
+    collapse_metrics.effective_rank,
+    collapse_metrics.feature_std,
+)
 
 
 def read(x):
@@ -17,9 +21,13 @@ def read(x):
 
 
 def test_known_figures():
-    assert read(np.ones((6, 4))) == pytest.approx([1, 1, 0], abs=1e-3)  # all alike, whatever their length
+    assert read(np.ones((6, 4))) == pytest.approx(
+        [1, 1, 0], abs=1e-3
+    )  # all alike, whatever their length
     assert read(np.arange(1, 7)[:, None] * np.ones((6, 4))) == pytest.approx([1, 1, 0], abs=1e-3)
-    assert read(np.eye(5)) == pytest.approx([0, 5, 5**0.5 * (0.2 * 0.8) ** 0.5], abs=1e-3)  # all orthogonal
+    assert read(np.eye(5)) == pytest.approx(
+        [0, 5, 5**0.5 * (0.2 * 0.8) ** 0.5], abs=1e-3
+    )  # all orthogonal
     index, rank, std = read(RNG.normal(size=(500, 16)))
     assert index == pytest.approx(0, abs=0.01)
     assert 15 < rank <= 16

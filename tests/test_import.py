@@ -34,10 +34,17 @@ def load(stem):
     with np.load(CASES[stem]) as file:
         case = dict(file)
     name = next(name for name in official.names() if stem.startswith(name))
-    method = importlib.import_module(f"reference_{name}").load(case, json.loads(str(case["config_json"])))[0]
-    fields = {field.name.removesuffix("_"): getattr(method, field.name) for field in dataclasses.fields(method)}
+    method = importlib.import_module(f"reference_{name}").load(
+        case, json.loads(str(case["config_json"]))
+    )[0]
+    fields = {
+        field.name.removesuffix("_"): getattr(method, field.name)
+        for field in dataclasses.fields(method)
+    }
     config = tiny.get_config()
-    config.method = ConfigDict({key: x for key, x in fields.items() if key not in ("total_steps", "steps_per_epoch")})
+    config.method = ConfigDict(
+        {key: x for key, x in fields.items() if key not in ("total_steps", "steps_per_epoch")}
+    )
     config.method.name = name
     return config, test_reference.group(case, "state/")
 
@@ -67,7 +74,9 @@ def test_reference_weights_go_in_and_out_and_back_unchanged(stem, tmp_path):
     config, arrays = load(stem)
     drop = DROP.get(stem, ())
     np.savez(tmp_path / "official.npz", **arrays)
-    lines = import_weights.import_weights(tmp_path / "official.npz", config, tmp_path / "run", None, drop)
+    lines = import_weights.import_weights(
+        tmp_path / "official.npz", config, tmp_path / "run", None, drop
+    )
     assert "every array has its place" in lines[0]
 
     model = saved.open_model(tmp_path / "run")
@@ -97,7 +106,9 @@ def test_an_imported_run_goes_on_training(file, images, tmp_path):
 
     identity = sources.from_config(config.data, "train").identity()
     workdir.check(tmp_path / "run", config.to_dict(), identity)
-    workdir.claim(tmp_path / "run", config.to_dict(), identity)  # as training does: from now on, these are its images
+    workdir.claim(
+        tmp_path / "run", config.to_dict(), identity
+    )  # as training does: from now on, these are its images
     with pytest.raises(UserError, match="training_images"):
         workdir.check(tmp_path / "run", config.to_dict(), {**identity, "images": 7})
     optimizer, _ = import_weights.optim.from_config(config.optimizer, warmup_steps=1, total_steps=9)
@@ -106,7 +117,9 @@ def test_an_imported_run_goes_on_training(file, images, tmp_path):
         restored = checkpoints.restore(state, shardings)
     assert int(restored.step) == 0
     found = official.to_official(method_of(config), restored.params, restored.target)
-    np.testing.assert_array_equal(found["blocks.1.mlp.fc2.weight"], arrays["blocks.1.mlp.fc2.weight"])
+    np.testing.assert_array_equal(
+        found["blocks.1.mlp.fc2.weight"], arrays["blocks.1.mlp.fc2.weight"]
+    )
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(restored.opt_state))
     with pytest.raises(UserError, match="holds a run already"):
         import_weights.import_weights(path, config, tmp_path / "run", None)
@@ -114,13 +127,17 @@ def test_an_imported_run_goes_on_training(file, images, tmp_path):
 
 def test_what_is_missing_starts_afresh_only_where_asked(file, tmp_path):
     config, arrays, _ = file
-    encoder = {name: x for name, x in arrays.items() if not name.startswith(("decoder", "mask_token"))}
+    encoder = {
+        name: x for name, x in arrays.items() if not name.startswith(("decoder", "mask_token"))
+    }
     path = tmp_path / "encoder.safetensors"
     array_io.write(path, encoder)
     with pytest.raises(UserError, match=r"32 missing: .*decoder_pred\.bias") as error:
         import_weights.read(path, method_of(config))
     assert "mask_token" in str(error.value) and "decoder_pos_embed" in str(error.value)
-    tree, dropped, fresh, _ = import_weights.read(path, method_of(config), fresh=["decoder_.*", "mask_token"])
+    tree, dropped, fresh, _ = import_weights.read(
+        path, method_of(config), fresh=["decoder_.*", "mask_token"]
+    )
     assert dropped == [] and len(fresh) == 31 and tree["params"].keys() == {"encoder"}
     with pytest.raises(UserError, match="--fresh=decoder fits no name"):
         import_weights.read(path, method_of(config), fresh=["decoder"])
@@ -131,7 +148,11 @@ def test_a_missing_teacher_starts_as_a_copy(tmp_path):
     online = {name: x for name, x in arrays.items() if not name.startswith("target_encoder.")}
     array_io.write(tmp_path / "online.safetensors", online)
     import_weights.import_weights(
-        tmp_path / "online.safetensors", config, tmp_path / "run", None, fresh=[r"target_encoder\..*"]
+        tmp_path / "online.safetensors",
+        config,
+        tmp_path / "run",
+        None,
+        fresh=[r"target_encoder\..*"],
     )
     model = saved.open_model(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, model.params["encoder"], model.target["encoder"])
@@ -144,10 +165,26 @@ def altered(arrays, **changes):
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"head.weight": np.zeros((9, 32), np.float32)}, {}, "1 unexpected: head.weight; --fresh=REGEX"),
-        ({"cls_token": None, "norm.bias": None}, {}, "2 missing: cls_token, norm.bias; --fresh=REGEX"),
-        ({"norm.bias": np.zeros(31, np.float32)}, {}, r"1 of another shape: norm.bias \(31,\) instead of \(32,\)"),
-        ({"pos_embed": np.ones((1, 37, 32), np.float32)}, {}, r"constants than this method's: pos_embed \(difference"),
+        (
+            {"head.weight": np.zeros((9, 32), np.float32)},
+            {},
+            "1 unexpected: head.weight; --fresh=REGEX",
+        ),
+        (
+            {"cls_token": None, "norm.bias": None},
+            {},
+            "2 missing: cls_token, norm.bias; --fresh=REGEX",
+        ),
+        (
+            {"norm.bias": np.zeros(31, np.float32)},
+            {},
+            r"1 of another shape: norm.bias \(31,\) instead of \(32,\)",
+        ),
+        (
+            {"pos_embed": np.ones((1, 37, 32), np.float32)},
+            {},
+            r"constants than this method's: pos_embed \(difference",
+        ),
         ({}, {"drop": ["head.*"]}, r"--drop=head.\* fits no name"),
     ],
 )
@@ -160,8 +197,13 @@ def test_arrays_that_do_not_fit_are_listed(file, tmp_path, changes, options, mes
 
 def test_dropped_arrays_are_told(file, tmp_path):
     config, arrays, _ = file
-    array_io.write(tmp_path / "x.safetensors", altered(arrays, **{"head.weight": np.zeros((9, 32), np.float32)}))
-    _, dropped, fresh, _ = import_weights.read(tmp_path / "x.safetensors", method_of(config), drop=["head.*"])
+    array_io.write(
+        tmp_path / "x.safetensors",
+        altered(arrays, **{"head.weight": np.zeros((9, 32), np.float32)}),
+    )
+    _, dropped, fresh, _ = import_weights.read(
+        tmp_path / "x.safetensors", method_of(config), drop=["head.*"]
+    )
     assert dropped == ["head.weight"] and fresh == []
 
 
@@ -190,10 +232,16 @@ def test_pickled_arrays_are_not_loaded(tmp_path):
 def test_half_precision_becomes_float32_and_parallel_names_plain(tmp_path):
     import ml_dtypes
 
-    arrays = {"module.a": np.ones(3, np.float16), "encoder.module.b": np.ones(3, ml_dtypes.bfloat16)}
+    arrays = {
+        "module.a": np.ones(3, np.float16),
+        "encoder.module.b": np.ones(3, ml_dtypes.bfloat16),
+    }
     array_io.write(tmp_path / "x.safetensors", arrays)
     found, _ = array_io.read(tmp_path / "x.safetensors")
-    assert {name: x.dtype for name, x in found.items()} == {"a": np.float32, "encoder.b": np.float32}
+    assert {name: x.dtype for name, x in found.items()} == {
+        "a": np.float32,
+        "encoder.b": np.float32,
+    }
 
 
 def test_without_pytorch_its_files_are_refused_kindly(tmp_path, monkeypatch):
@@ -212,8 +260,13 @@ def test_files_of_pytorch(tmp_path):
     for name, value in arrays.items():
         root, _, rest = name.partition(".")
         state.setdefault(root, {})[f"module.{rest}"] = torch.from_numpy(value)
-    torch.save({**state, "opt": {"state": {0: torch.ones(3)}}, "scaler": None, "epoch": 300}, tmp_path / "x.pth.tar")
-    found, rest = array_io.read(tmp_path / "x.pth.tar", roots={"encoder", "predictor", "target_encoder"})
+    torch.save(
+        {**state, "opt": {"state": {0: torch.ones(3)}}, "scaler": None, "epoch": 300},
+        tmp_path / "x.pth.tar",
+    )
+    found, rest = array_io.read(
+        tmp_path / "x.pth.tar", roots={"encoder", "predictor", "target_encoder"}
+    )
     assert rest == ["opt", "scaler", "epoch"] and found.keys() == arrays.keys()
     for name, value in arrays.items():
         np.testing.assert_array_equal(found[name], value)

@@ -12,11 +12,15 @@ RNG = np.random.default_rng(0)
 SHAPES = {"kernel": (5, 3), "conv": (2, 3, 4), "bias": (3,), "zero": (4, 2), "still": (2, 2)}
 START = {name: RNG.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 START["zero"][:] = 0
-GRADIENTS = [{n: RNG.normal(size=s).astype(np.float32) for n, s in SHAPES.items()} for _ in range(6)]
+GRADIENTS = [
+    {n: RNG.normal(size=s).astype(np.float32) for n, s in SHAPES.items()} for _ in range(6)
+]
 for number, step in enumerate(GRADIENTS):
     step["still"][:] = 0
     step["zero"][:] *= number > 2  # both norms are 0 at first, then that of the weights only
-RATE = lambda step: 0.5 * (1 + jnp.cos(step))  # far from constant: the order of rate and momentum shows
+RATE = lambda step: (
+    0.5 * (1 + jnp.cos(step))
+)  # far from constant: the order of rate and momentum shows
 
 
 def plain(decay, momentum=0.9, trust=0.001):

@@ -38,7 +38,12 @@ def cloud(tmp_path):
     def run(*arguments, states, **environment):
         (tmp_path / "states").write_text(states)
         (tmp_path / "calls").write_text("")
-        settings = {"TPU_NAME": "pod", "ZONE": "us-west4-a", "TYPE": "v5litepod-16", "RUNTIME": "v2-alpha-tpuv5-lite"}
+        settings = {
+            "TPU_NAME": "pod",
+            "ZONE": "us-west4-a",
+            "TYPE": "v5litepod-16",
+            "RUNTIME": "v2-alpha-tpuv5-lite",
+        }
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "POLL": "0"}
         command = [str(ROOT / "launch" / "tpu_pod.sh"), *arguments]
         environment = {**os.environ, **settings, **path, **environment}
@@ -56,11 +61,23 @@ DESCRIBE = tpus("queued-resources", "describe", "pod", "--format=value(state.sta
 
 
 def test_a_new_slice_is_asked_for_waited_for_and_started(cloud):
-    flags = "--config=configs/vit_b.py", "--workdir=/mnt/nfs/it's mine", "--config.data.path=$HOME/a b"
-    done, calls = cloud("train", *flags, states="NONE WAITING_FOR_RESOURCES PROVISIONING ACTIVE", SPOT="1", PROJECT="p")
+    flags = (
+        "--config=configs/vit_b.py",
+        "--workdir=/mnt/nfs/it's mine",
+        "--config.data.path=$HOME/a b",
+    )
+    done, calls = cloud(
+        "train",
+        *flags,
+        states="NONE WAITING_FOR_RESOURCES PROVISIONING ACTIVE",
+        SPOT="1",
+        PROJECT="p",
+    )
     assert done.returncode == 0, done.stderr
     project = lambda call: [*call, "--project=p"]
-    create = tpus("queued-resources", "create", "pod", "--node-id=pod", "--accelerator-type=v5litepod-16")
+    create = tpus(
+        "queued-resources", "create", "pod", "--node-id=pod", "--accelerator-type=v5litepod-16"
+    )
     create[-1:] = ["--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--zone=us-west4-a"]
     assert calls[:2] == [project(DESCRIBE), project(create)]
     assert calls[2:5] == [project(DESCRIBE)] * 3
@@ -83,16 +100,31 @@ def test_the_copied_archive_holds_the_program_and_nothing_hidden(cloud, tmp_path
     keep = f'\nif "scp" in sys.argv:\n    import shutil\n    shutil.copy(sys.argv[5], {str(tmp_path / "keep")!r})\n'
     (tmp_path / "gcloud").write_text(script + keep)
     assert cloud("train", states="ACTIVE")[0].returncode == 0
-    names = subprocess.run(["tar", "tzf", tmp_path / "keep" / "lmim_jax.tar.gz"], capture_output=True, text=True)
+    names = subprocess.run(
+        ["tar", "tzf", tmp_path / "keep" / "lmim_jax.tar.gz"], capture_output=True, text=True
+    )
     names = names.stdout.splitlines()
-    assert {"./main.py", "./requirements.txt", "./lmim_jax/train.py", "./configs/vit_b.py"} <= set(names)
+    assert {"./main.py", "./requirements.txt", "./lmim_jax/train.py", "./configs/vit_b.py"} <= set(
+        names
+    )
     assert not [name for name in names if name.startswith("./.") and name != "./"]
 
 
 def test_train_again_after_preemption_replaces_the_slice_and_resumes(cloud):
-    done, calls = cloud("train", "--workdir=/mnt/nfs/b", states="SUSPENDED ACTIVE", NFS="10.0.0.2:/share")
+    done, calls = cloud(
+        "train", "--workdir=/mnt/nfs/b", states="SUSPENDED ACTIVE", NFS="10.0.0.2:/share"
+    )
     assert done.returncode == 0, done.stderr
-    assert [call[3] for call in calls] == ["describe", "delete", "create", "describe", "scp", "ssh", "ssh", "ssh"]
+    assert [call[3] for call in calls] == [
+        "describe",
+        "delete",
+        "create",
+        "describe",
+        "scp",
+        "ssh",
+        "ssh",
+        "ssh",
+    ]
     assert calls[1] == tpus("queued-resources", "delete", "pod", "--force", "--quiet")
     assert "sudo mount -t nfs 10.0.0.2:/share /mnt/nfs" in calls[6][6]
     assert "already running" in calls[7][6]
@@ -116,7 +148,10 @@ def test_train_again_on_a_living_slice_keeps_it(cloud):
 def test_a_command_that_fails_stops_the_rest_and_is_named(cloud, fail, name, states, count):
     done, calls = cloud("train", states=states, FAIL=fail)
     assert done.returncode == 7
-    assert f"error: '{name}' failed with exit code 7. Nothing was deleted; run the same command again" in done.stderr
+    assert (
+        f"error: '{name}' failed with exit code 7. Nothing was deleted; run the same command again"
+        in done.stderr
+    )
     assert len(calls) == count  # nothing after it
     assert not [call for call in calls if "delete" in call]
 
@@ -131,10 +166,18 @@ def test_a_request_that_fails_while_waiting_is_told(cloud):
 
 def test_the_other_commands(cloud):
     _, calls = cloud("logs", states="ACTIVE")
-    assert calls == [tpus("tpu-vm", "ssh", "pod", "--worker=0", "--command=tail -n 100 -F lmim_jax/train.log")]
+    assert calls == [
+        tpus("tpu-vm", "ssh", "pod", "--worker=0", "--command=tail -n 100 -F lmim_jax/train.log")
+    ]
     _, calls = cloud("stop", states="ACTIVE")
     assert calls == [
-        tpus("tpu-vm", "ssh", "pod", "--worker=all", '--command=cd lmim_jax && kill -TERM "$(cat train.pid)"')
+        tpus(
+            "tpu-vm",
+            "ssh",
+            "pod",
+            "--worker=all",
+            '--command=cd lmim_jax && kill -TERM "$(cat train.pid)"',
+        )
     ]
     done, calls = cloud("status", states="ACTIVE")
     assert "slice: ACTIVE" in done.stdout
@@ -161,7 +204,14 @@ PROGRAM = "import sys, time; a = sys.argv; i = int(a[-1].split('=')[1]); print('
 
 
 def launch(program, count="3"):
-    command = [str(ROOT / "launch" / "processes.sh"), count, sys.executable, "-c", PROGRAM + program, "--x=1 2"]
+    command = [
+        str(ROOT / "launch" / "processes.sh"),
+        count,
+        sys.executable,
+        "-c",
+        PROGRAM + program,
+        "--x=1 2",
+    ]
     environment = {**os.environ, "PORT": "1234", "JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -174,7 +224,9 @@ def test_local_processes_get_their_numbers():
 
 
 def test_the_process_that_dies_first_is_named_and_gives_the_exit_code():
-    done = launch("i == 1 and __import__('os').kill(__import__('os').getpid(), 9); time.sleep(1); sys.exit(6)")
+    done = launch(
+        "i == 1 and __import__('os').kill(__import__('os').getpid(), 9); time.sleep(1); sys.exit(6)"
+    )
     assert done.returncode == 137
     assert re.search(r"process 1 \(pid \d+\) was killed by signal 9 \(KILL\)\n", done.stderr)
     assert len(re.findall(r"process [02] \(pid \d+\) ended with exit code 6", done.stderr)) == 2
@@ -195,7 +247,11 @@ def test_the_job_sets_are_whole():
         assert job["parallelism"] == job["completions"] == 4
         (container,) = job["template"]["spec"]["containers"]
         (rule,) = job["podFailurePolicy"]["rules"]
-        assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+        assert rule["onExitCodes"] == {
+            "containerName": container["name"],
+            "operator": "In",
+            "values": [2],
+        }
         assert {mount["name"] for mount in container["volumeMounts"]} == {
             volume["name"] for volume in job["template"]["spec"]["volumes"]
         }

@@ -16,7 +16,9 @@ X, Y = (RNG.normal(size=(3, 7, 5)).astype(np.float32) for _ in range(2))
 
 def test_similarity_is_the_mean_cosine_over_all_pairs():
     unit = X / np.linalg.norm(X, axis=-1, keepdims=True)
-    np.testing.assert_allclose(losses.similarity(X), np.einsum("bid,bjd->bij", unit, unit).mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.similarity(X), np.einsum("bid,bjd->bij", unit, unit).mean(), rtol=1e-5
+    )
     np.testing.assert_allclose(losses.similarity(np.ones((2, 4, 3))), 1.0, rtol=1e-6)
 
 
@@ -30,7 +32,10 @@ def test_infonce_of_perfect_predictions_is_nearly_zero_and_all_right():
     logits = losses.discrimination_logits(targets, targets, 0.05)
     assert losses.patch_infonce(logits, 0.05) < 1e-3
     assert losses.patch_accuracy(logits) == 1
-    assert losses.patch_accuracy(losses.discrimination_logits(np.roll(targets, 1, 1), targets, 0.05)) == 0
+    assert (
+        losses.patch_accuracy(losses.discrimination_logits(np.roll(targets, 1, 1), targets, 0.05))
+        == 0
+    )
 
 
 def test_standardised_predictions_have_mean_0_and_deviation_1_per_channel():
@@ -50,7 +55,11 @@ def test_regressions():
 
 
 @pytest.mark.parametrize(
-    "loss", [losses.similarity, lambda x: losses.patch_infonce(losses.discrimination_logits(x, Y, 0.2), 0.2)]
+    "loss",
+    [
+        losses.similarity,
+        lambda x: losses.patch_infonce(losses.discrimination_logits(x, Y, 0.2), 0.2),
+    ],
 )
 def test_gradients_are_finite_at_zero(loss):
     assert jnp.isfinite(jax.grad(loss)(jnp.zeros_like(X))).all()
@@ -59,13 +68,17 @@ def test_gradients_are_finite_at_zero(loss):
 def test_losses_are_float32_whatever_comes_in():
     x, y = jnp.asarray(X, jnp.bfloat16), jnp.asarray(Y, jnp.bfloat16)
     assert all(loss(x, y).dtype == jnp.float32 for loss in losses.REGRESSION.values())
-    assert losses.discrimination_logits(x, y, 0.2).dtype == losses.similarity(x).dtype == jnp.float32
+    assert (
+        losses.discrimination_logits(x, y, 0.2).dtype == losses.similarity(x).dtype == jnp.float32
+    )
 
 
 @settings(max_examples=25, deadline=None)
 @given(patches=st.integers(3, 300), share=st.floats(0.01, 0.95), seed=st.integers(0, 2**31 - 1))
 def test_visible_and_masked_partition_the_grid(patches, share, seed):
-    visible, masked = masking.random_split(jax.random.key(seed), patches, max(1, int(share * patches)))
+    visible, masked = masking.random_split(
+        jax.random.key(seed), patches, max(1, int(share * patches))
+    )
     assert sorted([*visible.tolist(), *masked.tolist()]) == list(range(patches))
 
 
@@ -86,7 +99,9 @@ def test_window_offsets_are_uniform_below_the_gap():
 
 def test_take_gathers_rows_of_each_image():
     index = np.array([[2, 0], [1, 1], [6, 3]])
-    np.testing.assert_array_equal(masking.take(X, index), np.stack([X[b, index[b]] for b in range(3)]))
+    np.testing.assert_array_equal(
+        masking.take(X, index), np.stack([X[b, index[b]] for b in range(3)])
+    )
     np.testing.assert_array_equal(masking.take(X[:1], index), X[0][index])
 
 
@@ -95,6 +110,13 @@ def test_schedules_have_the_official_values():
     rate = schedules.warmup_cosine(6e-4, 2.4e-3, 6e-4, 40, 800)
     for epoch, expected in ((0, 6e-4), (20, 1.5e-3), (40, 2.4e-3), (420, 1.5e-3), (800, 6e-4)):
         np.testing.assert_allclose(rate(epoch), expected, rtol=1e-6)
-    for epoch, momentum, similarity in ((0, 0.99, 0.75), (200, 0.99146, 0.677), (420, 0.99539, 0.480), (800, 1, 0.25)):
-        np.testing.assert_allclose(1 - schedules.cosine(0.01, 0.0, epoch / 800), momentum, atol=6e-6)
+    for epoch, momentum, similarity in (
+        (0, 0.99, 0.75),
+        (200, 0.99146, 0.677),
+        (420, 0.99539, 0.480),
+        (800, 1, 0.25),
+    ):
+        np.testing.assert_allclose(
+            1 - schedules.cosine(0.01, 0.0, epoch / 800), momentum, atol=6e-6
+        )
         np.testing.assert_allclose(schedules.cosine(0.75, 0.25, epoch / 800), similarity, atol=6e-4)

@@ -36,7 +36,9 @@ def official_contexts(group, rng, batches):
         u = rng.random()
         area = int(height * width * (scale[0] + u * (scale[1] - scale[0])))
         ratio = aspect[0] + u * (aspect[1] - aspect[0])
-        return min(round((area * ratio) ** 0.5), height - 1), min(round((area / ratio) ** 0.5), width - 1)
+        return min(round((area * ratio) ** 0.5), height - 1), min(
+            round((area / ratio) ** 0.5), width - 1
+        )
 
     def block(h, w):
         out = np.zeros(GRID, bool)
@@ -68,7 +70,9 @@ def coverage(index, mask):
 @pytest.mark.parametrize(("group", "expected"), [(1, 81), (16, 59), (128, 50)])
 def test_multiblock_contexts_are_as_long_as_the_official_ones(group, expected):
     lengths = draws(group)["visible_mask"].sum(axis=1)
-    assert abs(lengths.mean() - expected) < 2.5  # sizes are shared by a batch of 32: 40 independent ones
+    assert (
+        abs(lengths.mean() - expected) < 2.5
+    )  # sizes are shared by a batch of 32: 40 independent ones
     targets = draws(group)["target_mask"].sum(axis=2)
     assert set(np.unique(targets)) <= set(range(30, 41))
     assert abs(targets.mean() - 33.5) < 1
@@ -94,7 +98,11 @@ def test_multiblock_targets_are_blocks_that_the_context_avoids(biased):
         assert len(set(context)) == len(context) > 10
         for index, mask in zip(view["targets"][i], view["target_mask"][i], strict=True):
             rows, columns = np.divmod(index[mask], GRID[1])
-            assert mask.sum() == len(set(rows)) * len(set(columns)) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+            assert (
+                mask.sum()
+                == len(set(rows)) * len(set(columns))
+                == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+            )
             assert not set(index[mask]) & set(context)
 
 
@@ -102,7 +110,8 @@ def test_unbiased_multiblock_reaches_every_patch_and_varies_per_image():
     view = draws(16, biased=False)
     assert (coverage(view["visible"], view["visible_mask"]) > 0.05).all()
     targets = coverage(
-        view["targets"].reshape(-1, view["targets"].shape[2]), view["target_mask"].reshape(-1, view["targets"].shape[2])
+        view["targets"].reshape(-1, view["targets"].shape[2]),
+        view["target_mask"].reshape(-1, view["targets"].shape[2]),
     )
     assert (targets > 0).all()
     assert len(np.unique(view["target_mask"][:32].sum(axis=2)[:, 0])) > 3
@@ -111,7 +120,9 @@ def test_unbiased_multiblock_reaches_every_patch_and_varies_per_image():
 def test_the_default_capacity_is_hardly_ever_short():
     lengths = draws(128, batches=150, images=4)["visible_mask"].sum(axis=1)
     assert lengths.max() <= 72
-    shorter = jax.jit(multiblock(128, capacity=20))(jax.random.key(0), jax.random.split(jax.random.key(1), 4))
+    shorter = jax.jit(multiblock(128, capacity=20))(
+        jax.random.key(0), jax.random.split(jax.random.key(1), 4)
+    )
     assert shorter["visible"].shape == (4, 20)
     assert shorter["visible_mask"].all()
 

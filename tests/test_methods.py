@@ -24,7 +24,13 @@ SWITCHES = [  # each value of each switch at least once
     {"grid": (2, 5), "num_visible": 3, "channels": 5},
     {"dtype": "bfloat16"},
     {"name": "mae", "norm_pix": False, "sampler": "checkerboard", "mask_ratio": 0.5},
-    {"name": "pilamim", "align_targets": False, "qkv_bias": True, "sampler": "checkerboard2", "mask_ratio": 0.5},
+    {
+        "name": "pilamim",
+        "align_targets": False,
+        "qkv_bias": True,
+        "sampler": "checkerboard2",
+        "mask_ratio": 0.5,
+    },
     {"name": "ijepa", "biased_masks": False, "loss": "mse"},
     {"name": "ijepa", "dtype": "bfloat16", "loss": "l1"},
 ]
@@ -76,7 +82,10 @@ def test_contract(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_views_are_drawn_per_image(name):
     method, keys = build(name), jax.random.split(jax.random.key(2), 6)
-    whole, part = method.sample(jax.random.key(1), keys), method.sample(jax.random.key(1), keys[2:4])
+    whole, part = (
+        method.sample(jax.random.key(1), keys),
+        method.sample(jax.random.key(1), keys[2:4]),
+    )
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:4], b), whole, part)
     assert any((leaf[0] != leaf[1]).any() for leaf in jax.tree.leaves(whole))
 
@@ -96,8 +105,15 @@ def test_targets_get_gradient_in_joint_training_only():
         method = build(target=target, loss="mse", similarity_weight=0.0)
         params, teacher, images, views = inputs(method)
 
-        def of_targets(encoder, method=method, params=params, teacher=teacher, images=images, views=views):
-            return method.forward({**params, "encoder": encoder}, teacher, images, views)["targets"].sum() ** 2
+        def of_targets(
+            encoder, method=method, params=params, teacher=teacher, images=images, views=views
+        ):
+            return (
+                method.forward({**params, "encoder": encoder}, teacher, images, views)[
+                    "targets"
+                ].sum()
+                ** 2
+            )
 
         assert (size(jax.jit(jax.grad(of_targets))(params["encoder"])) > 0) == reaches
 
@@ -109,8 +125,12 @@ def test_masked_pixels_do_not_reach_the_online_tokens_nor_visible_ones_the_targe
     def influence(name):
         """How much each patch [B, N] moves the tokens of that name."""
         weigh = lambda tokens: (tokens * np.random.default_rng(0).normal(size=tokens.shape)).sum()
-        pixels = jax.jit(jax.grad(lambda x: weigh(method.forward(params, target, x, views)[name])))(images)
-        return patchify(np.abs(pixels), method.grid, method.patch_size, method.gap, views["offsets"]).sum(-1)
+        pixels = jax.jit(jax.grad(lambda x: weigh(method.forward(params, target, x, views)[name])))(
+            images
+        )
+        return patchify(
+            np.abs(pixels), method.grid, method.patch_size, method.gap, views["offsets"]
+        ).sum(-1)
 
     for name, seen, hidden in (("visible", "visible", "masked"), ("targets", "masked", "visible")):
         pixels = influence(name)
@@ -130,7 +150,12 @@ def test_what_the_encoder_does_not_see_does_not_reach_predictions(name):
 
     gradient = jax.jit(jax.grad(weighed))(images)
     gap = getattr(method, "gap", 0)
-    moved = patchify(np.abs(gradient), method.grid, method.patch_size, gap, views.get("offsets")).sum(-1) > 0
+    moved = (
+        patchify(np.abs(gradient), method.grid, method.patch_size, gap, views.get("offsets")).sum(
+            -1
+        )
+        > 0
+    )
     seen = np.zeros(moved.shape, bool)
     for row, visible, counts in zip(
         seen, views["visible"], views.get("visible_mask", views["visible"] >= 0), strict=True

@@ -14,14 +14,22 @@ from lmim_jax.models.vit import ViT
 @settings(max_examples=20, deadline=None)
 @given(h=st.integers(1, 5), w=st.integers(1, 5), p=st.integers(1, 4), channels=st.integers(1, 5))
 def test_unpatchify_undoes_patchify(h, w, p, channels):
-    images = np.arange(2 * h * p * w * p * channels, dtype=np.float32).reshape(2, h * p, w * p, channels)
+    images = np.arange(2 * h * p * w * p * channels, dtype=np.float32).reshape(
+        2, h * p, w * p, channels
+    )
     patches = layers.patchify(images, (h, w), p)
     assert patches.shape == (2, h * w, p * p * channels)
     np.testing.assert_array_equal(layers.unpatchify(patches, (h, w), p), images)
 
 
 @settings(max_examples=10, deadline=None)
-@given(h=st.integers(1, 3), w=st.integers(1, 3), p=st.integers(1, 3), gap=st.integers(1, 3), seed=st.integers(0, 99))
+@given(
+    h=st.integers(1, 3),
+    w=st.integers(1, 3),
+    p=st.integers(1, 3),
+    gap=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
 def test_windows_are_cut_at_their_offsets(h, w, p, gap, seed):
     rng, cell = np.random.default_rng(seed), p + gap
     images = rng.normal(size=(2, h * cell, w * cell, 3)).astype(np.float32)
@@ -29,7 +37,9 @@ def test_windows_are_cut_at_their_offsets(h, w, p, gap, seed):
     patches = np.asarray(layers.patchify(images, (h, w), p, gap, offsets))
     for b, r, c in np.ndindex(2, h, w):
         top, left = r * cell + offsets[b, r, c, 0], c * cell + offsets[b, r, c, 1]
-        np.testing.assert_array_equal(patches[b, r * w + c], images[b, top : top + p, left : left + p].ravel())
+        np.testing.assert_array_equal(
+            patches[b, r * w + c], images[b, top : top + p, left : left + p].ravel()
+        )
 
 
 def test_patchify_refuses_an_image_that_does_not_fit():
@@ -46,7 +56,9 @@ def test_positions_of_a_wide_grid_follow_rows_and_columns():
 
 def test_positions_at_another_size_span_the_trained_range():
     trained, finer = (layers.sincos_positions(grid, 32, (14, 14)) for grid in ((14, 14), (27, 27)))
-    np.testing.assert_allclose(finer.reshape(27, 27, 32)[::2, ::2].reshape(-1, 32), trained, atol=1e-6)
+    np.testing.assert_allclose(
+        finer.reshape(27, 27, 32)[::2, ::2].reshape(-1, 32), trained, atol=1e-6
+    )
 
 
 def test_gelu_is_exact():
@@ -66,7 +78,9 @@ def test_attention_equals_the_textbook():
     q, k, v = (rng.normal(size=(2, t, 3, 8)).astype(np.float32) for t in (5, 7, 7))
     scores = np.einsum("btad,bsad->bats", q, k) / 8**0.5
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    np.testing.assert_allclose(attention.attend(q, k, v, "xla"), np.einsum("bats,bsad->btad", weights, v), atol=1e-5)
+    np.testing.assert_allclose(
+        attention.attend(q, k, v, "xla"), np.einsum("bats,bsad->btad", weights, v), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
@@ -95,17 +109,28 @@ def test_attention_and_its_gradients_are_those_of_jax(dtype, tolerance):
 
 
 def test_a_bias_left_out_is_a_bias_of_zero():
-    x = np.random.default_rng(0).normal(size=(2, 5, 10)).astype(np.float32)  # 10 wide in 4 heads of 2
-    some, every = (blocks.CrossAttention(4, jnp.dtype("float32"), "xla", on) for on in ((True, False, True), True))
+    x = (
+        np.random.default_rng(0).normal(size=(2, 5, 10)).astype(np.float32)
+    )  # 10 wide in 4 heads of 2
+    some, every = (
+        blocks.CrossAttention(4, jnp.dtype("float32"), "xla", on)
+        for on in ((True, False, True), True)
+    )
     params = some.init(jax.random.key(0), x, x[:, :, :6])["params"]
     assert params["kv"]["kernel"].shape == (6, 16)
     params["kv"]["bias"] = np.arange(8, dtype=np.float32)
-    full = {**params, "kv": {**params["kv"], "bias": np.r_[np.zeros(8), np.arange(8)].astype(np.float32)}}
+    full = {
+        **params,
+        "kv": {**params["kv"], "bias": np.r_[np.zeros(8), np.arange(8)].astype(np.float32)},
+    }
     first, second = (
-        np.asarray(layer.apply({"params": p}, x, x[:, :, :6])) for layer, p in ((some, params), (every, full))
+        np.asarray(layer.apply({"params": p}, x, x[:, :, :6]))
+        for layer, p in ((some, params), (every, full))
     )
     np.testing.assert_array_equal(first, second)
-    without = blocks.Attention(2, jnp.dtype("float32"), "xla", False).init(jax.random.key(0), x)["params"]
+    without = blocks.Attention(2, jnp.dtype("float32"), "xla", False).init(jax.random.key(0), x)[
+        "params"
+    ]
     assert without["qkv"].keys() == {"kernel"}
 
 
@@ -118,12 +143,18 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     text = jax.jit(vit("bfloat16").apply).lower(params, patches, positions).as_text()
     dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert dots
-    assert all("bf16" in line.split("->")[0] and "xf32" not in line.split("->")[0].split(" : ")[-1] for line in dots)
+    assert all(
+        "bf16" in line.split("->")[0] and "xf32" not in line.split("->")[0].split(" : ")[-1]
+        for line in dots
+    )
 
 
 def test_tokens_do_not_depend_on_other_images():
     rng = np.random.default_rng(0)
-    patches, positions = rng.normal(size=(3, 6, 12)).astype(np.float32), np.ones((1, 6, 32), np.float32)
+    patches, positions = (
+        rng.normal(size=(3, 6, 12)).astype(np.float32),
+        np.ones((1, 6, 32), np.float32),
+    )
     params = vit().init(jax.random.key(0), patches, positions)
     changed = patches.copy()
     changed[0] = 0

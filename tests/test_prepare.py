@@ -23,8 +23,12 @@ from lmim_jax.data.prepare import tfds_writer
 from lmim_jax.distributed import sharding
 from lmim_jax.utils.errors import UserError
 
-DATA = dict(source="tfds", path="", name="pets", dir="", train_split="train", test_split="test", classes="")
-DATA |= dict(train_per_class=0, test_per_class=0, canvas=40, channels=3, workers=0, threads=2, timeout=60.0)
+DATA = dict(
+    source="tfds", path="", name="pets", dir="", train_split="train", test_split="test", classes=""
+)
+DATA |= dict(
+    train_per_class=0, test_per_class=0, canvas=40, channels=3, workers=0, threads=2, timeout=60.0
+)
 DATA |= dict(max_bad_fraction=0.2, resize_on="device")
 
 
@@ -40,12 +44,19 @@ def pets(images, tmp_path_factory):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_a_folder_becomes_a_dataset_with_the_same_images(images, pets):
     for split, count in (("train", 48), ("test", 16)):
-        ours, theirs = sources.from_config(config(dir=pets.parent.parent), split), sources.folder(images, split)
+        ours, theirs = (
+            sources.from_config(config(dir=pets.parent.parent), split),
+            sources.folder(images, split),
+        )
         assert (len(ours), ours.classes) == (count, ("cat", "dog"))
         assert [ours.record(i) for i in range(count)] == [theirs.record(i) for i in range(count)]
     assert ours.name(3) == "pets/1.0.0/test[3]"
@@ -58,7 +69,9 @@ def test_folder_and_dataset_give_the_same_batches(images, pets):
     streams = []
     for data in (config(dir=pets.parent.parent), config(source="folder", path=images)):
         source, mesh = sources.from_config(data, "train"), sharding.make_mesh()
-        streams.append(loader.training(source, data, seed=1, batch_size=8, steps=7, start=0, mesh=mesh))
+        streams.append(
+            loader.training(source, data, seed=1, batch_size=8, steps=7, start=0, mesh=mesh)
+        )
     for ours, theirs in zip(*streams, strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
@@ -72,7 +85,11 @@ def test_slices_and_classes_can_be_chosen(pets, tmp_path, monkeypatch):
     (tmp_path / "names").write_text("dog\n")
     for _ in range(2):  # the second time, labels come from the cache
         dogs = sources.from_config(config(dir=folder, classes=tmp_path / "names"), "train")
-        assert (len(dogs), dogs.classes, {dogs.record(i)[1] for i in range(24)}) == (24, ("dog",), {0})
+        assert (len(dogs), dogs.classes, {dogs.record(i)[1] for i in range(24)}) == (
+            24,
+            ("dog",),
+            {0},
+        )
     every = sources.from_config(config(dir=folder), "train")
     assert [dogs.record(i)[0] for i in range(24)] == [every.record(i)[0] for i in range(24, 48)]
     assert "classes" in dogs.identity()
@@ -82,7 +99,9 @@ def test_slices_and_classes_can_be_chosen(pets, tmp_path, monkeypatch):
 
 def test_classes_of_a_folder_can_be_chosen(images, tmp_path):
     (tmp_path / "names").write_text("dog\ncat\n")
-    chosen = sources.from_config(config(source="folder", path=images, classes=tmp_path / "names"), "test")
+    chosen = sources.from_config(
+        config(source="folder", path=images, classes=tmp_path / "names"), "test"
+    )
     assert (chosen.classes, chosen.record(0)[1], chosen.record(15)[1]) == (("dog", "cat"), 1, 0)
 
 
@@ -90,8 +109,14 @@ def test_classes_of_a_folder_can_be_chosen(images, tmp_path):
     ("change", "message"),
     [
         ({"name": ""}, "config.data.name is empty"),
-        ({"name": "cats"}, r"config.data.name='cats': no prepared dataset of that name in .*, which holds: pets"),
-        ({"train_split": "training"}, r"pets/1.0.0 has no split 'training'; there are: train \(48\), test \(16\)"),
+        (
+            {"name": "cats"},
+            r"config.data.name='cats': no prepared dataset of that name in .*, which holds: pets",
+        ),
+        (
+            {"train_split": "training"},
+            r"pets/1.0.0 has no split 'training'; there are: train \(48\), test \(16\)",
+        ),
         ({"classes": "/no/such"}, "config.data.classes='/no/such' cannot be read"),
         ({"source": "tfd"}, "did you mean tfds"),
     ],
@@ -108,7 +133,9 @@ def test_a_folder_without_classes_and_with_bad_files(images, tmp_path):
     flat = sources.from_config(config(dir=tmp_path, name="flat"), "train")
     assert (len(flat), flat.classes, flat.record(0)[1]) == (23, (), -1)
     assert "05.jpg: " in (folder / tfds_writer.BAD).read_text()
-    assert {min(decode.decode(flat.record(i)[0], 0, 3).shape[:2]) for i in range(23)} == {16}  # shrunk
+    assert {min(decode.decode(flat.record(i)[0], 0, 3).shape[:2]) for i in range(23)} == {
+        16
+    }  # shrunk
     with pytest.raises(UserError, match="holds something else"):
         prepare_data.convert_folder(tmp_path / "any", tmp_path, "flat", 0, 1)
     with pytest.raises(UserError, match=r"has no split 'test'"):
@@ -136,7 +163,9 @@ def test_damage_is_found(pets, tmp_path):
 
 def tool(*arguments):
     command = [sys.executable, "-m", "lmim_jax.cli.prepare_data", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +180,13 @@ def many(tmp_path_factory):
 def test_killed_and_resumed_it_makes_the_same_bytes(many, tmp_path):
     whole = prepare_data.convert_folder(many, tmp_path / "whole", "many", 0, 1)
     out = tmp_path / "killed" / "many" / "1.0.0"
-    killed = tool(f"--folder={many}", f"--out={tmp_path / 'killed'}", "--name=many", "--processes=1")
+    killed = tool(
+        f"--folder={many}", f"--out={tmp_path / 'killed'}", "--name=many", "--processes=1"
+    )
     deadline = time.monotonic() + 120
-    while not any(out.glob("*.array_record*")):  # the first shard is there, the second in the making
+    while not any(
+        out.glob("*.array_record*")
+    ):  # the first shard is there, the second in the making
         assert killed.poll() is None, killed.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -169,11 +202,15 @@ def test_killed_and_resumed_it_makes_the_same_bytes(many, tmp_path):
 
 def write_tfrecord(path, examples):
     """A TFRecord file, by its specification."""
-    masked = lambda data: ((((crc := google_crc32c.value(data)) >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+    masked = lambda data: (
+        ((((crc := google_crc32c.value(data)) >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+    )
     with path.open("wb") as file:
         for data in examples:
             length = struct.pack("<Q", len(data))
-            file.write(length + struct.pack("<I", masked(length)) + data + struct.pack("<I", masked(data)))
+            file.write(
+                length + struct.pack("<I", masked(length)) + data + struct.pack("<I", masked(data))
+            )
 
 
 @pytest.fixture
@@ -220,7 +257,9 @@ def test_a_damaged_tfrecord_file_is_named(tfrecords, damage):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content if damage == "bit" else content[: len(content) // 3])
-    with pytest.raises(UserError, match=r"pets-test.tfrecord-00000-of-00001 is damaged at record \d+"):
+    with pytest.raises(
+        UserError, match=r"pets-test.tfrecord-00000-of-00001 is damaged at record \d+"
+    ):
         prepare_data.convert_tfrecords(tfrecords, 1)
     assert not list(tfrecords.glob("*test.array_record*")), "nothing half-made"
 

@@ -84,7 +84,11 @@ def splits(informative):
 
 
 def trainer(name, **change):
-    rate, epochs = {"linear_probe": (80.0, 40.0), "attentive_probe": (0.3, 10.0), "finetune": (0.3, 10.0)}[name]
+    rate, epochs = {
+        "linear_probe": (80.0, 40.0),
+        "attentive_probe": (0.3, 10.0),
+        "finetune": (0.3, 10.0),
+    }[name]
     fields = dict(batch_size=32, epochs=epochs, warmup_epochs=1.0, base_lr=rate)
     fields |= dict(randaugment=(0, 9.0, 0.5)) if name == "finetune" else {}  # these are no colours
     section = {**tiny.evaluator(name), **fields, **change}
@@ -101,7 +105,9 @@ def test_perfect_features_score_100_and_others_chance(name):
 
 def test_padding_changes_no_figure():
     data = splits(False)
-    once, padded = (trainer("linear_probe", epochs=2.0).run(Method, PARAMS, Data(*data, n)) for n in (0, 2))
+    once, padded = (
+        trainer("linear_probe", epochs=2.0).run(Method, PARAMS, Data(*data, n)) for n in (0, 2)
+    )
     assert once == padded
     assert once["top1"] * 90 / 100 == pytest.approx(round(once["top1"] * 90 / 100))  # of 90 images
 
@@ -110,7 +116,9 @@ def losses(splits, seed, mesh):
     """Of four steps of a linear probe."""
     probe, data, found = trainer("linear_probe", seed=seed), Data(*splits), []
     data.mesh = mesh
-    create, step, _ = probe_training._programs(probe, probe_training.Task(Method, Same(), CLASSES), mesh, 4, 4, WIDTH)
+    create, step, _ = probe_training._programs(
+        probe, probe_training.Task(Method, Same(), CLASSES), mesh, 4, 4, WIDTH
+    )
     state = create(PARAMS)
     for batch in data.training(32, 4, seed):
         state, loss = step(state, PARAMS, batch)
@@ -122,7 +130,9 @@ def test_training_repeats_on_any_number_of_devices():
     data = splits(False)
     first = losses(data, 0, Data.mesh)
     assert losses(data, 0, Data.mesh) == first != losses(data, 1, Data.mesh)
-    assert losses(data, 0, sharding.make_mesh(devices=jax.devices()[:1])) == pytest.approx(first, rel=1e-5)
+    assert losses(data, 0, sharding.make_mesh(devices=jax.devices()[:1])) == pytest.approx(
+        first, rel=1e-5
+    )
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(PARAMS))
 
 
@@ -134,13 +144,17 @@ def test_batch_norm_is_torchs():
         x = (RNG.normal(size=(9, 5)) * (step + 1) + 50).astype(np.float32)
         y, running = jax.jit(probe_layers.batch_norm_train, static_argnums=2)(x, running, 1e-6)
         wide = x.astype(np.float64)
-        np.testing.assert_allclose(y, (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-6), atol=1e-4)
+        np.testing.assert_allclose(
+            y, (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-6), atol=1e-4
+        )
         mean = 0.9 * mean + 0.1 * wide.mean(0)
         variance = 0.9 * variance + 0.1 * wide.var(0, ddof=1)
     np.testing.assert_allclose(running["mean"], mean, rtol=1e-5)
     np.testing.assert_allclose(running["variance"], variance, rtol=1e-5)
     expected = (x - mean) / np.sqrt(variance + 1e-6)
-    np.testing.assert_allclose(probe_layers.batch_norm(x, running, 1e-6), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        probe_layers.batch_norm(x, running, 1e-6), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_unlabelled_data_has_no_figures():
@@ -150,7 +164,8 @@ def test_unlabelled_data_has_no_figures():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"batch_size": 512}, "128 training images; try 128"), ({"batch_size": 20}, "8 device")]
+    ("change", "message"),
+    [({"batch_size": 512}, "128 training images; try 128"), ({"batch_size": 20}, "8 device")],
 )
 def test_a_bad_batch_is_named(change, message):
     with pytest.raises(UserError, match=message):
@@ -158,14 +173,19 @@ def test_a_bad_batch_is_named(change, message):
 
 
 def test_a_bad_feature_is_named():
-    with pytest.raises(UserError, match="feature 'clss': the method has none of that name; did you mean cls"):
+    with pytest.raises(
+        UserError, match="feature 'clss': the method has none of that name; did you mean cls"
+    ):
         trainer("linear_probe", feature="clss").run(Method, PARAMS, Data(*splits(True)))
     with pytest.raises(UserError, match="feature='cls' has no patches"):
         trainer("attentive_probe", feature="cls").run(Method, PARAMS, Data(*splits(True)))
 
 
 def test_a_linear_probe_takes_features_side_by_side():
-    probe, task = trainer("linear_probe", feature="cls+patches+pixels"), probe_training.Task(Method, Same(), CLASSES)
+    probe, task = (
+        trainer("linear_probe", feature="cls+patches+pixels"),
+        probe_training.Task(Method, Same(), CLASSES),
+    )
     x = RNG.normal(size=(2, 5, 1, WIDTH)).astype(np.float32)
     found = probe._features(task, PARAMS, jnp.asarray(x))
     expected = np.concatenate([x[:, 0, 0], x[:, :, 0].mean(1), x.reshape(2, -1)], axis=1)
@@ -174,25 +194,36 @@ def test_a_linear_probe_takes_features_side_by_side():
 
 def test_one_query_reads_the_tokens():
     """The pooled token is the average of the values by how well the query fits the keys, head by head."""
-    probe, task = trainer("attentive_probe", feature="patches"), probe_training.Task(Method, Same(), 3)
+    probe, task = (
+        trainer("attentive_probe", feature="patches"),
+        probe_training.Task(Method, Same(), 3),
+    )
     x = RNG.normal(size=(2, 5, 1, WIDTH)).astype(np.float32)
-    trained, buffers = probe.init(task, PARAMS, jax.ShapeDtypeStruct((1, 5, 1, WIDTH), np.float32), jax.random.key(0))
+    trained, buffers = probe.init(
+        task, PARAMS, jax.ShapeDtypeStruct((1, 5, 1, WIDTH), np.float32), jax.random.key(0)
+    )
     trained = jax.tree.map(lambda leaf: RNG.normal(size=leaf.shape).astype(np.float32), trained)
     tokens = x[:, :, 0]
-    tokens = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)
+    tokens = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(
+        tokens.var(-1, keepdims=True) + 1e-6
+    )
     both = tokens @ trained["key_value"]["kernel"] + trained["key_value"]["bias"]
     scores = both[..., :WIDTH] @ trained["query"][0] / WIDTH**0.5  # one head: 12 are fewer than 64
     weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     pooled = (weights[..., None] * both[..., WIDTH:]).sum(1)
     expected = pooled @ trained["head"]["kernel"] + trained["head"]["bias"]
-    np.testing.assert_allclose(probe.logits(task, PARAMS, trained, buffers, x), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        probe.logits(task, PARAMS, trained, buffers, x), expected, rtol=1e-4, atol=1e-4
+    )
     assert attentive_probe.HEAD_WIDTH == 64
 
 
 def test_the_encoder_is_frozen():
     probe, task = trainer("linear_probe"), probe_training.Task(Method, Same(), CLASSES)
     (x, y), _ = splits(True)
-    trained, buffers = probe.init(task, PARAMS, jax.ShapeDtypeStruct((1, 2, 1, WIDTH), np.float32), jax.random.key(0))
+    trained, buffers = probe.init(
+        task, PARAMS, jax.ShapeDtypeStruct((1, 2, 1, WIDTH), np.float32), jax.random.key(0)
+    )
     loss = lambda params: probe.loss(task, params, trained, buffers, x, y, None, None)[0]
     assert float(np.abs(jax.grad(loss)(PARAMS)["encoder"]["block00"]["kernel"]).max()) == 0
     assert linear_probe.EPSILON == 1e-6
@@ -207,4 +238,6 @@ def test_finetuning_trains_the_encoder_and_nothing_else_of_the_method():
         state, _ = step(state, PARAMS, batch)
     kernel = np.asarray(state["trained"]["encoder"]["block00"]["kernel"])
     assert np.abs(kernel - np.eye(WIDTH)).max() > 1e-3
-    np.testing.assert_array_equal(PARAMS["encoder"]["block00"]["kernel"], np.eye(WIDTH))  # the run goes on with its own
+    np.testing.assert_array_equal(
+        PARAMS["encoder"]["block00"]["kernel"], np.eye(WIDTH)
+    )  # the run goes on with its own

@@ -15,7 +15,9 @@ APPLY = jax.jit(randaugment.apply)
 def picture(seed, size=(40, 33)):
     """Smooth shades, edges and noise, in a narrow range: there is something to stretch."""
     rng = np.random.default_rng(seed)
-    rough = Image.fromarray(rng.integers(30, 220, (5, 6, 3), dtype=np.uint8)).resize(size[::-1], seed % 4)
+    rough = Image.fromarray(rng.integers(30, 220, (5, 6, 3), dtype=np.uint8)).resize(
+        size[::-1], seed % 4
+    )
     return np.clip(np.asarray(rough) + rng.normal(0, 4, (*size, 3)), 20, 230).astype(np.uint8)
 
 
@@ -59,7 +61,9 @@ def test_operations_equal_pillows_within_one_level(name):
             ours = np.asarray(APPLY(number, x, level, float(sign), jnp.asarray(FILL, jnp.float32)))
             assert (ours == np.floor(ours)).all()
             off = np.abs(ours - expected)
-            if name in randaugment.MAPS:  # a pixel on the very border is in or out by float32's rounding
+            if (
+                name in randaugment.MAPS
+            ):  # a pixel on the very border is in or out by float32's rounding
                 off = np.sort(off.max(axis=-1).ravel())[:-2]
             assert off.max() <= 1, (level, sign)
 
@@ -67,7 +71,9 @@ def test_operations_equal_pillows_within_one_level(name):
 def test_flat_and_grey_images_work():
     flat = np.full((9, 8, 1), 77, np.float32)
     for number, name in enumerate(randaugment.OPERATIONS[:2]):  # nothing to stretch
-        np.testing.assert_array_equal(APPLY(number, flat, 9.0, 1.0, jnp.ones(1)), flat, err_msg=name)
+        np.testing.assert_array_equal(
+            APPLY(number, flat, 9.0, 1.0, jnp.ones(1)), flat, err_msg=name
+        )
 
 
 def test_what_is_drawn():

@@ -38,12 +38,18 @@ def run(path):
     value = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
     (loss, metrics), grads = value(params, target, images, views, 0)
     inputs = dict(method=method, params=params, target=target, images=images, views=views)
-    return case, reader, types.SimpleNamespace(**inputs, forward=forward, loss=loss, metrics=metrics, grads=grads)
+    return (
+        case,
+        reader,
+        types.SimpleNamespace(**inputs, forward=forward, loss=loss, metrics=metrics, grads=grads),
+    )
 
 
 def compare(actual, expected, tolerance):
     """Assert that two trees agree in names and values."""
-    actual, expected = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (actual, expected))
+    actual, expected = (
+        dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (actual, expected)
+    )
     name = jax.tree_util.keystr
     assert {name(path) for path in actual} == {name(path) for path in expected}
     for path, value in expected.items():

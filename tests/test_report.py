@@ -25,9 +25,7 @@ from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVIL = "<script>alert(1)</script>"
-SECTIONS = (
-    "given reconstructions features segmentations attention similarities neighbours curves evaluations provenance"
-)
+SECTIONS = "given reconstructions features segmentations attention similarities neighbours curves evaluations provenance"
 
 
 def make_run(folder, images, name="mae"):
@@ -37,7 +35,9 @@ def make_run(folder, images, name="mae"):
     config.method = tiny.method(name)
     method = methods.from_config(config.method, total_steps=10, steps_per_epoch=5)
     optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=1, total_steps=10)
-    state, _ = create(method, optimizer, 0, sharding.make_mesh(), rules=config.mesh.rules, min_size=1)
+    state, _ = create(
+        method, optimizer, 0, sharding.make_mesh(), rules=config.mesh.rules, min_size=1
+    )
     workdir.claim(folder, config.to_dict(), {})
     provenance.note(folder)
     with Checkpoints(folder, config) as checkpoints:
@@ -49,11 +49,18 @@ def make_run(folder, images, name="mae"):
 def folder(images, tmp_path_factory):
     """A run whose names and files are as bad as can be."""
     folder = make_run(tmp_path_factory.mktemp("runs") / 'a <b>"run" & more', images)
-    lines = [{"step": step, "loss": 1 / step, "collapse_index": 0.5, "effective_rank": 3.0} for step in (2, 4)]
+    lines = [
+        {"step": step, "loss": 1 / step, "collapse_index": 0.5, "effective_rank": 3.0}
+        for step in (2, 4)
+    ]
     lines += [{"step": step, "knn/knn5": 50.0 + step, f"{EVIL}/it": 1.0} for step in (0, 4)]
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 5, "lo')
+    (folder / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 5, "lo'
+    )
     (folder / "evaluations").mkdir()
-    (folder / "evaluations/linear.json").write_text(json.dumps({"figures": {EVIL: {"top1": 12.345, "note": EVIL}}}))
+    (folder / "evaluations/linear.json").write_text(
+        json.dumps({"figures": {EVIL: {"top1": 12.345, "note": EVIL}}})
+    )
     (folder / "evaluations/flat.json").write_text(json.dumps({"figures": {"top1": float("nan")}}))
     (folder / "evaluations/cut.json").write_text('{"figures": {"to')
     return folder
@@ -88,7 +95,9 @@ class Parsed(html.parser.HTMLParser):
 def test_a_page_has_everything_and_needs_nothing(text):
     elements = Parsed(text).found
     assert [a["id"] for tag, a in elements if tag == "section"] == SECTIONS.split()
-    assert [a["href"] for tag, a in elements if tag == "a"] == [f"#{name}" for name in SECTIONS.split()]
+    assert [a["href"] for tag, a in elements if tag == "a"] == [
+        f"#{name}" for name in SECTIONS.split()
+    ]
     images = [a for tag, a in elements if tag == "img"]
     assert len(images) > 60
     assert all(a["src"].startswith("data:image/") and a["alt"] for a in images)
@@ -119,7 +128,9 @@ def test_unlabelled_images_have_neighbours_other_than_themselves(folder, images,
     assert searched == len(list((images / "train" / "cat").iterdir()))
     for picture, name, nearest in found:
         assert name == ""
-        assert [cosine for *_, cosine in nearest] == sorted((cosine for *_, cosine in nearest), reverse=True)
+        assert [cosine for *_, cosine in nearest] == sorted(
+            (cosine for *_, cosine in nearest), reverse=True
+        )
         assert not any((other == picture).all() for other, *_ in nearest)
     assert log_sections.lines(tmp_path) == []
     assert log_sections.curves([]) is None
@@ -135,7 +146,10 @@ def test_bad_input_is_one_line(images, tmp_path):
     command = [sys.executable, "-m", "lmim_jax.cli.report", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr == f"error: {tmp_path} is no run: it has no config.json; give the --workdir of one\n"
+    assert (
+        result.stderr
+        == f"error: {tmp_path} is no run: it has no config.json; give the --workdir of one\n"
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -162,7 +176,10 @@ def test_the_command_of_a_run_gives_its_config_again():
     name, differing, command = config_diff.nearest(change(batch_size=64, seed=3))
     assert name == "configs/quickstart.py"
     assert differing["batch_size"] == (128, 64)
-    assert command == "python main.py --config=configs/quickstart.py --config.batch_size=64 --config.seed=3"
+    assert (
+        command
+        == "python main.py --config=configs/quickstart.py --config.batch_size=64 --config.seed=3"
+    )
     assert config_diff.nearest(change())[1] == {}
 
 
@@ -181,7 +198,9 @@ def test_reconstructions_keep_what_is_visible(name):
 
     method = methods.from_config(tiny.method(name), total_steps=10, steps_per_epoch=5)
     images = np.random.default_rng(0).normal(2, 3, (3, *method.image_size, 3)).astype(np.float32)
-    masked = jax.eval_shape(method.sample, jax.random.key(0), jax.random.split(jax.random.key(2), 3))["masked"].shape[1]
+    masked = jax.eval_shape(
+        method.sample, jax.random.key(0), jax.random.split(jax.random.key(2), 3)
+    )["masked"].shape[1]
 
     @jax.jit
     def paint():
@@ -197,5 +216,7 @@ def test_reconstructions_keep_what_is_visible(name):
     assert (of(old, "masked") != of(new, "masked")).all()
     if name == "mae":  # as predicted, in the moments of the true patch
         true = of(old, "masked")
-        back = (of(new, "masked") - true.mean(-1, keepdims=True)) / true.std(-1, ddof=1, keepdims=True)
+        back = (of(new, "masked") - true.mean(-1, keepdims=True)) / true.std(
+            -1, ddof=1, keepdims=True
+        )
         np.testing.assert_allclose(back, pixels, atol=1e-3)

@@ -19,7 +19,15 @@ from lmim_jax.utils.errors import UserError
 MESH = sharding.make_mesh()
 
 RNG = np.random.default_rng(0)
-SMALL = dict(zoom=1, center=False, train_images=10, test_images=10, batch_size=8, l2=(1e-4, 1e-2), iterations=20)
+SMALL = dict(
+    zoom=1,
+    center=False,
+    train_images=10,
+    test_images=10,
+    batch_size=8,
+    l2=(1e-4, 1e-2),
+    iterations=20,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +79,29 @@ def test_matching_equals_the_best_of_all_pairings():
     # cluster 2 is left over and becomes background: background 8 / 16, class 1: 8 / 16
     assert segmentation.matched(np.array([0, 0, 1, 1, 2, 2]), counts, 0) == pytest.approx(0.5)
     assert segmentation.matched(np.array([0, 0, 1, 1, 1, 1]), counts, 0) == 1
-    assert segmentation.matched(np.array([0, 0, 1, 1, 2, 2]), counts, None) == pytest.approx((1 + 0.5) / 2)
+    assert segmentation.matched(np.array([0, 0, 1, 1, 2, 2]), counts, None) == pytest.approx(
+        (1 + 0.5) / 2
+    )
     for _ in range(20):
         clusters, truth = RNG.integers(0, 4, 30), RNG.integers(0, 3, 30)
-        table = np.array([[np.sum((clusters == k) & (truth == c)) for c in range(3)] for k in range(4)])
+        table = np.array(
+            [[np.sum((clusters == k) & (truth == c)) for c in range(3)] for k in range(4)]
+        )
         overlap = table / (table.sum(1, keepdims=True) + table.sum(0) - table)
-        best = max(itertools.permutations(range(4), 3), key=lambda rows: sum(overlap[r, c] for c, r in enumerate(rows)))
+        best = max(
+            itertools.permutations(range(4), 3),
+            key=lambda rows: sum(overlap[r, c] for c, r in enumerate(rows)),
+        )
         label = np.zeros(4, int)
         label[list(best)] = range(3)
         found = label[clusters]
-        expected = [np.sum((found == c) & (truth == c)) / np.sum((found == c) | (truth == c)) for c in range(3)]
-        assert segmentation.matched(clusters, np.eye(3, dtype=int)[truth], 0) == pytest.approx(np.mean(expected))
+        expected = [
+            np.sum((found == c) & (truth == c)) / np.sum((found == c) | (truth == c))
+            for c in range(3)
+        ]
+        assert segmentation.matched(clusters, np.eye(3, dtype=int)[truth], 0) == pytest.approx(
+            np.mean(expected)
+        )
 
 
 def test_ignored_pixels_count_for_nothing():
@@ -98,11 +118,16 @@ def test_neighbours_and_regression_equal_scikit_learn():
     x = (RNG.normal(size=(3, 6))[labels] + RNG.normal(size=(120, 6))).astype(np.float32)
     queries = RNG.normal(size=(50, 6)).astype(np.float32)
     reference = neighbors.KNeighborsClassifier(1, metric="cosine").fit(x, labels)
-    assert (classifiers.neighbours(x, labels, queries, 1, 3, MESH) == reference.predict(queries)).all()
-    scale = lambda a: (a - x.mean(0)) / x.std(0)
-    model = linear_model.LogisticRegression(C=1 / (1e-2 * 120), tol=1e-8, max_iter=1000).fit(scale(x), labels)
     assert (
-        classifiers.linear(x, labels, queries, 3, (1e-2,), 200, MESH).classes == model.predict(scale(queries))
+        classifiers.neighbours(x, labels, queries, 1, 3, MESH) == reference.predict(queries)
+    ).all()
+    scale = lambda a: (a - x.mean(0)) / x.std(0)
+    model = linear_model.LogisticRegression(C=1 / (1e-2 * 120), tol=1e-8, max_iter=1000).fit(
+        scale(x), labels
+    )
+    assert (
+        classifiers.linear(x, labels, queries, 3, (1e-2,), 200, MESH).classes
+        == model.predict(scale(queries))
     ).all()
 
 
@@ -135,7 +160,10 @@ def test_bad_input_is_named(folders, tmp_path):
         ({"masks": str(tmp_path / "text")}, "masks=.*no images in this folder"),
         ({"masks": str(tmp_path / "other")}, r"no mask in .* is named like an image"),
         ({"images": str(tmp_path / "one"), "masks": str(tmp_path / "other")}, "too few"),
-        ({"feature": "cls"}, "feature='cls' is not one of patches; there are: patches, pixels, histogram"),
+        (
+            {"feature": "cls"},
+            "feature='cls' is not one of patches; there are: patches, pixels, histogram",
+        ),
     ):
         with pytest.raises(UserError, match=message) as error:
             run({**folders, **change})
@@ -148,7 +176,9 @@ def test_the_default_shapes_are_as_they_were():
         picture, label, mask = shapes.draw(split, index)
         digest.update(picture.tobytes() + bytes([label]) + mask.tobytes())
     known = "3df280ed1460c699af1ff0177ba2c79ba875570ead90583482ccc6f5b8336d1e"
-    assert digest.hexdigest() == known, "other images under the same version: results no longer compare"
+    assert digest.hexdigest() == known, (
+        "other images under the same version: results no longer compare"
+    )
 
 
 def test_stills_show_what_they_say():

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import test_step
 import tiny
-from jax._src.ad_checkpoint import saved_residuals  # what jax.ad_checkpoint.print_saved_residuals prints
+from jax._src.ad_checkpoint import (
+    saved_residuals,  # what jax.ad_checkpoint.print_saved_residuals prints
+)
 from jax.sharding import PartitionSpec
 
 from lmim_jax.distributed import sharding
@@ -19,7 +21,9 @@ from lmim_jax.train import state, step
 from lmim_jax.utils.errors import UserError
 
 BATCH = 16
-SIZE = dict(depth=1, decoder_depth=1, similarity_weight=0.0)  # whose mean over a micro-batch is squared
+SIZE = dict(
+    depth=1, decoder_depth=1, similarity_weight=0.0
+)  # whose mean over a micro-batch is squared
 
 
 @functools.cache
@@ -36,7 +40,11 @@ def compiled(data, fsdp, micro_batches, batch=BATCH):
     )
     shapes = {"image": jax.ShapeDtypeStruct((batch, 24, 24, 3), "uint8")}
     shapes["size"] = jax.ShapeDtypeStruct((batch, 2), "int32")
-    return mesh, jax.jit(fresh, out_shardings=shardings), jitted.lower(jax.eval_shape(fresh), shapes).compile()
+    return (
+        mesh,
+        jax.jit(fresh, out_shardings=shardings),
+        jitted.lower(jax.eval_shape(fresh), shapes).compile(),
+    )
 
 
 @functools.cache
@@ -67,7 +75,9 @@ def test_gradients_and_scalars_are_all_that_travels_whatever_the_batch():
     assert {(one.kind, one.group) for one in moved} == {("all-reduce", 8)}
     arrays = [one for one in moved if not one.scalar]
     assert [one.times for one in arrays] == [1] * len(arrays)  # once a step, not once a micro-batch
-    gradients = sorted(f"f32[{','.join(map(str, leaf.shape))}]" for leaf in jax.tree.leaves(init().params))
+    gradients = sorted(
+        f"f32[{','.join(map(str, leaf.shape))}]" for leaf in jax.tree.leaves(init().params)
+    )
     assert sorted(shape for one in arrays for shape in one.shapes if shape != "f32[]") == gradients
     # XLA puts them together into one or two messages; each micro-batch has the similarities beside that
     assert len(arrays) <= 2
@@ -79,12 +89,18 @@ def test_gradients_and_scalars_are_all_that_travels_whatever_the_batch():
 def test_a_cut_state_is_gathered_once_and_its_gradient_arrives_cut():
     _, init, train_step = compiled(2, 4, 2)
     current, moved = init(), hlo.collectives(train_step.as_text())
-    cut = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if sharding.FSDP in leaf.sharding.spec]
-    size = {kind: sum(one.size * one.times for one in moved if one.kind == kind) for kind in hlo.KINDS}
+    cut = lambda tree: [
+        leaf for leaf in jax.tree.leaves(tree) if sharding.FSDP in leaf.sharding.spec
+    ]
+    size = {
+        kind: sum(one.size * one.times for one in moved if one.kind == kind) for kind in hlo.KINDS
+    }
     assert size["all-gather"] == sum(leaf.nbytes for leaf in cut((current.params, current.target)))
     assert size["reduce-scatter"] == sum(leaf.nbytes for leaf in cut(current.params))
     assert size["all-to-all"] == size["collective-permute"] == 0
-    assert all(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in cut(current.opt_state))
+    assert all(
+        leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in cut(current.opt_state)
+    )
     assert len(cut(current.opt_state)) == 2 * len(cut(current.params))
 
 
@@ -95,7 +111,10 @@ def network(name):
     if name == "vit":
         module, inputs = vit.ViT(16, 2, 2, **block), (tokens, tokens[:1])
     else:
-        module, inputs = decoders.LatentDecoder(name, 16, 2, 2, 16, True, **block), (tokens, tokens[:, 1:], tokens)
+        module, inputs = (
+            decoders.LatentDecoder(name, 16, 2, 2, 16, True, **block),
+            (tokens, tokens[:, 1:], tokens),
+        )
     loss = lambda params: sum((x**2).mean() for x in jax.tree.leaves(module.apply(params, *inputs)))
     return loss, jax.jit(module.init)(jax.random.key(0), *inputs)
 
@@ -124,7 +143,10 @@ def test_features_show_every_block_whatever_the_run():
     module, tokens = vit.ViT(16, 2, 2, **block), np.zeros((1, 5, 16), np.float32)
     params = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens)["params"]
     look = lambda params: vit.features(module, params, tokens, tokens)
-    assert jax.eval_shape(run_as(look, "full", True), params).keys() == jax.eval_shape(look, params).keys()
+    assert (
+        jax.eval_shape(run_as(look, "full", True), params).keys()
+        == jax.eval_shape(look, params).keys()
+    )
 
 
 def test_the_rule():
@@ -135,7 +157,12 @@ def test_the_rule():
         name: found.spec for name, found in sharding.of_state(tree, mesh, rules, min_size).items()
     }
     p, largest = PartitionSpec, (".*", "largest")
-    assert place(largest) == {"kernel": p(None, "fsdp"), "odd": p(), "small": p(), "embed": p("fsdp")}
+    assert place(largest) == {
+        "kernel": p(None, "fsdp"),
+        "odd": p(),
+        "small": p(),
+        "embed": p("fsdp"),
+    }
     assert place(("embed", 1), largest)["embed"] == p(None, "fsdp")
     assert place(("emb.*", "replicated"), largest)["embed"] == p()
     assert place(("small", 0), largest)["small"] == p("fsdp")
@@ -147,14 +174,18 @@ def test_the_rule():
     assert {found.spec for found in whole.values()} == {p()}
 
 
-@pytest.mark.parametrize(("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (2, -1, (2, 4)), (1, 8, (1, 8))])
+@pytest.mark.parametrize(
+    ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (2, -1, (2, 4)), (1, 8, (1, 8))]
+)
 def test_minus_one_is_what_is_left(data, fsdp, shape):
     assert tuple(sharding.make_mesh(data, fsdp).shape.values()) == shape
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (-1, -1), (0, 8), (-1, 0), (4, 4)])
 def test_a_mesh_that_is_not_all_devices_is_refused(data, fsdp):
-    with pytest.raises(UserError, match=rf"config.mesh.data={data} x config.mesh.fsdp={fsdp} is not .* devices, 8"):
+    with pytest.raises(
+        UserError, match=rf"config.mesh.data={data} x config.mesh.fsdp={fsdp} is not .* devices, 8"
+    ):
         sharding.make_mesh(data, fsdp)
 
 
@@ -167,4 +198,9 @@ def test_rows_keep_their_place_in_the_batch_wherever_a_process_has_its_devices()
 
 def test_the_recipe_names_every_switch():
     config = tiny.get_config()
-    assert (config.mesh.data, config.mesh.fsdp, config.remat, config.scan_layers) == (-1, 1, "none", False)
+    assert (config.mesh.data, config.mesh.fsdp, config.remat, config.scan_layers) == (
+        -1,
+        1,
+        "none",
+        False,
+    )

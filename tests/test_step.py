@@ -22,7 +22,9 @@ def setup(**change):
     config = tiny.get_config()
     config.method.update(change)
     method = base.from_config(config.method, total_steps=20, steps_per_epoch=10)
-    images = device.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    images = device.from_config(
+        config.augment, image_size=method.image_size, eval_size=method.feature_size
+    )
     optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=5, total_steps=20)
     return method, images, optimizer
 
@@ -45,8 +47,14 @@ def run(devices, micro_batches, similarity_weight=0.1):
         losses.append(float(found["loss"]))
         if i == 0:
             first = jax.device_get(current.opt_state[0].mu)
-            trees = {"grad_norm": first, "param_norm": current.params, "target_norm": current.target}
-            length = lambda tree: np.sqrt(sum(np.square(np.float64(x)).sum() for x in jax.tree.leaves(tree)))
+            trees = {
+                "grad_norm": first,
+                "param_norm": current.params,
+                "target_norm": current.target,
+            }
+            length = lambda tree: np.sqrt(
+                sum(np.square(np.float64(x)).sum() for x in jax.tree.leaves(tree))
+            )
             norms = {name: (float(found[name]), length(tree)) for name, tree in trees.items()}
     return losses, first, jax.device_get(current.target), int(current.step), norms
 
@@ -86,10 +94,14 @@ def reductions(jaxpr, in_loop=False):
     """Yield (shape, inside a scan or not) of every cross-device sum in a jaxpr; fail on any other collective."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        assert not any(word in name for word in ("all_gather", "all_to_all", "ppermute", "reduce_scatter")), name
+        assert not any(
+            word in name for word in ("all_gather", "all_to_all", "ppermute", "reduce_scatter")
+        ), name
         if name.startswith("psum"):
             yield from ((variable.aval.shape, in_loop) for variable in equation.outvars)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 yield from reductions(inner, in_loop or name == "scan")
@@ -99,9 +111,14 @@ def test_gradients_are_reduced_once_per_step_and_the_batch_never_moves():
     method, images, optimizer = setup()
     train_step = step.make_train_step(method, images, optimizer, sharding.make_mesh(), 4)
     abstract = jax.eval_shape(lambda: state.init(method, optimizer, jax.random.key(0)))
-    batch = {"image": jax.ShapeDtypeStruct((32, 24, 24, 3), "uint8"), "size": jax.ShapeDtypeStruct((32, 2), "int32")}
+    batch = {
+        "image": jax.ShapeDtypeStruct((32, 24, 24, 3), "uint8"),
+        "size": jax.ShapeDtypeStruct((32, 2), "int32"),
+    }
     found = list(reductions(jax.make_jaxpr(train_step)(abstract, batch).jaxpr))
-    assert {shape for shape, in_loop in found if in_loop} == {()}  # the similarities, and what gradients they send back
+    assert {shape for shape, in_loop in found if in_loop} == {
+        ()
+    }  # the similarities, and what gradients they send back
     after = [shape for shape, in_loop in found if not in_loop]
     gradients = [leaf.shape for leaf in jax.tree.leaves(abstract.params)]
     assert sorted(shape for shape in after if shape) == sorted(gradients)
@@ -114,9 +131,12 @@ def test_state_is_a_function_of_the_seed_and_the_target_a_copy():
     for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(again.params), strict=True):
         np.testing.assert_array_equal(a, b)
     assert any(
-        (a != b).any() for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(other.params), strict=True)
+        (a != b).any()
+        for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(other.params), strict=True)
     )
-    for a, b in zip(jax.tree.leaves(first.target), jax.tree.leaves(method.target_of(first.params)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(first.target), jax.tree.leaves(method.target_of(first.params)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -131,9 +151,15 @@ def test_decay_spares_what_the_official_code_spares():
     method, _, _ = setup()
     params = jax.eval_shape(method.init, jax.random.key(0))
     rules = tiny.get_config().optimizer.decay_rules
-    decayed = {name for name, on in flatten_dict(adamw.by_name(rules, params, ""), sep="/").items() if on}
+    decayed = {
+        name for name, on in flatten_dict(adamw.by_name(rules, params, ""), sep="/").items() if on
+    }
     assert {"encoder/cls_token", "decoder/mask_token", "decoder/cls_token"} <= decayed
-    assert {"encoder/block00/attn/qkv/kernel", "projector/linear0/kernel", "decoder/head/kernel"} <= decayed
+    assert {
+        "encoder/block00/attn/qkv/kernel",
+        "projector/linear0/kernel",
+        "decoder/head/kernel",
+    } <= decayed
     assert not any("bias" in name or "norm" in name or "embed" in name for name in decayed)
 
 
@@ -147,18 +173,27 @@ def test_adamw_equals_torchs_definition():
     config, rng = tiny.get_config().optimizer, np.random.default_rng(0)
     _, rate = adamw.from_config(config, warmup_steps=5, total_steps=20)
     params = {"dense": {"kernel": rng.normal(size=(3, 2)).astype(np.float32)}}
-    opt_state, m, v, expected = optimizer.init(params), 0, 0, params["dense"]["kernel"].astype(float)
+    opt_state, m, v, expected = (
+        optimizer.init(params),
+        0,
+        0,
+        params["dense"]["kernel"].astype(float),
+    )
     for t in range(1, 6):
         grad = rng.normal(size=(3, 2)).astype(np.float32)
         updates, opt_state = optimizer.update({"dense": {"kernel": grad}}, opt_state, params)
         params = optax.apply_updates(params, updates)
         lr = float(rate(t - 1))
         m, v = 0.9 * m + 0.1 * grad, 0.95 * v + 0.05 * grad.astype(float) ** 2
-        expected = expected * (1 - lr * 0.05) - lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        expected = expected * (1 - lr * 0.05) - lr * (m / (1 - 0.9**t)) / (
+            np.sqrt(v / (1 - 0.95**t)) + 1e-8
+        )
     np.testing.assert_allclose(params["dense"]["kernel"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("batch", "micro_batches", "hint"), [(100, 3, "96 or 120"), (4, 1, "=8"), (0, 1, "=8")])
+@pytest.mark.parametrize(
+    ("batch", "micro_batches", "hint"), [(100, 3, "96 or 120"), (4, 1, "=8"), (0, 1, "=8")]
+)
 def test_an_indivisible_batch_is_refused_with_a_proposal(batch, micro_batches, hint):
     with pytest.raises(UserError, match=f"config.batch_size={batch} is not divisible.*{hint}"):
         sharding.check_batch(batch, micro_batches, 8)
@@ -169,11 +204,17 @@ def sick_step(method, augmentation, optimizer, skip):
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
     poisoned = lambda keys, batch: augmentation(keys, batch) * batch["poison"].reshape(-1, 1, 1, 1)
     current, _ = state.create(method, optimizer, 0, mesh)
-    train_step = jax.jit(step.make_train_step(method, poisoned, optimizer, mesh, 2, skip_nonfinite=skip))
+    train_step = jax.jit(
+        step.make_train_step(method, poisoned, optimizer, mesh, 2, skip_nonfinite=skip)
+    )
 
     def batch(poison):
         image = np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), dtype=np.uint8)
-        rows = {"image": image, "size": np.full((8, 2), 24, np.int32), "poison": np.full(8, poison, np.float32)}
+        rows = {
+            "image": image,
+            "size": np.full((8, 2), 24, np.int32),
+            "poison": np.full(8, poison, np.float32),
+        }
         return sharding.to_global(rows, mesh)
 
     return current, lambda current, poison=1.0: train_step(current, batch(poison))
@@ -192,7 +233,9 @@ def test_a_skipped_step_changes_nothing_but_its_number():
         close(getattr(current, name), getattr(after, name), rtol=0)
     healthy, found = train_step(after)
     assert found["skipped"] == 0
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((healthy.params, healthy.target)))
+    assert all(
+        np.isfinite(leaf).all() for leaf in jax.tree.leaves((healthy.params, healthy.target))
+    )
 
 
 def test_a_gradient_that_is_not_finite_is_named():
@@ -201,11 +244,15 @@ def test_a_gradient_that_is_not_finite_is_named():
     class Sick(type(method)):
         def loss(self, params, *args):
             loss, metrics = super().loss(params, *args)
-            return loss + jax.numpy.sqrt(0 * params["encoder"]["cls_token"].sum()), metrics  # 0, with gradient 0 / 0
+            return loss + jax.numpy.sqrt(
+                0 * params["encoder"]["cls_token"].sum()
+            ), metrics  # 0, with gradient 0 / 0
 
     sick = Sick(**{field.name: getattr(method, field.name) for field in dataclasses.fields(method)})
     current, train_step = sick_step(sick, augmentation, optimizer, skip=False)
     _, found = train_step(current)
     assert np.isfinite(found["loss"])
     with pytest.raises(metric_logger.NonFinite, match=r"step 5: .*grad_norm = nan.*; all is well"):
-        metric_logger.check_finite(5, {name: float(value) for name, value in found.items()}, lambda: "all is well")
+        metric_logger.check_finite(
+            5, {name: float(value) for name, value in found.items()}, lambda: "all is well"
+        )

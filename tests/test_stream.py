@@ -25,7 +25,15 @@ from lmim_jax.train.step import draw
 from lmim_jax.utils import errors
 from lmim_jax.utils.prng import augment_keys, image_keys
 
-OPTIONS = dict(canvas=40, channels=3, workers=0, threads=2, timeout=60.0, max_bad_fraction=0.2, resize_on="device")
+OPTIONS = dict(
+    canvas=40,
+    channels=3,
+    workers=0,
+    threads=2,
+    timeout=60.0,
+    max_bad_fraction=0.2,
+    resize_on="device",
+)
 BATCH, COUNT, SEED = 40, 2000, 3
 
 
@@ -42,7 +50,9 @@ class Numbered:
         rng = np.random.default_rng(index)
         height, width = rng.integers(20, 41, 2)
         stream = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(stream, "BMP")
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
+            stream, "BMP"
+        )
         return stream.getvalue(), index % 2
 
     def name(self, index):
@@ -55,7 +65,9 @@ def parts():
     """(method, augmentation) of the tiny recipe."""
     config = tiny.get_config()
     method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
-    return method, augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    return method, augment.from_config(
+        config.augment, image_size=method.image_size, eval_size=method.feature_size
+    )
 
 
 @functools.cache
@@ -67,7 +79,9 @@ def drawn():
         _, rng = jax.random.split(jax.random.key(SEED))
         rng, keys = image_keys(rng, step, positions)
         draws = jax.vmap(augmentation.draw)(augment_keys(SEED, step, positions))
-        boxes = jax.vmap(lambda one, size: augment.fit_crop(one, size, 40, augmentation.ratio))(draws, sizes)
+        boxes = jax.vmap(lambda one, size: augment.fit_crop(one, size, 40, augmentation.ratio))(
+            draws, sizes
+        )
         marker = {"image": np.zeros((len(positions), *method.image_size, 3), np.uint8)}
         _, views = draw(method, augmentation, rng, keys, marker)
         return boxes, draws["flip"], views["visible"]
@@ -91,10 +105,16 @@ def stream(workers=0, processes=1, start=0, steps=COUNT // BATCH):
     crews, rows = [], BATCH // processes
     for process in range(processes):
         images = loader.Decoded(Numbered(), 40, 3, 2, replace=True)
-        order = loader.TrainingOrder(images, SEED, BATCH, steps, process * rows, rows, max(workers, 1))
+        order = loader.TrainingOrder(
+            images, SEED, BATCH, steps, process * rows, rows, max(workers, 1)
+        )
         crews.append(prefetch.Crew(order, start, workers))
     for batches in zip(*crews, strict=True):
-        yield {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0] if name != "pid"}
+        yield {
+            name: np.concatenate([batch[name] for batch in batches])
+            for name in batches[0]
+            if name != "pid"
+        }
 
 
 @functools.cache
@@ -124,7 +144,9 @@ def config_of(**change):
 
 def batches(source, crop=None, steps=4, start=0, **change):
     mesh, config = sharding.make_mesh(), config_of(**change)
-    return loader.training(source, config, seed=SEED, batch_size=BATCH, steps=steps, start=start, mesh=mesh, crop=crop)
+    return loader.training(
+        source, config, seed=SEED, batch_size=BATCH, steps=steps, start=start, mesh=mesh, crop=crop
+    )
 
 
 def crop_on_host():
@@ -137,16 +159,22 @@ def test_crops_on_the_host_are_those_of_the_device(workers):
     method, augmentation = parts()
     crop = crop_on_host()
     on_host = list(batches(Numbered(), crop, workers=workers, steps=2))
-    prepare_step = jax.jit(lambda step, batch: augmentation(augment_keys(SEED, step, np.arange(BATCH)), batch))
+    prepare_step = jax.jit(
+        lambda step, batch: augmentation(augment_keys(SEED, step, np.arange(BATCH)), batch)
+    )
     for step, (device, host) in enumerate(zip(batches(Numbered(), steps=2), on_host, strict=True)):
         assert host.keys() == {"image", "label"}
         assert host["image"].shape == (BATCH, *method.image_size, 3)
-        theirs, ours = (np.asarray(augmentation.levels(prepare_step(step, x))) for x in (device, host))
+        theirs, ours = (
+            np.asarray(augmentation.levels(prepare_step(step, x))) for x in (device, host)
+        )
         assert np.abs(theirs - ours).max() <= 1
         draws = crop.draws(step, np.arange(BATCH))
         sizes = np.asarray(device["size"])
         boxes, flips, _ = drawn()(step, np.arange(BATCH), sizes)
-        np.testing.assert_array_equal(boxes, [crop.box(one, *s) for one, s in zip(draws, sizes, strict=True)])
+        np.testing.assert_array_equal(
+            boxes, [crop.box(one, *s) for one, s in zip(draws, sizes, strict=True)]
+        )
         np.testing.assert_array_equal(flips, [one["flip"] for one in draws])
 
 
@@ -191,7 +219,9 @@ class Hanging(Numbered):
 def test_a_read_that_hangs_is_named():
     source = Hanging()
     try:
-        with pytest.raises(errors.Stuck, match=r"no batch for 3 s: a decoding thread does not answer, at image \d+"):
+        with pytest.raises(
+            errors.Stuck, match=r"no batch for 3 s: a decoding thread does not answer, at image \d+"
+        ):
             list(batches(source, steps=100, timeout=3.0))
     finally:
         source.until.set()
@@ -215,7 +245,9 @@ def test_memory_is_bounded():
 def test_memory_is_recycled_only_when_nobody_looks():
     first = prefetch.recycled((4, 64, 64, 3), np.uint8)
     first[:] = 7
-    placed = sharding.to_global({"image": np.concatenate([first, first])}, sharding.make_mesh())["image"]
+    placed = sharding.to_global({"image": np.concatenate([first, first])}, sharding.make_mesh())[
+        "image"
+    ]
     part = first[1:, :2]
     address = first.ctypes.data
     del first

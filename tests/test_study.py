@@ -34,7 +34,9 @@ def test_conclusions_say_what_the_numbers_support():
     ]
     (sentence,) = comparison.conclusions(rows, "previous")
     assert sentence.startswith("ema (a copy): collapse index falls (0.99 ± 0.01 to 0.75 ± 0.05)")
-    assert sentence.endswith("k-NN 20 % is within the spread of the seeds (20.5 ± 0.5 to 25.2 ± 4.8)")
+    assert sentence.endswith(
+        "k-NN 20 % is within the spread of the seeds (20.5 ± 0.5 to 25.2 ± 4.8)"
+    )
     (sentence,) = comparison.conclusions(rows, "none")
     assert sentence == "k-NN 20: ema (25.2 ± 4.8) cannot be told from naive (20.5 ± 0.5)"
     table = comparison.table(rows)
@@ -51,7 +53,11 @@ def test_every_run_of_a_study_is_a_valid_recipe(name, tmp_path):
     assert {name for *_, names in groups for name in names} <= {run.name for run in runs}
     for run in runs:
         recipe, which = run.recipe.split(":")
-        section = importlib.import_module(recipe.removesuffix(".py").replace("/", ".")).get_config(which).method
+        section = (
+            importlib.import_module(recipe.removesuffix(".py").replace("/", "."))
+            .get_config(which)
+            .method
+        )
         for change in run.changes:
             key, value = change.removeprefix("method.").split("=")
             assert key in section, change
@@ -61,7 +67,11 @@ def test_every_run_of_a_study_is_a_valid_recipe(name, tmp_path):
 
 def test_the_ladder_changes_one_switch_a_rung():
     runs = importlib.import_module("configs.study").get_config().runs
-    ladder = [dict(change.split("=") for change in changes) for name, *_, changes in runs if "=" not in name]
+    ladder = [
+        dict(change.split("=") for change in changes)
+        for name, *_, changes in runs
+        if "=" not in name
+    ]
     assert len(ladder) == 10
     for before, after in itertools.pairwise(ladder):
         assert sum(before[key] != after[key] for key in before) == 1
@@ -69,7 +79,9 @@ def test_the_ladder_changes_one_switch_a_rung():
 
 def test_an_unknown_group_is_named(tmp_path):
     config = importlib.import_module("configs.study").get_config()
-    with pytest.raises(UserError, match="--only=lader: no such group; there are: ladder, ablations"):
+    with pytest.raises(
+        UserError, match="--only=lader: no such group; there are: ladder, ablations"
+    ):
         study.plan(config, ["lader"], (), tmp_path)
 
 
@@ -91,11 +103,27 @@ def get_config():
 def test_a_study_runs_goes_on_and_reports(tmp_path, images):
     (tmp_path / "config.py").write_text(CONFIG)
     out = tmp_path / "out"
-    settings = [f"data.path={images}", "total_steps=4", "evaluators.knn.every=0.0", "evaluators.visualization.every=0.0"]
-    command = [sys.executable, "-m", "lmim_jax.cli.study", f"--config={tmp_path}/config.py", f"--out={out}"]
-    command += [f"--parallel={min(2, len(os.sched_getaffinity(0)))}", *(f"--set={setting}" for setting in settings)]
+    settings = [
+        f"data.path={images}",
+        "total_steps=4",
+        "evaluators.knn.every=0.0",
+        "evaluators.visualization.every=0.0",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "lmim_jax.cli.study",
+        f"--config={tmp_path}/config.py",
+        f"--out={out}",
+    ]
+    command += [
+        f"--parallel={min(2, len(os.sched_getaffinity(0)))}",
+        *(f"--set={setting}" for setting in settings),
+    ]
     environment = {**os.environ, "XLA_FLAGS": conftest.FAST}
-    execute = lambda: subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    execute = lambda: subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     first = execute()
     assert first.returncode == 0, first.stderr
     assert first.stderr.count("seed 0 (") == 2

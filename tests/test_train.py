@@ -51,14 +51,36 @@ def test_a_run_tells_what_it_did(finished):
     told = lines(workdir)
     training = [line for line in told if "loss" in line]
     assert [line["step"] for line in training] == [2, 4, 6, 8, 10, 12]
-    keys = {"grad_norm", "reconstruction", "patch_accuracy", "similarity_predictions", "learning_rate", "epoch"}
+    keys = {
+        "grad_norm",
+        "reconstruction",
+        "patch_accuracy",
+        "similarity_predictions",
+        "learning_rate",
+        "epoch",
+    }
     assert keys <= training[0].keys()
     assert [line["step"] for line in told if "knn/knn5" in line] == [0, 6, 12]
-    gauges = {"collapse_index", "effective_rank", "feature_std", "patch_chance", "similarity_targets"}
+    gauges = {
+        "collapse_index",
+        "effective_rank",
+        "feature_std",
+        "patch_chance",
+        "similarity_targets",
+    }
     assert all(gauges <= line.keys() for line in training)
-    assert {"knn/nn1", "knn/knn5", "knn/loo1", "images_per_second", "wall_seconds", "collapse_index"} <= summary.keys()
+    assert {
+        "knn/nn1",
+        "knn/knn5",
+        "knn/loo1",
+        "images_per_second",
+        "wall_seconds",
+        "collapse_index",
+    } <= summary.keys()
     assert summary["knn5"] == {"untrained": told[0]["knn/knn5"], "trained": summary["knn/knn5"]}
-    names = {f"{name}_{step:07d}.png" for name in ("given", "seen") for step in (0, 12)} | {"curves.png"}
+    names = {f"{name}_{step:07d}.png" for name in ("given", "seen") for step in (0, 12)} | {
+        "curves.png"
+    }
     assert {path.name for path in (workdir / "pictures").iterdir()} == names
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert any((workdir / "tensorboard").iterdir())
@@ -80,7 +102,9 @@ def test_a_run_killed_before_its_summary_is_evaluated_again(finished):
     config, workdir, summary = finished
     (workdir / "summary.json").unlink()
     again = loop.train(config, workdir)
-    assert {name: again[name] for name in again if "knn/" in name} == {n: summary[n] for n in summary if "knn/" in n}
+    assert {name: again[name] for name in again if "knn/" in name} == {
+        n: summary[n] for n in summary if "knn/" in n
+    }
     (workdir / "summary.json").write_text(json.dumps(summary))
 
 
@@ -92,7 +116,11 @@ def test_weights_load_alone_in_a_notebook(finished, tmp_path):
     saved = ocp.PyTreeCheckpointer().restore(newest.absolute() / "state")
     for params, name in ((online, "params"), (target, "target")):
         jax.tree.map(np.testing.assert_array_equal, params["encoder"], saved[name]["encoder"])
-    assert method.features(online, np.zeros((1, 16, 16, 3), np.float32))["patches"].shape == (1, 16, 16)
+    assert method.features(online, np.zeros((1, 16, 16, 3), np.float32))["patches"].shape == (
+        1,
+        16,
+        16,
+    )
     with pytest.raises(UserError, match=r"is no run: it has no config.json"):
         lmim_jax.load(tmp_path)
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
@@ -129,11 +157,15 @@ HARMFUL = [
 @pytest.mark.parametrize("change", HARMFUL, ids=str)
 def test_another_config_in_its_workdir_is_refused_by_key(finished, images, change):
     _, workdir, _ = finished
-    with pytest.raises(UserError, match=r"the run of another config.*choose another --workdir") as refused:
+    with pytest.raises(
+        UserError, match=r"the run of another config.*choose another --workdir"
+    ) as refused:
         loop.train(recipe(images, **change), workdir)
     for key, value in change.items():
         told = list(value) if isinstance(value, tuple) else value
-        assert re.search(rf"{key} [^,]+(, [^,]+\])? -> {re.escape(str(told))}", str(refused.value)), refused.value
+        assert re.search(
+            rf"{key} [^,]+(, [^,]+\])? -> {re.escape(str(told))}", str(refused.value)
+        ), refused.value
 
 
 def test_other_images_in_its_workdir_are_refused(finished, images, tmp_path):
@@ -161,7 +193,9 @@ NAN = {  # value to set -> the quantity named first
 @pytest.mark.parametrize("key", NAN)
 def test_nan_stops_the_run_naming_step_and_quantity(images, tmp_path, key):
     value, quantity = NAN[key]
-    with pytest.raises(metric_logger.NonFinite, match=rf"step \d+: {quantity} = (nan|-?inf)") as caught:
+    with pytest.raises(
+        metric_logger.NonFinite, match=rf"step \d+: {quantity} = (nan|-?inf)"
+    ) as caught:
         loop.train(recipe(images, **{key: value, "checkpoint_every": 1, **SMALL}), tmp_path)
     step = int(str(caught.value).split(":")[0].removeprefix("step "))
     kept = list(checkpoints.steps(tmp_path))
@@ -207,21 +241,32 @@ def test_images_without_classes_train_without_knn(images, tmp_path):
 def command(images, workdir, *flags):
     """main.py as users call it, on one device."""
     environment = {**os.environ, "XLA_FLAGS": conftest.FAST, "PYTHONPATH": str(ROOT)}
-    flags = ["--config=tests/tiny.py", f"--config.data.path={images}", f"--workdir={workdir}", *flags]
+    flags = [
+        "--config=tests/tiny.py",
+        f"--config.data.path={images}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "main.py", *flags], cwd=ROOT, env=environment, **pipe)
 
 
 @pytest.mark.parametrize(
     ("flags", "recipe"),
-    [([], "quickstart"), (["--config", "configs/vit_b.py"], "vit_b"), (["--config=configs/vit_s.py"], "vit_s")],
+    [
+        ([], "quickstart"),
+        (["--config", "configs/vit_b.py"], "vit_b"),
+        (["--config=configs/vit_s.py"], "vit_s"),
+    ],
 )
 def test_the_recipe_is_chosen_by_flag(flags, recipe):
     script = (
         "import sys; from lmim_jax.cli import app, train; app.parse_flags(sys.argv, train.DEFAULT);"
         "print(train.flags.FLAGS['config'].config_filename)"
     )
-    told = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert told.stdout.strip() == f"configs/{recipe}.py"
 
 
@@ -229,7 +274,11 @@ def test_skipping_stops_after_too_many_in_a_row(images, tmp_path, caplog):
     change = {"augment.std": (0.0, 0.0, 0.0), "on_nonfinite": "skip", "max_skipped": 3, **SMALL}
     with pytest.raises(metric_logger.NonFinite, match=r"step 4: input_mean = "):
         loop.train(recipe(images, **change), tmp_path)
-    assert [record.args[:2] for record in caplog.records if "skipped" in record.msg] == [(1, 1), (2, 2), (3, 3)]
+    assert [record.args[:2] for record in caplog.records if "skipped" in record.msg] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+    ]
 
 
 TOOLS = {

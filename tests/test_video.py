@@ -30,7 +30,9 @@ def folder(tmp_path_factory):
             mask = np.zeros((16, width), int)
             mask[2:8, 2 * time : 2 * time + 6] = 1
             mask[10:14, width - 6 - 2 * time : width - 2 * time] = 2
-            annotated.save(root / "JPEGImages" / "480p" / name / f"{time:05d}.png", mask, annotated.STEP)
+            annotated.save(
+                root / "JPEGImages" / "480p" / name / f"{time:05d}.png", mask, annotated.STEP
+            )
             path = root / "Annotations" / "480p" / name / f"{time:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(mask.astype(np.uint8)).convert("P")
@@ -42,7 +44,9 @@ def folder(tmp_path_factory):
 
 
 def run(method=None, patch_size=1, **change):
-    evaluator = annotated.evaluator("video_segmentation", **{"side": 16, "batch_size": 8, "radius": 6, "past": 2, **change})
+    evaluator = annotated.evaluator(
+        "video_segmentation", **{"side": 16, "batch_size": 8, "radius": 6, "past": 2, **change}
+    )
     method = method or annotated.Sees()
     method.patch_size = patch_size
     return evaluator.run(method, {}, annotated.evaluation())
@@ -65,7 +69,14 @@ def test_region_and_contour_by_hand():
     F = 2 x 2/3 x 4/5 / (2/3 + 4/5) = 8 / 11.
     """
     first, second, third = square(1, 1), square(1, 2), square(1, 3)
-    contour = [[1, 1, 1, 1, 0, 0], [1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 0, 0], [1, 1, 1, 1, 0, 0], [0] * 6, [0] * 6]
+    contour = [
+        [1, 1, 1, 1, 0, 0],
+        [1, 0, 0, 1, 0, 0],
+        [1, 0, 0, 1, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [0] * 6,
+        [0] * 6,
+    ]
     assert (davis_metrics.boundary(first) * 1).tolist() == contour
     assert (davis_metrics.region(first, second), davis_metrics.contour(first, second)) == (1 / 2, 1)
     assert davis_metrics.region(first, third) == 3 / 15
@@ -88,7 +99,11 @@ def test_contours_equal_the_official_way():
         edges = []
         for mask in masks:
             shifted = [np.zeros_like(mask) for _ in range(3)]
-            shifted[0][:, :-1], shifted[1][:-1], shifted[2][:-1, :-1] = mask[:, 1:], mask[1:], mask[1:, 1:]
+            shifted[0][:, :-1], shifted[1][:-1], shifted[2][:-1, :-1] = (
+                mask[:, 1:],
+                mask[1:],
+                mask[1:, 1:],
+            )
             edge = (mask ^ shifted[0]) | (mask ^ shifted[1]) | (mask ^ shifted[2])
             edge[-1], edge[:, -1] = mask[-1] ^ shifted[0][-1], mask[:, -1] ^ shifted[1][:, -1]
             edge[-1, -1] = 0
@@ -97,7 +112,9 @@ def test_contours_equal_the_official_way():
         wide = [ndimage.binary_dilation(edge, x * x + y * y <= 4) for edge in edges]
         precision = (edges[1] & wide[0]).sum() / edges[1].sum()
         recall = (edges[0] & wide[1]).sum() / edges[0].sum()
-        assert davis_metrics.contour(*masks) == pytest.approx(2 * precision * recall / (precision + recall))
+        assert davis_metrics.contour(*masks) == pytest.approx(
+            2 * precision * recall / (precision + recall)
+        )
 
 
 def test_first_and_last_frame_are_not_scored():
@@ -120,7 +137,9 @@ def test_perfect_features_score_100_and_shuffled_ones_do_not(folder):
 
 
 def test_padding_changes_no_figure(folder):
-    assert run(path=str(folder), patch_size=4, batch_size=8) == run(path=str(folder), patch_size=4, batch_size=24)
+    assert run(path=str(folder), patch_size=4, batch_size=8) == run(
+        path=str(folder), patch_size=4, batch_size=24
+    )
 
 
 def test_a_list_names_the_sequences(folder):
@@ -140,7 +159,9 @@ def test_propagation_equals_a_plain_computation():
                 if max(abs(n // w - m // w), abs(n % w - m % w)) <= 1:
                     weights.append((np.exp(frame[n] @ tokens[f, m] / 0.7), f, m))
         best = sorted(weights, reverse=True)[:3]
-        expected[n] = sum(weight * labels[f, m] for weight, f, m in best) / sum(weight for weight, *_ in best)
+        expected[n] = sum(weight * labels[f, m] for weight, f, m in best) / sum(
+            weight for weight, *_ in best
+        )
     step = video_segmentation._propagate((h, w), 3, 1, 0.7, frames)
     found = step(*(np.asarray(x, np.float32) for x in (frame, tokens, labels)), there)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -154,7 +175,12 @@ def test_frames_are_resized_to_whole_patches():
         832,
         3,
     )  # as DINO does it with DAVIS's 480 x 854
-    assert video_segmentation._resized(frames.transpose(0, 2, 1, 3), 480, 64).shape == (1, 832, 480, 3)
+    assert video_segmentation._resized(frames.transpose(0, 2, 1, 3), 480, 64).shape == (
+        1,
+        832,
+        480,
+        3,
+    )
     assert video_segmentation._resized(frames[:, :, :48], 480, 64).shape == (1, 480, 480, 3)
 
 
@@ -165,14 +191,19 @@ def test_bad_input_is_named(folder, tmp_path):
         ({"path": str(tmp_path / "none")}, "there is no .*JPEGImages.*a folder of clips holds"),
         ({"path": str(tmp_path / "text")}, "there is no .*JPEGImages.*a folder of clips holds"),
         ({"path": str(folder), "listed": "no.txt"}, "listed='no.txt' cannot be read"),
-        ({"path": str(folder), "side": 30, "patch_size": 4}, "side=30 is no multiple of the patch size, 4"),
+        (
+            {"path": str(folder), "side": 30, "patch_size": 4},
+            "side=30 is no multiple of the patch size, 4",
+        ),
         ({"path": str(folder), "feature": "cls"}, "feature='cls' is not one of patches"),
     ):
         with pytest.raises(UserError, match=message):
             run(**change)
     for kind, suffix in (("JPEGImages", "jpg"), ("Annotations", "png")):
         for time in range(3):
-            annotated.save(tmp_path / kind / "480p" / "a" / f"{time}.{suffix}", np.zeros((32, 32), int))
+            annotated.save(
+                tmp_path / kind / "480p" / "a" / f"{time}.{suffix}", np.zeros((32, 32), int)
+            )
     with pytest.raises(UserError, match="clip a: the mask of its first frame shows no object"):
         run(path=str(tmp_path))
     (tmp_path / "Annotations" / "480p" / "a" / "1.png").unlink()

@@ -24,7 +24,9 @@ def hold(path, **change):
 
 
 def test_a_lock_is_held_and_given_back(tmp_path):
-    taken = pytest.raises(UserError, match=rf"pid {os.getpid()}, since 20.*choose another --workdir")
+    taken = pytest.raises(
+        UserError, match=rf"pid {os.getpid()}, since 20.*choose another --workdir"
+    )
     with lock.Lock(tmp_path / "run"), taken:
         lock.Lock(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())

@@ -10,8 +10,12 @@ from lmim_jax.train import checkpoints as checkpoint
 from lmim_jax.train import workdir
 from lmim_jax.train.state import create
 
-SIZES = dict(grid=(4, 4), patch_size=4, gap=1, width=16, depth=1, heads=2, num_visible=4, projector_depth=1)
-SIZES |= dict(decoder_width=8, decoder_depth=1, decoder_heads=2, projector_width=24, latent_decoder_width=12)
+SIZES = dict(
+    grid=(4, 4), patch_size=4, gap=1, width=16, depth=1, heads=2, num_visible=4, projector_depth=1
+)
+SIZES |= dict(
+    decoder_width=8, decoder_depth=1, decoder_heads=2, projector_width=24, latent_decoder_width=12
+)
 SIZES |= dict(context_capacity=8, min_context=1, mask_batch=2, dtype="float32")
 SIZES |= dict(block_total=8, block_smallest=2, block_largest=4)
 
@@ -62,7 +66,9 @@ def run(config, folder):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])  # quicker than eight
     model = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
     optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=0, total_steps=1)
-    state, _ = create(model, optimizer, config.seed, mesh, rules=config.mesh.rules, min_size=config.mesh.min_size)
+    state, _ = create(
+        model, optimizer, config.seed, mesh, rules=config.mesh.rules, min_size=config.mesh.min_size
+    )
     with checkpoint.Checkpoints(folder, config) as checkpoints:
         checkpoints.save(state, 0)
     workdir.claim(folder, config.to_dict(), None)

@@ -40,7 +40,9 @@ def checkpoints(config, folder, repeats):
     optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=1, total_steps=1)
     state, shardings = create(method, optimizer, config.seed, sharding.make_mesh())
     state = jax.block_until_ready(state)
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(state.replace(rng=jax.random.key_data(state.rng)))]
+    sizes = [
+        leaf.nbytes for leaf in jax.tree.leaves(state.replace(rng=jax.random.key_data(state.rng)))
+    ]
     runs = {"ours": [], "orbax": []}
     for repeat in range(repeats):
         for name, measure in (("ours", _ours), ("orbax", _orbax)):
@@ -98,14 +100,23 @@ def main(_):
     print(json.dumps(found, indent=2))
     print(f"\n{found['gigabytes']:.2f} GB        stall    safe after    restore   (seconds)")
     for name in ("ours", "orbax"):
-        print(f"{name:<12}" + "".join(f"{found[name][key]:>11.2f}" for key in ("stall", "safe", "restore")))
+        print(
+            f"{name:<12}"
+            + "".join(f"{found[name][key]:>11.2f}" for key in ("stall", "safe", "restore"))
+        )
 
 
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
-    config_flags.DEFINE_config_file("config", None, "Recipe; default: configs/quickstart.py.", lock_config=True)
-    flags.DEFINE_enum("what", None, ["checkpoint", "input", "step", "train"], "What to measure.", required=True)
-    flags.DEFINE_string("folder", None, "checkpoint: where to write; default: the system's temporary folder.")
+    config_flags.DEFINE_config_file(
+        "config", None, "Recipe; default: configs/quickstart.py.", lock_config=True
+    )
+    flags.DEFINE_enum(
+        "what", None, ["checkpoint", "input", "step", "train"], "What to measure.", required=True
+    )
+    flags.DEFINE_string(
+        "folder", None, "checkpoint: where to write; default: the system's temporary folder."
+    )
     flags.DEFINE_integer("images", 1000, "input: how many images each measurement takes.")
     flags.DEFINE_integer("repeats", 3, "checkpoint, input: how often; medians are reported.")
     bench_train.define_flags()

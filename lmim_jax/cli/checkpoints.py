@@ -34,7 +34,9 @@ def table(workdir, verify):
         all_good &= verdict.state == "good"
         when = "-"
         if verdict.state == "good":
-            when = datetime.datetime.fromtimestamp(checkpoint_manifest.read(path)["time"]).isoformat(" ", "minutes")
+            when = datetime.datetime.fromtimestamp(
+                checkpoint_manifest.read(path)["time"]
+            ).isoformat(" ", "minutes")
         lines.append(f"{step:>10}  {verdict.state:<8}  {verdict.size / 1e6:>6.1f} MB  {when}")
         lines += [f"{'':>12}{problem}" for problem in verdict.problems[:5]]
     lines += [f"set aside: {path}" for path in aside]

@@ -54,7 +54,9 @@ def choose(titles, config):
             raise UserError(f"--evaluators={title}: no such evaluator; {hint}")
     if not titles:
         raise UserError(f"--evaluators is empty; give all, or some of: {', '.join(config)}")
-    return {title: config[title] for title in (config if "all" in titles else dict.fromkeys(titles))}
+    return {
+        title: config[title] for title in (config if "all" in titles else dict.fromkeys(titles))
+    }
 
 
 def schedule(run, sections, weights, feature):
@@ -67,7 +69,9 @@ def schedule(run, sections, weights, feature):
     for section in sections.values():
         section["params"] = weights or section["params"]
     target = run.method.target_of(jax.eval_shape(run.method.init, jax.random.key(0)))
-    found = evaluators.from_config(sections, steps_per_epoch=1, has_target="encoder" in target, where="config")
+    found = evaluators.from_config(
+        sections, steps_per_epoch=1, has_target="encoder" in target, where="config"
+    )
     return [_on(one, feature) if feature else one for one in found]
 
 
@@ -75,7 +79,9 @@ def _on(scheduled, feature):
     """A scheduled evaluator on another feature, where it takes any."""
     if not hasattr(scheduled.evaluator, "takes_pixels"):
         return scheduled
-    return dataclasses.replace(scheduled, evaluator=dataclasses.replace(scheduled.evaluator, feature=feature))
+    return dataclasses.replace(
+        scheduled, evaluator=dataclasses.replace(scheduled.evaluator, feature=feature)
+    )
 
 
 def allowed(scheduled, data, everything):
@@ -87,10 +93,16 @@ def allowed(scheduled, data, everything):
     Raises:
       UserError: one does not, and was asked for by name.
     """
-    blind = [one.title for one in scheduled if hasattr(one.evaluator, "labelled") and not evaluators.labelled(data)]
+    blind = [
+        one.title
+        for one in scheduled
+        if hasattr(one.evaluator, "labelled") and not evaluators.labelled(data)
+    ]
     if blind:
         what = "no classes" if not data.classes else "no test split"
-        advice = "give images in train/CLASS/ and test/CLASS/ with --data.source=folder --data.path=DIR"
+        advice = (
+            "give images in train/CLASS/ and test/CLASS/ with --data.source=folder --data.path=DIR"
+        )
         if not everything:
             raise UserError(f"--evaluators={','.join(blind)}: the images have {what}; {advice}")
         log.info("left out, as the images have %s: %s", what, ", ".join(blind))
@@ -120,7 +132,9 @@ def measure(run, scheduled, data, weights, everything=False):
             on = _on(one, column) if column in image_features.FIXED else one
             numbers, drawn = on.run(run.method, weights[column], data)
             if not numbers and not drawn:
-                raise UserError(f"{one.title} has nothing to measure on these images: they lack what it needs")
+                raise UserError(
+                    f"{one.title} has nothing to measure on these images: they lack what it needs"
+                )
         except UserError as error:
             if not everything:
                 raise
@@ -145,7 +159,9 @@ def progress(batches, split, total):
     """Batches as they come, shown with their number, speed and ETA: a bar on a terminal, else lines in the log."""
     title = f"images of {split}"
     if sys.stderr.isatty():
-        yield from tqdm.tqdm(batches, title, total, leave=False, unit=" batches", disable=jax.process_index() > 0)
+        yield from tqdm.tqdm(
+            batches, title, total, leave=False, unit=" batches", disable=jax.process_index() > 0
+        )
         return
     began = told = time.perf_counter()
     for done, batch in enumerate(batches, 1):
@@ -217,18 +233,42 @@ def main(argv):
             for title, picture in pictures.items():
                 write_picture(out.parent, title.replace("/", "_"), picture)
             print(table(what, figures))
-            print(f"Figures: {out}" + (f"; pictures: {out.parent / 'pictures'}" if pictures else ""), flush=True)
+            print(
+                f"Figures: {out}" + (f"; pictures: {out.parent / 'pictures'}" if pictures else ""),
+                flush=True,
+            )
 
 
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
-    config_flags.DEFINE_config_file("config", None, "Evaluators; default: configs/evaluate.py.", lock_config=True)
-    config_flags.DEFINE_config_file("data", None, "Images; default: those of the run.", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "Evaluators; default: configs/evaluate.py.", lock_config=True
+    )
+    config_flags.DEFINE_config_file(
+        "data", None, "Images; default: those of the run.", lock_config=True
+    )
     flags.DEFINE_string("workdir", None, "The --workdir of a training run.", required=True)
-    flags.DEFINE_list("evaluators", ["knn", "logistic_regression", "fewshot"], "Titles of sections in configs/evaluate.py, or all.")
-    flags.DEFINE_bool("baselines", False, "Also the encoder before training, and pixels and colours where it can be.")
-    flags.DEFINE_enum("weights", None, ["online", "target"], "Weights to evaluate; default: `params` of each section.")
-    flags.DEFINE_string("feature", None, "Feature to evaluate, where any will do; default: `feature` of each section.")
+    flags.DEFINE_list(
+        "evaluators",
+        ["knn", "logistic_regression", "fewshot"],
+        "Titles of sections in configs/evaluate.py, or all.",
+    )
+    flags.DEFINE_bool(
+        "baselines",
+        False,
+        "Also the encoder before training, and pixels and colours where it can be.",
+    )
+    flags.DEFINE_enum(
+        "weights",
+        None,
+        ["online", "target"],
+        "Weights to evaluate; default: `params` of each section.",
+    )
+    flags.DEFINE_string(
+        "feature",
+        None,
+        "Feature to evaluate, where any will do; default: `feature` of each section.",
+    )
     flags.DEFINE_string("out", None, "The JSON file; default: in RUN/evaluations.")
     flags.DEFINE_string("coordinator", "", "Several processes: as in main.py.")
     flags.DEFINE_integer("num_processes", 0, "Several processes: as in main.py.")

@@ -50,11 +50,23 @@ def export(model, kind, which, folder):
         raise UserError(f"--out={folder} holds something already; give another folder")
     if kind in LIBRARIES:
         knobs = model.config.augment
-        images = dict(mean=knobs.mean, std=knobs.std, interpolation=knobs.interpolation, resize=knobs.eval_resize)
-        arrays, texts = LIBRARIES[kind].contents(torch_encoder.of(model.method, model.weights(which)), images)
+        images = dict(
+            mean=knobs.mean,
+            std=knobs.std,
+            interpolation=knobs.interpolation,
+            resize=knobs.eval_resize,
+        )
+        arrays, texts = LIBRARIES[kind].contents(
+            torch_encoder.of(model.method, model.weights(which)), images
+        )
     elif kind == "flax":
         arrays = saved.flat(model.weights(which))
-        texts = {"config.json": {**model_card.public(model.config), "exported": {"step": model.step, "weights": which}}}
+        texts = {
+            "config.json": {
+                **model_card.public(model.config),
+                "exported": {"step": model.step, "weights": which},
+            }
+        }
     else:
         arrays, texts = official.to_official(model.method, model.params, model.target), {}
     draft = folder.with_name(f"{folder.name}.part")
@@ -81,7 +93,9 @@ def some_images(model, folder):
         source = source or sources.from_config(data, "train")
     except UserError as error:
         raise UserError(f"{error}; images for --check: --images=FOLDER") from error
-    return [source.record(i)[0] for i in range(0, len(source), max(1, len(source) // CHECKED))][:CHECKED]
+    return [source.record(i)[0] for i in range(0, len(source), max(1, len(source) // CHECKED))][
+        :CHECKED
+    ]
 
 
 def main(argv):
@@ -93,9 +107,13 @@ def main(argv):
     if given.format not in FORMATS:
         raise UserError(f"--format={given.format} is none of: {' | '.join(FORMATS)}")
     if given.check and given.format not in LIBRARIES:
-        raise UserError(f"--check compares with another library, and --format={given.format} is for none")
+        raise UserError(
+            f"--check compares with another library, and --format={given.format} is for none"
+        )
     if given.format == "safetensors" and given.weights:
-        raise UserError("--weights: a file of --format=safetensors holds all networks, the teacher too")
+        raise UserError(
+            "--weights: a file of --format=safetensors holds all networks, the teacher too"
+        )
     model = saved.open_model(argv[1])
     which = "both" if given.format == "safetensors" else model.choose(given.weights)
     images = some_images(model, given.images) if given.check else []
@@ -117,7 +135,9 @@ def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
     flags.DEFINE_string("format", None, f"Whom the folder is for: {' | '.join(FORMATS)}.")
     flags.DEFINE_string("out", None, "The folder to make.")
-    flags.DEFINE_enum("weights", None, ["online", "target"], "Default: those that the run's evaluators measured.")
+    flags.DEFINE_enum(
+        "weights", None, ["online", "target"], "Default: those that the run's evaluators measured."
+    )
     flags.DEFINE_bool("check", False, "Open the folder in the other library, and compare.")
     flags.DEFINE_string("images", None, "check: a folder of images; default: those of the run.")
 

@@ -86,7 +86,9 @@ def main(argv):
         raise UserError("--features=cls: this encoder has no CLS token; take mean, patches")
     sizes = dict(image_size=method.image_size, eval_size=method.feature_size)
     transform = device.from_config(model.config.augment, **sizes)
-    options = dict(size=size, kinds=tuple(given.features), norm=given.norm, batch_size=given.batch_size)
+    options = dict(
+        size=size, kinds=tuple(given.features), norm=given.norm, batch_size=given.batch_size
+    )
     extractor = Extractor(method, model.weights(which), transform, **options)
     check_memory(len(names), extractor)
     with tqdm.tqdm(total=len(names), unit=" images", mininterval=1.0) as bar:
@@ -100,15 +102,21 @@ def main(argv):
         raise UserError(f"{argv[2]}: not one of {len(bad)} images can be read")
     write(names, grids, features)
     told = f"{which} weights of step {model.step}, {'after' if given.norm else 'before'} the final norm"
-    print(f"{given.out}: {', '.join(features)} of {len(names)} images, {method.width} numbers each; {told}")
+    print(
+        f"{given.out}: {', '.join(features)} of {len(names)} images, {method.width} numbers each; {told}"
+    )
 
 
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
     flags.DEFINE_string("out", None, "The file to write: .npz, .safetensors or .parquet.")
     flags.DEFINE_list("features", list(KINDS), "What to keep: cls, mean, patches.")
-    flags.DEFINE_enum("weights", None, ["online", "target"], "Default: those that the run's evaluators measured.")
-    flags.DEFINE_integer("size", 0, "Short side in pixels; 0: what the encoder was trained on.", lower_bound=0)
+    flags.DEFINE_enum(
+        "weights", None, ["online", "target"], "Default: those that the run's evaluators measured."
+    )
+    flags.DEFINE_integer(
+        "size", 0, "Short side in pixels; 0: what the encoder was trained on.", lower_bound=0
+    )
     flags.DEFINE_bool("norm", True, "Features after the final norm; or before it.")
     flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
 

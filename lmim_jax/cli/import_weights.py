@@ -57,17 +57,26 @@ def read(path, method, drop=(), fresh=()):
     arrays, rest = array_io.read(path, roots={name.split(".")[0] for name in needed})
     dropped = [name for name in arrays if _matches(drop, name)]
     arrays = {name: x for name, x in arrays.items() if name not in dropped}
-    absent = [name for name in needed if name not in arrays and (_matches(fresh, name) or name in dropped)]
+    absent = [
+        name for name in needed if name not in arrays and (_matches(fresh, name) or name in dropped)
+    ]
     for flag, patterns, found in (("drop", drop, dropped), ("fresh", fresh, absent)):
         for pattern in patterns:
             if not any(re.fullmatch(pattern, name) for name in found):
-                raise UserError(f"--{flag}={pattern} fits no name; it must fit a whole one, such as {min(needed)}")
+                raise UserError(
+                    f"--{flag}={pattern} fits no name; it must fit a whole one, such as {min(needed)}"
+                )
     try:
         official.check(method, arrays, missing_ok=lambda name: name in absent)
     except UserError as error:
         hint = "--fresh=REGEX: what may start as in a new run; --drop=REGEX: what to leave out"
         raise UserError(f"{path} does not fit the recipe: {error}; {hint}") from error
-    return official.from_official(method, arrays), dropped, [name for name in absent if name in trained], rest
+    return (
+        official.from_official(method, arrays),
+        dropped,
+        [name for name in absent if name in trained],
+        rest,
+    )
 
 
 def import_weights(path, config, folder, identity, drop=(), fresh=()):
@@ -101,7 +110,11 @@ def import_weights(path, config, folder, identity, drop=(), fresh=()):
     leaves = jax.tree.leaves(tree)
     count = sum(x.size for x in leaves)
     lines = [f"{len(leaves)} arrays, {count:,} numbers: every array has its place"]
-    told = ("left out (--drop)", dropped), ("start afresh", absent), ("no part of the model, not read", rest)
+    told = (
+        ("left out (--drop)", dropped),
+        ("start afresh", absent),
+        ("no part of the model, not read", rest),
+    )
     return lines + [f"{what}: {', '.join(names)}" for what, names in told if names]
 
 
@@ -129,12 +142,16 @@ def main(argv):
     given = flags.FLAGS
     log_to_console()
     if len(argv) != 2 or not given.config or not given.workdir:
-        raise UserError("give a file, a recipe and a folder: FILE --format=mae --config=... --workdir=...")
+        raise UserError(
+            "give a file, a recipe and a folder: FILE --format=mae --config=... --workdir=..."
+        )
     if given.format not in official.names():
         raise UserError(f"--format={given.format} is none of: {' | '.join(official.names())}")
     config = given.config
     if config.method.name != given.format:
-        raise UserError(f"--format={given.format}, but the recipe is one of {config.method.name}; give another")
+        raise UserError(
+            f"--format={given.format}, but the recipe is one of {config.method.name}; give another"
+        )
     for pattern in given.drop + given.fresh:
         try:
             re.compile(pattern)
@@ -162,12 +179,20 @@ def main(argv):
 
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
-    config_flags.DEFINE_config_file("config", None, "Recipe with the sizes of the model.", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "Recipe with the sizes of the model.", lock_config=True
+    )
     flags.DEFINE_string("workdir", None, "Folder of the run to make.")
-    flags.DEFINE_string("format", None, "Whose names the file has: latent_mim | pilamim | mae | ijepa.")
+    flags.DEFINE_string(
+        "format", None, "Whose names the file has: latent_mim | pilamim | mae | ijepa."
+    )
     flags.DEFINE_multi_string("drop", [], "Regex on whole names in the file that are left out.")
-    flags.DEFINE_multi_string("fresh", [], "Regex on whole official names that the file lacks, and that start afresh.")
-    flags.DEFINE_bool("data", True, "The training images of the recipe are there, and the run is one on them.")
+    flags.DEFINE_multi_string(
+        "fresh", [], "Regex on whole official names that the file lacks, and that start afresh."
+    )
+    flags.DEFINE_bool(
+        "data", True, "The training images of the recipe are there, and the run is one on them."
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ from lmim_jax.utils.logging import duration, log_to_console
 
 log = logging.getLogger("lmim_jax.cli.plan")
 
-HOST_LINK = 8e9  # bytes a second from a host to each of its chips (half of PCIe 3 x 16): an assumption
+HOST_LINK = (
+    8e9  # bytes a second from a host to each of its chips (half of PCIe 3 x 16): an assumption
+)
 CHOICES = (  # of --sweep: changes to the config
     {},
     {"micro_batches": 2},
@@ -48,9 +50,15 @@ def plan(config, topology, settings):
     found = aot.compile_for_tpu(recipe, topology) if tpu else aot.analyse(recipe, count)
     memory = {"limit": chip.memory, **found["memory"]}
     moved, work = found.get("collectives", []), recipe.flops()
-    state, (_, further), images = recipe.state_bytes(), recipe.saved_bytes(), config.batch_size / count
+    state, (_, further), images = (
+        recipe.state_bytes(),
+        recipe.saved_bytes(),
+        config.batch_size / count,
+    )
     # The state is read and written once, with the gradients; what is kept for the backward pass is written and read
-    touched = 2 * sum(state.values()) / found["mesh"]["fsdp"] + 2 * state["params"] + 2 * images * further
+    touched = (
+        2 * sum(state.values()) / found["mesh"]["fsdp"] + 2 * state["params"] + 2 * images * further
+    )
     seconds = {
         "compute": (work["executed"] + work["augmentation"]) * images / chip.flops,
         "memory": touched / chip.bandwidth,
@@ -86,7 +94,10 @@ def plan(config, topology, settings):
 def inputs(recipe, rate, chip, settings):
     """What a host must deliver at so many images a second, with images resized on the device or on the host."""
     canvas = recipe.config.data.canvas, recipe.config.data.canvas
-    sides = {"device": (canvas, settings["decode_rate"]), "host": (recipe.method.image_size, settings["resize_rate"])}
+    sides = {
+        "device": (canvas, settings["decode_rate"]),
+        "host": (recipe.method.image_size, settings["resize_rate"]),
+    }
     found = {
         where: {
             "decode_cores": rate / per_core,
@@ -96,11 +107,17 @@ def inputs(recipe, rate, chip, settings):
     }
     cores = chip.cores / 2 or float("inf")  # two virtual cores share a real one
     fits = {
-        where: need["decode_cores"] <= cores and need["gigabytes_per_second"] * 1e9 <= HOST_LINK * chip.host
+        where: need["decode_cores"] <= cores
+        and need["gigabytes_per_second"] * 1e9 <= HOST_LINK * chip.host
         for where, need in found.items()
     }
-    best = "device" if fits["device"] else "host" if fits["host"] else "neither: the host is too slow"
-    host = {"host_cores": chip.cores // 2 or None, "host_gigabytes_per_second": HOST_LINK * chip.host / 1e9}
+    best = (
+        "device" if fits["device"] else "host" if fits["host"] else "neither: the host is too slow"
+    )
+    host = {
+        "host_cores": chip.cores // 2 or None,
+        "host_gigabytes_per_second": HOST_LINK * chip.host / 1e9,
+    }
     return {"images_per_second": rate, **found, "resize_on": best, **host}
 
 
@@ -110,25 +127,47 @@ def table(planned):
     mesh = " x ".join(f"{name} {size}" for name, size in planned["mesh"].items())
     memory, work, seconds = planned["memory"], planned["flops_per_image"], planned["seconds"]
     spare = memory["limit"] - memory["needed"]
-    detail = ", ".join(f"{name} {giga(memory[name])}" for name in ("arguments", "temporaries") if name in memory)
+    detail = ", ".join(
+        f"{name} {giga(memory[name])}" for name in ("arguments", "temporaries") if name in memory
+    )
     detail = f" ({detail})" if detail else ""
-    verdict = f"fits, {giga(spare)} left" if planned["feasible"] else f"DOES NOT FIT, {giga(-spare)} too much"
+    verdict = (
+        f"fits, {giga(spare)} left"
+        if planned["feasible"]
+        else f"DOES NOT FIT, {giga(-spare)} too much"
+    )
     lines = [
         f"{planned['topology']}: {planned['chips']} chips on {planned['hosts']} host(s), mesh {mesh}, "
         f"{planned['images_per_chip']:g} images per chip in {planned['micro_batches']} micro-batch(es), "
         f"remat {planned['remat']}, scan_layers {planned['scan_layers']}",
         f"memory      {giga(memory['needed'])} of {giga(memory['limit'])}{detail}: {verdict}",
         f"GFLOP/image {work['method'] / 1e9:.1f} of the method"
-        + (f", {work['executed'] / 1e9:.1f} with what is computed again" if work["executed"] != work["method"] else "")
+        + (
+            f", {work['executed'] / 1e9:.1f} with what is computed again"
+            if work["executed"] != work["method"]
+            else ""
+        )
         + f"; augmentation {work['augmentation'] / 1e9:.2f}"
-        + (f"; the compiler counts {work['compiled'] / 1e9:.1f} in all" if work["compiled"] else ""),
+        + (
+            f"; the compiler counts {work['compiled'] / 1e9:.1f} in all" if work["compiled"] else ""
+        ),
     ]
-    for kind, group, scalar in sorted({(c["kind"], c["group"], _scalar(c)) for c in planned["collectives"]}):
-        equal = [c for c in planned["collectives"] if (c["kind"], c["group"], _scalar(c)) == (kind, group, scalar)]
+    for kind, group, scalar in sorted(
+        {(c["kind"], c["group"], _scalar(c)) for c in planned["collectives"]}
+    ):
+        equal = [
+            c
+            for c in planned["collectives"]
+            if (c["kind"], c["group"], _scalar(c)) == (kind, group, scalar)
+        ]
         times, size = sum(c["times"] for c in equal), sum(c["times"] * c["size"] for c in equal)
         what = "scalars" if scalar else f"{sum(len(c['shapes']) for c in equal)} arrays"
-        lines.append(f"messages    {times} x {kind} among {group}: {what}, {size / 1e6:.3f} MB a step")
-    floors = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms" for name in ("compute", "memory", "network"))
+        lines.append(
+            f"messages    {times} x {kind} among {group}: {what}, {size / 1e6:.3f} MB a step"
+        )
+    floors = ", ".join(
+        f"{name} {1e3 * seconds[name]:.1f} ms" for name in ("compute", "memory", "network")
+    )
     lines += [
         f"floors      {floors} a step",
         f"expected    {planned['images_per_second']:,.0f} images/s at {planned['utilization']:.0%} of the peak: "
@@ -161,7 +200,10 @@ def sweep(config, topology, settings):
         if key in seen:
             continue
         seen.add(key)
-        told = ", ".join(f"config.{name}={value}" for name, value in change.items()) or "the recipe as it is"
+        told = (
+            ", ".join(f"config.{name}={value}" for name, value in change.items())
+            or "the recipe as it is"
+        )
         log.info("%d of %d: %s ...", number, len(CHOICES), told)
         began = time.perf_counter()
         try:
@@ -172,7 +214,9 @@ def sweep(config, topology, settings):
         spare = (planned["memory"]["limit"] - planned["memory"]["needed"]) / 1e9
         fits = f"{spare:.2f} GB left" if spare >= 0 else f"{-spare:.2f} GB too much"
         took = duration(time.perf_counter() - began)
-        log.info("   %s, %s images/s, planned in %s", fits, f"{planned['images_per_second']:,.0f}", took)
+        log.info(
+            "   %s, %s images/s, planned in %s", fits, f"{planned['images_per_second']:,.0f}", took
+        )
         plans.append(planned)
     fitting = [planned for planned in plans if planned["feasible"]]
     best = max(fitting, key=lambda planned: round(planned["images_per_second"]), default=None)
@@ -184,7 +228,9 @@ def main(_):
     jax.config.update("jax_platforms", "cpu")
     log_to_console()
     given = flags.FLAGS
-    settings = {name: given[name].value for name in ("images", "utilization", "decode_rate", "resize_rate")}
+    settings = {
+        name: given[name].value for name in ("images", "utilization", "decode_rate", "resize_rate")
+    }
     config, topology = given.config, given.topology
     accelerators.topology(topology)
     if given.sweep:
@@ -204,12 +250,20 @@ def main(_):
 
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
-    config_flags.DEFINE_config_file("config", None, "Recipe; default: configs/vit_b.py.", lock_config=True)
-    flags.DEFINE_string("topology", "v5e:4x4", "v5e:4x4, v5p:2x2x4, v6e:8x8, ... or h200:8, h100:8x4, ...")
-    flags.DEFINE_bool("sweep", False, "Try several choices of micro-batches, remat and mesh, and recommend one.")
+    config_flags.DEFINE_config_file(
+        "config", None, "Recipe; default: configs/vit_b.py.", lock_config=True
+    )
+    flags.DEFINE_string(
+        "topology", "v5e:4x4", "v5e:4x4, v5p:2x2x4, v6e:8x8, ... or h200:8, h100:8x4, ..."
+    )
+    flags.DEFINE_bool(
+        "sweep", False, "Try several choices of micro-batches, remat and mesh, and recommend one."
+    )
     flags.DEFINE_string("json", "", "Also write the plan to this file.")
     flags.DEFINE_integer("images", 1_281_167, "Training images; default: ImageNet-1k.")
-    flags.DEFINE_float("utilization", 0.45, "Share of the peak FLOPs that the step reaches: an assumption.")
+    flags.DEFINE_float(
+        "utilization", 0.45, "Share of the peak FLOPs that the step reaches: an assumption."
+    )
     flags.DEFINE_float("decode_rate", 900.0, "Images a second that one core decodes into a canvas.")
     flags.DEFINE_float("resize_rate", 500.0, "The same with crop and resize on the host.")
 

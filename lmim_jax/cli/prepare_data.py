@@ -34,7 +34,9 @@ def _in_parallel(task, items, count, sizes, unit):
     """Yield results of task(item) as they come, from `count` processes, with a progress bar in steps of `sizes`."""
     context = multiprocessing.get_context("spawn")
     with (
-        futures.ProcessPoolExecutor(count, mp_context=context, initializer=subprocess.end_with_parent) as pool,
+        futures.ProcessPoolExecutor(
+            count, mp_context=context, initializer=subprocess.end_with_parent
+        ) as pool,
         tqdm.tqdm(total=sum(sizes), unit=unit, unit_scale=True, mininterval=1.0) as bar,
     ):
         waiting = {pool.submit(task, item): size for item, size in zip(items, sizes, strict=True)}
@@ -63,15 +65,22 @@ def convert_folder(folder, out, name, shrink, count):
     divided = pathlib.Path(folder, "train").is_dir()
     found = {split: sources.folder(folder, split) for split in (SPLITS if divided else SPLITS[:1])}
     found = {split: source for split, source in found.items() if source}
-    plan = {"shrink": shrink, "images": {split: source.identity() for split, source in found.items()}}
+    plan = {
+        "shrink": shrink,
+        "images": {split: source.identity() for split, source in found.items()},
+    }
     plan_path = target / "prepare.json"
     if target.exists() and (not plan_path.exists() or json.loads(plan_path.read_text()) != plan):
-        raise UserError(f"{target} holds something else; remove it, or give another --name or --out")
+        raise UserError(
+            f"{target} holds something else; remove it, or give another --name or --out"
+        )
     atomic_io.write(plan_path, json.dumps(plan, indent=2))
     if not (target / tfds_writer.MANIFEST).exists():
         (target / tfds_writer.UNFINISHED).mkdir(exist_ok=True)
         tasks = [
-            task for split, source in found.items() for task in tfds_writer.tasks(target, name, split, source, shrink)
+            task
+            for split, source in found.items()
+            for task in tfds_writer.tasks(target, name, split, source, shrink)
         ]
         sizes = [len(task.source) for task in tasks]
         for _ in _in_parallel(tfds_writer.write, tasks, count, sizes, " images"):
@@ -130,7 +139,11 @@ def verify(folder, sample):
                 problems.append(f"{source.name(i)}: {error}")
     if (folder / tfds_writer.MANIFEST).exists():
         known = json.loads((folder / tfds_writer.MANIFEST).read_text())
-        problems += [f"{name}: not as in {tfds_writer.MANIFEST}" for name in known if known[name] != manifest.get(name)]
+        problems += [
+            f"{name}: not as in {tfds_writer.MANIFEST}"
+            for name in known
+            if known[name] != manifest.get(name)
+        ]
     return manifest, problems
 
 
@@ -151,10 +164,14 @@ def main(_):
         target = convert_folder(given.folder, given.out, given.name, given.shrink, given.processes)
         bad = (target / tfds_writer.BAD).read_text().count("\n")
         print(
-            f"{bad} files are no usable images and were left out: {target / tfds_writer.BAD}" if bad else "no bad files"
+            f"{bad} files are no usable images and were left out: {target / tfds_writer.BAD}"
+            if bad
+            else "no bad files"
         )
     root = target.parent.parent
-    print(f"ready: --config.data.source=tfds --config.data.name={target.parent.name} --config.data.dir={root}")
+    print(
+        f"ready: --config.data.source=tfds --config.data.name={target.parent.name} --config.data.dir={root}"
+    )
 
 
 def define_flags():
@@ -162,8 +179,12 @@ def define_flags():
     flags.DEFINE_string("folder", None, "Images to make a dataset of.")
     flags.DEFINE_string("out", ".", "folder: where to make it; it will be OUT/NAME/1.0.0.")
     flags.DEFINE_string("name", "images", "folder: name of the dataset.")
-    flags.DEFINE_integer("shrink", 0, "folder: shrink to this short side (JPEG, quality 90); 0: files as they are.")
-    flags.DEFINE_string("tfrecord", None, "A prepared dataset (DIR/NAME/VERSION) to make ArrayRecord files for.")
+    flags.DEFINE_integer(
+        "shrink", 0, "folder: shrink to this short side (JPEG, quality 90); 0: files as they are."
+    )
+    flags.DEFINE_string(
+        "tfrecord", None, "A prepared dataset (DIR/NAME/VERSION) to make ArrayRecord files for."
+    )
     flags.DEFINE_string("verify", None, "A prepared dataset (DIR/NAME/VERSION) to look through.")
     flags.DEFINE_integer("sample", 64, "verify: how many images of each split are decoded.")
     flags.DEFINE_integer("processes", 2, "How many processes work.", lower_bound=1)

@@ -48,14 +48,18 @@ def report(run, bank):
         log_sections.provenance(run, run.folder),
     ]
     title = f"Run {run.folder.resolve().name}"
-    return html.document(title, log_sections.head(run, told), [part for part in sections if part], SCRIPT)
+    return html.document(
+        title, log_sections.head(run, told), [part for part in sections if part], SCRIPT
+    )
 
 
 def main(argv):
     """As the flags say."""
     began = time.perf_counter()
     if len(argv) != 2:
-        raise UserError("give one folder: python -m lmim_jax.cli.report RUN [--out=FILE.html] [--path=IMAGES]")
+        raise UserError(
+            "give one folder: python -m lmim_jax.cli.report RUN [--out=FILE.html] [--path=IMAGES]"
+        )
     log_to_console()
     flag = flags.FLAGS
     run = open_with_images(argv[1], flag.path)
@@ -65,14 +69,23 @@ def main(argv):
         atomic_io.write(out, text)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
-    log.info("%s: %.1f MB, in %s", out, len(text.encode()) / 1e6, duration(time.perf_counter() - began))
+    log.info(
+        "%s: %.1f MB, in %s", out, len(text.encode()) / 1e6, duration(time.perf_counter() - began)
+    )
 
 
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
     flags.DEFINE_string("out", "", "The page; default: RUN/report.html.")
-    flags.DEFINE_string("path", "", "Where the images are now, if they were moved (config.data.path).")
-    flags.DEFINE_integer("bank", 8192, "Nearest neighbours are searched among so many training images.", lower_bound=1)
+    flags.DEFINE_string(
+        "path", "", "Where the images are now, if they were moved (config.data.path)."
+    )
+    flags.DEFINE_integer(
+        "bank",
+        8192,
+        "Nearest neighbours are searched among so many training images.",
+        lower_bound=1,
+    )
 
 
 if __name__ == "__main__":

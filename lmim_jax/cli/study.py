@@ -49,24 +49,38 @@ class Run:
     def command(self):
         """Arguments of main.py."""
         changes = [f"--config.{change}" for change in (*self.changes, f"seed={self.seed}")]
-        return ["main.py", f"--config={self.recipe}", *changes, f"--workdir={self.folder.absolute()}"]
+        return [
+            "main.py",
+            f"--config={self.recipe}",
+            *changes,
+            f"--workdir={self.folder.absolute()}",
+        ]
 
     @property
     def finished(self):
         """Whether this very command has been run to its end."""
         noted = self.folder / "command.txt"
-        return (self.folder / "summary.json").exists() and noted.exists() and noted.read_text() == self._noted
+        return (
+            (self.folder / "summary.json").exists()
+            and noted.exists()
+            and noted.read_text() == self._noted
+        )
 
     @property
     def _noted(self):
-        return "\n".join(["python", *self.command[:-1], ""])  # without the folder: a study may be moved
+        return "\n".join(
+            ["python", *self.command[:-1], ""]
+        )  # without the folder: a study may be moved
 
     def start(self, cores, share):
         """Start it on some CPU cores, with a share of an accelerator's memory; its process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_io.write(self.folder / "command.txt", self._noted)
         # seeds share compiled programs
-        environment = {"JAX_COMPILATION_CACHE_DIR": str(self.folder.parents[1].absolute() / "compiled"), **os.environ}
+        environment = {
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder.parents[1].absolute() / "compiled"),
+            **os.environ,
+        }
         if share < 1:
             environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * share:.3f}"
         mine = os.sched_getaffinity(0)
@@ -74,15 +88,24 @@ class Run:
         try:
             with (self.folder / "log.txt").open("ab") as output:
                 to = dict(stdout=output, stderr=subprocess.STDOUT)
-                return subprocess.Popen([sys.executable, *self.command], cwd=ROOT, env=environment, **to)
+                return subprocess.Popen(
+                    [sys.executable, *self.command], cwd=ROOT, env=environment, **to
+                )
         finally:
             os.sched_setaffinity(0, mine)
 
     def last_words(self):
         """Why it failed: the last line of its log that names an error, or just the last."""
-        lines = (self.folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["no output"]
+        lines = (self.folder / "log.txt").read_text(errors="replace").strip().splitlines() or [
+            "no output"
+        ]
         return next(
-            (line for line in reversed(lines) if re.match(r"[\w.]*(error|exception|killed)\b", line, re.I)), lines[-1]
+            (
+                line
+                for line in reversed(lines)
+                if re.match(r"[\w.]*(error|exception|killed)\b", line, re.I)
+            ),
+            lines[-1],
         )
 
 
@@ -126,7 +149,11 @@ def execute(runs, parallel, done):
         while queue or running:
             while queue and free:
                 slot, run = free.pop(), queue.popleft()
-                running[slot] = run, run.start(cores[slot::parallel], 1 / parallel), time.perf_counter()
+                running[slot] = (
+                    run,
+                    run.start(cores[slot::parallel], 1 / parallel),
+                    time.perf_counter(),
+                )
             time.sleep(0.3)
             for slot, (run, process, since) in list(running.items()):
                 if process.poll() is None:
@@ -139,8 +166,19 @@ def execute(runs, parallel, done):
                     failed.append(run)
                     log.error("%s, seed %d FAILED: %s", run.name, run.seed, run.last_words())
                     continue
-                words = run.name, run.seed, duration(time.perf_counter() - since), comparison.line(run.folder)
-                log.info("[%d/%d, ETA %s]  %s, seed %d (%s): %s", count, len(runs), duration(left), *words)
+                words = (
+                    run.name,
+                    run.seed,
+                    duration(time.perf_counter() - since),
+                    comparison.line(run.folder),
+                )
+                log.info(
+                    "[%d/%d, ETA %s]  %s, seed %d (%s): %s",
+                    count,
+                    len(runs),
+                    duration(left),
+                    *words,
+                )
                 done(run)
     except KeyboardInterrupt:
         for _, process, _ in running.values():
@@ -166,7 +204,9 @@ def costs(runs, out):
         bench = [sys.executable, "-m", "lmim_jax.cli.bench", "--what=step", *run.command[1:-1]]
         result = subprocess.run(bench, cwd=ROOT, capture_output=True, text=True)
         if result.returncode:
-            raise UserError(f"measuring {run.name} failed: {result.stderr.strip().splitlines()[-1]}")
+            raise UserError(
+                f"measuring {run.name} failed: {result.stderr.strip().splitlines()[-1]}"
+            )
         found = json.loads(result.stdout)
         known[run.name] = {"gflop_per_image": [found["gflop_per_image"]]}
         known[run.name]["step_images_per_second"] = [found["images_per_second"]]
@@ -182,7 +222,12 @@ def main(_):
     recipe = config_flags.get_config_filename(flag["config"])
     groups, runs = plan(flag.config, flag.only, flag.set, out)
     missing = [run for run in runs if not run.finished]
-    log.info("%d runs, %d of them finished; results in %s/index.html", len(runs), len(runs) - len(missing), out)
+    log.info(
+        "%d runs, %d of them finished; results in %s/index.html",
+        len(runs),
+        len(runs) - len(missing),
+        out,
+    )
 
     def publish(_=None, cost=None):
         described = {name: what for name, what, *_ in flag.config.runs}
@@ -191,8 +236,17 @@ def main(_):
             if run.finished:
                 folders[run.name][run.seed] = run.folder
         only = [f"--only={','.join(flag.only)}"] if flag.only else []
-        command_line = " ".join([f"--config={recipe}", *only, *(f"--set={change}" for change in flag.set)])
-        comparison.publish(out, f"python -m lmim_jax.cli.study {command_line}", groups, described, folders, cost or {})
+        command_line = " ".join(
+            [f"--config={recipe}", *only, *(f"--set={change}" for change in flag.set)]
+        )
+        comparison.publish(
+            out,
+            f"python -m lmim_jax.cli.study {command_line}",
+            groups,
+            described,
+            folders,
+            cost or {},
+        )
 
     try:
         failed = execute(missing, flag.parallel, publish)
@@ -201,16 +255,25 @@ def main(_):
     publish(cost=costs(runs, out) if flag.config.cost and not failed else None)
     log.info("\n%s", (out / "table.md").read_text())
     if failed:
-        fail(f"{len(failed)} runs failed; their logs are {', '.join(str(run.folder / 'log.txt') for run in failed)}", 1)
+        fail(
+            f"{len(failed)} runs failed; their logs are {', '.join(str(run.folder / 'log.txt') for run in failed)}",
+            1,
+        )
 
 
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
-    config_flags.DEFINE_config_file("config", None, "Study; default: configs/study.py.", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "Study; default: configs/study.py.", lock_config=True
+    )
     flags.DEFINE_string("out", "runs/study", "Folder of the study.")
     flags.DEFINE_list("only", [], "Titles of groups; default: all.")
-    flags.DEFINE_integer("parallel", 1, "Runs at once, each on its share of the CPU cores and of the GPU's memory.")
-    flags.DEFINE_multi_string("set", [], "KEY=VALUE of the recipe, for all runs; may be given several times.")
+    flags.DEFINE_integer(
+        "parallel", 1, "Runs at once, each on its share of the CPU cores and of the GPU's memory."
+    )
+    flags.DEFINE_multi_string(
+        "set", [], "KEY=VALUE of the recipe, for all runs; may be given several times."
+    )
 
 
 if __name__ == "__main__":

@@ -35,14 +35,20 @@ def train(config, epochs, learning_rate):
     mesh = sharding.make_mesh()
     source = {split: sources.from_config(config.data, split) for split in ("train", "test")}
     if not source["train"].classes or source["test"] is None:
-        raise UserError("this dataset has no labels, or no test images: it has no ceiling to measure")
+        raise UserError(
+            "this dataset has no labels, or no test images: it has no ceiling to measure"
+        )
     per_epoch = loader.steps_per_epoch(source["train"], config.batch_size)
     steps = epochs * per_epoch
     method = methods.from_config(config.method, total_steps=steps, steps_per_epoch=per_epoch)
     # Crops as in training, at the size of evaluation: whole images, without the gap between patches
-    augmentation = device.from_config(config.augment, image_size=method.feature_size, eval_size=method.feature_size)
+    augmentation = device.from_config(
+        config.augment, image_size=method.feature_size, eval_size=method.feature_size
+    )
     head = nn.Dense(len(source["train"].classes))
-    optimizer = optax.adamw(optax.cosine_onecycle_schedule(steps, learning_rate), b2=0.95, weight_decay=0.05)
+    optimizer = optax.adamw(
+        optax.cosine_onecycle_schedule(steps, learning_rate), b2=0.95, weight_decay=0.05
+    )
 
     def logits(params, images):
         patches = method.features(params, images)["patches"]
@@ -60,7 +66,9 @@ def train(config, epochs, learning_rate):
         images = augmentation(keys, batch)
 
         def loss(params):
-            entropy = optax.softmax_cross_entropy_with_integer_labels(logits(params, images), batch["label"])
+            entropy = optax.softmax_cross_entropy_with_integer_labels(
+                logits(params, images), batch["label"]
+            )
             return entropy.mean()
 
         value, grads = jax.value_and_grad(loss)(params)
@@ -69,19 +77,33 @@ def train(config, epochs, learning_rate):
 
     params, opt_state = init(jax.random.key(config.seed))
     batches = loader.training(
-        source["train"], config.data, seed=config.seed, batch_size=config.batch_size, steps=steps, start=0, mesh=mesh
+        source["train"],
+        config.data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        steps=steps,
+        start=0,
+        mesh=mesh,
     )
     began = time.perf_counter()
     for i, batch in enumerate(batches):
         params, opt_state, value = step(params, opt_state, jnp.int32(i), batch)
         if (i + 1) % per_epoch == 0:
             left = (time.perf_counter() - began) / (i + 1) * (steps - i - 1)
-            log.info("epoch %d/%d  loss %.4f  ETA %s", (i + 1) // per_epoch, epochs, value, duration(left))
+            log.info(
+                "epoch %d/%d  loss %.4f  ETA %s",
+                (i + 1) // per_epoch,
+                epochs,
+                value,
+                duration(left),
+            )
 
     data = Evaluation(source, config.data, augmentation, mesh)
     predict = jax.jit(lambda params, images: logits(params, images).argmax(axis=-1))
     right = [
-        (np.asarray(predict(params, batch["images"])) == batch["label"])[np.asarray(batch["index"]) >= 0]
+        (np.asarray(predict(params, batch["images"])) == batch["label"])[
+            np.asarray(batch["index"]) >= 0
+        ]
         for batch in data.batches("test", config.batch_size)
     ]
     return 100 * float(np.concatenate(right).mean())
@@ -96,7 +118,9 @@ def main(_):
 
 def define_flags():
     """Here, and not at import: tools are imported side by side by tests."""
-    config_flags.DEFINE_config_file("config", None, "Recipe; default: configs/quickstart.py.", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "Recipe; default: configs/quickstart.py.", lock_config=True
+    )
     flags.DEFINE_integer("epochs", 20, "Epochs of supervised training.")
     flags.DEFINE_float("learning_rate", 1e-3, "Peak of the one-cycle learning rate.")
 

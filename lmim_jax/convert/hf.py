@@ -27,12 +27,16 @@ def contents(encoder, images):
       UserError: transformers cannot hold it.
     """
     if encoder.image_size[0] != encoder.image_size[1]:
-        raise UserError(f"config.method.grid is not square ({encoder.image_size} pixels), as transformers needs")
+        raise UserError(
+            f"config.method.grid is not square ({encoder.image_size} pixels), as transformers needs"
+        )
     tensors = {}
     for name, value in encoder.tensors.items():
         if matched := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(\w+)", name):
             prefix = f"encoder.layer.{matched[1]}.attention.attention"
-            for part, piece in zip(("query", "key", "value"), value.reshape(3, -1, *value.shape[1:]), strict=True):
+            for part, piece in zip(
+                ("query", "key", "value"), value.reshape(3, -1, *value.shape[1:]), strict=True
+            ):
                 tensors[f"{prefix}.{part}.{matched[2]}"] = piece
         elif matched := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(\w+)", name):
             tensors[f"encoder.layer.{matched[1]}.{BLOCK[matched[2]]}.{matched[3]}"] = value

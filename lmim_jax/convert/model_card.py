@@ -34,13 +34,28 @@ mean = features["patches"].mean(axis=1)     # also "cls", "patches_prenorm", "bl
     --config=RECIPE --workdir=RUN
 """,
 }
-SIZES = {"timm": "`create_model(..., img_size=...)`", "hf": "`model(..., interpolate_pos_encoding=True)`"}
+SIZES = {
+    "timm": "`create_model(..., img_size=...)`",
+    "hf": "`model(..., interpolate_pos_encoding=True)`",
+}
 ODD_MARGINS = " Half an odd margin is rounded down by transformers and to even by `lmim_jax`: one pixel, at times."
 LIBRARY = {"timm": "timm", "hf": "transformers", "flax": "lmim_jax", "safetensors": "safetensors"}
-WEIGHTS = {"online": "the trained encoder", "target": "the teacher, its moving average", "both": "all its networks"}
+WEIGHTS = {
+    "online": "the trained encoder",
+    "target": "the teacher, its moving average",
+    "both": "all its networks",
+}
 PRIVATE = ("path", "dir", "classes")  # of config.data: where things lie on the machine of the run
-COLUMNS = {"pixels": "raw pixels", "histogram": "colours", "untrained": "untrained", "trained": "trained"}
-WORDS = {"collapse_index": "collapse index (1 is total)", "effective_rank": "effective rank of features"}
+COLUMNS = {
+    "pixels": "raw pixels",
+    "histogram": "colours",
+    "untrained": "untrained",
+    "trained": "trained",
+}
+WORDS = {
+    "collapse_index": "collapse index (1 is total)",
+    "effective_rank": "effective rank of features",
+}
 
 
 def write(model, kind, which, folder):
@@ -52,9 +67,17 @@ def write(model, kind, which, folder):
     method, config = model.method, model.config
     first = int("cls_token" in model.params["encoder"])
     grid, (height, width) = f"{method.grid[0]} x {method.grid[1]} patches", method.feature_size
-    filled = dict(folder=folder, width=method.width, tokens=method.num_patches + first, first=first, height=height)
+    filled = dict(
+        folder=folder,
+        width=method.width,
+        tokens=method.num_patches + first,
+        first=first,
+        height=height,
+    )
     filled |= dict(image_width=width, channels=method.channels, method=config.method.name)
-    filled |= dict(order=f"CLS, then {grid}" if first else grid, mode="RGB" if method.channels == 3 else "L")
+    filled |= dict(
+        order=f"CLS, then {grid}" if first else grid, mode="RGB" if method.channels == 3 else "L"
+    )
     numbers = lambda values: ", ".join(f"{value:g}" for value in values)
     augment = config.augment
     sections = (
@@ -90,12 +113,18 @@ def public(config):
 def _advice(kind, first):
     """Paragraphs: what a user would get wrong."""
     if kind == "safetensors":
-        return ["Names and layouts are those of the method's official PyTorch code, constant positions included."]
+        return [
+            "Names and layouts are those of the method's official PyTorch code, constant positions included."
+        ]
     told = ["Features are taken after the final norm."]
     if kind in SIZES:
-        told += [f"Other image sizes: {SIZES[kind]}; positions are interpolated then, not quite as `lmim_jax` does it."]
+        told += [
+            f"Other image sizes: {SIZES[kind]}; positions are interpolated then, not quite as `lmim_jax` does it."
+        ]
     if first:
-        told += ["Not every method trains its CLS token for something; when in doubt, take the mean of the patches."]
+        told += [
+            "Not every method trains its CLS token for something; when in doubt, take the mean of the patches."
+        ]
     return [" ".join(told)]
 
 
@@ -103,12 +132,20 @@ def _training(model):
     """A list: on what, how long, from what."""
     config = model.config.to_dict()
     source = {key: config["data"].get(key) for key in ("source", "name")}
-    source["images"] = config.get("training_images", {}).get("images")  # unknown where weights came without images
+    source["images"] = config.get("training_images", {}).get(
+        "images"
+    )  # unknown where weights came without images
     lines = ["- data: " + ", ".join(f"{key} {value}" for key, value in source.items() if value)]
-    lines += [f"- {model.step} steps with {config['batch_size']} images each, seed {config['seed']}"]
+    lines += [
+        f"- {model.step} steps with {config['batch_size']} images each, seed {config['seed']}"
+    ]
     if origin := _read(model.path / "imported.json"):
         lines += [f"- began with imported weights: {origin['file']}, SHA-256 {origin['sha256']}"]
-        lines += [f"- {len(origin['fresh'])} arrays were not in that file, and began afresh"] if origin["fresh"] else []
+        lines += (
+            [f"- {len(origin['fresh'])} arrays were not in that file, and began afresh"]
+            if origin["fresh"]
+            else []
+        )
     return "\n".join(lines)
 
 
@@ -140,8 +177,13 @@ def _results(model):
         cells = [f"{values[column]:.4g}" if column in values else "" for column in columns]
         lines += [f"| {' | '.join([*row, *cells])} |"]
     if rows:
-        lines += ["", "Accuracies are percentages of test images. The labels served to measure, never to train."]
-        lines += ["`patches` is the mean of an image's patches after the final norm, `patches_prenorm` that before it."]
+        lines += [
+            "",
+            "Accuracies are percentages of test images. The labels served to measure, never to train.",
+        ]
+        lines += [
+            "`patches` is the mean of an image's patches after the final norm, `patches_prenorm` that before it."
+        ]
     return "\n".join([*lines, *(["", "; ".join(gauges) + "."] if gauges else [])])
 
 

@@ -37,7 +37,9 @@ def compare(kind, folder, model, params, images):
         with contextlib.redirect_stdout(io.StringIO()):
             tokens, prepare = open_folder(folder)
     except ImportError as error:
-        raise UserError(f"--check needs what is not installed here ({error}): pip install {PACKAGES[kind]}") from error
+        raise UserError(
+            f"--check needs what is not installed here ({error}): pip install {PACKAGES[kind]}"
+        ) from error
     config, channels = model.config, model.method.channels
     sizes = dict(image_size=model.method.image_size, eval_size=model.method.feature_size)
     transform = device.from_config(config.augment, **sizes)
@@ -51,12 +53,16 @@ def compare(kind, folder, model, params, images):
 
     method = dataclasses.replace(model.method, dtype="float32", attention="xla")
     with jax.default_matmul_precision("float32"):
-        expected = np.asarray(jax.jit(lambda params, images: tokens_of(method.features(params, images)))(params, ours))
+        expected = np.asarray(
+            jax.jit(lambda params, images: tokens_of(method.features(params, images)))(params, ours)
+        )
     ours = np.asarray(ours).transpose(0, 3, 1, 2)
     with torch.no_grad():
         theirs = tokens(torch.from_numpy(ours.copy())).numpy()
     mode = decode.MODES[channels]
-    prepared = np.stack([prepare(Image.fromarray(x.squeeze(-1) if mode == "L" else x, mode)) for x in pixels])
+    prepared = np.stack(
+        [prepare(Image.fromarray(x.squeeze(-1) if mode == "L" else x, mode)) for x in pixels]
+    )
     deviation = np.asarray(config.augment.std, np.float32).reshape(-1, 1, 1)
     return {
         "features": float(np.abs(theirs - expected).max()),
@@ -68,7 +74,11 @@ def compare(kind, folder, model, params, images):
 def tokens_of(features):
     """[B, 1 + N, D], CLS first where there is one."""
     patches = features["patches"]
-    return jnp.concatenate([features["cls"][:, None], patches], axis=1) if "cls" in features else patches
+    return (
+        jnp.concatenate([features["cls"][:, None], patches], axis=1)
+        if "cls" in features
+        else patches
+    )
 
 
 def open_timm(folder):

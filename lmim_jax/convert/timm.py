@@ -13,7 +13,10 @@ ARCHITECTURES = {
     "L/16": "vit_large_patch16_224",
     "H/14": "vit_huge_patch14_224",
 }
-EPS = {1e-6: {}, 1e-5: {"pre_norm": False}}  # of norms -> arguments; timm has 1e-5 in CLIP's towers alone
+EPS = {
+    1e-6: {},
+    1e-5: {"pre_norm": False},
+}  # of norms -> arguments; timm has 1e-5 in CLIP's towers alone
 CLIP = "vit_base_patch16_clip_224"
 
 
@@ -27,8 +30,12 @@ def contents(encoder, images):
       UserError: timm cannot hold it.
     """
     if encoder.norm_eps not in EPS:
-        raise UserError(f"config.method.norm_eps={encoder.norm_eps}: timm's Vision Transformers have 1e-6 or 1e-5")
-    size = dict(width=encoder.width, depth=encoder.depth, heads=encoder.heads, patch_size=encoder.patch_size)
+        raise UserError(
+            f"config.method.norm_eps={encoder.norm_eps}: timm's Vision Transformers have 1e-6 or 1e-5"
+        )
+    size = dict(
+        width=encoder.width, depth=encoder.depth, heads=encoder.heads, patch_size=encoder.patch_size
+    )
     known = next((name for name, variant in VARIANTS.items() if variant == size), None)
     architecture = CLIP if encoder.norm_eps == 1e-5 else ARCHITECTURES[known or "Ti/16"]
     pooled = {"global_pool": "avg", "fc_norm": False}  # mean of patches, after the norm
@@ -43,7 +50,11 @@ def contents(encoder, images):
         "qkv_bias": encoder.qkv_bias,
         "class_token": encoder.cls,
     }
-    usual = encoder.image_size == (224, 224) and encoder.hidden == 4 * encoder.width and encoder.channels == 3
+    usual = (
+        encoder.image_size == (224, 224)
+        and encoder.hidden == 4 * encoder.width
+        and encoder.channels == 3
+    )
     if known and architecture != CLIP and usual and encoder.cls and encoder.qkv_bias:
         arguments = {}
     config = {

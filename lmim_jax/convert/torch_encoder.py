@@ -48,7 +48,9 @@ def of(method, params):
             "transformers have one for all norms; only --format=flax | safetensors can hold this encoder"
         )
     if vit.width % vit.heads:
-        raise UserError(f"config.method.heads={vit.heads} must divide width={vit.width} for timm and transformers")
+        raise UserError(
+            f"config.method.heads={vit.heads} must divide width={vit.width} for timm and transformers"
+        )
     patch_embed = (r"patch_embed/kernel", convolution(method.patch_size))
     tensors = {"pos_embed": (with_cls(positions) if vit.cls else positions)[None]}
     for path, value in flatten_dict(params["encoder"], sep="/").items():

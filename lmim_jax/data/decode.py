@@ -18,8 +18,17 @@ MAX_PIXELS = 50_000_000  # decompression bombs; read from the header, before any
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 SCALES = (8, 4, 2)  # by which a JPEG can be shrunk while it is decoded
 FLIP = Image.Transpose
-TURNED = {2: FLIP.FLIP_LEFT_RIGHT, 3: FLIP.ROTATE_180, 4: FLIP.FLIP_TOP_BOTTOM, 5: FLIP.TRANSPOSE, 6: FLIP.ROTATE_90}
-TURNED |= {7: FLIP.TRANSVERSE, 8: FLIP.ROTATE_270}  # EXIF orientation -> what turns the upright image back
+TURNED = {
+    2: FLIP.FLIP_LEFT_RIGHT,
+    3: FLIP.ROTATE_180,
+    4: FLIP.FLIP_TOP_BOTTOM,
+    5: FLIP.TRANSPOSE,
+    6: FLIP.ROTATE_90,
+}
+TURNED |= {
+    7: FLIP.TRANSVERSE,
+    8: FLIP.ROTATE_270,
+}  # EXIF orientation -> what turns the upright image back
 
 
 class BadImage(ValueError):
@@ -106,13 +115,19 @@ def _jpeg(data, canvas):
             return None
         target = _size_in(canvas, height, width)
         scale = _scale((height, width), target)
-        least = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
+        least = (
+            {"min_height": -(-height // scale), "min_width": -(-width // scale)}
+            if scale > 1
+            else {}
+        )
         return simplejpeg.decode_jpeg(data, **least), target
     except BadImage:
         raise
     except ValueError as error:
         message = str(error)
-        if "remature end" in message or ("Corrupt" in message and "extraneous bytes" not in message):
+        if "remature end" in message or (
+            "Corrupt" in message and "extraneous bytes" not in message
+        ):
             raise BadImage(message) from error
         return None  # such as bytes between markers, which harm nothing
 
@@ -120,15 +135,21 @@ def _jpeg(data, canvas):
 def _pillow(data, canvas, channels):
     """`decode` by Pillow alone."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # our own pixel cap is below Pillow's warning; metadata quirks are harmless
+        warnings.simplefilter(
+            "ignore"
+        )  # our own pixel cap is below Pillow's warning; metadata quirks are harmless
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         check_size(*image.size)
         if image.format == "TIFF" and (turned := image.tag_v2.get(0x0112)) in TURNED:
             image = image.transpose(TURNED[turned])  # Pillow turns TIFFs upright, and only them
         height, width = _size_in(canvas, *image.size[::-1])
-        image.draft(None, (width, height))  # a JPEG's shrinking transform: the same power of two as `_scale`
+        image.draft(
+            None, (width, height)
+        )  # a JPEG's shrinking transform: the same power of two as `_scale`
         if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip; the high byte
+            image = Image.fromarray(
+                (np.asarray(image) >> 8).astype(np.uint8)
+            )  # Pillow would clip; the high byte
         elif image.mode in ("I", "F"):
             raise BadImage(f"pixels of 32 bits (mode {image.mode})")
         return _fitted(image, (width, height), MODES[channels])

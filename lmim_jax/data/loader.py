@@ -62,18 +62,27 @@ class Decoded:
           index asked for where that image is bad, or -1; int32; and pid, who made it.
         """
         new = grain.multiprocessing.SharedMemoryArray if prefetch.in_worker else prefetch.recycled
-        batch = {"image": new((len(indices), *self.shape), np.uint8), "size": np.full((len(indices), 2), self.canvas)}
+        batch = {
+            "image": new((len(indices), *self.shape), np.uint8),
+            "size": np.full((len(indices), 2), self.canvas),
+        }
         batch |= {name: np.full(len(indices), -1) for name in ("label", "index", "bad")}
         draws = self.crop.draws(step, positions) if self.crop else [None] * len(indices)
 
         def fill(first):
             for row in range(first, min(first + CHUNK, len(indices))):
-                self._fill({name: column[row : row + 1] for name, column in batch.items()}, indices[row], draws[row])
+                self._fill(
+                    {name: column[row : row + 1] for name, column in batch.items()},
+                    indices[row],
+                    draws[row],
+                )
 
         run = map if self.threads == 1 else prefetch.pool(self.threads).map
         for _ in run(fill, range(0, len(indices), CHUNK)):
             pass
-        numbers = {name: column.astype(np.int32) for name, column in batch.items() if name != "image"}
+        numbers = {
+            name: column.astype(np.int32) for name, column in batch.items() if name != "image"
+        }
         return {**batch, **numbers, "pid": np.int32(os.getpid())}
 
     def _fill(self, row, index, draw):
@@ -113,7 +122,9 @@ class Decoded:
 
     def reading(self):
         """What the threads of this process read right now, for a message."""
-        names = [images.source.name(index) for images, index in list(_reading.values()) if images is self]
+        names = [
+            images.source.name(index) for images, index in list(_reading.values()) if images is self
+        ]
         return f", at {', '.join(names[:4])}" if names else ""
 
 
@@ -137,14 +148,18 @@ class TrainingOrder:
 
     def __getitem__(self, i):
         step, part = divmod(int(i), self.parts)
-        positions = self.first_row + np.arange(part * self.rows // self.parts, (part + 1) * self.rows // self.parts)
+        positions = self.first_row + np.arange(
+            part * self.rows // self.parts, (part + 1) * self.rows // self.parts
+        )
         return self.images.batch(self.indices(step)[positions], step, positions)
 
     def indices(self, step):
         """Which images are in the global batch of a step, [batch_size]."""
         length = len(self.images.source)
         epoch, step = divmod(step, length // self.batch_size)
-        return epoch_order(self.seed, epoch, length)[step * self.batch_size : (step + 1) * self.batch_size]
+        return epoch_order(self.seed, epoch, length)[
+            step * self.batch_size : (step + 1) * self.batch_size
+        ]
 
 
 class BadImages:
@@ -180,7 +195,9 @@ class BadImages:
 def steps_per_epoch(source, batch_size):
     """floor(N / batch_size): the remainder of an epoch is dropped. UserError where not even one batch is there."""
     if len(source) < batch_size:
-        raise UserError(f"config.batch_size={batch_size} is more than the {len(source)} training images there are")
+        raise UserError(
+            f"config.batch_size={batch_size} is more than the {len(source)} training images there are"
+        )
     return len(source) // batch_size
 
 
@@ -220,4 +237,6 @@ def training(source, config, *, seed, batch_size, steps, start, mesh, crop=None)
         bad.see(batch["bad"])
         return sharding.to_global({name: batch[name] for name in names}, mesh)
 
-    return prefetch.ahead(prefetch.Crew(order, start, config.workers), place, config.timeout, images.reading)
+    return prefetch.ahead(
+        prefetch.Crew(order, start, config.workers), place, config.timeout, images.reading
+    )

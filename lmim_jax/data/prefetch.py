@@ -35,7 +35,9 @@ def recycled(shape, dtype):
     for other in [known for known in list(_free) if known != size]:
         del _free[other]
     memory = _free[size].pop() if _free[size] else np.empty(size, np.uint8)
-    array = np.frombuffer(memoryview(memory), dtype)  # views of views refer to this one, not to the memory
+    array = np.frombuffer(
+        memoryview(memory), dtype
+    )  # views of views refer to this one, not to the memory
     weakref.finalize(array, _free[size].append, memory)
     return array.reshape(shape)
 
@@ -48,7 +50,9 @@ def pool(threads):
 
 def threads_of(config):
     """How many threads decode in each process, by `config.data`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )  # macOS
     return config.threads or max(1, cores // max(1, config.workers))
 
 
@@ -66,7 +70,9 @@ def elements(order, start, workers):
     dataset = grain.MapDataset.source(order)[start:]
     iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
     if workers:
-        if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which nobody has parsed in a notebook
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # Grain's workers read absl flags, which nobody has parsed in a notebook
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
         iterator = iterator.mp_prefetch(options, worker_init_fn=_begin_worker)
@@ -104,7 +110,9 @@ class Crew:
             except RuntimeError as error:
                 if "terminated unexpectedly" not in str(error):  # Grain's words for a dead process
                     raise
-                raise Stuck(f"{self.suspect()} died ({str(error).split('. ')[0]}); was memory short?") from error
+                raise Stuck(
+                    f"{self.suspect()} died ({str(error).split('. ')[0]}); was memory short?"
+                ) from error
             if self._workers:
                 self._pids[self._next % self._workers] = int(part["pid"])
             self._next += 1

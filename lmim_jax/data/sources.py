@@ -40,7 +40,9 @@ def from_config(config, split):
     if config.source == "shapes":
         return shapes(config.path, split)
     if config.source == "folder":
-        if split != "train" and not (name and pathlib.Path(config.path, name).expanduser().is_dir()):
+        if split != "train" and not (
+            name and pathlib.Path(config.path, name).expanduser().is_dir()
+        ):
             return None
         return folder(config.path, name, config[f"{split}_per_class"], config.train_split, classes)
     if config.source == "tfds":
@@ -60,13 +62,17 @@ def _names(path):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config.data.classes={path!r} cannot be read ({error})") from error
     if not names or len(set(names)) < len(names):
-        raise UserError(f"config.data.classes={path!r} must be a list of different class names, one a line")
+        raise UserError(
+            f"config.data.classes={path!r} must be a list of different class names, one a line"
+        )
     return names
 
 
 def shapes(path, split, kind=None):
     """The embedded dataset, in `path` or else the user's cache folder; or its config "several"."""
-    from lmim_jax.data.synthetic import shapes as dataset  # TFDS is slow to import, and not needed for folders
+    from lmim_jax.data.synthetic import (
+        shapes as dataset,  # TFDS is slow to import, and not needed for folders
+    )
 
     return tfds_source.split_of(dataset.prepare(path or tfds_source.cache(), kind), split)
 
@@ -124,14 +130,18 @@ def folder(path, split, max_per_class=0, train="train", only=()):
     """
     root = pathlib.Path(path).expanduser()
     if not path or not root.is_dir():
-        raise UserError(f"config.data.path={path!r} is no folder; give the folder that holds your images")
+        raise UserError(
+            f"config.data.path={path!r} is no folder; give the folder that holds your images"
+        )
     divided = (root / train).is_dir()
     if split != train and not (divided and (root / split).is_dir()):
         return None
     top = root / split if divided else root
     files, ignored = walk(top)
     if not files:
-        raise UserError(f"{top}: no images in this folder (looked for {', '.join(SUFFIXES)}, at any depth)")
+        raise UserError(
+            f"{top}: no images in this folder (looked for {', '.join(SUFFIXES)}, at any depth)"
+        )
     if ignored:
         log.warning("%s: %d files are no images: %s", top, len(ignored), _some(ignored))
     folders = [name.split("/")[0] if "/" in name else None for name in files]

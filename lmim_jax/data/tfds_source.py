@@ -62,7 +62,11 @@ class Tfds:
         if name not in example:
             return None
         kind = example[name].WhichOneof("kind")
-        return np.array(getattr(example[name], kind).value) if kind in ("int64_list", "float_list") else None
+        return (
+            np.array(getattr(example[name], kind).value)
+            if kind in ("int64_list", "float_list")
+            else None
+        )
 
     def name(self, index):
         """Dataset, split and place in it."""
@@ -70,7 +74,11 @@ class Tfds:
 
     def identity(self):
         """What tells these images from others, for config.json."""
-        chosen = {} if self.kept is None else {"classes": hashlib.sha256("\n".join(self.classes).encode()).hexdigest()}
+        chosen = (
+            {}
+            if self.kept is None
+            else {"classes": hashlib.sha256("\n".join(self.classes).encode()).hexdigest()}
+        )
         return {"source": self.title, "images": len(self), **chosen}
 
     def _example(self, index):
@@ -81,7 +89,11 @@ class Tfds:
         try:
             raw = self.records[int(index if self.kept is None else self.kept[index])]
             return tf_example_pb2.Example.FromString(raw).features.feature
-        except (RuntimeError, ValueError, message.DecodeError) as error:  # as ArrayRecord tells damage
+        except (
+            RuntimeError,
+            ValueError,
+            message.DecodeError,
+        ) as error:  # as ArrayRecord tells damage
             raise OSError(f"the record is damaged: {error}") from error
 
 
@@ -112,9 +124,13 @@ def split_of(builder, split):
         raise UserError(f"{info.full_name} has no split {split!r}; there are: {known}") from error
     named = dict(info.features.items())
     images = [name for name, feature in named.items() if isinstance(feature, tfds.features.Image)]
-    image = "image" if "image" in images else images[0] if len(set(images) - {"mask"}) == 1 else None
+    image = (
+        "image" if "image" in images else images[0] if len(set(images) - {"mask"}) == 1 else None
+    )
     if image is None:
-        raise UserError(f"{info.full_name}: none of its features is the image to learn from: {', '.join(named)}")
+        raise UserError(
+            f"{info.full_name}: none of its features is the image to learn from: {', '.join(named)}"
+        )
     labelled = isinstance(named.get("label"), tfds.features.ClassLabel)
     classes = tuple(named["label"].names) if labelled else ()
     features = image, "label" if labelled else None, "mask" if "mask" in images else None
@@ -135,8 +151,12 @@ def open_tfds(name, folder, split):
     from tensorflow_datasets.core import read_only_builder
 
     if not name:
-        raise UserError("config.data.name is empty; give the name of a TFDS dataset, such as imagenet2012")
-    root = pathlib.Path(folder).expanduser() if folder else pathlib.Path(tfds.core.constants.DATA_DIR)
+        raise UserError(
+            "config.data.name is empty; give the name of a TFDS dataset, such as imagenet2012"
+        )
+    root = (
+        pathlib.Path(folder).expanduser() if folder else pathlib.Path(tfds.core.constants.DATA_DIR)
+    )
     try:
         builder = read_only_builder.builder_from_files(name, data_dir=str(root))
     except (tfds.core.registered.DatasetNotFoundError, FileNotFoundError, ValueError) as error:
@@ -154,7 +174,9 @@ def only(source, names):
     Labels lie in the records, so all of them are read, once; they are kept in the cache folder.
     """
     if unknown := sorted(set(names) - set(source.classes)):
-        raise UserError(f"{source.title} has no class {', '.join(unknown[:5])}; see config.data.classes")
+        raise UserError(
+            f"{source.title} has no class {', '.join(unknown[:5])}; see config.data.classes"
+        )
     labels = _labels(source)
     number = np.full(len(source.classes), -1)
     number[[source.classes.index(name) for name in names]] = range(len(names))
@@ -164,7 +186,9 @@ def only(source, names):
 
 def _labels(source):
     """The class of every record, int32, from the cache or by reading all."""
-    digest = hashlib.sha256(f"{source.title} {source.records!r}".encode()).hexdigest()[:16]  # repr: a hash of paths
+    digest = hashlib.sha256(f"{source.title} {source.records!r}".encode()).hexdigest()[
+        :16
+    ]  # repr: a hash of paths
     path = cache() / "labels" / f"{digest}.npy"
     if path.exists():
         labels = np.load(path)
@@ -173,7 +197,9 @@ def _labels(source):
             return labels
     log.info("reading the labels of %s, once: %d records", source.title, len(source))
     with futures.ThreadPoolExecutor(16) as pool:
-        labels = np.fromiter(pool.map(lambda i: source.record(i)[1], range(len(source))), np.int32, len(source))
+        labels = np.fromiter(
+            pool.map(lambda i: source.record(i)[1], range(len(source))), np.int32, len(source)
+        )
     stream = io.BytesIO()
     np.save(stream, labels)
     atomic_io.write(path, stream.getvalue())

@@ -15,7 +15,9 @@ import time
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax._src.distributed import global_state  # its key-value store, for which there is no public way
+from jax._src.distributed import (
+    global_state,  # its key-value store, for which there is no public way
+)
 from jax.experimental import multihost_utils
 
 from lmim_jax.utils.errors import UserError
@@ -44,18 +46,26 @@ def detect(environment, dev="/dev"):
     chips = [*pathlib.Path(dev).glob("accel[0-9]*"), *pathlib.Path(dev).glob("vfio/[0-9]*")]
     if chips and importlib.util.find_spec("libtpu") and "TPU_SKIP_MDS_QUERY" not in environment:
         return "Cloud TPU", {}
-    if "SLURM_STEP_NODELIST" in environment and number("SLURM_NTASKS") > 1:  # inside srun, not in the batch script
+    if (
+        "SLURM_STEP_NODELIST" in environment and number("SLURM_NTASKS") > 1
+    ):  # inside srun, not in the batch script
         return "Slurm", {"cluster_detection_method": "slurm"}
     if number("OMPI_COMM_WORLD_SIZE") > 1:
         if "OMPI_MCA_orte_hnp_uri" in environment:
             return "Open MPI", {"cluster_detection_method": "ompi"}
-        if importlib.util.find_spec("mpi4py"):  # from version 5 on, mpirun does not say where process 0 is
+        if importlib.util.find_spec(
+            "mpi4py"
+        ):  # from version 5 on, mpirun does not say where process 0 is
             return "Open MPI", {"cluster_detection_method": "mpi4py"}
-        raise UserError("Open MPI does not say where process 0 is: pip install mpi4py, or give --coordinator")
+        raise UserError(
+            "Open MPI does not say where process 0 is: pip install mpi4py, or give --coordinator"
+        )
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         if importlib.util.find_spec("kubernetes"):
             return "Kubernetes", {"cluster_detection_method": "k8s"}
-        raise UserError("this is an indexed Kubernetes job: pip install 'jax[k8s]', or give --coordinator")
+        raise UserError(
+            "this is an indexed Kubernetes job: pip install 'jax[k8s]', or give --coordinator"
+        )
     return None
 
 
@@ -72,12 +82,16 @@ def initialize(coordinator="", num_processes=0, process_id=-1, heartbeat=30):
             raise UserError(
                 f"--coordinator needs --num_processes and --process_id, not {num_processes} and {process_id}"
             )
-        where = dict(coordinator_address=coordinator, num_processes=num_processes, process_id=process_id)
+        where = dict(
+            coordinator_address=coordinator, num_processes=num_processes, process_id=process_id
+        )
     elif found := detect(os.environ):
         where = found[1]
     else:
         return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for runs on CPUs; others ignore it
+    jax.config.update(
+        "jax_cpu_collectives_implementation", "gloo"
+    )  # for runs on CPUs; others ignore it
     timeouts = dict(heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat)
     jax.distributed.initialize(**where, **timeouts)
 
@@ -94,10 +108,17 @@ def agree(**facts):
     """
     devices = collections.Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) > 1:
-        counts = ", ".join(f"process {process} has {count}" for process, count in sorted(devices.items()))
+        counts = ", ".join(
+            f"process {process} has {count}" for process, count in sorted(devices.items())
+        )
         raise UserError(f"all processes need equally many devices: {counts}")
     facts = flatten_dict({**facts, "version": versions()}, sep=".")
-    mine = dict(host=socket.gethostname(), used=jax.local_device_count(), visible=visible_accelerators(), facts=facts)
+    mine = dict(
+        host=socket.gethostname(),
+        used=jax.local_device_count(),
+        visible=visible_accelerators(),
+        facts=facts,
+    )
     all_of_them = gather(json.loads(json.dumps(mine)))
     _check_used(all_of_them)
     first = all_of_them[0]["facts"]
@@ -105,7 +126,11 @@ def agree(**facts):
         keys = sorted(first.keys() | other["facts"].keys())
         pairs = [(key, other["facts"].get(key, "absent"), first.get(key, "absent")) for key in keys]
         same = lambda a, b: json.dumps(a) == json.dumps(b)  # as text: nan does not equal itself
-        if differing := [f"{key} is {theirs}, not {ours}" for key, theirs, ours in pairs if not same(theirs, ours)]:
+        if differing := [
+            f"{key} is {theirs}, not {ours}"
+            for key, theirs, ours in pairs
+            if not same(theirs, ours)
+        ]:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise UserError(
                 f"process {process} (host {other['host']}) differs from process 0 (host {all_of_them[0]['host']}): "
@@ -132,7 +157,13 @@ def visible_accelerators(dev="/dev"):
     if _told_to_use_the_cpu():
         return 0
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return len([one for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if one.strip() not in ("", "-1")])
+        return len(
+            [
+                one
+                for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+                if one.strip() not in ("", "-1")
+            ]
+        )
     chips = "accel[0-9]*", "vfio/[0-9]*"  # TPUs
     patterns = ["nvidia[0-9]*", *(chips if importlib.util.find_spec("libtpu") else ())]
     return sum(len([*pathlib.Path(dev).glob(pattern)]) for pattern in patterns)
@@ -174,7 +205,9 @@ def meet(place, failure, timeout):
     began = time.monotonic()
     while len(store.key_value_dir_get(f"{place}/")) < count:
         if given_up := store.key_value_dir_get(f"{failure}/"):
-            raise OSError("; ".join(f"process {key.rpartition('/')[2]}: {why}" for key, why in given_up))
+            raise OSError(
+                "; ".join(f"process {key.rpartition('/')[2]}: {why}" for key, why in given_up)
+            )
         if time.monotonic() - began > timeout:
             raise TimeoutError(f"not all processes have come to {place} in {timeout:.0f} s")
         time.sleep(0.02 if time.monotonic() - began < 1 else 0.2)
@@ -184,4 +217,6 @@ def give_up(failure, why):
     """Tell the processes in `meet` that this one will not come."""
     if jax.process_count() > 1:
         name = f"{failure}/{jax.process_index()}"
-        global_state.client.key_value_set(name, f"{socket.gethostname()}: {why}", allow_overwrite=True)
+        global_state.client.key_value_set(
+            name, f"{socket.gethostname()}: {why}", allow_overwrite=True
+        )

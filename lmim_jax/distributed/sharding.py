@@ -36,7 +36,10 @@ def mesh_sizes(data, fsdp, count):
     Raises:
       UserError: they do not multiply to that number.
     """
-    sizes = count // max(fsdp, 1) if data == -1 else data, count // max(data, 1) if fsdp == -1 else fsdp
+    sizes = (
+        count // max(fsdp, 1) if data == -1 else data,
+        count // max(data, 1) if fsdp == -1 else fsdp,
+    )
     if math.prod(sizes) != count or min(sizes) < 1:
         raise UserError(
             f"config.mesh.data={data} x config.mesh.fsdp={fsdp} is not the number of devices, {count}; "
@@ -74,14 +77,22 @@ def of_state(abstract, mesh, rules=((".*", "largest"),), min_size=1 << 16):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         how = next((how for pattern, how in rules if re.fullmatch(pattern, name)), None)
         if how is None:
-            raise UserError(f"config.mesh.rules: no rule matches {name}; end the list with ('.*', 'largest')")
+            raise UserError(
+                f"config.mesh.rules: no rule matches {name}; end the list with ('.*', 'largest')"
+            )
         fits = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
         if how == "largest":
-            axis = max(fits, key=lambda axis: leaf.shape[axis], default=None) if leaf.size >= min_size else None
+            axis = (
+                max(fits, key=lambda axis: leaf.shape[axis], default=None)
+                if leaf.size >= min_size
+                else None
+            )
         else:
             axis = None if how == "replicated" else how
             if axis not in (None, *fits):
-                raise UserError(f"config.mesh.rules: dimension {how!r} of {name} {leaf.shape} cannot be cut in {parts}")
+                raise UserError(
+                    f"config.mesh.rules: dimension {how!r} of {name} {leaf.shape} cannot be cut in {parts}"
+                )
         cut = parts > 1 and axis is not None
         return NamedSharding(mesh, PartitionSpec(*[None] * axis, FSDP) if cut else PartitionSpec())
 
@@ -90,7 +101,9 @@ def of_state(abstract, mesh, rules=((".*", "largest"),), min_size=1 << 16):
 
 def gather(tree, specs):
     """Inside a shard_map: whole arrays, of which this device holds the parts that `specs` say."""
-    whole = lambda x, spec: jax.lax.all_gather(x, FSDP, axis=spec.index(FSDP), tiled=True) if FSDP in spec else x
+    whole = lambda x, spec: (
+        jax.lax.all_gather(x, FSDP, axis=spec.index(FSDP), tiled=True) if FSDP in spec else x
+    )
     return jax.tree.map(whole, tree, specs)
 
 
@@ -128,7 +141,10 @@ def place(array, where):
 def to_global(batch, mesh):
     """This process's rows of a batch (dict of numpy arrays) -> arrays over the whole mesh."""
     placement = of_batch(mesh)
-    return {name: jax.make_array_from_process_local_data(placement, np.asarray(rows)) for name, rows in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(placement, np.asarray(rows))
+        for name, rows in batch.items()
+    }
 
 
 def positions(mesh, batch_size):

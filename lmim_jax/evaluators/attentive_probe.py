@@ -42,11 +42,17 @@ class Evaluator:
 
     def init(self, task, params, images, rng):
         """Query [A, D / A] of A heads, keys and values, the linear layer."""
-        shape = jax.eval_shape(lambda x: probe_layers.frozen(task.method, params, x, self.feature), images).shape
+        shape = jax.eval_shape(
+            lambda x: probe_layers.frozen(task.method, params, x, self.feature), images
+        ).shape
         if len(shape) != 3:
-            raise UserError(f"evaluator attentive: feature={self.feature!r} has no patches; take one such as 'patches'")
+            raise UserError(
+                f"evaluator attentive: feature={self.feature!r} has no patches; take one such as 'patches'"
+            )
         width = shape[-1]
-        heads = next(heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0)
+        heads = next(
+            heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0
+        )
         keys = jax.random.split(rng, 3)
         return {
             "query": DEVIATION * jax.random.normal(keys[0], (heads, width // heads)),
@@ -62,12 +68,16 @@ class Evaluator:
     def loss(self, task, params, trained, buffers, images, labels, rng, keys):
         """Cross-entropy."""
         del rng, keys
-        return probe_layers.cross_entropy(self.logits(task, params, trained, buffers, images), labels), buffers
+        return probe_layers.cross_entropy(
+            self.logits(task, params, trained, buffers, images), labels
+        ), buffers
 
     def logits(self, task, params, trained, buffers, images):
         """[B, K]."""
         del buffers
-        x = normalization.layer_norm(probe_layers.frozen(task.method, params, images, self.feature), 1e-6)
+        x = normalization.layer_norm(
+            probe_layers.frozen(task.method, params, images, self.feature), 1e-6
+        )
         batch, tokens, width = x.shape
         heads, of_head = trained["query"].shape
         both = probe_layers.linear(trained["key_value"], x.reshape(-1, width)).reshape(
@@ -75,4 +85,6 @@ class Evaluator:
         )
         key, value = jnp.split(both, 2, axis=2)
         query = jnp.broadcast_to(trained["query"][None, None], (batch, 1, heads, of_head))
-        return probe_layers.linear(trained["head"], attend(query, key, value, "xla").reshape(batch, width))
+        return probe_layers.linear(
+            trained["head"], attend(query, key, value, "xla").reshape(batch, width)
+        )

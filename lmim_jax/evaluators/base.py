@@ -26,7 +26,6 @@ from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.common import image_features
 from lmim_jax.utils.errors import UserError
 
-
 # `type` of an evaluator in the config.json of runs made before version 0.2 -> its module now
 FORMER_NAMES = {
     "linear": "logistic_regression",
@@ -46,7 +45,9 @@ def names():
     """The evaluators there are: the modules of this folder."""
     import lmim_jax.evaluators as package
 
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if _registered(module))
+    return sorted(
+        module.name for module in pkgutil.iter_modules(package.__path__) if _registered(module)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +97,19 @@ def from_config(config, *, steps_per_epoch, has_target, where="config.evaluators
             hint = f"; did you mean {near[0]}?" if near else f" (there are: {', '.join(names())})"
             raise UserError(f"{here}.type={kind!r} is no evaluator{hint}")
         if weights not in ("online", "target") or (weights == "target" and not has_target):
-            why = "the method has no target encoder" if weights == "target" else "choose online or target"
+            why = (
+                "the method has no target encoder"
+                if weights == "target"
+                else "choose online or target"
+            )
             raise UserError(f"{here}.params={weights!r}: {why}")
         cls = importlib.import_module(f"lmim_jax.evaluators.{kind}").Evaluator
         known = {field.name for field in dataclasses.fields(cls)}
         if known != fields.keys():
             wrong = ", ".join(sorted(known ^ fields.keys()))
-            raise UserError(f"{here}: unknown or missing keys {wrong}; {kind} takes {', '.join(sorted(known))}")
+            raise UserError(
+                f"{here}: unknown or missing keys {wrong}; {kind} takes {', '.join(sorted(known))}"
+            )
         scheduled.append(Scheduled(title, round(every * steps_per_epoch), weights, cls(**fields)))
     return scheduled
 
@@ -119,7 +126,11 @@ def _pooled(method, augment, mesh, feature):
     """Jitted (params, batch) -> (feature of each image [B, D], label [B], index [B]), equal on all devices."""
 
     def pooled(params, batch):
-        return image_features.vectors(method, augment, params, batch["images"], feature), batch["label"], batch["index"]
+        return (
+            image_features.vectors(method, augment, params, batch["images"], feature),
+            batch["label"],
+            batch["index"],
+        )
 
     return jax.jit(pooled, out_shardings=sharding.replicated(mesh))
 
@@ -143,7 +154,9 @@ def split_features(method, params, data, split, feature, batch_size):
         x, labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
         return x[index >= 0], labels[index >= 0]
 
-    if data.cache is None or not image_features.needs_encoder(feature):  # pixels take more room than time
+    if data.cache is None or not image_features.needs_encoder(
+        feature
+    ):  # pixels take more room than time
         return compute()
     return data.cache.get(method, params, data, split, feature, compute)
 

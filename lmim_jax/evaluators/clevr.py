@@ -31,13 +31,18 @@ class Evaluator:
         """{"count", "count_chance", "distance", "distance_chance"} in percent."""
         data, bins = data.attributed(self.name, self.dir, (self.train_split, self.test_split))
         (x, x_labels), (y, y_labels) = (
-            split_features(method, params, data, split, self.feature, self.batch_size) for split in ("train", "test")
+            split_features(method, params, data, split, self.feature, self.batch_size)
+            for split in ("train", "test")
         )
         result = {}
         for task, of in (("count", np.floor_divide), ("distance", np.mod)):
             classes, labels = np.unique(of(x_labels, bins), return_inverse=True)
             truth = of(y_labels, bins)
-            found = classifiers.linear(x, labels, y, len(classes), self.l2, self.iterations, data.mesh)
+            found = classifiers.linear(
+                x, labels, y, len(classes), self.l2, self.iterations, data.mesh
+            )
             result[task] = 100 * float(np.mean(classes[found.classes] == truth))
-            result[f"{task}_chance"] = 100 * float(np.mean(classes[np.bincount(labels).argmax()] == truth))
+            result[f"{task}_chance"] = 100 * float(
+                np.mean(classes[np.bincount(labels).argmax()] == truth)
+            )
         return result

@@ -48,7 +48,8 @@ class Evaluator:
         if not labelled(data):
             return {}
         train, test = (
-            split_features(method, params, data, split, self.feature, self.batch_size) for split in ("train", "test")
+            split_features(method, params, data, split, self.feature, self.batch_size)
+            for split in ("train", "test")
         )
         return self.accuracies(train, test, len(data.classes))
 
@@ -59,10 +60,14 @@ class Evaluator:
         of_class = [np.flatnonzero(train[1] == label) for label in range(num_classes)]
         smallest = min(map(len, of_class))
         if not smallest:
-            raise UserError("a class has no training image that can be read; leave it out (config.data.classes)")
+            raise UserError(
+                "a class has no training image that can be read; leave it out (config.data.classes)"
+            )
         counts = {f"shots{n}": [n] * num_classes for n in self.shots if n <= smallest}
         if left_out := [n for n in self.shots if n > smallest]:
-            log.warning("a class has %d training images: no figure for %s shots", smallest, left_out)
+            log.warning(
+                "a class has %d training images: no figure for %s shots", smallest, left_out
+            )
         share = lambda p: [max(1, round(p / 100 * len(members))) for members in of_class]
         counts |= {f"labels{p}pct": share(p) for p in self.percent}
         result = {}
@@ -70,10 +75,15 @@ class Evaluator:
             found = []
             for draw in range(self.draws):
                 rng = np.random.default_rng([self.seed, draw])
-                chosen = [rng.permutation(members)[:n] for members, n in zip(of_class, of_each, strict=True)]
+                chosen = [
+                    rng.permutation(members)[:n]
+                    for members, n in zip(of_class, of_each, strict=True)
+                ]
                 chosen = np.concatenate(chosen)
                 l2 = 1 / (self.prior**2 * len(chosen))
-                fit = lbfgs_logistic.fit(x[chosen], train[1][chosen], num_classes, (l2,), self.iterations)
+                fit = lbfgs_logistic.fit(
+                    x[chosen], train[1][chosen], num_classes, (l2,), self.iterations
+                )
                 found.append(100 * float(np.mean(fit.predict(test_x)[0] == test[1])))
             result[name] = statistics.mean(found)
             result[f"{name}_std"] = statistics.stdev(found) if len(found) > 1 else 0.0

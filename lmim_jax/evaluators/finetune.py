@@ -49,9 +49,13 @@ class Evaluator:
     def run(self, method, params, data):
         """{"top1", "top5"} in percent; {} where there are no labels or no test images."""
         if self.remat not in POLICIES:
-            raise UserError(f"evaluator finetune: remat={self.remat!r} is none of: {' | '.join(POLICIES)}")
+            raise UserError(
+                f"evaluator finetune: remat={self.remat!r} is none of: {' | '.join(POLICIES)}"
+            )
         if self.batch_size % (2 * data.mesh.size) and (self.mixup or self.cutmix):
-            raise UserError(f"evaluator finetune: batch_size={self.batch_size}: every device mixes pairs of images")
+            raise UserError(
+                f"evaluator finetune: batch_size={self.batch_size}: every device mixes pairs of images"
+            )
         return probe_training.accuracy(self, method, params, data)
 
     def init(self, task, params, images, rng):
@@ -65,7 +69,9 @@ class Evaluator:
 
     def optimizer(self, rate, trained):
         """AdamW with falling learning rates."""
-        constants = dict(b1=self.b1, b2=self.b2, eps=1e-8, weight_decay=self.weight_decay, decay=self.layer_decay)
+        constants = dict(
+            b1=self.b1, b2=self.b2, eps=1e-8, weight_decay=self.weight_decay, decay=self.layer_decay
+        )
         return layer_decay.adamw(rate, trained, **constants)
 
     def loss(self, task, params, trained, buffers, images, labels, rng, keys):
@@ -98,7 +104,9 @@ class Evaluator:
             color_key, erase_key = jax.random.split(key)
             if self.randaugment[0]:
                 fill = jnp.round(255 * jnp.asarray(augment.mean, jnp.float32))
-                image = augment.normalize(randaugment(color_key, augment.levels(image), fill, *self.randaugment))
+                image = augment.normalize(
+                    randaugment(color_key, augment.levels(image), fill, *self.randaugment)
+                )
             return mixing.erase(erase_key, image, self.erasing) if self.erasing else image
 
         return jax.vmap(one)(keys, images)

@@ -35,12 +35,15 @@ class Evaluator:
         result = self._accuracies(method, params, data, self.feature)
         for name in image_features.FIXED if self.baselines else ():
             found = _baseline(self, method, data, name)
-            result |= {f"{name}_{figure}": value for figure, value in found.items() if figure != "loo1"}
+            result |= {
+                f"{name}_{figure}": value for figure, value in found.items() if figure != "loo1"
+            }
         return result
 
     def _accuracies(self, method, params, data, feature):
         train, test = (
-            split_features(method, params, data, split, feature, self.batch_size) for split in ("train", "test")
+            split_features(method, params, data, split, feature, self.batch_size)
+            for split in ("train", "test")
         )
         return accuracies(train, test, self.k, self.temperature, len(data.classes), data.mesh)
 
@@ -59,7 +62,12 @@ def accuracies(train, test, ks, temperature, num_classes, mesh):
     nearest, weights = train[1][index], np.exp(scores / temperature)
     _, others = classifiers.nearest(queries, queries, min(2, len(queries)), mesh)
     own = np.arange(len(queries))
-    other = np.where(others[:, 0] == own, others[:, -1], others[:, 0])  # a duplicate may come before the image itself
+    other = np.where(
+        others[:, 0] == own, others[:, -1], others[:, 0]
+    )  # a duplicate may come before the image itself
     percent = lambda predicted: 100 * float(np.mean(predicted == test[1]))
-    voted = {f"knn{k}": percent(classifiers.vote(nearest[:, :k], weights[:, :k], num_classes)) for k in ks}
+    voted = {
+        f"knn{k}": percent(classifiers.vote(nearest[:, :k], weights[:, :k], num_classes))
+        for k in ks
+    }
     return {"nn1": percent(nearest[:, 0]), **voted, "loo1": percent(test[1][other])}

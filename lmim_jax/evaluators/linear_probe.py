@@ -38,7 +38,9 @@ class Evaluator:
     def init(self, task, params, images, rng):
         """The linear layer; running statistics."""
         width = jax.eval_shape(lambda x: self._features(task, params, x), images).shape[-1]
-        return probe_layers.linear_init(rng, width, task.classes, 0.01), probe_layers.batch_norm_init(width)
+        return probe_layers.linear_init(
+            rng, width, task.classes, 0.01
+        ), probe_layers.batch_norm_init(width)
 
     def optimizer(self, rate, trained):
         """LARS."""
@@ -49,7 +51,9 @@ class Evaluator:
     def loss(self, task, params, trained, buffers, images, labels, rng, keys):
         """Cross-entropy; the running statistics after the batch."""
         del rng, keys
-        x, buffers = probe_layers.batch_norm_train(self._features(task, params, images), buffers, EPSILON)
+        x, buffers = probe_layers.batch_norm_train(
+            self._features(task, params, images), buffers, EPSILON
+        )
         return probe_layers.cross_entropy(probe_layers.linear(trained, x), labels), buffers
 
     def logits(self, task, params, trained, buffers, images):
@@ -59,4 +63,6 @@ class Evaluator:
         )
 
     def _features(self, task, params, images):
-        return jax.lax.stop_gradient(image_features.vectors(task.method, task.augment, params, images, self.feature))
+        return jax.lax.stop_gradient(
+            image_features.vectors(task.method, task.augment, params, images, self.feature)
+        )

@@ -30,7 +30,9 @@ class Evaluator:
 
     def __post_init__(self):
         if not 0 < self.held_out < 1 or not self.l2 or min(self.l2) <= 0:
-            raise UserError(f"held_out={self.held_out} must be in 0 .. 1, and each of l2={self.l2} above 0")
+            raise UserError(
+                f"held_out={self.held_out} must be in 0 .. 1, and each of l2={self.l2} above 0"
+            )
 
     def run(self, method, params, data):
         """{"accuracy": percent of the test images, "held_out": percent of the held-out images, "l2": the chosen one}.
@@ -40,7 +42,8 @@ class Evaluator:
         if not labelled(data):
             return {}
         train, test = (
-            split_features(method, params, data, split, self.feature, self.batch_size) for split in ("train", "test")
+            split_features(method, params, data, split, self.feature, self.batch_size)
+            for split in ("train", "test")
         )
         return self.accuracies(train, test, len(data.classes), data.mesh)
 

@@ -45,11 +45,18 @@ class Evaluator:
         data = data.masked(self.images, self.masks, (self.train_images, self.test_images), augment)
         tokens, maps = {}, {}
         for split in ("train", "test"):
-            found = patch_features.of_split(method, params, data, split, self.feature, self.batch_size)
+            found = patch_features.of_split(
+                method, params, data, split, self.feature, self.batch_size
+            )
             tokens[split], maps[split] = found[0], data.segments(split, found[1])
-        classes = sorted({int(number) for of_split in maps.values() for number in np.unique(of_split)} - {self.ignore})
+        classes = sorted(
+            {int(number) for of_split in maps.values() for number in np.unique(of_split)}
+            - {self.ignore}
+        )
         if len(classes) < 2:
-            raise UserError(f"the masks have no more than one class ({classes}): there is nothing to tell apart")
+            raise UserError(
+                f"the masks have no more than one class ({classes}): there is nothing to tell apart"
+            )
         counts = {split: pixels(maps[split], classes, method.patch_size) for split in maps}
         background = classes.index(0) if 0 in classes else None
         # Without the mean over images at each position, what is left tells of the image, not of the position
@@ -57,7 +64,10 @@ class Evaluator:
         cuts = [clustering.nested(of_image, self.clusters) for of_image in tokens["test"] - mean]
         result = self._probes(tokens, counts, data.mesh)
         for k in self.clusters:
-            of_images = [matched(cut[k], true, background) for cut, true in zip(cuts, counts["test"], strict=True)]
+            of_images = [
+                matched(cut[k], true, background)
+                for cut, true in zip(cuts, counts["test"], strict=True)
+            ]
             result[f"miou{k}"] = 100 * np.mean(of_images)
         return {name: float(value) for name, value in result.items()}
 
@@ -71,7 +81,9 @@ class Evaluator:
         classes = pixels_of["train"].shape[-1]
         predicted = {
             "knn": classifiers.neighbours(bank, labels, flat["test"], self.k, classes, mesh),
-            "linear": classifiers.linear(bank, labels, flat["test"], classes, self.l2, self.iterations, mesh).classes,
+            "linear": classifiers.linear(
+                bank, labels, flat["test"], classes, self.l2, self.iterations, mesh
+            ).classes,
         }
         truth, result = pixels_of["test"], {}
         counted = truth.any(axis=1)
@@ -86,7 +98,10 @@ def pixels(maps, classes, patch_size):
     count, height, width = maps.shape
     h, w = height // patch_size, width // patch_size
     cells = maps.reshape(count, h, patch_size, w, patch_size)
-    found = [(cells == number).sum(axis=(2, 4), dtype=np.int32).reshape(count, h * w) for number in classes]
+    found = [
+        (cells == number).sum(axis=(2, 4), dtype=np.int32).reshape(count, h * w)
+        for number in classes
+    ]
     return np.stack(found, axis=-1)
 
 

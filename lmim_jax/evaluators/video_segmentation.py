@@ -19,7 +19,9 @@ from PIL import Image
 from lmim_jax.evaluators.common import davis_metrics, patch_features
 from lmim_jax.utils.errors import UserError
 
-STEP = 4  # the long side is a multiple of so many patches: of DINO's 64 pixels, where patches have 16
+STEP = (
+    4  # the long side is a multiple of so many patches: of DINO's 64 pixels, where patches have 16
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +44,17 @@ class Evaluator:
         """{"J", "F", "JF", "still_JF"} in percent, means over all objects of all clips."""
         side = self.side or 2 * min(data.augment.eval_size)
         if side % method.patch_size:
-            raise UserError(f"video: side={side} is no multiple of the patch size, {method.patch_size}")
+            raise UserError(
+                f"video: side={side} is no multiple of the patch size, {method.patch_size}"
+            )
         followed, still = [], []
         for clip in data.clips(self.path, self.listed):
             data.check()
             truth = np.stack([clip.mask(time) for time in range(len(clip))])
             if not truth[0].any():
-                raise UserError(f"clip {clip.name}: the mask of its first frame shows no object to follow")
+                raise UserError(
+                    f"clip {clip.name}: the mask of its first frame shows no object to follow"
+                )
             found = self._follow(method, params, data, clip, truth[0], side)
             followed.append(davis_metrics.scores(truth, found))
             still.append(davis_metrics.scores(truth, np.broadcast_to(truth[0], truth.shape)))
@@ -67,7 +73,9 @@ class Evaluator:
         grid = tuple(side // method.patch_size for side in images.shape[1:3])
         tokens = self._features(method, params, data, images)
         labels = np.eye(first.max() + 1, dtype=np.float32)
-        small = np.asarray(Image.fromarray(first.astype(np.uint8)).resize(grid[::-1], Image.Resampling.NEAREST))
+        small = np.asarray(
+            Image.fromarray(first.astype(np.uint8)).resize(grid[::-1], Image.Resampling.NEAREST)
+        )
         known = [labels[small].reshape(-1, len(labels))]
         step = _propagate(grid, self.topk, self.radius, self.temperature, self.past + 1)
         found = [first]
@@ -75,7 +83,11 @@ class Evaluator:
             context = [0, *range(max(1, time - self.past), time)]
             rows = np.pad(context, (0, self.past + 1 - len(context)))  # one shape, one compilation
             there = np.arange(self.past + 1) < len(context)
-            known.append(np.asarray(step(tokens[time], tokens[rows], np.stack([known[i] for i in rows]), there)))
+            known.append(
+                np.asarray(
+                    step(tokens[time], tokens[rows], np.stack([known[i] for i in rows]), there)
+                )
+            )
             found.append(_drawn(known[-1].reshape(*grid, -1), images.shape[1:3], first.shape))
         return np.stack(found)
 
@@ -85,7 +97,9 @@ class Evaluator:
         size = -(-self.batch_size // data.mesh.size) * data.mesh.size
         rows = []
         for start in range(0, len(images), size):
-            part = np.asarray(data.augment.normalize(images[start : start + size].astype(np.float32)))
+            part = np.asarray(
+                data.augment.normalize(images[start : start + size].astype(np.float32))
+            )
             padded = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
             rows.append(np.asarray(jax.device_get(encode(params, padded)))[: len(part)])
         tokens = np.concatenate(rows)
@@ -97,7 +111,9 @@ def _resized(frames, side, unit):
     height, width = frames.shape[1:3]
     long = max(side, side * max(height, width) // min(height, width) // unit * unit)
     size = (long, side) if width >= height else (side, long)
-    resized = [Image.fromarray(frame.squeeze()).resize(size, Image.Resampling.BICUBIC) for frame in frames]
+    resized = [
+        Image.fromarray(frame.squeeze()).resize(size, Image.Resampling.BICUBIC) for frame in frames
+    ]
     return np.stack([np.asarray(frame).reshape(*size[::-1], -1) for frame in resized])
 
 
@@ -116,7 +132,9 @@ def _propagate(grid, topk, radius, temperature, context):
         least = jax.lax.top_k(weight, topk)[0][:, -1:]
         weight = jnp.where(weight < least, 0.0, weight)
         weight /= weight.sum(axis=1, keepdims=True)
-        return jnp.matmul(weight, labels.reshape(-1, labels.shape[-1]), precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(
+            weight, labels.reshape(-1, labels.shape[-1]), precision=jax.lax.Precision.HIGHEST
+        )
 
     return jax.jit(step)
 
@@ -127,7 +145,10 @@ def _drawn(labels, size, out):
     Enlarged bilinearly to `size`, each label stretched to 0 .. 1, then the nearest pixels of the frame's own size.
     """
     planes = [np.asarray(_enlarged(labels[..., c], size)) for c in range(labels.shape[-1])]
-    stretched = [(plane - plane.min()) / (np.ptp(plane) or 1.0) if plane.max() > 0 else plane for plane in planes]
+    stretched = [
+        (plane - plane.min()) / (np.ptp(plane) or 1.0) if plane.max() > 0 else plane
+        for plane in planes
+    ]
     winner = Image.fromarray(np.argmax(stretched, axis=0).astype(np.uint8))
     return np.asarray(winner.resize(out[::-1], Image.Resampling.NEAREST)).astype(np.int32)
 

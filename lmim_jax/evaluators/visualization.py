@@ -14,7 +14,9 @@ from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.common import clustering, patch_features
 from lmim_jax.utils import plotting
 
-REFERENCE = 64  # images whose mean feature at each position is subtracted: what is left tells of the image
+REFERENCE = (
+    64  # images whose mean feature at each position is subtracted: what is left tells of the image
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +47,18 @@ class Evaluator:
     def _seen(self, method, params, data, canvases, indices):
         """PCA and clusters of the features of enlarged images, on a grid `zoom` times as fine as in training."""
         enlarged = patch_features.enlarged(data.augment, self.zoom)
-        inputs, tokens = jax.device_get(_encode(method, enlarged, data.mesh, self.feature)(params, canvases))
+        inputs, tokens = jax.device_get(
+            _encode(method, enlarged, data.mesh, self.feature)(params, canvases)
+        )
         tokens = tokens[: len(indices)]
         tokens = (tokens - tokens.mean(axis=0))[: self.images]
         masks = data.masks(data.held_out, indices[: self.images])
         if masks is not None:
             masks = np.asarray(enlarged.levels(enlarged.evaluation(masks))).mean(-1) > 127
         shape = (len(tokens), *(self.zoom * side for side in method.grid))
-        clusters = np.stack([clustering.nested(of_image, (self.clusters,))[self.clusters] for of_image in tokens])
+        clusters = np.stack(
+            [clustering.nested(of_image, (self.clusters,))[self.clusters] for of_image in tokens]
+        )
         colors = pca_rgb(tokens).reshape(*shape, 3)
         return plotting.features(inputs[: self.images], colors, clusters.reshape(shape), masks)
 
@@ -89,15 +95,21 @@ def pca_rgb(tokens):
     axes = np.linalg.svd(centered, full_matrices=False)[2][:3]
     components = centered @ np.pad(axes, ((0, 3 - len(axes)), (0, 0))).T
     low, high = np.percentile(components, (2, 98), axis=0)
-    return np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(*tokens.shape[:2], 3)
+    return np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1).reshape(
+        *tokens.shape[:2], 3
+    )
 
 
 def windows_of(method, views, k):
     """Patches of training image k: a list of (top, left, side, visible), in pixels of the crop."""
     (height, width), (h, w) = method.image_size, method.grid
-    offsets = views["offsets"][k].reshape(-1, 2) if "offsets" in views else np.zeros((h * w, 2), int)
+    offsets = (
+        views["offsets"][k].reshape(-1, 2) if "offsets" in views else np.zeros((h * w, 2), int)
+    )
     visible = views["visible"][k]
-    visible = set(visible[views["visible_mask"][k]].tolist() if "visible_mask" in views else visible.tolist())
+    visible = set(
+        visible[views["visible_mask"][k]].tolist() if "visible_mask" in views else visible.tolist()
+    )
     return [
         (i // w * (height // h) + top, i % w * (width // w) + left, method.patch_size, i in visible)
         for i, (top, left) in enumerate(offsets.tolist())
@@ -108,4 +120,6 @@ def whole_images(data, canvases):
     """The images as they are, cut out of their canvases: a list of [H, W, C]."""
     copy = jax.jit(lambda x: x, out_shardings=sharding.replicated(data.mesh))
     canvases = jax.device_get(copy(canvases))
-    return [canvas[:h, :w] for canvas, (h, w) in zip(canvases["image"], canvases["size"], strict=True)]
+    return [
+        canvas[:h, :w] for canvas, (h, w) in zip(canvases["image"], canvases["size"], strict=True)
+    ]

@@ -46,7 +46,9 @@ def names():
     """The methods there are: the modules of this folder."""
     import lmim_jax.methods as package
 
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if _registered(module))
+    return sorted(
+        module.name for module in pkgutil.iter_modules(package.__path__) if _registered(module)
+    )
 
 
 def from_config(config, *, total_steps, steps_per_epoch):
@@ -64,7 +66,9 @@ def from_config(config, *, total_steps, steps_per_epoch):
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"config.method.name={name!r} is no method{hint} (there are: {', '.join(names())})")
+        raise UserError(
+            f"config.method.name={name!r} is no method{hint} (there are: {', '.join(names())})"
+        )
     method = importlib.import_module(f"lmim_jax.methods.{name}").Method
     field_of = {field.name.removesuffix("_"): field.name for field in dataclasses.fields(method)}
     known = field_of.keys() - {"total_steps", "steps_per_epoch"}
@@ -73,9 +77,14 @@ def from_config(config, *, total_steps, steps_per_epoch):
         hint = f"; did you mean {near[0]}?" if near else f" (it has: {', '.join(sorted(known))})"
         raise UserError(f"config.method.{unknown[0]}: {name} has no such key{hint}")
     if missing := sorted(known - fields.keys()):
-        raise UserError(f"config.method lacks {', '.join(missing)}, which {name} needs; see its recipe in configs/")
+        raise UserError(
+            f"config.method lacks {', '.join(missing)}, which {name} needs; see its recipe in configs/"
+        )
     # JSON has no tuples, and fields must be hashable
-    fields = {field_of[key]: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    fields = {
+        field_of[key]: tuple(value) if isinstance(value, list) else value
+        for key, value in fields.items()
+    }
     return method(**fields, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
 
 
@@ -97,7 +106,9 @@ def check_range(key, value, low, high=math.inf):
 def check_heads(prefix, width, heads):
     """Raise a UserError unless heads divide the width, and 4 does (sin-cos positions)."""
     if heads < 1 or width % heads or width % 4:
-        raise UserError(f"config.method.{prefix}width={width} is not divisible by {prefix}heads={heads} and by 4")
+        raise UserError(
+            f"config.method.{prefix}width={width} is not divisible by {prefix}heads={heads} and by 4"
+        )
 
 
 def check_sampler(method):

@@ -58,7 +58,9 @@ class Method:
         check_heads("", self.width, self.heads)
         check_range("num_visible", self.num_visible, 1, self.num_patches - 1)
         if self.decoder_width < self.heads or self.decoder_width % 4:
-            raise UserError(f"config.method.decoder_width={self.decoder_width} is no multiple of 4, or below `heads`")
+            raise UserError(
+                f"config.method.decoder_width={self.decoder_width} is no multiple of 4, or below `heads`"
+            )
         check_range("decoder_depth", self.decoder_depth, 1)
         masked = self.num_patches - self.num_visible
         check_range("block_total", self.block_total, 0, masked)
@@ -108,7 +110,9 @@ class Method:
     @property
     def _predictor(self):
         head = Dense(self.width, jnp.dtype(self.dtype))
-        return TargetAwareDecoder(self.width, self.decoder_depth, self.heads, head, **self._blocks(self.width))
+        return TargetAwareDecoder(
+            self.width, self.decoder_depth, self.heads, head, **self._blocks(self.width)
+        )
 
     # -- the contract
 
@@ -120,8 +124,12 @@ class Method:
         masked = lambda width: jnp.zeros((1, self.num_patches - self.num_visible, width))
         params = {
             "encoder": self._encoder.init(keys[0], patches, positions)["params"],
-            "regressor": self._regressor.init(keys[1], tokens, tokens, masked(self.decoder_width))["params"],
-            "predictor": self._predictor.init(keys[2], tokens, tokens, masked(self.width))["params"],
+            "regressor": self._regressor.init(keys[1], tokens, tokens, masked(self.decoder_width))[
+                "params"
+            ],
+            "predictor": self._predictor.init(keys[2], tokens, tokens, masked(self.width))[
+                "params"
+            ],
         }
         return official_scales(params)
 
@@ -145,7 +153,11 @@ class Method:
     def ema_rate(self, step):
         """1 - momentum after optimiser step `step`: piecewise linear in epochs, constant within one."""
         epoch = jnp.asarray(step // self.steps_per_epoch, jnp.float32)
-        return jnp.interp(epoch, jnp.array([0.0, *self.momentum_epochs]), jnp.array([1 - m for m in self.momentum]))
+        return jnp.interp(
+            epoch,
+            jnp.array([0.0, *self.momentum_epochs]),
+            jnp.array([1 - m for m in self.momentum]),
+        )
 
     def loss(self, params, target, images, views, step):
         """The training loss of a batch.
@@ -162,7 +174,9 @@ class Method:
         """
         forward = self.forward(params, target, images, views)
         weight = 1 + self.center_weight * losses.masked_neighbours(views["masked"], self.grid)
-        mean = lambda x, y: jnp.mean(weight * jnp.mean(jnp.square(x.astype(jnp.float32) - y), axis=-1))
+        mean = lambda x, y: jnp.mean(
+            weight * jnp.mean(jnp.square(x.astype(jnp.float32) - y), axis=-1)
+        )
         of_pixels = mean(forward["pixels"], forward["pixel_targets"])
         of_features = mean(forward["predictions"], forward["targets"])
         epochs = self.total_steps / self.steps_per_epoch
@@ -194,12 +208,18 @@ class Method:
         (tokens, deep), state = self._encoder.apply(encoder, *seen, mutable=["intermediates"])
         shallow = state["intermediates"]["block00"]["tokens"][0]
         slots = masking.take(self._positions(self.decoder_width), masked)
-        pixels = self._regressor.apply({"params": params["regressor"]}, tokens, shallow, slots).astype(jnp.float32)
+        pixels = self._regressor.apply(
+            {"params": params["regressor"]}, tokens, shallow, slots
+        ).astype(jnp.float32)
         slots = masking.take(positions, masked)
         predictions = self._predictor.apply({"params": params["predictor"]}, tokens, deep, slots)
 
-        _, targets = self._encoder.apply({"params": jax.lax.stop_gradient(target["encoder"])}, patches, positions)
-        pixel_targets, mean, deviation = losses.standardize_pixels(masking.take(patches, masked), self.channels)
+        _, targets = self._encoder.apply(
+            {"params": jax.lax.stop_gradient(target["encoder"])}, patches, positions
+        )
+        pixel_targets, mean, deviation = losses.standardize_pixels(
+            masking.take(patches, masked), self.channels
+        )
         return {
             "predictions": normalization.layer_norm(predictions, 1e-6),
             "targets": normalization.layer_norm(masking.take(targets[:, 1:], masked), 1e-6),
@@ -215,7 +235,9 @@ class Method:
 
     def _positions(self, width, grid=None):
         """[1, N, width]; of another grid over the range of the training grid."""
-        return jnp.asarray(sincos_positions(grid or self.grid, width, self.grid, integer=True))[None]
+        return jnp.asarray(sincos_positions(grid or self.grid, width, self.grid, integer=True))[
+            None
+        ]
 
     def features(self, params, images, rng=None):
         """What evaluators see: tokens of full images.
@@ -230,7 +252,9 @@ class Method:
         del rng
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
         patches = patchify(images, grid, self.patch_size)
-        out = vit.features(self._encoder, params["encoder"], patches, self._positions(self.width, grid))
+        out = vit.features(
+            self._encoder, params["encoder"], patches, self._positions(self.width, grid)
+        )
         return {**out, "latents": normalization.layer_norm(out["patches_prenorm"], 1e-6)}
 
 

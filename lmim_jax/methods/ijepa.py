@@ -76,7 +76,9 @@ class Method:
     @property
     def _blocks(self):
         dtype = jnp.dtype(self.dtype)
-        return dict(mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, dtype=dtype, attention=self.attention)
+        return dict(
+            mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, dtype=dtype, attention=self.attention
+        )
 
     @property
     def _encoder(self):
@@ -84,18 +86,29 @@ class Method:
 
     @property
     def _predictor(self):
-        return TokenDecoder(self.decoder_width, self.decoder_depth, self.decoder_heads, self.width, **self._blocks)
+        return TokenDecoder(
+            self.decoder_width, self.decoder_depth, self.decoder_heads, self.width, **self._blocks
+        )
 
     @property
     def _masks(self):
-        scales = dict(scale=self.target_scale, aspect=self.target_aspect, context_scale=self.context_scale)
-        sizes = dict(capacity=self.context_capacity, min_context=self.min_context, group=self.mask_batch)
-        return masking.Multiblock(self.grid, self.blocks, **scales, **sizes, biased=self.biased_masks)
+        scales = dict(
+            scale=self.target_scale, aspect=self.target_aspect, context_scale=self.context_scale
+        )
+        sizes = dict(
+            capacity=self.context_capacity, min_context=self.min_context, group=self.mask_batch
+        )
+        return masking.Multiblock(
+            self.grid, self.blocks, **scales, **sizes, biased=self.biased_masks
+        )
 
     def init(self, rng):
         """Fresh parameters, float32: encoder and predictor."""
         keys = jax.random.split(rng, 3)
-        patches, token = jnp.zeros((1, 1, self.patch_size**2 * self.channels)), jnp.zeros((1, 1, self.width))
+        patches, token = (
+            jnp.zeros((1, 1, self.patch_size**2 * self.channels)),
+            jnp.zeros((1, 1, self.width)),
+        )
         place = jnp.zeros((1, 1, self.decoder_width))
         params = {
             "encoder": self._encoder.init(keys[0], patches, token)["params"],
@@ -113,7 +126,9 @@ class Method:
 
     def ema_rate(self, step):
         """1 - momentum, which rises along a line; schedule[s] after step s, as in the released code."""
-        return schedules.linear(1 - self.momentum_start, 1 - self.momentum_end, step / self.total_steps)
+        return schedules.linear(
+            1 - self.momentum_start, 1 - self.momentum_end, step / self.total_steps
+        )
 
     def loss(self, params, target, images, views, step):
         """Smooth L1 (or another) between predicted and target features, mean over patches of all blocks.
@@ -135,15 +150,22 @@ class Method:
         context, targets = views["visible"], views["targets"]
         batch, blocks, length = targets.shape
         patches = patchify(images, self.grid, self.patch_size)
-        seen = masking.take(patches, context), masking.take(self._positions(params["encoder"]), context)
+        seen = (
+            masking.take(patches, context),
+            masking.take(self._positions(params["encoder"]), context),
+        )
         tokens, _ = self._encoder.apply({"params": params["encoder"]}, *seen, views["visible_mask"])
         # The predictor sees the context and one block: blocks are images to it
         each = lambda x: jnp.repeat(x, blocks, axis=0)
         places = jnp.asarray(sincos_positions(self.grid, self.decoder_width, integer=True))[None]
         hidden = masking.take(places, targets.reshape(batch * blocks, length))
-        mask = jnp.concatenate([each(views["visible_mask"]), views["target_mask"].reshape(-1, length)], axis=1)
+        mask = jnp.concatenate(
+            [each(views["visible_mask"]), views["target_mask"].reshape(-1, length)], axis=1
+        )
         known = each(tokens), each(masking.take(places, context))
-        predictions = self._predictor.apply({"params": params["predictor"]}, *known, hidden, mask)[:, -length:]
+        predictions = self._predictor.apply({"params": params["predictor"]}, *known, hidden, mask)[
+            :, -length:
+        ]
         teacher = jax.lax.stop_gradient(target["encoder"])
         whole, _ = self._encoder.apply({"params": teacher}, patches, self._positions(teacher))
         wanted = masking.take(normalization.layer_norm(whole, 1e-5), targets.reshape(batch, -1))
@@ -160,4 +182,6 @@ class Method:
         del rng
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
         positions = jnp.asarray(sincos_positions(grid, self.width, self.grid, integer=True))[None]
-        return vit.features(self._encoder, params["encoder"], patchify(images, grid, self.patch_size), positions)
+        return vit.features(
+            self._encoder, params["encoder"], patchify(images, grid, self.patch_size), positions
+        )

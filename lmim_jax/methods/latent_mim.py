@@ -65,7 +65,9 @@ class Method:
     steps_per_epoch: int
 
     def __post_init__(self):
-        check_choice("target", self.target, ("ema", "joint", "stop_gradient", "random", "random_projection"))
+        check_choice(
+            "target", self.target, ("ema", "joint", "stop_gradient", "random", "random_projection")
+        )
         check_choice("target_patches", self.target_patches, ("masked", "all"))
         check_choice("loss", self.loss_, ("patch_infonce", *losses.REGRESSION))
         check_choice("decoder", self.decoder, ("cross", "self"))
@@ -97,7 +99,9 @@ class Method:
     @property
     def _blocks(self):
         dtype = jnp.dtype(self.dtype)
-        return dict(mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, dtype=dtype, attention=self.attention)
+        return dict(
+            mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, dtype=dtype, attention=self.attention
+        )
 
     @property
     def _encoder(self):
@@ -122,7 +126,10 @@ class Method:
         """Fresh parameters, float32: encoder, projector, decoder (and target_embed for the random projection)."""
         keys = jax.random.split(rng, 4)
         pixels = self.patch_size**2 * self.channels
-        visible, positions = jnp.zeros((1, self.num_visible, pixels)), jnp.zeros((1, self.num_visible, self.width))
+        visible, positions = (
+            jnp.zeros((1, self.num_visible, pixels)),
+            jnp.zeros((1, self.num_visible, self.width)),
+        )
         tokens = jnp.zeros((1, self.num_visible + 1, self.width))
         split = self.num_visible, self.num_patches - self.num_visible
         latent = [jnp.zeros((1, count, self.decoder_width)) for count in split]
@@ -131,7 +138,9 @@ class Method:
             "projector": self._projector.init(keys[1], tokens).get("params", {}),
             "decoder": self._decoder.init(keys[2], tokens, *latent)["params"],
         }
-        if self.target == "random_projection":  # "embed" in the name: neither decay nor gradient ever changes it
+        if (
+            self.target == "random_projection"
+        ):  # "embed" in the name: neither decay nor gradient ever changes it
             params["target_embed"] = self._target_embed.init(keys[3], visible)["params"]
         return params
 
@@ -143,14 +152,18 @@ class Method:
         visible, masked = jax.vmap(split)(mask_keys)
         views = {"visible": visible, "masked": masked}
         if self.gap:
-            views["offsets"] = jax.vmap(lambda key: masking.window_offsets(key, self.grid, self.gap))(window_keys)
+            views["offsets"] = jax.vmap(
+                lambda key: masking.window_offsets(key, self.grid, self.gap)
+            )(window_keys)
         return views
 
     def target_of(self, params):
         """What the teacher is made of: encoder and projector, a frozen embedding, or nothing."""
         if self.target in ("ema", "random"):
             return {"encoder": params["encoder"], "projector": params["projector"]}
-        return {"target_embed": params["target_embed"]} if self.target == "random_projection" else {}
+        return (
+            {"target_embed": params["target_embed"]} if self.target == "random_projection" else {}
+        )
 
     def ema_rate(self, step):
         """1 - momentum after optimiser step `step`.
@@ -160,7 +173,9 @@ class Method:
         """
         if self.target != "ema":
             return 0.0
-        return schedules.cosine(1 - self.momentum_start, 1 - self.momentum_end, (step + 1) / self.total_steps)
+        return schedules.cosine(
+            1 - self.momentum_start, 1 - self.momentum_end, (step + 1) / self.total_steps
+        )
 
     def loss(self, params, target, images, views, step):
         """The training loss of a batch.
@@ -176,14 +191,20 @@ class Method:
           (loss, metrics), float32 scalars: the reconstruction term, the three similarities, patch accuracy and chance.
         """
         forward = self.forward(params, target, images, views)
-        predictions, targets = forward["predictions"][:, 1:], forward["targets"][:, -views["masked"].shape[1] :]
+        predictions, targets = (
+            forward["predictions"][:, 1:],
+            forward["targets"][:, -views["masked"].shape[1] :],
+        )
         compared = losses.standardize_over_patches(predictions) if self.standardize else predictions
         logits = losses.discrimination_logits(compared, targets, self.tau)
         if self.loss_ == "patch_infonce":
             reconstruction = losses.patch_infonce(logits, self.tau)
         else:
             reconstruction = losses.REGRESSION[self.loss_](predictions, targets)
-        of_predictions, of_visible = losses.similarity(predictions), losses.similarity(forward["visible"][:, 1:])
+        of_predictions, of_visible = (
+            losses.similarity(predictions),
+            losses.similarity(forward["visible"][:, 1:]),
+        )
         goal = schedules.cosine(self.similarity_start, self.similarity_end, step / self.total_steps)
         constraint = (of_predictions - goal) ** 2 + (of_visible - goal) ** 2
         loss = reconstruction + self.similarity_weight * constraint
@@ -208,11 +229,18 @@ class Method:
         visible, masked, offsets = views["visible"], views["masked"], views.get("offsets")
         patches = patchify(images, self.grid, self.patch_size, self.gap, offsets)
         tokens = self._encode(params, masking.take(patches, visible), visible)
-        seen = masked if self.target_patches == "masked" else jnp.concatenate([visible, masked], axis=1)
+        seen = (
+            masked
+            if self.target_patches == "masked"
+            else jnp.concatenate([visible, masked], axis=1)
+        )
         targets = self._targets(params, target, masking.take(patches, seen), seen)
         positions = sincos_positions(self.grid, self.decoder_width)[None]
         predictions = self._decoder.apply(
-            {"params": params["decoder"]}, tokens, masking.take(positions, visible), masking.take(positions, masked)
+            {"params": params["decoder"]},
+            tokens,
+            masking.take(positions, visible),
+            masking.take(positions, masked),
         )
         return {"visible": tokens, "targets": targets, "predictions": predictions}
 
@@ -227,7 +255,9 @@ class Method:
         if self.target == "joint":
             return self._encode(params, patches, index)
         if self.target == "random_projection":
-            return jax.lax.stop_gradient(self._target_embed.apply({"params": target["target_embed"]}, patches))
+            return jax.lax.stop_gradient(
+                self._target_embed.apply({"params": target["target_embed"]}, patches)
+            )
         weights = params if self.target == "stop_gradient" else target
         return jax.lax.stop_gradient(self._encode(jax.lax.stop_gradient(weights), patches, index))
 
@@ -247,5 +277,11 @@ class Method:
         patches = patchify(images, grid, self.patch_size)
         out = vit.features(self._encoder, params["encoder"], patches, positions)
         if self.target == "random_projection":
-            return {**out, "latents": self._target_embed.apply({"params": params["target_embed"]}, patches)}
-        return {**out, "latents": self._projector.apply({"params": params["projector"]}, out["patches"])}
+            return {
+                **out,
+                "latents": self._target_embed.apply({"params": params["target_embed"]}, patches),
+            }
+        return {
+            **out,
+            "latents": self._projector.apply({"params": params["projector"]}, out["patches"]),
+        }

@@ -62,7 +62,9 @@ class Method:
     @property
     def _blocks(self):
         dtype = jnp.dtype(self.dtype)
-        return dict(mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, dtype=dtype, attention=self.attention)
+        return dict(
+            mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, dtype=dtype, attention=self.attention
+        )
 
     @property
     def _encoder(self):
@@ -71,12 +73,17 @@ class Method:
     @property
     def _decoder(self):
         pixels = self.patch_size**2 * self.channels
-        return TokenDecoder(self.decoder_width, self.decoder_depth, self.decoder_heads, pixels, **self._blocks)
+        return TokenDecoder(
+            self.decoder_width, self.decoder_depth, self.decoder_heads, pixels, **self._blocks
+        )
 
     def init(self, rng):
         """Fresh parameters, float32: encoder and decoder."""
         keys = jax.random.split(rng)
-        patches, positions = jnp.zeros((1, 1, self.patch_size**2 * self.channels)), jnp.zeros((1, 1, self.width))
+        patches, positions = (
+            jnp.zeros((1, 1, self.patch_size**2 * self.channels)),
+            jnp.zeros((1, 1, self.width)),
+        )
         token, place = jnp.zeros((1, 1, self.width)), jnp.zeros((1, 1, self.decoder_width))
         return {
             "encoder": self._encoder.init(keys[0], patches, positions)["params"],
@@ -118,17 +125,25 @@ class Method:
         del target
         visible, masked = views["visible"], views["masked"]
         patches = masking.take(patchify(images, self.grid, self.patch_size), visible)
-        positions = masking.take(sincos_positions(self.grid, self.width, integer=True)[None], visible)
+        positions = masking.take(
+            sincos_positions(self.grid, self.width, integer=True)[None], visible
+        )
         tokens, _ = self._encoder.apply({"params": params["encoder"]}, patches, positions)
         positions = sincos_positions(self.grid, self.decoder_width, integer=True)[None]
-        known = jnp.pad(masking.take(positions, visible), ((0, 0), (1, 0), (0, 0)))  # CLS: position zero
-        out = self._decoder.apply({"params": params["decoder"]}, tokens, known, masking.take(positions, masked))
+        known = jnp.pad(
+            masking.take(positions, visible), ((0, 0), (1, 0), (0, 0))
+        )  # CLS: position zero
+        out = self._decoder.apply(
+            {"params": params["decoder"]}, tokens, known, masking.take(positions, masked)
+        )
         return {"pixels": out[:, 1:]}
 
     def reconstruct(self, params, images, views):
         """The images with their masked patches as predicted, see methods/base.py."""
         masked = views["masked"]
-        pixels = self.forward(params, {}, images, views)["pixels"][:, -masked.shape[1] :].astype(jnp.float32)
+        pixels = self.forward(params, {}, images, views)["pixels"][:, -masked.shape[1] :].astype(
+            jnp.float32
+        )
         if self.norm_pix:
             mean, deviation = normalization.token_moments(
                 masking.take(patchify(images, self.grid, self.patch_size), masked)
@@ -142,5 +157,8 @@ class Method:
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
         positions = sincos_positions(grid, self.width, self.grid, integer=True)[None]
         return vit.features(
-            self._encoder, params["encoder"], patchify(images, grid, self.patch_size), jnp.asarray(positions)
+            self._encoder,
+            params["encoder"],
+            patchify(images, grid, self.patch_size),
+            jnp.asarray(positions),
         )

@@ -78,7 +78,9 @@ class Method:
 
     @property
     def _encoder(self):
-        return vit.ViT(self.width, self.depth, self.heads, **self._blocks, final_norm_eps=self.final_norm_eps)
+        return vit.ViT(
+            self.width, self.depth, self.heads, **self._blocks, final_norm_eps=self.final_norm_eps
+        )
 
     @property
     def _decoders(self):
@@ -94,14 +96,19 @@ class Method:
     def init(self, rng):
         """Fresh parameters, float32: encoder and two decoders, each with its learned `positions` [1, slots, width]."""
         keys = jax.random.split(rng, 7)
-        patches, token = jnp.zeros((1, 1, self.patch_size**2 * self.channels)), jnp.zeros((1, 1, self.width))
+        patches, token = (
+            jnp.zeros((1, 1, self.patch_size**2 * self.channels)),
+            jnp.zeros((1, 1, self.width)),
+        )
         params = {"encoder": self._encoder.init(keys[0], patches, token)["params"]}
         for key, (name, (decoder, width)) in zip(keys[1:3], self._decoders.items(), strict=True):
             place = jnp.zeros((1, 1, width))
             params[name] = decoder.init(key, token, place, place)["params"]
         params = initializers.torch_default(keys[3], params)
         slots = {"encoder": (self.num_patches, self.width)}  # its CLS has no position
-        slots |= {name: (1 + self.num_patches, width) for name, (_, width) in self._decoders.items()}
+        slots |= {
+            name: (1 + self.num_patches, width) for name, (_, width) in self._decoders.items()
+        }
         for key, (name, shape) in zip(keys[4:], slots.items(), strict=True):
             params[name]["positions"] = 0.02 * jax.random.normal(key, (1, *shape))
         return params
@@ -114,7 +121,9 @@ class Method:
         visible, masked = jax.vmap(lambda key: split(key, self.grid, self.mask_ratio))(mask_keys)
         views = {"visible": visible, "masked": masked}
         if not self.align_targets:
-            views["order"] = jax.vmap(lambda key: jax.random.permutation(key, self.num_patches))(order_keys)
+            views["order"] = jax.vmap(lambda key: jax.random.permutation(key, self.num_patches))(
+                order_keys
+            )
         return views
 
     def target_of(self, params):
@@ -123,7 +132,9 @@ class Method:
 
     def ema_rate(self, step):
         """1 - momentum, which rises along a line; schedule[s] after step s, as in the released code."""
-        return schedules.linear(1 - self.momentum_start, 1 - self.momentum_end, step / self.total_steps)
+        return schedules.linear(
+            1 - self.momentum_start, 1 - self.momentum_end, step / self.total_steps
+        )
 
     def loss(self, params, target, images, views, step):
         """pixel_weight x pixel + latent_weight x latent + cls_weight x cls, each a mean squared error.
@@ -137,7 +148,9 @@ class Method:
         count = masked.shape[1]
         forward = self.forward(params, target, images, views)
         pixels = masking.take(patchify(images, self.grid, self.patch_size), masked)
-        places = masked if self.align_targets else jnp.take_along_axis(views["order"], masked, axis=1)
+        places = (
+            masked if self.align_targets else jnp.take_along_axis(views["order"], masked, axis=1)
+        )
         targets = masking.take(forward["targets"][:, 1:], places)
         predictions = forward["latents"][:, -count:]
         scale = count / (self.num_patches * self.mask_ratio)
@@ -175,12 +188,18 @@ class Method:
             out[name] = decoder.apply({"params": params[name]}, tokens, known, hidden)
         teacher = jax.lax.stop_gradient(target["encoder"])
         targets, _ = self._encoder.apply({"params": teacher}, patches, teacher["positions"])
-        return {"pixels": out["pixel_decoder"][:, 1:], "latents": out["latent_decoder"], "targets": targets}
+        return {
+            "pixels": out["pixel_decoder"][:, 1:],
+            "latents": out["latent_decoder"],
+            "targets": targets,
+        }
 
     def reconstruct(self, params, images, views):
         """The images with their masked patches as predicted, see methods/base.py."""
         masked = views["masked"]
-        pixels = self.forward(params, self.target_of(params), images, views)["pixels"][:, -masked.shape[1] :]
+        pixels = self.forward(params, self.target_of(params), images, views)["pixels"][
+            :, -masked.shape[1] :
+        ]
         return replace_patches(images, masked, pixels, self.grid, self.patch_size)
 
     def features(self, params, images, rng=None):
@@ -188,4 +207,6 @@ class Method:
         del rng
         grid = tuple(size // self.patch_size for size in images.shape[1:3])
         positions = resample_positions(params["encoder"]["positions"], self.grid, grid)
-        return vit.features(self._encoder, params["encoder"], patchify(images, grid, self.patch_size), positions)
+        return vit.features(
+            self._encoder, params["encoder"], patchify(images, grid, self.patch_size), positions
+        )

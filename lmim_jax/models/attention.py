@@ -16,7 +16,9 @@ def attend(query, key, value, implementation, mask=None):
     """
     mask = None if mask is None else mask[:, None, None, :]
     if implementation != "xla":
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, implementation=implementation
+        )
     return _attend(query, key, value, mask)
 
 

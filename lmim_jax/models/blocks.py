@@ -29,7 +29,9 @@ class Attention(nn.Module):
         of_head = width // self.heads
         qkv = Dense(3 * self.heads * of_head, self.dtype, self.qkv_bias, name="qkv")(x)
         query, key, value = jnp.split(qkv.reshape(batch, tokens, -1, of_head), 3, axis=2)
-        if self.is_mutable_collection("intermediates"):  # attention maps, only where somebody asks for them
+        if self.is_mutable_collection(
+            "intermediates"
+        ):  # attention maps, only where somebody asks for them
             self.sow("intermediates", "attention", weights(query, key))
         x = attend(query, key, value, self.implementation, mask).reshape(batch, tokens, -1)
         return Dense(width, self.dtype, name="proj")(x)
@@ -49,7 +51,9 @@ class CrossAttention(nn.Module):
         batch, tokens, width = x.shape
         of_head = width // self.heads
         of_q, *of_kv = (bool(on) for on in np.broadcast_to(self.qkv_bias, 3))
-        query = Dense(self.heads * of_head, self.dtype, of_q, name="q")(x).reshape(batch, tokens, -1, of_head)
+        query = Dense(self.heads * of_head, self.dtype, of_q, name="q")(x).reshape(
+            batch, tokens, -1, of_head
+        )
         kv = Dense(2 * self.heads * of_head, self.dtype, tuple(of_kv), name="kv")(context)
         key, value = jnp.split(kv.reshape(batch, -1, 2 * self.heads, of_head), 2, axis=2)
         x = attend(query, key, value, self.implementation).reshape(batch, tokens, -1)
@@ -66,7 +70,9 @@ class Mlp(nn.Module):
     def __call__(self, x):
         """[B, T, D] -> [B, T, D]."""
         width = x.shape[-1]
-        return Dense(width, self.dtype, name="fc2")(gelu(Dense(self.hidden, self.dtype, name="fc1")(x)))
+        return Dense(width, self.dtype, name="fc2")(
+            gelu(Dense(self.hidden, self.dtype, name="fc1")(x))
+        )
 
 
 class Block(nn.Module):
@@ -89,7 +95,9 @@ class Block(nn.Module):
         kept = lambda y, i: y if keep is None else y * keep[:, i, None, None].astype(y.dtype)
         attention = Attention(self.heads, self.dtype, self.attention, self.qkv_bias, name="attn")
         x = x + kept(attention(norm("norm1")(x), mask), 0)
-        x = x + kept(Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(norm("norm2")(x)), 1)
+        x = x + kept(
+            Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(norm("norm2")(x)), 1
+        )
         self.sow("intermediates", "tokens", x)
         return x
 
@@ -110,5 +118,7 @@ class CrossBlock(nn.Module):
         norm = lambda name: layer_norm(self.norm_eps, self.dtype, name)
         attend = self.heads, self.dtype, self.attention, self.qkv_bias
         x = x + Attention(*attend, name="self_attn")(norm("norm1")(x))
-        x = x + CrossAttention(*attend, name="cross_attn")(norm("norm2q")(x), norm("norm2kv")(context))
+        x = x + CrossAttention(*attend, name="cross_attn")(
+            norm("norm2q")(x), norm("norm2kv")(context)
+        )
         return x + Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(norm("norm3")(x))

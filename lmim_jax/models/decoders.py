@@ -24,7 +24,9 @@ def visual_cues(visible, visible_positions, masked_positions):
     Source: Latent MIM section 3.4; official `avg_vis_mask_token`.
     """
     # Scores in float32: they come from constants, and decide the weights of all that follows.
-    scores = jnp.einsum("bmd,bvd->bmv", masked_positions, visible_positions) * visible.shape[-1] ** -0.5
+    scores = (
+        jnp.einsum("bmd,bvd->bmv", masked_positions, visible_positions) * visible.shape[-1] ** -0.5
+    )
     return nn.softmax(scores).astype(visible.dtype) @ visible
 
 
@@ -52,16 +54,24 @@ class LatentDecoder(nn.Module):
     def __call__(self, tokens, visible_positions, masked_positions):
         """Projected tokens [B, 1 + V, D], positions [B, V, d] and [B, M, d] -> CLS and predictions [B, 1 + M, D]."""
         masked = masked_positions.shape[1]
-        mask = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width)).astype(self.dtype)
+        mask = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width)).astype(
+            self.dtype
+        )
         h = Dense(self.width, self.dtype, name="embed")(tokens)
-        context = h + jnp.pad(visible_positions, ((0, 0), (1, 0), (0, 0))).astype(self.dtype)  # CLS: position zero
+        context = h + jnp.pad(visible_positions, ((0, 0), (1, 0), (0, 0))).astype(
+            self.dtype
+        )  # CLS: position zero
         queries = mask + masked_positions.astype(self.dtype)
         if self.visual_cues:
             queries = queries + visual_cues(h[:, 1:], visible_positions, masked_positions)
         block = (self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention)
         if self.kind == "cross":
-            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(self.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(cls, (len(queries), 1, self.width)), queries], axis=1)
+            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(
+                self.dtype
+            )
+            x = jnp.concatenate(
+                [jnp.broadcast_to(cls, (len(queries), 1, self.width)), queries], axis=1
+            )
             x = run_blocks(self, functools.partial(CrossBlock, *block), self.depth, x, context)
         elif self.kind == "self":
             x = jnp.concatenate([context, queries], axis=1)
@@ -69,7 +79,9 @@ class LatentDecoder(nn.Module):
             x = jnp.concatenate([x[:, :1], x[:, -masked:]], axis=1)
         else:
             raise ValueError(f"unknown decoder {self.kind!r}: cross | self")
-        return Dense(self.out_width, self.dtype, name="head")(layer_norm(self.norm_eps, self.dtype, "norm")(x))
+        return Dense(self.out_width, self.dtype, name="head")(
+            layer_norm(self.norm_eps, self.dtype, "norm")(x)
+        )
 
 
 class TokenDecoder(nn.Module):
@@ -97,10 +109,19 @@ class TokenDecoder(nn.Module):
           tokens: [B, T, D]. positions: [B or 1, T, d], of CLS too where there is one. masked_positions: [B, M, d].
           mask: bool [B, T + M], True = this token may be looked at; None: all.
         """
-        token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(self.dtype)
+        token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(
+            self.dtype
+        )
         known = Dense(self.width, self.dtype, name="embed")(tokens) + positions.astype(self.dtype)
         x = jnp.concatenate([known, token + masked_positions.astype(self.dtype)], axis=1)
-        block = (self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, self.qkv_bias)
+        block = (
+            self.heads,
+            self.mlp_ratio,
+            self.norm_eps,
+            self.dtype,
+            self.attention,
+            self.qkv_bias,
+        )
         x = run_blocks(self, functools.partial(Block, *block), self.depth, x, mask)
         x = layer_norm(self.norm_eps, self.dtype, "norm")(x) if self.final_norm else x
         return Dense(self.out_width, self.dtype, name="head")(x)
@@ -148,8 +169,15 @@ class PixelHead(nn.Module):
     def __call__(self, x):
         """[B, M, d] -> [B, M, P], ordered (row, column, channel)."""
         pixels = self.patch_size**2
-        init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # torch's: within 1 / sqrt(P)
-        kernel = self.param("kernel", init, (x.shape[-1], pixels * self.channels)).astype(self.dtype)
+        init = nn.initializers.variance_scaling(
+            1 / 3, "fan_out", "uniform"
+        )  # torch's: within 1 / sqrt(P)
+        kernel = self.param("kernel", init, (x.shape[-1], pixels * self.channels)).astype(
+            self.dtype
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.channels,)).astype(self.dtype)
-        y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel) + jnp.tile(bias, pixels)[None]
+        y = (
+            matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
+            + jnp.tile(bias, pixels)[None]
+        )
         return y.reshape(*x.shape[:-1], -1)

@@ -20,7 +20,9 @@ def _redraw(rng, params, kernel, bias):
 
 def torch_default(rng, params):
     """As torch's nn.Linear: kernels and biases uniform on +-1 / sqrt(in)."""
-    uniform = lambda key, shape, size: jax.random.uniform(key, shape, minval=-(size**-0.5), maxval=size**-0.5)
+    uniform = lambda key, shape, size: jax.random.uniform(
+        key, shape, minval=-(size**-0.5), maxval=size**-0.5
+    )
     return _redraw(rng, params, lambda key, shape: uniform(key, shape, shape[0]), uniform)
 
 

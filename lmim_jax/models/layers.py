@@ -37,7 +37,9 @@ def patchify(images, grid, patch_size, gap=0, offsets=None):
             f"image of {height} x {width} pixels does not fit a grid of {h} x {w} cells of {cell} "
             f"(patch_size {p} + gap {gap}); give it {h * cell} x {w * cell} pixels"
         )
-    x = images.reshape(batch, h, cell, w, cell, channels).transpose(0, 1, 3, 2, 4, 5)  # [B, h, w, cell, cell, C]
+    x = images.reshape(batch, h, cell, w, cell, channels).transpose(
+        0, 1, 3, 2, 4, 5
+    )  # [B, h, w, cell, cell, C]
     if gap:
         rows = offsets[..., 0, None] + jnp.arange(p).reshape(1, 1, 1, p)
         columns = offsets[..., 1, None] + jnp.arange(p).reshape(1, 1, 1, p)
@@ -92,7 +94,9 @@ def sincos_positions(grid, width, trained_grid=None, integer=False):
 def resample_positions(positions, trained_grid, grid):
     """Learned position vectors [1, N, D] of one grid, interpolated (bicubic) to another: [1, h w, D]."""
     width = positions.shape[-1]
-    table = jax.image.resize(positions.reshape(*trained_grid, width), (*grid, width), "bicubic", antialias=False)
+    table = jax.image.resize(
+        positions.reshape(*trained_grid, width), (*grid, width), "bicubic", antialias=False
+    )
     return positions if grid == trained_grid else table.reshape(1, -1, width)
 
 
@@ -138,7 +142,9 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[..., in] -> [..., out]."""
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
+        kernel = self.param(
+            "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
+        )
         y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel.astype(self.dtype))
         if np.any(self.use_bias):
             on = np.repeat(self.use_bias, self.features // np.size(self.use_bias))

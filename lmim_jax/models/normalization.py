@@ -20,4 +20,6 @@ def token_moments(x):
 def layer_norm(x, epsilon):
     """Last axis to mean 0 and (biased) variance 1, without scale and bias, float32 (torch's `layer_norm`)."""
     x = x.astype(jnp.float32)
-    return (x - x.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(x.var(axis=-1, keepdims=True) + epsilon)
+    return (x - x.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(
+        x.var(axis=-1, keepdims=True) + epsilon
+    )

@@ -46,11 +46,22 @@ class ViT(nn.Module):
 
         Row 0 is CLS; without one, [B, T, D]. mask: bool [B, T], True = this token may be looked at (only without CLS).
         """
-        x = Dense(self.width, self.dtype, name="patch_embed")(patches) + positions.astype(self.dtype)
+        x = Dense(self.width, self.dtype, name="patch_embed")(patches) + positions.astype(
+            self.dtype
+        )
         if self.cls:
-            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(self.dtype)
+            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(
+                self.dtype
+            )
             x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1)
-        block = (self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, self.qkv_bias)
+        block = (
+            self.heads,
+            self.mlp_ratio,
+            self.norm_eps,
+            self.dtype,
+            self.attention,
+            self.qkv_bias,
+        )
         x = run_blocks(self, functools.partial(Block, *block), self.depth, x, mask)
         return layer_norm(self.final_norm_eps or self.norm_eps, self.dtype, "norm")(x), x
 
@@ -66,12 +77,17 @@ def features(encoder, params, patches, positions):
       block00/tokens [B, 1 + N, D] and block00/attention [B, A, 1 + N, 1 + N] (A heads) of every block.
       An encoder without CLS has no cls, and one row less. Under `jit`, what is not used is not computed.
     """
-    (tokens, prenorm), state = encoder.apply({"params": params}, patches, positions, mutable=["intermediates"])
+    (tokens, prenorm), state = encoder.apply(
+        {"params": params}, patches, positions, mutable=["intermediates"]
+    )
     first = int(encoder.cls)
     out = {"patches": tokens[:, first:], "patches_prenorm": prenorm[:, first:]}
     out |= {"cls": tokens[:, 0], "cls_prenorm": prenorm[:, 0]} if encoder.cls else {}
     for name, block in state["intermediates"].items():
-        out[f"{name}/tokens"], out[f"{name}/attention"] = block["tokens"][0], block["attn"]["attention"][0]
+        out[f"{name}/tokens"], out[f"{name}/attention"] = (
+            block["tokens"][0],
+            block["attn"]["attention"][0],
+        )
     return out
 
 
@@ -91,7 +107,9 @@ class Projector(nn.Module):
         width = x.shape[-1]
         for i in range(self.depth):
             last = i == self.depth - 1
-            x = Dense(width if last else self.hidden, self.dtype, name=f"linear{i}", use_bias=False)(x)
+            x = Dense(
+                width if last else self.hidden, self.dtype, name=f"linear{i}", use_bias=False
+            )(x)
             x = layer_norm(1e-5, self.dtype, f"norm{i}")(x)
             x = x if last else gelu(x)
         return x

@@ -34,9 +34,13 @@ def by_name(rules, params, key):
         uncovered.extend([name] if value is None else [])
         return value
 
-    values = jax.tree_util.tree_map_with_path(choose, params)  # keeps empty sub-trees, such as that of no projector
+    values = jax.tree_util.tree_map_with_path(
+        choose, params
+    )  # keeps empty sub-trees, such as that of no projector
     if uncovered:
-        raise UserError(f"{key}: no rule matches {', '.join(uncovered[:5])}; end the list with ('.*', value)")
+        raise UserError(
+            f"{key}: no rule matches {', '.join(uncovered[:5])}; end the list with ('.*', value)"
+        )
     return values
 
 
@@ -52,8 +56,12 @@ def from_config(config, *, warmup_steps, total_steps):
     if config.name != "adamw":
         raise UserError(f"config.optimizer.name={config.name!r} is not known; there is: adamw")
     start, floor = config.warmup_start * config.lr, config.floor * config.lr
-    rate = schedules.warmup_cosine(start, config.lr, floor, warmup_steps, total_steps, config.rebased)
-    decay = lambda step: schedules.cosine(config.weight_decay, config.weight_decay_end, step / total_steps)
+    rate = schedules.warmup_cosine(
+        start, config.lr, floor, warmup_steps, total_steps, config.rebased
+    )
+    decay = lambda step: schedules.cosine(
+        config.weight_decay, config.weight_decay_end, step / total_steps
+    )
 
     def decayed(params):
         scale = by_name(config.decay_rules, params, "config.optimizer.decay_rules")

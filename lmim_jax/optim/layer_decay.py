@@ -33,7 +33,9 @@ DECAYED = ((".*(bias|scale|positions|cls_token)", False), (".*", True))
 def adamw(rate, trained, *, b1, b2, eps, weight_decay, decay):
     """AdamW with `rules`; the weight decay follows the learning rate of its layer, as in torch."""
     factors = by_name(rules(trained, decay), trained, "layer_decay")
-    scaled = optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, factors))
+    scaled = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, factors)
+    )
     return optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
         optax.add_decayed_weights(weight_decay, mask=by_name(DECAYED, trained, "weight_decay")),

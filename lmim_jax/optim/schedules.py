@@ -32,6 +32,8 @@ def warmup_cosine(start, peak, floor, warmup_steps, total_steps, rebased=True):
         warmup = linear(start, peak, step / max(warmup_steps, 1))
         begin = warmup_steps if rebased else 0
         decay = cosine(peak, floor, (step - begin) / max(total_steps - begin, 1))
-        return jnp.where(step < warmup_steps, warmup if rebased else jnp.minimum(warmup, decay), decay)
+        return jnp.where(
+            step < warmup_steps, warmup if rebased else jnp.minimum(warmup, decay), decay
+        )
 
     return rate

@@ -23,11 +23,21 @@ from lmim_jax.utils.errors import UserError
 
 INSTALL = "planning for TPUs needs their compiler, which runs without a TPU: pip install libtpu"
 # Several programs may use the library, and there is no machine to ask about: it is told of one, and not to warn
-LIBTPU = dict(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_MIN_LOG_LEVEL="3", TPU_STDERR_LOG_LEVEL="3")
-LIBTPU |= dict(TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", TPU_ACCELERATOR_TYPE="v5litepod-4")
+LIBTPU = dict(
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_MIN_LOG_LEVEL="3",
+    TPU_STDERR_LOG_LEVEL="3",
+)
+LIBTPU |= dict(
+    TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", TPU_ACCELERATOR_TYPE="v5litepod-4"
+)
 LIBTPU |= dict(TPU_HOST_BOUNDS="1,1,1")
 SIZE = r"([\d.]+)([MG])"
-TOO_MUCH = rf"Used {SIZE} of {SIZE} hbm", rf"\({SIZE}\) exceeds available HBM \({SIZE}\)"  # how libtpu says it
+TOO_MUCH = (
+    rf"Used {SIZE} of {SIZE} hbm",
+    rf"\({SIZE}\) exceeds available HBM \({SIZE}\)",
+)  # how libtpu says it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +55,9 @@ class Recipe:
         per_epoch = max(images // config.batch_size, 1)
         total = config.total_steps or config.epochs * per_epoch
         method = methods.from_config(config.method, total_steps=total, steps_per_epoch=per_epoch)
-        augmentation = device.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+        augmentation = device.from_config(
+            config.augment, image_size=method.image_size, eval_size=method.feature_size
+        )
         warmup = config.optimizer.warmup_epochs / config.epochs * total
         optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=warmup, total_steps=total)
         return cls(config, method, augmentation, optimizer)
@@ -57,22 +69,35 @@ class Recipe:
     def batch(self, size):
         """An abstract batch, as the loader gives it."""
         data = self.config.data
-        shapes = {"image": ((data.canvas, data.canvas, data.channels), "uint8"), "size": ((2,), "int32")}
+        shapes = {
+            "image": ((data.canvas, data.canvas, data.channels), "uint8"),
+            "size": ((2,), "int32"),
+        }
         if data.resize_on == "host":
             shapes = {"image": ((*self.method.image_size, data.channels), "uint8")}
         shapes["label"] = (), "int32"
-        return {name: jax.ShapeDtypeStruct((size, *shape), kind) for name, (shape, kind) in shapes.items()}
+        return {
+            name: jax.ShapeDtypeStruct((size, *shape), kind)
+            for name, (shape, kind) in shapes.items()
+        }
 
     def shardings(self, mesh):
         """Of the state."""
-        return sharding.of_state(self.state(), mesh, self.config.mesh.rules, self.config.mesh.min_size)
+        return sharding.of_state(
+            self.state(), mesh, self.config.mesh.rules, self.config.mesh.min_size
+        )
 
     def jitted(self, mesh):
         """The train step, as train.py jits it, and its arguments, abstract."""
         shardings = self.shardings(mesh)
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        rows = {name: place(x, sharding.of_batch(mesh)) for name, x in self.batch(self.config.batch_size).items()}
-        function = step.jit_step(self.config, self.method, self.augmentation, self.optimizer, mesh, shardings)
+        rows = {
+            name: place(x, sharding.of_batch(mesh))
+            for name, x in self.batch(self.config.batch_size).items()
+        }
+        function = step.jit_step(
+            self.config, self.method, self.augmentation, self.optimizer, mesh, shardings
+        )
         return function, (jax.tree.map(place, self.state(), shardings), rows)
 
     def loss(self, images):
@@ -101,9 +126,13 @@ class Recipe:
 
         def saved(images):
             run, params, rest = self.loss(images)
-            kept = jax.eval_shape(lambda params, *rest: jax.vjp(lambda p: run(p, *rest), params)[1], params, *rest)
+            kept = jax.eval_shape(
+                lambda params, *rest: jax.vjp(lambda p: run(p, *rest), params)[1], params, *rest
+            )
             weights = {leaf.shape for leaf in jax.tree.leaves(params)}
-            return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept) if x.shape not in weights)
+            return sum(
+                x.size * x.dtype.itemsize for x in jax.tree.leaves(kept) if x.shape not in weights
+            )
 
         one, two = saved(1), saved(2)
         return one, two - one
@@ -130,7 +159,10 @@ def compile_for_tpu(recipe, topology):
         devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
     except Exception as error:
         raise UserError(f"libtpu knows no topology {topology}: {error}") from error
-    mesh, began = sharding.make_mesh(recipe.config.mesh.data, recipe.config.mesh.fsdp, devices), time.perf_counter()
+    mesh, began = (
+        sharding.make_mesh(recipe.config.mesh.data, recipe.config.mesh.fsdp, devices),
+        time.perf_counter(),
+    )
     sharding.check_batch(recipe.config.batch_size, recipe.config.micro_batches, mesh.size)
     function, arguments = recipe.jitted(mesh)
     try:
@@ -138,11 +170,17 @@ def compile_for_tpu(recipe, topology):
     except jax.errors.JaxRuntimeError as error:
         if not (found := too_much(str(error))):
             raise
-        return {"mesh": dict(mesh.shape), "memory": found, "compile_seconds": time.perf_counter() - began}
+        return {
+            "mesh": dict(mesh.shape),
+            "memory": found,
+            "compile_seconds": time.perf_counter() - began,
+        }
     sizes, counted = compiled.memory_analysis(), compiled.cost_analysis()
     memory = {"arguments": sizes.argument_size_in_bytes, "temporaries": sizes.temp_size_in_bytes}
     memory["needed"] = sum(memory.values()) + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    loops = recipe.config.micro_batches > 1 or recipe.config.scan_layers  # of which XLA counts one round
+    loops = (
+        recipe.config.micro_batches > 1 or recipe.config.scan_layers
+    )  # of which XLA counts one round
     images = recipe.config.batch_size // mesh.size
     return {
         "mesh": dict(mesh.shape),
@@ -157,7 +195,10 @@ def too_much(message):
     """{"needed", "limit"} in bytes, where libtpu says that memory does not suffice (needed: at least); else None."""
     used = next(filter(None, (re.search(words, message) for words in TOO_MUCH)), None)
     gigabytes = lambda number, unit: float(number) * (2**30 if unit == "G" else 2**20)
-    return used and {"needed": gigabytes(*used.groups()[:2]), "limit": gigabytes(*used.groups()[2:])}
+    return used and {
+        "needed": gigabytes(*used.groups()[:2]),
+        "limit": gigabytes(*used.groups()[2:]),
+    }
 
 
 def _compile(lowered):
@@ -180,14 +221,20 @@ def analyse(recipe, count):
     gathered = whole + _bytes(abstract.target) if fsdp > 1 else 0
     first, further = recipe.saved_bytes()
     memory = {"arguments": cut(abstract, placed) + _bytes(recipe.batch(images))}
-    memory["temporaries"] = whole * (2 if config.micro_batches > 1 else 1) + gathered  # gradients; copies of the whole
+    memory["temporaries"] = (
+        whole * (2 if config.micro_batches > 1 else 1) + gathered
+    )  # gradients; copies of the whole
     memory["temporaries"] += first + further * (images // config.micro_batches - 1)
     memory["needed"] = sum(memory.values())
     moved = [hlo.Collective("all-gather", fsdp, ("parameters and target",), gathered, 1)]
     moved += [hlo.Collective("reduce-scatter", fsdp, ("gradients",), whole, 1)]
     part = cut(abstract.params, placed.params)
     moved += [hlo.Collective("all-reduce", mesh.shape["data"], ("gradients",), part, 1)]
-    return {"mesh": dict(mesh.shape), "memory": memory, "collectives": [one for one in moved if one.group > 1]}
+    return {
+        "mesh": dict(mesh.shape),
+        "memory": memory,
+        "collectives": [one for one in moved if one.group > 1],
+    }
 
 
 def _part(leaf, placed):

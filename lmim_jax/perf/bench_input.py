@@ -39,7 +39,9 @@ def measure(config, images, repeats):
     """
     source = sources.from_config(config.data, "train")
     method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
-    augmentation = device.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    augmentation = device.from_config(
+        config.augment, image_size=method.image_size, eval_size=method.feature_size
+    )
     keys = functools.partial(augment_keys, config.seed)
     crop = host.HostCrop(augmentation, keys, config.data.canvas)
     batches = max(1, images // ROWS)
@@ -52,7 +54,9 @@ def measure(config, images, repeats):
         wholes[f"resize_on=device, {name}"] = functools.partial(
             _whole, source, config.data, batches, None, threads, workers
         )
-    wholes["resize_on=host, 1 thread(s)"] = functools.partial(_whole, source, config.data, batches, crop)
+    wholes["resize_on=host, 1 thread(s)"] = functools.partial(
+        _whole, source, config.data, batches, crop
+    )
     found = {name: [] for name in (*stages, *wholes)}
     for _ in range(repeats):
         for name, run in stages.items():
@@ -61,7 +65,9 @@ def measure(config, images, repeats):
             found[name].append(run())
     cpu = {name: statistics.median(rate for rate, _ in rates) for name, rates in found.items()}
     wall = {name: statistics.median(rate for _, rate in rates) for name, rates in found.items()}
-    pairs = zip(found["resize_on=device, 1 thread(s)"], found["Pillow baseline, 1 thread"], strict=True)
+    pairs = zip(
+        found["resize_on=device, 1 thread(s)"], found["Pillow baseline, 1 thread"], strict=True
+    )
     return {
         "stages": {name: cpu[name] for name in stages},
         "whole": {name: {"cpu": cpu[name], "wall": wall[name]} for name in wholes},
@@ -79,7 +85,9 @@ def _timed(run, count):
 def _stages(source, config, crop, indices):
     """{name: function that takes all images through one stage}, each by one thread."""
     data = {int(i): source.record(int(i))[0] for i in set(indices)}
-    pixels = {i: decode.decode(bytes_, config.canvas, config.channels) for i, bytes_ in data.items()}
+    pixels = {
+        i: decode.decode(bytes_, config.canvas, config.channels) for i, bytes_ in data.items()
+    }
     canvases = np.zeros((ROWS, config.canvas, config.canvas, config.channels), np.uint8)
     draws = crop.draws(0, np.arange(len(indices)))
     mesh = sharding.make_mesh()
@@ -97,7 +105,9 @@ def _stages(source, config, crop, indices):
         "put on the canvas": each(lambda n, i: decode.place(pixels[i], canvases[n % ROWS])),
         "crop and resize (resize_on=host)": each(lambda n, i: crop(pixels[i], draws[n])),
         "copy and transfer to the device": transfer,
-        "decode by Pillow": each(lambda _, i: np.asarray(Image.open(io.BytesIO(data[i])).convert("RGB"))),
+        "decode by Pillow": each(
+            lambda _, i: np.asarray(Image.open(io.BytesIO(data[i])).convert("RGB"))
+        ),
     }
 
 
@@ -106,8 +116,15 @@ def _baseline(source, config, augmentation, indices):
     rng = np.random.default_rng(0)
     began = time.process_time(), time.perf_counter()
     for batch in indices.tolist():
-        np.stack([_pillow_crop(source.record(i)[0], config.augment, augmentation.image_size, rng) for i in batch])
-    return indices.size / (time.process_time() - began[0]), indices.size / (time.perf_counter() - began[1])
+        np.stack(
+            [
+                _pillow_crop(source.record(i)[0], config.augment, augmentation.image_size, rng)
+                for i in batch
+            ]
+        )
+    return indices.size / (time.process_time() - began[0]), indices.size / (
+        time.perf_counter() - began[1]
+    )
 
 
 def _pillow_crop(data, config, size, rng):
@@ -123,14 +140,18 @@ def _pillow_crop(data, config, size, rng):
     else:
         w = h = min(width, height)
     left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
-    image = image.crop((left, top, left + w, top + h)).resize(size[::-1], host.FILTERS[config.interpolation])
+    image = image.crop((left, top, left + w, top + h)).resize(
+        size[::-1], host.FILTERS[config.interpolation]
+    )
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
     return np.asarray(image)
 
 
 def _order(source, config, batches, crop=None, threads=1, workers=0):
     """The batches to measure, between AROUND others."""
-    images = loader.Decoded(source, config.canvas, config.channels, threads, replace=True, crop=crop)
+    images = loader.Decoded(
+        source, config.canvas, config.channels, threads, replace=True, crop=crop
+    )
     size = min(ROWS, len(source))
     return loader.TrainingOrder(images, 0, size, batches + 2 * AROUND, 0, size, max(workers, 1))
 
@@ -168,5 +189,10 @@ def table(found):
     lines = [f"{'stage, one thread':<36}{'images / CPU s':>16}"]
     lines += [f"{name:<36}{rate:>16.0f}" for name, rate in found["stages"].items()]
     lines += ["", f"{'whole host side':<36}{'images / CPU s':>16}{'images / s':>14}"]
-    lines += [f"{name:<36}{rate['cpu']:>16.0f}{rate['wall']:>14.0f}" for name, rate in found["whole"].items()]
-    return "\n".join([*lines, "", f"resize_on=device over the baseline, per CPU second: {found['ratio']:.2f}"])
+    lines += [
+        f"{name:<36}{rate['cpu']:>16.0f}{rate['wall']:>14.0f}"
+        for name, rate in found["whole"].items()
+    ]
+    return "\n".join(
+        [*lines, "", f"resize_on=device over the baseline, per CPU second: {found['ratio']:.2f}"]
+    )

@@ -44,13 +44,17 @@ class Step:
         self.compiled = self.lowered.compile()
         self.trace_seconds, self.compile_seconds = traced - began, time.perf_counter() - traced
         parts, layout = (self.recipe.method, self.recipe.optimizer), config.mesh
-        self._state, _ = state.create(*parts, config.seed, self.mesh, rules=layout.rules, min_size=layout.min_size)
+        self._state, _ = state.create(
+            *parts, config.seed, self.mesh, rules=layout.rules, min_size=layout.min_size
+        )
         self._batch = random_batch(self.recipe, self.mesh)
 
     def run(self, batch=None):
         """One step, on `batch` or the random one; its metrics, perhaps not computed yet."""
         with jax.transfer_guard("disallow"):
-            self._state, numbers = self.compiled(self._state, self._batch if batch is None else batch)
+            self._state, numbers = self.compiled(
+                self._state, self._batch if batch is None else batch
+            )
         return numbers
 
     def timed(self):
@@ -102,8 +106,12 @@ def random_batch(recipe, mesh):
 
 def spread(values):
     """Median, least, greatest and quartiles, and how many they are of."""
-    low, _, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
-    names = dict(median=statistics.median(values), min=min(values), max=max(values), lower_quartile=low)
+    low, _, high = (
+        statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+    )
+    names = dict(
+        median=statistics.median(values), min=min(values), max=max(values), lower_quartile=low
+    )
     return {**names, "upper_quartile": high, "steps": len(values)}
 
 
@@ -126,9 +134,14 @@ def peak_of(kind, count, products):
     steps, as a shared machine may be twice as fast a minute later.
     """
     if jax.default_backend() == "cpu":
-        return 2 * 2048**3 / statistics.median(products), "float32 matrix products of 2048 x 2048 between the steps"
+        return 2 * 2048**3 / statistics.median(
+            products
+        ), "float32 matrix products of 2048 x 2048 between the steps"
     chip = accelerators.of_device(kind)
-    return chip and chip.flops * count, "dense bfloat16, chips.py" if chip else f"{kind} is not in chips.py"
+    return (
+        chip and chip.flops * count,
+        "dense bfloat16, chips.py" if chip else f"{kind} is not in chips.py",
+    )
 
 
 def measure(config, steps=20, warmup=3):

@@ -47,7 +47,9 @@ def measure_loop(config, steps=20, rounds=3, warmup=3):
     source = sources.from_config(config.data, "train")
     per_epoch = loader.steps_per_epoch(source, config.batch_size)
     step = bench_step.Step(config, per_epoch)
-    crop = host.from_config(config.data, step.recipe.augmentation, functools.partial(augment_keys, config.seed))
+    crop = host.from_config(
+        config.data, step.recipe.augmentation, functools.partial(augment_keys, config.seed)
+    )
     batches = loader.training(
         source,
         config.data,
@@ -66,8 +68,13 @@ def measure_loop(config, steps=20, rounds=3, warmup=3):
         alone += _loop(step, lambda: None, 1, steps)
         whole += _loop(step, lambda: next(batches), READY, steps)
     mean = statistics.fmean(whole)
-    train = {"images_per_second": config.batch_size / mean, "seconds_per_step": bench_step.spread(whole)}
-    return step, step.figures(alone, products) | {"train": train | {"ratio": statistics.fmean(alone) / mean}}
+    train = {
+        "images_per_second": config.batch_size / mean,
+        "seconds_per_step": bench_step.spread(whole),
+    }
+    return step, step.figures(alone, products) | {
+        "train": train | {"ratio": statistics.fmean(alone) / mean}
+    }
 
 
 def _loop(step, read, before, steps):
@@ -88,7 +95,9 @@ def main():
     """--what=step and --what=train, as the flags say: JSON on stdout, the same for people on stderr."""
     flag = flags.FLAGS
     if flag.compare and (flag.what != "step" or flag.profile):
-        raise UserError("--compare is for --what=step without --profile: it times two recipes in turn")
+        raise UserError(
+            "--compare is for --what=step without --profile: it times two recipes in turn"
+        )
     with tempfile.TemporaryDirectory() as folder:
         workdir.pin_kernels(folder, flag.config.deterministic)  # as main.py does
         log_to_console()
@@ -109,11 +118,19 @@ def table(found):
     if "ratio" in found:
         ratio = found["ratio"]
         spread = f"{ratio['lower_quartile']:.3f} .. {ratio['upper_quartile']:.3f}, {ratio['steps']} pairs of steps"
-        lines = [line for name in ("first", "second") for line in ["", f"{name}:", *table(found[name])]]
-        return [*lines, "", f"ratio         {ratio['median']:.3f} times as many images/s (quartiles {spread})"]
+        lines = [
+            line for name in ("first", "second") for line in ["", f"{name}:", *table(found[name])]
+        ]
+        return [
+            *lines,
+            "",
+            f"ratio         {ratio['median']:.3f} times as many images/s (quartiles {spread})",
+        ]
     seconds, asked, made = found["seconds_per_step"], found["asked"], found["made"]
     low, high = seconds["lower_quartile"], seconds["upper_quartile"]
-    share = f"{found['mfu']:.1%} of {found['peak_teraflops']:.4g}" if found["mfu"] else "peak unknown"
+    share = (
+        f"{found['mfu']:.1%} of {found['peak_teraflops']:.4g}" if found["mfu"] else "peak unknown"
+    )
     memory = {name: f"{size / 1e6:,.1f} MB" for name, size in made["memory"].items()}
     float32 = sum(asked["float32_products"].values())
     lines = [
@@ -125,13 +142,17 @@ def table(found):
         f"compilation   {found['compile_seconds']:.1f} s, after {found['trace_seconds']:.1f} s of tracing",
         "memory        "
         + ", ".join(f"{name} {size}" for name, size in memory.items())
-        + (f"; at most in use {found['peak_memory'] / 1e6:,.1f} MB" if found["peak_memory"] else ""),
+        + (
+            f"; at most in use {found['peak_memory'] / 1e6:,.1f} MB" if found["peak_memory"] else ""
+        ),
         f"program       {asked['products']} matrix products, {float32} of them float32; {made['fusions']} fusions, "
         f"{made['copies']} copies, {made['host_transfers'] + asked['host_transfers']} host transfers, "
         f"{made['collectives']} collectives of {made['collective_bytes'] / 1e6:.3f} MB",
     ]
     if train := found.get("train"):
-        lines += [f"whole loop    {train['images_per_second']:.4g} images/s, {train['ratio']:.3f} of the step alone"]
+        lines += [
+            f"whole loop    {train['images_per_second']:.4g} images/s, {train['ratio']:.3f} of the step alone"
+        ]
     return lines + (["", *bench_profile.table(found["profile"])] if "profile" in found else [])
 
 
@@ -143,5 +164,9 @@ def define_flags():
         "step: a second recipe, run in turn with --config.",
         lock_config=True,
     )
-    flags.DEFINE_integer("steps", 20, "step, train: steps to time (train: in each of 3 rounds).", lower_bound=2)
-    flags.DEFINE_string("profile", None, "step, train: folder for a trace of the step; tells its slowest parts.")
+    flags.DEFINE_integer(
+        "steps", 20, "step, train: steps to time (train: in each of 3 rounds).", lower_bound=2
+    )
+    flags.DEFINE_string(
+        "profile", None, "step, train: folder for a trace of the step; tells its slowest parts."
+    )

@@ -39,7 +39,10 @@ class Count:
         """Lines of text, in GFLOP per image."""
         rows = [*self.parts.items(), ("total", (self.forward, self.backward))]
         lines = [f"{'GFLOP per image':<20}{'forward':>10}{'backward':>10}{'total':>10}"]
-        return lines + [f"{name:<20}{f / 1e9:>10.2f}{b / 1e9:>10.2f}{(f + b) / 1e9:>10.2f}" for name, (f, b) in rows]
+        return lines + [
+            f"{name:<20}{f / 1e9:>10.2f}{b / 1e9:>10.2f}{(f + b) / 1e9:>10.2f}"
+            for name, (f, b) in rows
+        ]
 
 
 def of_method(method, batch=1):
@@ -66,7 +69,9 @@ def by_part(function, *args, per=1):
     """
     found = collections.defaultdict(lambda: [0, 0])
     for stack, flops in _products(jax.make_jaxpr(function)(*args).jaxpr):
-        module = re.search(r"\b[A-Z]\w*[a-z]\w*", stack)  # of "/transpose(jvp(ViT))/block00/attn/qkv": ViT
+        module = re.search(
+            r"\b[A-Z]\w*[a-z]\w*", stack
+        )  # of "/transpose(jvp(ViT))/block00/attn/qkv": ViT
         found[module[0] if module else "loss"]["transpose(" in stack] += flops
     return {name: (forward / per, backward / per) for name, (forward, backward) in found.items()}
 
@@ -84,10 +89,19 @@ def _products(jaxpr, outer="", times=1):
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             out = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-            yield stack, times * 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out
-        inner = [p for p in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program) if _is_program(p)]
+            yield (
+                stack,
+                times * 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out,
+            )
+        inner = [
+            p
+            for p in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)
+            if _is_program(p)
+        ]
         if name == "cond":  # one of its branches runs: the longest
-            inner = [max(inner, key=lambda branch: sum(flops for _, flops in _products(_open(branch))))]
+            inner = [
+                max(inner, key=lambda branch: sum(flops for _, flops in _products(_open(branch))))
+            ]
         if name == "custom_vjp_call":  # the backward rule is traced where it is used
             inner = inner[:1]
         for program in inner:

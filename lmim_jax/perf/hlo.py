@@ -7,11 +7,20 @@ import re
 
 import numpy as np
 
-KINDS = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +42,9 @@ class Collective:
     def wire_bytes(self):
         """Bytes that each device sends, all times together, in a ring."""
         share = (self.group - 1) / self.group
-        factor = {"all-reduce": 2 * share, "collective-permute": 1, "collective-broadcast": 1}.get(self.kind, share)
+        factor = {"all-reduce": 2 * share, "collective-permute": 1, "collective-broadcast": 1}.get(
+            self.kind, share
+        )
         return round(self.times * factor * self.size)
 
 
@@ -46,7 +57,12 @@ def collectives(text):
     Returns:
       [Collective], those between several devices.
     """
-    found, calls, entry, name = collections.defaultdict(list), collections.defaultdict(list), None, None
+    found, calls, entry, name = (
+        collections.defaultdict(list),
+        collections.defaultdict(list),
+        None,
+        None,
+    )
     for line in text.splitlines():
         if opens := _COMPUTATION.match(line):
             name = opens[2]
@@ -56,7 +72,9 @@ def collectives(text):
         times = int(rounds[1]) if rounds and " while(" in line else 1
         calls[name] += [(called, times) for called in _CALLED.findall(line)]
         branches = re.search(r"branch_computations=\{(.*?)\}", line)
-        calls[name] += [(called, 1) for called in re.findall(r"[\w.\-]+", branches[1] if branches else "")]
+        calls[name] += [
+            (called, 1) for called in re.findall(r"[\w.\-]+", branches[1] if branches else "")
+        ]
         if collective := _COLLECTIVE.search(line):
             found[name].append((collective[2], _group(line), _shapes(*collective.groups())))
     counts, waiting = collections.Counter(), [(entry, 1)]
@@ -66,7 +84,9 @@ def collectives(text):
             counts[operation] += times
         waiting += [(called, times * rounds) for called, rounds in calls[name]]
     return [
-        Collective(kind, group, shapes, _size(shapes) * (group if kind == "reduce-scatter" else 1), times)
+        Collective(
+            kind, group, shapes, _size(shapes) * (group if kind == "reduce-scatter" else 1), times
+        )
         for (kind, group, shapes), times in counts.items()
         if group > 1
     ]
@@ -75,7 +95,10 @@ def collectives(text):
 def _shapes(types, kind, start):
     """Shapes of the results, as "f32[768,768]"."""
     shapes = tuple(f"{kind}[{sizes}]" for kind, sizes in _SHAPE.findall(types))
-    if start and kind in ("all-gather", "collective-permute"):  # (operands, results, and a permute's two counters)
+    if start and kind in (
+        "all-gather",
+        "collective-permute",
+    ):  # (operands, results, and a permute's two counters)
         shapes = shapes[:2] if kind == "collective-permute" else shapes
         return shapes[len(shapes) // 2 :]
     return shapes

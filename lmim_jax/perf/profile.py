@@ -10,7 +10,14 @@ from lmim_jax.utils.errors import UserError
 
 AROUND = "while", "call", "conditional"  # of which the trace also has the parts
 PRODUCTS = "dot", "convolution"
-LIBRARIES = "gemm", "cublas", "cudnn", "matmul", "conv", "dot"  # parts of names of custom calls that are products
+LIBRARIES = (
+    "gemm",
+    "cublas",
+    "cudnn",
+    "matmul",
+    "conv",
+    "dot",
+)  # parts of names of custom calls that are products
 
 
 def record(step, folder, steps=5, rows=10):
@@ -37,7 +44,9 @@ def record(step, folder, steps=5, rows=10):
             times[name] += nanoseconds
             count[name] += 1
     if not times:
-        raise UserError(f"{path}: this device's trace names no operations of the step; open it with xprof")
+        raise UserError(
+            f"{path}: this device's trace names no operations of the step; open it with xprof"
+        )
     operations = [
         {
             "name": name,
@@ -81,5 +90,7 @@ def table(found):
     for one in found["operations"]:
         share = one["milliseconds"] / found["milliseconds"]
         where = one["where"].replace("jit(train_step)/", "")
-        lines.append(f"{one['milliseconds']:>10.3f}{share:>8.1%}{one['times']:>7.0f}  {one['name']:<34} {where}")
+        lines.append(
+            f"{one['milliseconds']:>10.3f}{share:>8.1%}{one['times']:>7.0f}  {one['name']:<34} {where}"
+        )
     return lines

@@ -94,7 +94,10 @@ def instructions(text):
         name, equals, rest = line.partition(" = ")
         if equals:
             calls = rest.partition(" calls=")[2].partition(",")[0].strip().lstrip("%")
-            target, where = (rest.partition(key)[2].partition('"')[0] for key in ('custom_call_target="', 'op_name="'))
+            target, where = (
+                rest.partition(key)[2].partition('"')[0]
+                for key in ('custom_call_target="', 'op_name="')
+            )
             name = name.strip().removeprefix("ROOT ").lstrip("%")
             found.append(Instruction(computation, name, _opcode(rest), calls, target, where))
     return found

@@ -38,14 +38,22 @@ def last(folder):
 def line(folder):
     """A finished run in one line."""
     values = last(folder)
-    parts = [f"{COLUMNS[name][0]} {values[name]:.{COLUMNS[name][1]}f}" for name in JUDGED if name in values]
+    parts = [
+        f"{COLUMNS[name][0]} {values[name]:.{COLUMNS[name][1]}f}"
+        for name in JUDGED
+        if name in values
+    ]
     return ", ".join(parts)
 
 
 def figures(folders):
     """{metric: [value of each seed]} of one variant, from {seed: folder}; metrics that every seed has."""
     rows = [last(folder) for _, folder in sorted(folders.items())]
-    return {name: [row[name] for row in rows] for name in COLUMNS if rows and all(name in row for row in rows)}
+    return {
+        name: [row[name] for row in rows]
+        for name in COLUMNS
+        if rows and all(name in row for row in rows)
+    }
 
 
 def cell(values, decimals):
@@ -61,7 +69,9 @@ def table(rows):
     columns = [name for name in COLUMNS if any(name in values for *_, values in rows)]
     head = ["run", "what", *(COLUMNS[name][0] for name in columns)]
     lines = [head, ["---", "---", *["---:"] * len(columns)]]
-    lines += [[name, what, *(cell(v.get(c), COLUMNS[c][1]) for c in columns)] for name, what, v in rows]
+    lines += [
+        [name, what, *(cell(v.get(c), COLUMNS[c][1]) for c in columns)] for name, what, v in rows
+    ]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -87,9 +97,13 @@ def conclusions(rows, against):
             sorted(known, key=lambda row: -statistics.mean(row[1]))
         ):
             rank = "is above" if verdict(worse, better) == "rises" else "cannot be told from"
-            sentences.append(f"k-NN 20: {name} ({cell(better, 1)}) {rank} {other} ({cell(worse, 1)})")
+            sentences.append(
+                f"k-NN 20: {name} ({cell(better, 1)}) {rank} {other} ({cell(worse, 1)})"
+            )
         return sentences
-    pairs = itertools.pairwise(rows) if against == "previous" else ((rows[0], row) for row in rows[1:])
+    pairs = (
+        itertools.pairwise(rows) if against == "previous" else ((rows[0], row) for row in rows[1:])
+    )
     sentences = []
     for (_, _, before), (name, what, after) in pairs:
         said = []
@@ -109,7 +123,8 @@ def curves(rows, folders):
         lines = {}
         for name, *_ in rows:
             seeds = [
-                [(row["step"], row[metric]) for row in history(f) if metric in row] for f in folders[name].values()
+                [(row["step"], row[metric]) for row in history(f) if metric in row]
+                for f in folders[name].values()
             ]
             if seeds and all(seeds):
                 common = sorted(set.intersection(*({step for step, _ in seed} for seed in seeds)))
@@ -131,11 +146,19 @@ def publish(out, command, groups, described, folders, costs):
     out.mkdir(parents=True, exist_ok=True)
     text, sections, results = [], [], {}
     for title, against, names in groups:
-        rows = [(name, described[name], figures(folders[name]) | costs.get(name, {})) for name in names]
+        rows = [
+            (name, described[name], figures(folders[name]) | costs.get(name, {})) for name in names
+        ]
         said = conclusions(rows, against)
-        results[title] = {name: {"what": what, "seeds": sorted(folders[name]), **values} for name, what, values in rows}
+        results[title] = {
+            name: {"what": what, "seeds": sorted(folders[name]), **values}
+            for name, what, values in rows
+        }
         text += [f"## {title}", table(rows), "\n".join(f"- {sentence}." for sentence in said)]
-        content = [_html_table(rows), html.tag("ul", *(html.tag("li", f"{sentence}.") for sentence in said))]
+        content = [
+            _html_table(rows),
+            html.tag("ul", *(html.tag("li", f"{sentence}.") for sentence in said)),
+        ]
         name = title.replace(" ", "_")
         if (picture := curves(rows, folders)) is not None:
             Image.fromarray(picture).save(out / f"{name}.png", optimize=True)
@@ -143,9 +166,13 @@ def publish(out, command, groups, described, folders, costs):
         sections.append(html.Section(name, title, html.join(*content)))
     note = "Mean over seeds ± half their range. A change is called one only where the seeds of both do not overlap."
     atomic_io.write(out / "table.md", "\n\n".join([*text, note]) + "\n")
-    atomic_io.write(out / "results.json", json.dumps({"command": command, "groups": results}, indent=2) + "\n")
+    atomic_io.write(
+        out / "results.json", json.dumps({"command": command, "groups": results}, indent=2) + "\n"
+    )
     head = html.join(
-        html.tag("h1", out.name), html.tag("p", html.tag("code", command)), html.tag("p", note, class_="soft")
+        html.tag("h1", out.name),
+        html.tag("p", html.tag("code", command)),
+        html.tag("p", note, class_="soft"),
     )
     atomic_io.write(out / "index.html", html.document(out.name, head, sections))
 

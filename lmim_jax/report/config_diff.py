@@ -26,7 +26,11 @@ def nearest(config):
         return None, {}, ""
     name = min(found, key=lambda name: len(found[name][1]))
     recipe, differing = found[name]
-    return name, differing, shlex.join(["python", "main.py", f"--config={name}", *_settings(recipe, config)])
+    return (
+        name,
+        differing,
+        shlex.join(["python", "main.py", f"--config={name}", *_settings(recipe, config)]),
+    )
 
 
 def _all():
@@ -35,7 +39,11 @@ def _all():
         sys.path.append(str(FOLDER.parent))  # recipes import one another as configs.NAME
     for path in sorted(FOLDER.glob("[a-z]*.py")):
         module = importlib.import_module(f"configs.{path.stem}")
-        variants = [f"{m},{d}" for m in module.METHODS for d in module.DATASETS] if path.stem == "small" else [""]
+        variants = (
+            [f"{m},{d}" for m in module.METHODS for d in module.DATASETS]
+            if path.stem == "small"
+            else [""]
+        )
         for variant in variants:
             recipe = module.get_config(*filter(None, [variant]))
             if "method" in recipe:
@@ -49,7 +57,10 @@ def _flat(config):
 def _differences(recipe, config):
     """{key: (value in the recipe, value in the config)}, "absent" where there is none."""
     old, new = _flat(recipe.to_dict()), _flat(config)
-    values = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old.keys() | new.keys())}
+    values = {
+        key: (old.get(key, "absent"), new.get(key, "absent"))
+        for key in sorted(old.keys() | new.keys())
+    }
     return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
 
 
@@ -63,7 +74,9 @@ def _settings(recipe, config):
         value = tuple(value) if isinstance(value, list) else value
         try:
             recipe.update_from_flattened_dict({key: value})
-        except TypeError:  # of another type when the run was made: listed above, but no flag can set it
+        except (
+            TypeError
+        ):  # of another type when the run was made: listed above, but no flag can set it
             continue
         flags.append(f"--config.{key}={value}")
     return flags

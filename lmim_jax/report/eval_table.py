@@ -33,7 +33,10 @@ SPREAD = "_std"  # of the figure of the same name without it
 def words(name):
     """What a figure is, as far as it is known by its name, "title/name"."""
     figure = name.partition("/")[2]
-    return next((re.sub(pattern, what, figure) for pattern, what in WORDS if re.fullmatch(pattern, figure)), "")
+    return next(
+        (re.sub(pattern, what, figure) for pattern, what in WORDS if re.fullmatch(pattern, figure)),
+        "",
+    )
 
 
 def cell(value, spread=None):
@@ -46,13 +49,19 @@ def cell(value, spread=None):
 
 def with_spread(numbers):
     """[(name, number, its spread or None)] of {name: number}, where spreads are not rows of their own."""
-    own = [name for name in numbers if not (name.endswith(SPREAD) and name.removesuffix(SPREAD) in numbers)]
+    own = [
+        name
+        for name in numbers
+        if not (name.endswith(SPREAD) and name.removesuffix(SPREAD) in numbers)
+    ]
     return [(name, numbers[name], numbers.get(name + SPREAD)) for name in own]
 
 
 def line(numbers):
     """{name: number} in one line."""
-    return "  ".join(f"{name} {cell(value, spread)}" for name, value, spread in with_spread(numbers))
+    return "  ".join(
+        f"{name} {cell(value, spread)}" for name, value, spread in with_spread(numbers)
+    )
 
 
 def table(what, figures):
@@ -65,14 +74,25 @@ def table(what, figures):
     columns = [name for name in ROWS if any(name in of_one for of_one in figures.values())]
     rows = [["", *(ROWS[name] for name in columns), ""]]
     for name, of_one, spread in with_spread(figures):
-        rows.append([name, *(cell(of_one.get(c), (spread or {}).get(c)) for c in columns), words(name)])
+        rows.append(
+            [name, *(cell(of_one.get(c), (spread or {}).get(c)) for c in columns), words(name)]
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    align = lambda row: [row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:-1], widths[1:-1], strict=True))]
+    align = lambda row: [
+        row[0].ljust(widths[0]),
+        *(x.rjust(w) for x, w in zip(row[1:-1], widths[1:-1], strict=True)),
+    ]
     images = " and ".join(f"{count:,} {split}" for split, count in what["images"].items())
-    chance = f", {what['classes']} classes: guessing gives {100 / what['classes']:.3g} %" if what["classes"] else ""
+    chance = (
+        f", {what['classes']} classes: guessing gives {100 / what['classes']:.3g} %"
+        if what["classes"]
+        else ""
+    )
     weights = " and ".join(sorted(set(what["weights"].values())))
     head = [
         f"{what['run']}: step {what['step']}, {weights} weights, checkpoint {what['checkpoint'][:12]}",
         f"{images} images{chance}. Accuracies are in percent.",
     ]
-    return "\n".join(["", *head, "", *("  ".join([*align(row), row[-1]]).rstrip() for row in rows), ""])
+    return "\n".join(
+        ["", *head, "", *("  ".join([*align(row), row[-1]]).rstrip() for row in rows), ""]
+    )

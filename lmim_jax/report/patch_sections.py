@@ -26,7 +26,9 @@ def segmentations(seen, count):
     for k, (image, tokens) in enumerate(zip(seen.images[:count], seen.tokens, strict=False), 1):
         flat = tokens.reshape(-1, tokens.shape[-1])
         cuts = clustering.nested(flat, COUNTS)
-        places = TSNE(perplexity=min(30, (len(flat) - 1) / 3), max_iter=500, random_state=0).fit_transform(flat)
+        places = TSNE(
+            perplexity=min(30, (len(flat) - 1) / 3), max_iter=500, random_state=0
+        ).fit_transform(flat)
         side = [np.arange(n) * m // n for n, m in zip(image.shape, tokens.shape[:2], strict=False)]
         row = [html.figure(image, f"image {k}, to be segmented", "image")]
         for number, labels in cuts.items():
@@ -34,8 +36,15 @@ def segmentations(seen, count):
             grey = image.mean(-1, keepdims=True)
             mixed = (0.75 * of_pixels + 0.25 * grey).round().astype(np.uint8)
             row.append(html.figure(mixed, f"image {k} in {number} segments", f"K = {number}"))
-        row.append(html.tag("figure", html.tag("figcaption", "t-SNE: each point a patch, near those alike.")))
-        row += [_scatter(places, labels, f"t-SNE of the patches of image {k}, K = {n}") for n, labels in cuts.items()]
+        row.append(
+            html.tag(
+                "figure", html.tag("figcaption", "t-SNE: each point a patch, near those alike.")
+            )
+        )
+        row += [
+            _scatter(places, labels, f"t-SNE of the patches of image {k}, K = {n}")
+            for n, labels in cuts.items()
+        ]
         rows.append(row)
     look = (
         "Patches are grouped by their features alone, image by image: one tree of clusters, cut at 3, 4 and 5, so that "
@@ -43,7 +52,9 @@ def segmentations(seen, count):
         "Look for segments with the outline of things, and for points in separate clouds."
     )
     collapsed = "segments are stripes or blots that are much the same in every image, and all points are one cloud."
-    return html.explained("segmentations", "How it groups", look, collapsed, html.cards(rows, 1 + len(COUNTS), 30))
+    return html.explained(
+        "segmentations", "How it groups", look, collapsed, html.cards(rows, 1 + len(COUNTS), 30)
+    )
 
 
 def _scatter(places, labels, alt):
@@ -55,10 +66,17 @@ def _scatter(places, labels, alt):
         points = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in x[labels == label])
         paths.append(
             html.tag(
-                "path", d=points, stroke=plotting.CLUSTERS[label], stroke_width=2.6, fill="none", stroke_linecap="round"
+                "path",
+                d=points,
+                stroke=plotting.CLUSTERS[label],
+                stroke_width=2.6,
+                fill="none",
+                stroke_linecap="round",
             )
         )
-    return html.tag("figure", html.tag("svg", *paths, viewBox="0 0 100 100", role="img", aria_label=alt))
+    return html.tag(
+        "figure", html.tag("svg", *paths, viewBox="0 0 100 100", role="img", aria_label=alt)
+    )
 
 
 def attention(seen, count):
@@ -67,17 +85,28 @@ def attention(seen, count):
     for k, (image, heads) in enumerate(zip(seen.images[:count], seen.attention, strict=False), 1):
         show = lambda x: colored(x, 0, np.quantile(x, 0.995))
         row = [html.figure(image, f"image {k}, to be attended to", "image")]
-        row.append(html.figure(show(heads.mean(0)), f"attention, mean of all heads, image {k}", "mean"))
-        row += [html.figure(show(x), f"attention of head {i}, image {k}", f"head {i}") for i, x in enumerate(heads, 1)]
+        row.append(
+            html.figure(show(heads.mean(0)), f"attention, mean of all heads, image {k}", "mean")
+        )
+        row += [
+            html.figure(show(x), f"attention of head {i}, image {k}", f"head {i}")
+            for i, x in enumerate(heads, 1)
+        ]
         rows.append(row)
-    who = "the CLS token, which sums the image up, looks at" if seen.from_cls else "all patches look at, on average,"
+    who = (
+        "the CLS token, which sums the image up, looks at"
+        if seen.from_cls
+        else "all patches look at, on average,"
+    )
     look = (
         f"Where {who} in the last block: yellow much, dark little. Look for heads that pick out objects or parts, each "
         "its own. Few methods here train CLS itself, so its attention may be rougher than the features are."
     )
     collapsed = "every head looks at the same places, whatever the image."
     columns = min(len(rows[0]), 7)
-    return html.explained("attention", "Where it looks", look, collapsed, html.cards(rows, columns, 5.2 * columns))
+    return html.explained(
+        "attention", "Where it looks", look, collapsed, html.cards(rows, columns, 5.2 * columns)
+    )
 
 
 def similarities(seen, count):
@@ -91,24 +120,46 @@ def similarities(seen, count):
         x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         cosines = np.clip(x @ x.T, -1, 1)
         chosen = _middle(seen.masks[k] if seen.masks is not None else None, h, w)
-        stored = base64.b64encode(((cosines[upper] + 1) * 127.5).round().astype(np.uint8).tobytes()).decode()
+        stored = base64.b64encode(
+            ((cosines[upper] + 1) * 127.5).round().astype(np.uint8).tobytes()
+        ).decode()
         place = html.tag("rect", x=chosen % w, y=chosen // w, width=1, height=1, class_="mark")
-        mark = html.tag("svg", place, viewBox=f"0 0 {w} {h}", preserveAspectRatio="none", aria_hidden="true")
+        mark = html.tag(
+            "svg", place, viewBox=f"0 0 {w} {h}", preserveAspectRatio="none", aria_hidden="true"
+        )
         shown = colored(cosines[chosen].reshape(h, w), 0, 1)
         row = html.tag(
             "div",
-            html.figure(seen.images[k], f"image {k + 1}: the framed patch is compared", "choose a patch here", mark),
-            html.figure(shown, f"cosine with every patch of image {k + 1}", html.tag("output"), mark),
+            html.figure(
+                seen.images[k],
+                f"image {k + 1}: the framed patch is compared",
+                "choose a patch here",
+                mark,
+            ),
+            html.figure(
+                shown, f"cosine with every patch of image {k + 1}", html.tag("output"), mark
+            ),
             class_="row",
             style="--columns:2",
         )
-        made.append(html.tag("div", row, class_="card", data_grid=f"{h},{w}", data_chosen=chosen, data_cosines=stored))
+        made.append(
+            html.tag(
+                "div",
+                row,
+                class_="card",
+                data_grid=f"{h},{w}",
+                data_chosen=chosen,
+                data_cosines=stored,
+            )
+        )
     look = (
         "Choose a patch (click, touch, or arrow keys): the right-hand picture shows how similar every other patch of "
         "the image is to it, from dark (cosine 0 or less) to yellow (1). Look for yellow that fills the same thing, or "
         "the same kind of thing, and stops at its outline."
     )
-    collapsed = "all is yellow, or only the patch itself and its neighbours are, whatever they show."
+    collapsed = (
+        "all is yellow, or only the patch itself and its neighbours are, whatever they show."
+    )
     return html.explained(
         "similarities",
         "What is alike",

@@ -41,7 +41,9 @@ class Seen:
 def canvases(data, count):
     """The same few held-out images each time: ({"image", "size", "label"}, indices), numpy."""
     batch, indices = data.sample(data.held_out, count)
-    return {name: np.asarray(batch[name])[: len(indices)] for name in ("image", "size", "label")}, indices
+    return {
+        name: np.asarray(batch[name])[: len(indices)] for name in ("image", "size", "label")
+    }, indices
 
 
 def look(run, count):
@@ -71,7 +73,10 @@ def look(run, count):
         centred(tokens),
         centred(untrained),
         attention.reshape(*attention.shape[:2], *grid),
-        "cls" in jax.eval_shape(method.features, run.params, jnp.zeros((1, *method.feature_size, method.channels))),
+        "cls"
+        in jax.eval_shape(
+            method.features, run.params, jnp.zeros((1, *method.feature_size, method.channels))
+        ),
     )
 
 
@@ -98,8 +103,14 @@ def _encoding(method, augment):
         total, found = len(batch["image"]), []
         for start in range(0, total, CHUNK):
             rows = np.arange(start, start + CHUNK) % total  # one shape, one compilation
-            found.append(jax.device_get(encode(params, {name: batch[name][rows] for name in ("image", "size")})))
-        images, tokens, attention = (np.concatenate(part)[:total] for part in zip(*found, strict=True))
+            found.append(
+                jax.device_get(
+                    encode(params, {name: batch[name][rows] for name in ("image", "size")})
+                )
+            )
+        images, tokens, attention = (
+            np.concatenate(part)[:total] for part in zip(*found, strict=True)
+        )
         return np.clip(images, 0, 255).astype(np.uint8)[:count], tokens, attention[:count]
 
     return all_of
@@ -118,7 +129,9 @@ def given(run, count):
         repaint = lambda params, crops, views: augment.levels(
             method.reconstruct(params, augment.normalize(crops), views)
         )
-        rebuilt = np.clip(jax.device_get(jax.jit(repaint)(run.params, crops, views)), 0, 255).astype(np.uint8)
+        rebuilt = np.clip(
+            jax.device_get(jax.jit(repaint)(run.params, crops, views)), 0, 255
+        ).astype(np.uint8)
     return wholes, np.clip(crops, 0, 255).astype(np.uint8), windows, rebuilt
 
 
@@ -132,11 +145,18 @@ def neighbours(run, queries, count, bank):
     data, train = run.data, run.data.sources["train"]
     taken = np.sort(np.random.default_rng(0).permutation(len(train))[:bank])
     among = Selected(train, tuple(taken.tolist()))
-    pooled = jax.jit(lambda params, images: run.method.features(params, images)[FEATURE].astype(jnp.float32).mean(1))
+    pooled = jax.jit(
+        lambda params, images: (
+            run.method.features(params, images)[FEATURE].astype(jnp.float32).mean(1)
+        )
+    )
     batch, asked = data.sample(data.held_out, queries)
     wanted = np.asarray(pooled(run.params, batch["images"]))[: len(asked)]
     searched = Evaluation({"train": among, "test": None}, data.config, data.augment, data.mesh)
-    rows = [(np.asarray(pooled(run.params, x["images"])), x["index"]) for x in searched.batches("train", BATCH)]
+    rows = [
+        (np.asarray(pooled(run.params, x["images"])), x["index"])
+        for x in searched.batches("train", BATCH)
+    ]
     found, index = (np.concatenate(column) for column in zip(*rows, strict=True))
     unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     cosines = unit(wanted) @ unit(found[index >= 0]).T
@@ -145,8 +165,14 @@ def neighbours(run, queries, count, bank):
         cosines[np.asarray(asked)[:, None] == ids[None]] = -np.inf
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
     shown = _thumbnails(data, train, ids[order].ravel())
-    pictures, names = _levels(data, batch), [class_name(data, label) for label in np.asarray(batch["label"])]
-    lists = [[(*shown[ids[i]], float(row[i])) for i in best] for row, best in zip(cosines, order, strict=True)]
+    pictures, names = (
+        _levels(data, batch),
+        [class_name(data, label) for label in np.asarray(batch["label"])],
+    )
+    lists = [
+        [(*shown[ids[i]], float(row[i])) for i in best]
+        for row, best in zip(cosines, order, strict=True)
+    ]
     return list(zip(pictures, names, lists, strict=False)), len(among)
 
 
@@ -158,7 +184,12 @@ def _levels(data, batch):
 def _thumbnails(data, source, indices):
     """{index: (picture uint8 [H, W, C], class)} of some images of a source."""
     chosen = np.unique(indices)
-    few = Evaluation({"train": Selected(source, tuple(chosen.tolist()))}, data.config, data.augment, data.mesh)
+    few = Evaluation(
+        {"train": Selected(source, tuple(chosen.tolist()))}, data.config, data.augment, data.mesh
+    )
     batch, order = few.sample("train", len(chosen))
     pictures, labels = _levels(data, batch), np.asarray(batch["label"])
-    return {int(chosen[i]): (pictures[row], class_name(data, labels[row])) for row, i in enumerate(order)}
+    return {
+        int(chosen[i]): (pictures[row], class_name(data, labels[row]))
+        for row, i in enumerate(order)
+    }

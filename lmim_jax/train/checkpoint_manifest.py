@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 
 NAME = "manifest.json"
 FOLDER, ASIDE = "checkpoints", "aside"  # of the steps in a workdir, and of damaged ones in it
-SEALED = "sealed-before"  # an empty file: some step was once complete, so finding none now means damage
+SEALED = (
+    "sealed-before"  # an empty file: some step was once complete, so finding none now means damage
+)
 CHUNK = 1 << 22  # bytes read at a time
 
 
@@ -36,7 +38,9 @@ class Verdict:
 
     def __str__(self):
         more = f" and {len(self.problems) - 3} more" if len(self.problems) > 3 else ""
-        return f"{self.state}: {'; '.join(self.problems[:3])}{more}" if self.problems else self.state
+        return (
+            f"{self.state}: {'; '.join(self.problems[:3])}{more}" if self.problems else self.state
+        )
 
 
 def write(folder, tensors, **facts):
@@ -51,14 +55,20 @@ def write(folder, tensors, **facts):
     folder = pathlib.Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        entries = pool.map(lambda path: {"size": path.stat().st_size, "sha256": _checksum(path, flush=True)}, paths)
-        listed = {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
+        entries = pool.map(
+            lambda path: {"size": path.stat().st_size, "sha256": _checksum(path, flush=True)}, paths
+        )
+        listed = {
+            path.relative_to(folder).as_posix(): entry
+            for path, entry in zip(paths, entries, strict=True)
+        }
     for parent in {path.parent for path in paths}:
         atomic_io.flush_folder(parent)
     manifest = {"time": time.time(), **facts, "files": listed, "tensors": tensors}
     body = json.dumps(manifest, indent=1)
     atomic_io.write(
-        folder / NAME, json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body + "\n"
+        folder / NAME,
+        json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body + "\n",
     )
     return manifest
 
@@ -70,7 +80,10 @@ def read(folder):
       FileNotFoundError: there is none. ValueError: it is damaged.
     """
     head, _, body = pathlib.Path(folder, NAME).read_text().partition("\n")
-    if json.loads(head)["sha256"] != hashlib.sha256(body[:-1].encode()).hexdigest() or body[-1:] != "\n":
+    if (
+        json.loads(head)["sha256"] != hashlib.sha256(body[:-1].encode()).hexdigest()
+        or body[-1:] != "\n"
+    ):
         raise ValueError("its checksum is wrong")
     return json.loads(body)
 
@@ -78,7 +91,9 @@ def read(folder):
 def _sizes(folder):
     """{name: bytes} of the files below a folder; a run may be writing to it, so files may go."""
     sizes = {}
-    for path in (pathlib.Path(above, name) for above, _, names in os.walk(folder) for name in names):
+    for path in (
+        pathlib.Path(above, name) for above, _, names in os.walk(folder) for name in names
+    ):
         with contextlib.suppress(FileNotFoundError):
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     return sizes
@@ -120,7 +135,11 @@ def verify(folder, contents=True):
 def steps(workdir):
     """Folders of the steps below workdir/checkpoints, whatever their state: {step: path}, oldest first."""
     root = pathlib.Path(workdir, FOLDER)
-    found = {int(path.name): path for path in root.glob("*") if path.name.isdigit()} if root.is_dir() else {}
+    found = (
+        {int(path.name): path for path in root.glob("*") if path.name.isdigit()}
+        if root.is_dir()
+        else {}
+    )
     return dict(sorted(found.items()))
 
 
@@ -137,7 +156,9 @@ def good_step(workdir, set_aside=False):
         verdict = verify(path)
         if verdict.state == "good":
             if problems:
-                log.warning("RESTORING AN OLDER CHECKPOINT, step %d: %s", step, "; ".join(problems.values()))
+                log.warning(
+                    "RESTORING AN OLDER CHECKPOINT, step %d: %s", step, "; ".join(problems.values())
+                )
             return step
         problems[step] = f"step {step} is {verdict}"
         if set_aside:
@@ -145,7 +166,9 @@ def good_step(workdir, set_aside=False):
     told = "; ".join(problems.values())
     if pathlib.Path(workdir, FOLDER, SEALED).exists():
         told = told or "all of them are gone"
-        raise UserError(f"{workdir} has no good checkpoint: {told}. To start over, choose another --workdir")
+        raise UserError(
+            f"{workdir} has no good checkpoint: {told}. To start over, choose another --workdir"
+        )
     if problems:
         log.warning("starting from the beginning, as no save was ever completed: %s", told)
     return None

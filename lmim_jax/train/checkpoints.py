@@ -51,7 +51,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace):
-        self.wait(must_succeed=kind in (None, Preempted))  # a preempted run that is not saved must not look like one
+        self.wait(
+            must_succeed=kind in (None, Preempted)
+        )  # a preempted run that is not saved must not look like one
         self._orbax.close()
 
     @property
@@ -64,7 +66,11 @@ class Checkpoints:
 
     def latest(self):
         """The newest sealed step, or None; its contents are not verified."""
-        sealed = [step for step, path in steps(self._workdir).items() if (path / checkpoint_manifest.NAME).exists()]
+        sealed = [
+            step
+            for step, path in steps(self._workdir).items()
+            if (path / checkpoint_manifest.NAME).exists()
+        ]
         return sealed[-1] if sealed else None
 
     def restore(self, abstract, shardings):
@@ -87,15 +93,25 @@ class Checkpoints:
             return None
         folder = self._root / str(step)
         known, wanted = checkpoint_manifest.read(folder)["tensors"], _tensors(abstract)
-        if differing := sorted(name for name in known.keys() | wanted.keys() if known.get(name) != wanted.get(name)):
+        if differing := sorted(
+            name for name in known.keys() | wanted.keys() if known.get(name) != wanted.get(name)
+        ):
             form = lambda tensor: f"{tensor['dtype']}{tensor['shape']}" if tensor else "absent"
-            listed = "; ".join(f"{n}: {form(known.get(n))} -> {form(wanted.get(n))}" for n in differing[:3])
+            listed = "; ".join(
+                f"{n}: {form(known.get(n))} -> {form(wanted.get(n))}" for n in differing[:3]
+            )
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise UserError(f"the checkpoint of step {step} in {self._workdir} holds another model: {listed}{more}")
-        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            raise UserError(
+                f"the checkpoint of step {step} in {self._workdir} holds another model: {listed}{more}"
+            )
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        )
         target = jax.tree.map(place, _plain(abstract), shardings)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        found = self._orbax.restore(folder / "state", args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
+        found = self._orbax.restore(
+            folder / "state", args=ocp.args.PyTreeRestore(target, restore_args=restore_args)
+        )
         return found.replace(rng=jax.random.wrap_key_data(found.rng))
 
     def save(self, state, step):
@@ -115,11 +131,17 @@ class Checkpoints:
         except Exception as error:
             self._failed(step, error)
         else:
-            self._thread = threading.Thread(target=self._seal, args=(step, _tensors(state)), name=f"seal step {step}")
+            self._thread = threading.Thread(
+                target=self._seal, args=(step, _tensors(state)), name=f"seal step {step}"
+            )
             self._thread.start()
         if self._failures >= self._config.checkpoint_max_failures:
-            raise SaveFailed(f"{self._failures} saves in a row failed: {self._error}; {self.tell()}")
-        log.info("saving step %d (training was held up for %.2f s)", step, time.perf_counter() - began)
+            raise SaveFailed(
+                f"{self._failures} saves in a row failed: {self._error}; {self.tell()}"
+            )
+        log.info(
+            "saving step %d (training was held up for %.2f s)", step, time.perf_counter() - began
+        )
 
     def wait(self, must_succeed=False):
         """Wait for the save under way.
@@ -136,7 +158,11 @@ class Checkpoints:
     def tell(self):
         """Half a sentence for an error: what a stopped run has left."""
         latest = self.latest()
-        return "no checkpoint had been saved" if latest is None else f"the checkpoint of step {latest} is good"
+        return (
+            "no checkpoint had been saved"
+            if latest is None
+            else f"the checkpoint of step {latest} is good"
+        )
 
     def _seal(self, step, tensors):
         """In the background: once Orbax is done, write the manifest; then, and only then, delete old steps."""
@@ -146,7 +172,9 @@ class Checkpoints:
                 checkpoint_manifest.write(self._root / str(step), tensors, step=step)
                 (self._root / SEALED).touch()
             self._meet("sealed")
-        except Exception as error:  # disk full, folder gone, ...: training goes on, and the save is tried again
+        except (
+            Exception
+        ) as error:  # disk full, folder gone, ...: training goes on, and the save is tried again
             self._failed(step, error)
             return
         self._failures, self._error = 0, None
@@ -173,11 +201,19 @@ class Checkpoints:
 
     def _delete_old(self):
         """Delete sealed steps that nothing asks to keep; renamed first, so that none is ever half a step."""
-        sealed = [step for step, path in steps(self._workdir).items() if (path / checkpoint_manifest.NAME).exists()]
-        newest, every, best = (self._config[f"checkpoint_{name}"] for name in ("keep", "keep_every", "best"))
+        sealed = [
+            step
+            for step, path in steps(self._workdir).items()
+            if (path / checkpoint_manifest.NAME).exists()
+        ]
+        newest, every, best = (
+            self._config[f"checkpoint_{name}"] for name in ("keep", "keep_every", "best")
+        )
         keep = set(sealed[-newest:]) | {step for step in sealed if every and step % every == 0}
         lines = history(self._workdir) if best else []
-        values = {line["step"]: line[best] for line in lines if best in line and line["step"] in sealed}
+        values = {
+            line["step"]: line[best] for line in lines if best in line and line["step"] in sealed
+        }
         keep |= {max(values, key=values.get)} if values else set()
         for step in set(sealed) - keep:
             (self._root / str(step)).rename(self._root / f"{DELETED}{step}")
@@ -189,7 +225,9 @@ def newest(workdir):
     """The newest good step of a run; UserError where there is none."""
     step = good_step(workdir)
     if step is None:
-        raise UserError(f"{workdir}: no checkpoints here; give the --workdir of a run that has saved one")
+        raise UserError(
+            f"{workdir}: no checkpoints here; give the --workdir of a run that has saved one"
+        )
     return step
 
 
@@ -207,7 +245,9 @@ def weights(workdir, method, step=None):
     tree = {"params": params, "target": method.target_of(params)}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     restore = ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
-    found = _orbax().restore(pathlib.Path(workdir).absolute() / FOLDER / str(step) / "state", args=restore)
+    found = _orbax().restore(
+        pathlib.Path(workdir).absolute() / FOLDER / str(step) / "state", args=restore
+    )
     return found["params"], found["target"]
 
 
@@ -225,14 +265,18 @@ def _plain(state):
     """A state (of arrays or of shapes) with its random key as plain numbers."""
     key_data = jax.random.key_data
     abstract = isinstance(state.rng, jax.ShapeDtypeStruct)
-    return state.replace(rng=jax.eval_shape(key_data, state.rng) if abstract else key_data(state.rng))
+    return state.replace(
+        rng=jax.eval_shape(key_data, state.rng) if abstract else key_data(state.rng)
+    )
 
 
 def _tensors(state):
     """{path: {"shape", "dtype"}} of a state."""
     paths = jax.tree_util.tree_leaves_with_path(_plain(state))
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {name(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in paths}
+    return {
+        name(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in paths
+    }
 
 
 def _first_line(error):

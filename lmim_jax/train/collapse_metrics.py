@@ -63,7 +63,9 @@ def make(method, data, count):
     def gauges(params, target, images, weight):
         of_target = method.features({**params, **target}, images)
         latents = of_target.get("latents", of_target["patches"]).astype(jnp.float32).mean(axis=1)
-        features = method.features(params, images)["patches_prenorm"].astype(jnp.float32).mean(axis=1)
+        features = (
+            method.features(params, images)["patches_prenorm"].astype(jnp.float32).mean(axis=1)
+        )
         return {
             "collapse_index": collapse_index(latents, weight),
             "effective_rank": effective_rank(features, weight),

@@ -36,7 +36,11 @@ class Lock:
         if jax.process_index():
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._mine = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_of(os.getpid())}
+        self._mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "start": _start_of(os.getpid()),
+        }
         self._mine["since"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         while not self._take():
             holder = self._holder()
@@ -45,8 +49,12 @@ class Lock:
                     f"{workdir} is being written by another run (host {holder['host']}, pid {holder['pid']}, since "
                     f"{holder['since']}); stop that one, or choose another --workdir"
                 )
-            log.warning("taking over %s: its holder is gone (%s)", self._path, holder or "unreadable")
-            self._path.rename(self._path.with_name(f"lock.stale.{os.getpid()}"))  # one of several takers wins
+            log.warning(
+                "taking over %s: its holder is gone (%s)", self._path, holder or "unreadable"
+            )
+            self._path.rename(
+                self._path.with_name(f"lock.stale.{os.getpid()}")
+            )  # one of several takers wins
             self._path.with_name(f"lock.stale.{os.getpid()}").unlink()
         self._held = True
         self._stop = threading.Event()

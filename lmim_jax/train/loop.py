@@ -52,7 +52,10 @@ def train(config, workdir):
     # Devices
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(config.batch_size, config.micro_batches, mesh.size)
-    kind, shape = jax.devices()[0].device_kind, " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    kind, shape = (
+        jax.devices()[0].device_kind,
+        " x ".join(f"{name} {size}" for name, size in mesh.shape.items()),
+    )
     log.info("%d %s device(s) as %s, %d process(es)", mesh.size, kind, shape, jax.process_count())
 
     # Data
@@ -63,21 +66,32 @@ def train(config, workdir):
     log.info("%(train)d training and %(test)d test images", images)
 
     # Method
-    method = methods.from_config(config.method, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-    augmentation = device.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    method = methods.from_config(
+        config.method, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+    )
+    augmentation = device.from_config(
+        config.augment, image_size=method.image_size, eval_size=method.feature_size
+    )
     crop = host.from_config(config.data, augmentation, functools.partial(augment_keys, config.seed))
 
     # Optimiser
     warmup_steps = config.optimizer.warmup_epochs / config.epochs * total_steps
-    optimizer, learning_rate = adamw.from_config(config.optimizer, warmup_steps=warmup_steps, total_steps=total_steps)
+    optimizer, learning_rate = adamw.from_config(
+        config.optimizer, warmup_steps=warmup_steps, total_steps=total_steps
+    )
 
     # Evaluators
     abstract = jax.eval_shape(method.init, jax.random.key(0))
     has_target = "encoder" in method.target_of(abstract)
-    scheduled = evaluators.from_config(config.evaluators, steps_per_epoch=steps_per_epoch, has_target=has_target)
+    scheduled = evaluators.from_config(
+        config.evaluators, steps_per_epoch=steps_per_epoch, has_target=has_target
+    )
     for evaluator in scheduled:
         if not evaluator.due(total_steps, total_steps):
-            log.info("%s is not evaluated: the run is shorter than its interval (`every`)", evaluator.title)
+            log.info(
+                "%s is not evaluated: the run is shorter than its interval (`every`)",
+                evaluator.title,
+            )
 
     if config.on_nonfinite not in ("stop", "skip"):
         raise UserError(f"config.on_nonfinite={config.on_nonfinite!r} is none of: stop | skip")
@@ -96,10 +110,19 @@ def train(config, workdir):
 
         # State
         state, shardings = create(
-            method, optimizer, config.seed, mesh, rules=config.mesh.rules, min_size=config.mesh.min_size
+            method,
+            optimizer,
+            config.seed,
+            mesh,
+            rules=config.mesh.rules,
+            min_size=config.mesh.min_size,
         )
-        count = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
-        log.info("parameters: %s", ", ".join(f"{name} {number:,}" for name, number in count.items()))
+        count = {
+            name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()
+        }
+        log.info(
+            "parameters: %s", ", ".join(f"{name} {number:,}" for name, number in count.items())
+        )
         start = 0
         if restored := checkpoints.restore(state, shardings):
             state, start = restored, int(restored.step)
@@ -127,15 +150,24 @@ def train(config, workdir):
         def evaluate(done):
             """Run what is due after `done` steps, and is not there yet from before a restart."""
             for evaluator in scheduled:
-                if evaluator.due(done, total_steps) and not (done == start and writer.has(evaluator.title)):
+                if evaluator.due(done, total_steps) and not (
+                    done == start and writer.has(evaluator.title)
+                ):
                     began = time.perf_counter()
                     numbers, pictures = evaluator.run(method, state, data)
                     writer.write(done, numbers)
                     writer.draw(done, pictures)
-                    listed = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()) or evaluator.title
-                    log.info("step %d  %s  (%s)", done, listed, duration(time.perf_counter() - began))
+                    listed = (
+                        "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+                        or evaluator.title
+                    )
+                    log.info(
+                        "step %d  %s  (%s)", done, listed, duration(time.perf_counter() - began)
+                    )
 
-        with contextlib.suppress(preemption.Interrupted):  # by a signal, which the loop heeds after its next step
+        with contextlib.suppress(
+            preemption.Interrupted
+        ):  # by a signal, which the loop heeds after its next step
             evaluate(start)
         batches = loader.training(
             source["train"],
@@ -156,7 +188,12 @@ def train(config, workdir):
                     numbers |= gauge(state.params, state.target)
             meter.add(done, numbers)
             stop = notice.given(done)
-            save = stop or last or done % config.checkpoint_every == 0 or (log_due and checkpoints.failing)
+            save = (
+                stop
+                or last
+                or done % config.checkpoint_every == 0
+                or (log_due and checkpoints.failing)
+            )
             if save or any(evaluator.due(done, total_steps) for evaluator in scheduled):
                 meter.pause()  # and so make sure that this state is finite
                 try:
@@ -182,7 +219,9 @@ def train(config, workdir):
         summary = summaries.summarize(lines, total_steps=total_steps, seconds=meter.wall_seconds)
         if jax.process_index() == 0:
             write_picture(workdir, "curves", summaries.curves(lines, workdir))
-            atomic_io.write(pathlib.Path(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n")
+            atomic_io.write(
+                pathlib.Path(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n"
+            )
     log.info("finished %d steps in %s", total_steps, duration(summary["wall_seconds"]))
     log.info(summaries.table(summary, workdir))
     return summary

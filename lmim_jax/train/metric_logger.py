@@ -7,6 +7,8 @@ import time
 
 import jax
 
+from lmim_jax.utils.logging import duration
+
 log = logging.getLogger(__name__)
 
 
@@ -14,14 +16,20 @@ class NonFinite(RuntimeError):
     """Something became NaN or infinite; the message names step and quantities, the likely cause first."""
 
 
-CAUSES = ("input_mean", "target_norm", "loss")  # what a NaN elsewhere may come from, first things first
+CAUSES = (
+    "input_mean",
+    "target_norm",
+    "loss",
+)  # what a NaN elsewhere may come from, first things first
 QUIET = {"loss", "input_mean", "param_norm", "target_norm"}  # not in the second line on the console
 
 
 def check_finite(step, values, tell):
     """Raise NonFinite if the loss, the gradient norm, or anything else measured at `step` is NaN or infinite."""
     if bad := bad_values(values):
-        raise NonFinite(f"step {step}: {bad}. Stopped; {tell()}. Try a lower config.optimizer.base_lr")
+        raise NonFinite(
+            f"step {step}: {bad}. Stopped; {tell()}. Try a lower config.optimizer.base_lr"
+        )
 
 
 def bad_values(values):
@@ -38,13 +46,31 @@ class Meter:
     step has (the gauges) as they are.
     """
 
-    def __init__(self, writer, alarm, config, *, start, total_steps, steps_per_epoch, learning_rate, tell, began):
+    def __init__(
+        self,
+        writer,
+        alarm,
+        config,
+        *,
+        start,
+        total_steps,
+        steps_per_epoch,
+        learning_rate,
+        tell,
+        began,
+    ):
         """`alarm`: see `gauges.Alarm`; `config`: batch_size, log_every, on_nonfinite, max_skipped are read.
 
         `learning_rate`: function of the step; `tell`: gives what to say of checkpoints on NaN; `began`:
         `time.perf_counter()` at the start of the process.
         """
-        self._writer, self._alarm, self._began, self._rate, self._tell = writer, alarm, began, learning_rate, tell
+        self._writer, self._alarm, self._began, self._rate, self._tell = (
+            writer,
+            alarm,
+            began,
+            learning_rate,
+            tell,
+        )
         self._batch, self._log_every = config.batch_size, config.log_every
         self._max_skipped = config.max_skipped if config.on_nonfinite == "skip" else 0
         self._total, self._per_epoch, self._skipped = total_steps, steps_per_epoch, 0
@@ -103,8 +129,18 @@ class Meter:
         self._writer.write(step, {**mean, **extra})
         log.info(
             "step %d/%d  epoch %.2f/%.2f  loss %.4f  %.4g images/s  ETA %s  lr %.2e",
-            *(step, self._total, extra["epoch"], self._total / self._per_epoch, mean.get("loss", math.nan)),
-            *(extra["images_per_second"], duration(per_step * (self._total - step)), extra["learning_rate"]),
+            *(
+                step,
+                self._total,
+                extra["epoch"],
+                self._total / self._per_epoch,
+                mean.get("loss", math.nan),
+            ),
+            *(
+                extra["images_per_second"],
+                duration(per_step * (self._total - step)),
+                extra["learning_rate"],
+            ),
         )
         told = {name: value for name, value in mean.items() if name not in QUIET}
         log.info("    %s", "  ".join(f"{name} {value:.3g}" for name, value in told.items()))

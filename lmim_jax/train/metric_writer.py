@@ -21,13 +21,20 @@ class Writer:
 
     def __init__(self, workdir, start):
         """Open the writers; lines of steps after `start` (of a run that was killed) are dropped."""
-        self._workdir, self._pending, self._board, self._failing = pathlib.Path(workdir), b"", None, False
+        self._workdir, self._pending, self._board, self._failing = (
+            pathlib.Path(workdir),
+            b"",
+            None,
+            False,
+        )
         self._first, self._purge = jax.process_index() == 0, start + 1
         self.wall_seconds = 0.0  # that the run had taken before this start
         self._path = self._workdir / "metrics.jsonl"
         self._titles = set()
         if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start]
+            lines = [
+                line for line in self._path.read_text().splitlines() if _step_of(line) <= start
+            ]
             if self._first:
                 atomic_io.write(self._path, "".join(line + "\n" for line in lines))
             for line in map(json.loads, lines):
@@ -46,7 +53,10 @@ class Writer:
         from tensorboardX.summary import scalar
 
         self._pending += json.dumps({"step": step, **values}).encode() + b"\n"
-        self._try((self._append,), (self._record, step, [scalar(name, value) for name, value in values.items()]))
+        self._try(
+            (self._append,),
+            (self._record, step, [scalar(name, value) for name, value in values.items()]),
+        )
 
     def draw(self, step, pictures):
         """Pictures {name: uint8 [H, W, 3]} as workdir/pictures/NAME_STEP.png and in TensorBoard."""
@@ -56,7 +66,10 @@ class Writer:
 
         titles = {name: f"{name.rpartition('/')[2]}_{step:07d}" for name in pictures}
         summaries = [image(name, picture, dataformats="HWC") for name, picture in pictures.items()]
-        drawn = [(write_picture, self._workdir, titles[name], picture) for name, picture in pictures.items()]
+        drawn = [
+            (write_picture, self._workdir, titles[name], picture)
+            for name, picture in pictures.items()
+        ]
         self._try(*drawn, (self._record, step, summaries))
 
     def close(self):
@@ -68,7 +81,9 @@ class Writer:
         if self._pending:
             self._try((self._append,))
             if self._pending:
-                raise UserError(f"{self._path}: its last lines cannot be written; make room, and run the command again")
+                raise UserError(
+                    f"{self._path}: its last lines cannot be written; make room, and run the command again"
+                )
         if self._board:
             self._try((self._board.close,))
 
@@ -82,7 +97,9 @@ class Writer:
                 self._board, failed = None, True
                 if not self._failing:
                     log.error(
-                        "cannot write to %s (%s): metrics wait in memory, to be tried again", self._workdir, error
+                        "cannot write to %s (%s): metrics wait in memory, to be tried again",
+                        self._workdir,
+                        error,
                     )
                 self._failing = True
         self._failing = failed
@@ -109,7 +126,9 @@ class Writer:
             self._board = EventsWriter(str(folder / "events"))
             # tell TensorBoard to forget what it knows of later steps
             restart = SessionLog(status=SessionLog.START)
-            self._board.write_event(Event(wall_time=time.time(), step=self._purge, session_log=restart))
+            self._board.write_event(
+                Event(wall_time=time.time(), step=self._purge, session_log=restart)
+            )
         for summary in summaries:
             self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         self._board.flush()

@@ -43,6 +43,9 @@ def note(workdir):
     """Add this start to the run's; a full disk must not stop a run here."""
     if jax.process_index() == 0:
         try:
-            atomic_io.write(pathlib.Path(workdir, NAME), json.dumps([*starts(workdir), describe()], indent=2) + "\n")
+            atomic_io.write(
+                pathlib.Path(workdir, NAME),
+                json.dumps([*starts(workdir), describe()], indent=2) + "\n",
+            )
         except OSError as error:
             log.warning("%s was not written: %s", NAME, error)

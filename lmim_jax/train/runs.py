@@ -45,7 +45,9 @@ class Run:
         """
         step = checkpoints.newest(self.workdir)
         params, target = checkpoints.weights(self.workdir, self.method, step)
-        sealed = (checkpoint_manifest.steps(self.workdir)[step] / checkpoint_manifest.NAME).read_text()
+        sealed = (
+            checkpoint_manifest.steps(self.workdir)[step] / checkpoint_manifest.NAME
+        ).read_text()
         placed = jax.device_put((params, target), sharding.replicated(mesh))
         return Weights(*placed, step, json.loads(sealed.partition("\n")[0])["sha256"])
 
@@ -53,7 +55,9 @@ class Run:
         """The Weights that it began with, on all devices."""
 
         def fresh():
-            params = self.method.init(jax.random.split(jax.random.key(self.config["seed"]))[0])  # as in state.init
+            params = self.method.init(
+                jax.random.split(jax.random.key(self.config["seed"]))[0]
+            )  # as in state.init
             return params, self.method.target_of(params)
 
         return Weights(*jax.jit(fresh, out_shardings=sharding.replicated(mesh))(), 0, "")
@@ -69,7 +73,10 @@ class Run:
         """
         source = {split: sources.from_config(knobs, split) for split in ("train", "test")}
         sizes = dict(image_size=self.method.image_size, eval_size=self.method.feature_size)
-        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in self.config["augment"].items()}
+        fields = {
+            name: tuple(x) if isinstance(x, list) else x
+            for name, x in self.config["augment"].items()
+        }
         return Evaluation(source, knobs, device.from_config(fields, **sizes), mesh, **options)
 
     def data_config(self, defaults, changes):
@@ -79,7 +86,13 @@ class Run:
           defaults: all knobs there are; for what was not a knob yet when the run was made.
           changes: {knob: value} instead of those of the run.
         """
-        return ConfigDict({**defaults, **{k: v for k, v in self.config["data"].items() if k in defaults}, **changes})
+        return ConfigDict(
+            {
+                **defaults,
+                **{k: v for k, v in self.config["data"].items() if k in defaults},
+                **changes,
+            }
+        )
 
 
 def open_run(workdir):
@@ -89,7 +102,11 @@ def open_run(workdir):
       UserError: there is none, or it cannot be read.
     """
     config = read_config(workdir)
-    return Run(pathlib.Path(workdir), config, methods.from_config(config["method"], total_steps=1, steps_per_epoch=1))
+    return Run(
+        pathlib.Path(workdir),
+        config,
+        methods.from_config(config["method"], total_steps=1, steps_per_epoch=1),
+    )
 
 
 def read_config(workdir):
@@ -104,9 +121,13 @@ def read_config(workdir):
         if missing := {"method", "data", "augment", "seed"} - config.keys():
             raise KeyError(*sorted(missing))
     except FileNotFoundError as error:
-        raise UserError(f"{workdir} is no run: it has no config.json; give the --workdir of one") from error
+        raise UserError(
+            f"{workdir} is no run: it has no config.json; give the --workdir of one"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read as the config of a run ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"{path} cannot be read as the config of a run ({type(error).__name__}: {error})"
+        ) from error
     return config
 
 

@@ -39,11 +39,15 @@ class Model:
         """
         if self.exported:
             if wanted not in (None, self.exported):
-                raise UserError(f"{self.path} holds the {self.exported} weights; for others, export the run again")
+                raise UserError(
+                    f"{self.path} holds the {self.exported} weights; for others, export the run again"
+                )
             return self.exported
         measured = {section.params for section in self.config.evaluators.values()}
         if not wanted and len(measured) != 1:
-            raise UserError("this run's evaluators do not say which weights are the ones to take; give --weights")
+            raise UserError(
+                "this run's evaluators do not say which weights are the ones to take; give --weights"
+            )
         return wanted or measured.pop()
 
     def weights(self, which):
@@ -57,7 +61,9 @@ class Model:
         if self.exported:  # the chosen ones are in place of the online ones
             return self.params
         if which == "target" and "encoder" not in self.target:
-            raise UserError(f"{self.path}: there is no target encoder here; take the online weights")
+            raise UserError(
+                f"{self.path}: there is no target encoder here; take the online weights"
+            )
         return {**self.params, **self.target} if which == "target" else self.params
 
 
@@ -73,9 +79,13 @@ def open_model(path):
     if (path / WEIGHTS).is_file():
         tree = unflatten_dict(array_io.read(path / WEIGHTS)[0], sep="/")
         made = config.pop("exported")
-        return Model(path, runs.with_tuples(config), method, tree, {}, made["step"], made["weights"])
+        return Model(
+            path, runs.with_tuples(config), method, tree, {}, made["step"], made["weights"]
+        )
     step = checkpoints.newest(path)
-    return Model(path, runs.with_tuples(config), method, *checkpoints.weights(path, method, step), step)
+    return Model(
+        path, runs.with_tuples(config), method, *checkpoints.weights(path, method, step), step
+    )
 
 
 def flat(tree):

@@ -43,7 +43,9 @@ def gradients(method, augment, micro_batches, params, target, rng, step, batch):
     return jax.tree.map(lambda x: x / micro_batches, total)
 
 
-def make_train_step(method, augment, optimizer, mesh, micro_batches=1, skip_nonfinite=False, shardings=None):
+def make_train_step(
+    method, augment, optimizer, mesh, micro_batches=1, skip_nonfinite=False, shardings=None
+):
     """Build `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Args:
@@ -68,8 +70,12 @@ def make_train_step(method, augment, optimizer, mesh, micro_batches=1, skip_nonf
 
         def on_device(params, target, rng, step, batch):
             params, target = sharding.gather((params, target), (specs.params, specs.target))
-            grads, metrics = gradients(method, augment, micro_batches, params, target, rng, step, batch)
-            return sharding.mean_scattered(grads, specs.params), jax.lax.pmean(metrics, sharding.AXES)
+            grads, metrics = gradients(
+                method, augment, micro_batches, params, target, rng, step, batch
+            )
+            return sharding.mean_scattered(grads, specs.params), jax.lax.pmean(
+                metrics, sharding.AXES
+            )
 
         return jax.shard_map(
             on_device,
@@ -87,7 +93,10 @@ def make_train_step(method, augment, optimizer, mesh, micro_batches=1, skip_nonf
         target = update_target(state.target, method.target_of(params), method.ema_rate(state.step))
         # Behind a barrier, so that the squares are not shared with Adam's, which would write them to memory on a CPU
         metrics |= {"grad_norm": optax.tree.norm(jax.lax.optimization_barrier(grads))}
-        metrics |= {"param_norm": optax.tree.norm(params), "target_norm": jnp.float32(optax.tree.norm(target))}
+        metrics |= {
+            "param_norm": optax.tree.norm(params),
+            "target_norm": jnp.float32(optax.tree.norm(target)),
+        }
         new, old = (params, target, opt_state), (state.params, state.target, state.opt_state)
         if skip_nonfinite:
             # Where these are finite, so is the new state: nothing else can spoil a checkpoint.
@@ -95,7 +104,9 @@ def make_train_step(method, augment, optimizer, mesh, micro_batches=1, skip_nonf
             new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
             metrics |= {"skipped": 1.0 - finite}
         params, target, opt_state = new
-        return state.replace(step=state.step + 1, params=params, target=target, opt_state=opt_state), metrics
+        return state.replace(
+            step=state.step + 1, params=params, target=target, opt_state=opt_state
+        ), metrics
 
     return train_step
 
@@ -103,7 +114,9 @@ def make_train_step(method, augment, optimizer, mesh, micro_batches=1, skip_nonf
 def jit_step(config, method, augmentation, optimizer, mesh, shardings):
     """The train step as it runs here and in benchmarks; `shardings` are those of the state, which is donated."""
     skip = config.on_nonfinite == "skip"
-    step = make_train_step(method, augmentation, optimizer, mesh, config.micro_batches, skip, shardings)
+    step = make_train_step(
+        method, augmentation, optimizer, mesh, config.micro_batches, skip, shardings
+    )
     return jax.jit(
         run_as(step, config.remat, config.scan_layers),
         donate_argnums=0,

@@ -21,7 +21,10 @@ NEXT = (
         "./launch/local.sh --config.method.target=joint --config.method.loss=mse --workdir=runs/collapse",
     ),
     ("a page of this run", "python -m lmim_jax.cli.report {run}"),
-    ("what it is worth", "python -m lmim_jax.cli.evaluate --workdir={run} --evaluators=all --baselines"),
+    (
+        "what it is worth",
+        "python -m lmim_jax.cli.evaluate --workdir={run} --evaluators=all --baselines",
+    ),
     ("use the features", "docs/features.md"),
 )
 
@@ -50,12 +53,18 @@ def summarize(lines, *, total_steps, seconds):
         if line["step"] == 0:
             untrained |= line
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    summary = {"steps": total_steps, "images_per_second": statistics.median(speeds), "wall_seconds": seconds}
+    summary = {
+        "steps": total_steps,
+        "images_per_second": statistics.median(speeds),
+        "wall_seconds": seconds,
+    }
     summary |= {name: last[name] for name in GAUGES if name in last}
     evaluated = {name: value for name, value in last.items() if "/" in name}
     for name in evaluated:
         title, figure = name.split("/", 1)
-        if figure.startswith("knn") and figure not in summary:  # of several k-NN evaluators, the first
+        if (
+            figure.startswith("knn") and figure not in summary
+        ):  # of several k-NN evaluators, the first
             rows = {row: last.get(f"{title}/{row}_{figure}") for row in ("pixels", "histogram")}
             rows |= {"untrained": untrained.get(name), "trained": last[name]}
             summary[figure] = {row: value for row, value in rows.items() if value is not None}
@@ -68,13 +77,25 @@ def table(summary, workdir):
     for figure, rows in summary.items():
         if isinstance(rows, dict):
             k = figure.removeprefix("knn")
-            lines += ["", f"Accuracy of the {k} nearest neighbours by cosine similarity (k-NN {k}), test images:", ""]
+            lines += [
+                "",
+                f"Accuracy of the {k} nearest neighbours by cosine similarity (k-NN {k}), test images:",
+                "",
+            ]
             lines += [f"  {ROWS[row]:<20}{value:6.1f} %" for row, value in rows.items()]
     lines += [""]
     if "collapse_index" in summary:
-        state = "collapsed: all images look alike" if summary["collapse_index"] > COLLAPSED else "not collapsed"
-        lines += [f"  collapse index      {summary['collapse_index']:6.2f}    ({state}; 1 is total)"]
-        lines += [f"  effective rank      {summary['effective_rank']:6.1f}    (dimensions that the features use)"]
+        state = (
+            "collapsed: all images look alike"
+            if summary["collapse_index"] > COLLAPSED
+            else "not collapsed"
+        )
+        lines += [
+            f"  collapse index      {summary['collapse_index']:6.2f}    ({state}; 1 is total)"
+        ]
+        lines += [
+            f"  effective rank      {summary['effective_rank']:6.1f}    (dimensions that the features use)"
+        ]
     lines += [f"  speed               {summary['images_per_second']:6.0f} images/s", ""]
     folder = pathlib.Path(workdir)
     kept = (
@@ -97,14 +118,33 @@ def curves(lines, workdir):
 def panels(lines):
     """The curves of a run as panels of `pictures.curves`, from the lines of `history`; those that are not empty."""
     names = {name for line in lines for name in line}
-    series = {name: tuple(zip(*[(x["step"], x[name]) for x in lines if name in x], strict=True)) for name in names}
+    series = {
+        name: tuple(zip(*[(x["step"], x[name]) for x in lines if name in x], strict=True))
+        for name in names
+    }
     of = lambda *wanted: {name: series[name] for name in wanted if name in names}
     constant = lambda label, name: {label: series[name][1][-1]} if name in names else {}
     found = [
-        ("loss", of("loss", "reconstruction", *sorted(name for name in names if name.endswith("_loss"))), {}),
-        ("patch accuracy: a prediction picks its own target", of("patch_accuracy"), constant("chance", "patch_chance")),
-        ("similarity of patches within an image", of(*sorted(x for x in names if x.startswith("similarity_"))), {}),
-        ("collapse index: similarity of different images", of("collapse_index"), {"collapsed above": COLLAPSED}),
+        (
+            "loss",
+            of("loss", "reconstruction", *sorted(name for name in names if name.endswith("_loss"))),
+            {},
+        ),
+        (
+            "patch accuracy: a prediction picks its own target",
+            of("patch_accuracy"),
+            constant("chance", "patch_chance"),
+        ),
+        (
+            "similarity of patches within an image",
+            of(*sorted(x for x in names if x.startswith("similarity_"))),
+            {},
+        ),
+        (
+            "collapse index: similarity of different images",
+            of("collapse_index"),
+            {"collapsed above": COLLAPSED},
+        ),
         ("effective rank: dimensions that features use", of("effective_rank"), {}),
         ("feature std: spread of different images", of("feature_std"), {}),
     ]

@@ -45,7 +45,9 @@ def check(workdir, config, data):
     old, new = ([side.get(key, "absent") for key in keys] for side in flat)
     differing = [f"{key} {a} -> {b}" for key, a, b in zip(keys, old, new, strict=True) if a != b]
     if differing:
-        raise UserError(f"{workdir} is the run of another config ({', '.join(differing)}); choose another --workdir")
+        raise UserError(
+            f"{workdir} is the run of another config ({', '.join(differing)}); choose another --workdir"
+        )
 
 
 def claim(workdir, config, data):
@@ -55,8 +57,12 @@ def claim(workdir, config, data):
       UserError: naming processes that do not see the same folder.
     """
     path = pathlib.Path(workdir, "config.json")
-    if jax.process_index() == 0 and (not path.exists() or (data and IMAGES not in json.loads(path.read_text()))):
-        log.info("new run in %s" if not path.exists() else "the images are new to the run in %s", workdir)
+    if jax.process_index() == 0 and (
+        not path.exists() or (data and IMAGES not in json.loads(path.read_text()))
+    ):
+        log.info(
+            "new run in %s" if not path.exists() else "the images are new to the run in %s", workdir
+        )
         atomic_io.write(path, json.dumps(_as_read(config, data), indent=2) + "\n")
     multihost.gather("written")
     deadline = time.monotonic() + UNSEEN
@@ -64,7 +70,9 @@ def claim(workdir, config, data):
         time.sleep(1)
     seen = multihost.gather([socket.gethostname(), path.exists()])
     if blind := [f"process {i} (host {host})" for i, (host, found) in enumerate(seen) if not found]:
-        raise UserError(f"{workdir} is not the same folder on all hosts: {', '.join(blind)} finds no {path.name} there")
+        raise UserError(
+            f"{workdir} is not the same folder on all hosts: {', '.join(blind)} finds no {path.name} there"
+        )
 
 
 def _as_read(config, data):
@@ -86,6 +94,8 @@ def pin_kernels(workdir, deterministic):
     rank = os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
     path = pathlib.Path(workdir).absolute() / f"gpu_kernels_{rank}.textproto"
     path.parent.mkdir(parents=True, exist_ok=True)
-    flags = [f"--xla_gpu_{'load_autotune_results_from' if path.exists() else 'dump_autotune_results_to'}={path}"]
+    flags = [
+        f"--xla_gpu_{'load_autotune_results_from' if path.exists() else 'dump_autotune_results_to'}={path}"
+    ]
     flags += ["--xla_gpu_exclude_nondeterministic_ops=true"] if deterministic else []
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()

@@ -35,9 +35,13 @@ def read(path, roots=()):
     elif path.suffix in PICKLED:
         arrays, rest = _pickled(path, roots)
     else:
-        raise UserError(f"{path}: weights come as .safetensors, .npz, {', '.join(PICKLED)}, not as {path.suffix!r}")
+        raise UserError(
+            f"{path}: weights come as .safetensors, .npz, {', '.join(PICKLED)}, not as {path.suffix!r}"
+        )
     short = lambda x: x.dtype.kind in "fV" and x.dtype.itemsize < 4
-    return {_plain(name): x.astype(np.float32) if short(x) else x for name, x in arrays.items()}, rest
+    return {
+        _plain(name): x.astype(np.float32) if short(x) else x for name, x in arrays.items()
+    }, rest
 
 
 def write(path, arrays, metadata=None):
@@ -73,7 +77,9 @@ def _pickled(path, roots):
     import pickle
 
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE keeps its command line in the file
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # MAE keeps its command line in the file
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -88,7 +94,9 @@ def _pickled(path, roots):
     if inner := next((key for key in FULL if isinstance(content.get(key), dict)), None):
         rest, content = [key for key in content if key != inner], content[inner]
     elif any(isinstance(value, dict) for value in content.values()):
-        rest = [key for key, value in content.items() if key not in roots and not torch.is_tensor(value)]
+        rest = [
+            key for key, value in content.items() if key not in roots and not torch.is_tensor(value)
+        ]
         content = {key: value for key, value in content.items() if key not in rest}
     arrays = {}
     for name, value in _flat(content):
@@ -108,7 +116,9 @@ def _torch(path):
             "as .safetensors where there is one"
         ) from error
     if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 6):
-        raise UserError(f"torch {torch.__version__} is too old to open files of others; pip install 'torch>=2.6'")
+        raise UserError(
+            f"torch {torch.__version__} is too old to open files of others; pip install 'torch>=2.6'"
+        )
     return torch
 
 

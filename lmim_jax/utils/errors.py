@@ -15,7 +15,9 @@ class Stuck(RuntimeError):
 def fail(message, code=2):
     """Print one line to stderr and exit; 2 is for what only the user can mend."""
     print("error:", " ".join(str(message).split()), file=sys.stderr)
-    if isinstance(message, Stuck):  # threads that hang in a read would be waited for at exit, for ever
+    if isinstance(
+        message, Stuck
+    ):  # threads that hang in a read would be waited for at exit, for ever
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -62,12 +62,17 @@ class Html(str):
 
 def join(*parts):
     """Parts one after the other, as Html; text that is not Html is escaped."""
-    return Html("".join(part if isinstance(part, Html) else html.escape(str(part)) for part in parts))
+    return Html(
+        "".join(part if isinstance(part, Html) else html.escape(str(part)) for part in parts)
+    )
 
 
 def tag(name, /, *children, **attributes):
     """An element; `class_` and the like are attributes named as Python's keywords, `data_x` is `data-x`."""
-    written = [f'{key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items()]
+    written = [
+        f'{key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        for key, value in attributes.items()
+    ]
     start = f"<{' '.join([name, *written])}>"
     return Html(start if name in VOID else f"{start}{join(*children)}</{name}>")
 
@@ -76,7 +81,9 @@ def image(picture, alt):
     """uint8 [H, W, 3] as an <img> with its pixels inside: PNG, or JPEG where it is large."""
     drawn, buffer = Image.fromarray(np.ascontiguousarray(picture)), io.BytesIO()
     drawn.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    kind, options = ("png", dict(optimize=True)) if max(drawn.size) <= SHARP else ("jpeg", dict(quality=88))
+    kind, options = (
+        ("png", dict(optimize=True)) if max(drawn.size) <= SHARP else ("jpeg", dict(quality=88))
+    )
     drawn.save(buffer, kind, **options)
     return _embedded(kind, buffer, drawn, alt)
 
@@ -96,8 +103,12 @@ def _embedded(kind, buffer, drawn, alt):
 def table(head, rows, numbers=()):
     """A table of text; `numbers`: columns that are aligned to the right."""
     kind = lambda i: dict(class_="number") if i in numbers else {}
-    line = lambda name, cells: tag("tr", *(tag(name, cell, **kind(i)) for i, cell in enumerate(cells)))
-    return tag("div", tag("table", line("th", head), *(line("td", row) for row in rows)), class_="scroll")
+    line = lambda name, cells: tag(
+        "tr", *(tag(name, cell, **kind(i)) for i, cell in enumerate(cells))
+    )
+    return tag(
+        "div", tag("table", line("th", head), *(line("td", row) for row in rows)), class_="scroll"
+    )
 
 
 class Section(typing.NamedTuple):
@@ -119,13 +130,18 @@ def figure(picture, alt, caption, over=""):
 
 def cards(rows, columns, width):
     """A card for each row of figures, `columns` beside each other, at least `width` rem wide where there is room."""
-    made = [tag("div", tag("div", *row, class_="row", style=f"--columns:{columns}"), class_="card") for row in rows]
+    made = [
+        tag("div", tag("div", *row, class_="row", style=f"--columns:{columns}"), class_="card")
+        for row in rows
+    ]
     return tag("div", *made, class_="cards", style=f"--card-width:{width}rem")
 
 
 def explained(name, title, look, collapsed, *content):
     """A `Section` with its two explanations; `collapsed` may be ""."""
-    warning = [tag("p", tag("b", "If it collapsed: "), collapsed, class_="soft")] if collapsed else []
+    warning = (
+        [tag("p", tag("b", "If it collapsed: "), collapsed, class_="soft")] if collapsed else []
+    )
     return Section(name, title, join(tag("p", look), *warning, *content))
 
 
@@ -135,7 +151,10 @@ def document(title, head, sections, script=""):
     script: JavaScript of our own, never made of data.
     """
     links = [tag("a", section.title, href=f"#{section.name}") for section in sections]
-    body = [tag("section", tag("h2", section.title), section.content, id=section.name) for section in sections]
+    body = [
+        tag("section", tag("h2", section.title), section.content, id=section.name)
+        for section in sections
+    ]
     page_head = join(
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),

@@ -8,7 +8,9 @@ import jax
 
 def log_to_console():
     """Show the package's log on stderr, with the time; other libraries' only from warnings up."""
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax tells of every file it writes, and warns of what is meant
+    absl.logging.set_verbosity(
+        absl.logging.ERROR
+    )  # Orbax tells of every file it writes, and warns of what is meant
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # and matplotlib of its fonts
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

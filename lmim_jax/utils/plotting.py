@@ -28,7 +28,9 @@ def _grid(labels, columns, title, note, legend, side=1.5):
         ax.set_yticks([])
     for ax, label in zip(axes[:, 0], labels, strict=True):
         ax.set_ylabel(label, fontsize=8)
-    margins = dict(left=0.28 / width, right=1 - 0.04 / width, top=1 - 0.36 / height, bottom=0.78 / height)
+    margins = dict(
+        left=0.28 / width, right=1 - 0.04 / width, top=1 - 0.36 / height, bottom=0.78 / height
+    )
     figure.subplots_adjust(**margins, wspace=0.04, hspace=0.04)
     figure.suptitle(title, y=1 - 0.08 / height, fontsize=10, fontweight="bold")
     place = dict(loc="upper center", bbox_to_anchor=(0.5, 0.74 / height), ncols=len(legend))
@@ -82,7 +84,14 @@ def masking(inputs, crops, windows):
     for column, (original, crop, patches) in enumerate(zip(inputs, crops, windows, strict=True)):
         for top, left, side, visible in patches:
             color = SEEN if visible else HIDDEN
-            frame = Rectangle((left - 0.5, top - 0.5), side, side, fill=False, lw=1.2 if visible else 0.4, ec=color)
+            frame = Rectangle(
+                (left - 0.5, top - 0.5),
+                side,
+                side,
+                fill=False,
+                lw=1.2 if visible else 0.4,
+                ec=color,
+            )
             axes[1, column].add_patch(frame)
         for ax, picture in zip(axes[:, column], (original, crop, *cut(crop, patches)), strict=True):
             _show(ax, picture)
@@ -108,13 +117,19 @@ def features(inputs, colors, clusters, masks):
         labels += ["true mask"]
         legend += [Patch(fc=MASK(1), ec="k", label="object"), Patch(fc=MASK(0), label="background")]
         note += " The true mask is only shown, never trained on."
-    figure, axes = _grid(labels, len(inputs), "What the encoder sees: features of patches", note, legend)
+    figure, axes = _grid(
+        labels, len(inputs), "What the encoder sees: features of patches", note, legend
+    )
     for column in range(len(inputs)):
         _show(axes[0, column], inputs[column])
         axes[1, column].imshow(colors[column], interpolation="nearest")
-        axes[2, column].imshow(clusters[column], cmap=palette, vmin=-0.5, vmax=count - 0.5, interpolation="nearest")
+        axes[2, column].imshow(
+            clusters[column], cmap=palette, vmin=-0.5, vmax=count - 0.5, interpolation="nearest"
+        )
         if masks is not None:
-            axes[3, column].imshow(masks[column], cmap=MASK, vmin=0, vmax=1, interpolation="nearest")
+            axes[3, column].imshow(
+                masks[column], cmap=MASK, vmin=0, vmax=1, interpolation="nearest"
+            )
     return _pixels(figure)
 
 
@@ -131,14 +146,22 @@ def curves(panels, title, shared_legend=False):
     figure.suptitle(title, fontsize=11, fontweight="bold")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     fullest = max((lines for _, lines, _ in panels), key=len)
-    color = {label: f"C{i}" if i < 10 else str(i % 7 / 8) for i, label in enumerate(fullest)} if shared_legend else {}
-    for (name, lines, constants), ax in zip(panels, axes, strict=False):  # panels first, or an axis is lost
+    color = (
+        {label: f"C{i}" if i < 10 else str(i % 7 / 8) for i, label in enumerate(fullest)}
+        if shared_legend
+        else {}
+    )
+    for (name, lines, constants), ax in zip(
+        panels, axes, strict=False
+    ):  # panels first, or an axis is lost
         _plot(ax, lines, constants, color)
         ax.set_title(name, fontsize=9)
         if not shared_legend:
             ax.legend(fontsize=7)
         elif lines is fullest:
-            figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+            figure.legend(
+                *ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8
+            )
             fullest = None
     for ax in list(axes):
         ax.set_visible(False)
@@ -149,7 +172,12 @@ def chart(panel):
     """A panel of `curves` as SVG text in the ink of the page around it ("currentColor"), light or dark."""
     name, lines, constants = panel
     ink = "#010203"  # no line has this colour
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "text.color": ink}
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+        "text.color": ink,
+    }
     style |= {f"{axis}tick.{what}": ink for axis in "xy" for what in ("color", "labelcolor")}
     with matplotlib.rc_context({**style, "axes.edgecolor": ink, "axes.labelcolor": ink}):
         figure = Figure(figsize=(4, 2.6), layout="constrained")
@@ -162,7 +190,9 @@ def chart(panel):
     text = buffer.getvalue()
     # metadata, and a style that would hold for the whole page
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"|(?<=<g) id="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"|(?<=<g) id="[^"]*"', "", text).replace(
+        "xlink:href", "href"
+    )
     return re.sub(r"\s*\n\s*", " ", text).replace(ink, "currentColor")
 
 

@@ -7,7 +7,11 @@ import socket
 import subprocess
 import time
 
-MISSING = [program for program in ("slurmctld", "slurmd", "sbatch", "srun", "scontrol") if not shutil.which(program)]
+MISSING = [
+    program
+    for program in ("slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+    if not shutil.which(program)
+]
 WHY_NOT = (
     f"{', '.join(MISSING)} not found: apt-get install slurm-wlm"
     if MISSING
@@ -63,7 +67,9 @@ class Cluster:
         text = CONFIG.format(folder=self.folder, host=host, ports=ports, cpus=os.cpu_count())
         (self.folder / "slurm.conf").write_text(text)
         for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", host]):
-            self._daemons.append(subprocess.Popen(command, env=self.environment, stderr=subprocess.DEVNULL))
+            self._daemons.append(
+                subprocess.Popen(command, env=self.environment, stderr=subprocess.DEVNULL)
+            )
         deadline = time.monotonic() + 60
         while "idle" not in self.ask("sinfo", "--noheader", "--format=%T"):
             if time.monotonic() > deadline:
@@ -79,7 +85,9 @@ class Cluster:
 
     def ask(self, *command, **how):
         """The output of a Slurm command."""
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, **how).stdout
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, **how
+        ).stdout
 
     def field(self, job, name):
         """A field of `scontrol show job`."""

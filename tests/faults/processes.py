@@ -21,15 +21,28 @@ ROOT = pathlib.Path(conftest.ROOT)
 LIMIT = 300  # seconds that anything may take on a busy machine
 
 
-def start(images, workdir, *flags, processes=1, devices=1, launcher=(), different=(), program="main.py"):
+def start(
+    images, workdir, *flags, processes=1, devices=1, launcher=(), different=(), program="main.py"
+):
     """main.py as users call it, as so many processes of so many devices each: a list of Popen.
 
     launcher: a command that starts all processes; different: a list of more flags for each process; program: with the
     flags of main.py.
     """
     fake = f"{conftest.FAST} --xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": fake, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "JAX_PLATFORMS": "cpu"}
-    common = [*launcher, sys.executable, program, "--config=tests/tiny.py", f"--config.data.path={images}"]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": fake,
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+        "JAX_PLATFORMS": "cpu",
+    }
+    common = [
+        *launcher,
+        sys.executable,
+        program,
+        "--config=tests/tiny.py",
+        f"--config.data.path={images}",
+    ]
     common += [f"--workdir={workdir}", "--config.log_every=1", "--config.evaluators.knn.every=0"]
     common += ["--config.evaluators.visualization.every=0", *flags]
     ranks = [[]]
@@ -38,7 +51,10 @@ def start(images, workdir, *flags, processes=1, devices=1, launcher=(), differen
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         where = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
-        ranks = [[*where, f"--process_id={i}", *(different[i] if different else ())] for i in range(processes)]
+        ranks = [
+            [*where, f"--process_id={i}", *(different[i] if different else ())]
+            for i in range(processes)
+        ]
     return [Process([*common, *rank], cwd=ROOT, env=environment) for rank in ranks]
 
 
@@ -46,7 +62,9 @@ class Process(subprocess.Popen):
     """A process whose output is read all the time: one that writes into a full pipe would stand still."""
 
     def __init__(self, command, **how):
-        super().__init__(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+        super().__init__(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how
+        )
         self._lines = []
         self._reader = threading.Thread(target=lambda: self._lines.extend(self.stdout), daemon=True)
         self._reader.start()
@@ -92,14 +110,19 @@ def wait_for(condition, running):
 
 def saving(workdir):
     """Whether a save is under way: a step without a manifest."""
-    return any(not (path / checkpoint_manifest.NAME).exists() for path in checkpoints.steps(workdir).values())
+    return any(
+        not (path / checkpoint_manifest.NAME).exists()
+        for path in checkpoints.steps(workdir).values()
+    )
 
 
 def digest(workdir, step):
     """SHA-256 over all tensors of a saved step, names and bytes, as read by Orbax."""
     path, reader = checkpoints.steps(workdir)[step].absolute() / "state", ocp.PyTreeCheckpointer()
     # as plain arrays, wherever the devices were that saved them
-    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
+    plain = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree
+    )
     return digest_of(reader.restore(path, restore_args=plain))
 
 

@@ -29,7 +29,9 @@ def main(_):
         state = checkpoints.restore(recipe.state(), recipe.shardings(mesh))
     cut = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
     assert bool(cut) == (mesh.shape["fsdp"] > 1)
-    state = multihost_utils.process_allgather(state.replace(rng=jax.random.key_data(state.rng)), tiled=True)
+    state = multihost_utils.process_allgather(
+        state.replace(rng=jax.random.key_data(state.rng)), tiled=True
+    )
     print("step", int(state.step), processes.digest_of(state))
 
 

@@ -20,13 +20,22 @@ STEPS, BATCH = 12, 8
 def main(coordinator, count, rank, images, workers, start):
     """See above."""
     multihost.initialize(coordinator, int(count), int(rank))
-    config, source = ConfigDict({**OPTIONS, "workers": int(workers)}), sources.folder(images, "train")
-    options = dict(seed=0, batch_size=BATCH, steps=STEPS, start=int(start), mesh=sharding.make_mesh())
+    config, source = (
+        ConfigDict({**OPTIONS, "workers": int(workers)}),
+        sources.folder(images, "train"),
+    )
+    options = dict(
+        seed=0, batch_size=BATCH, steps=STEPS, start=int(start), mesh=sharding.make_mesh()
+    )
     for batch in loader.training(source, config, **options):
-        shards = sorted(batch["image"].addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        shards = sorted(
+            batch["image"].addressable_shards, key=lambda shard: shard.index[0].start or 0
+        )
         rows = np.concatenate([np.asarray(shard.data) for shard in shards])
         print("rows", hashlib.sha256(rows.tobytes()).hexdigest(), flush=True)
-    multihost_utils.sync_global_devices("all rows are read")  # leaving early would end the other process
+    multihost_utils.sync_global_devices(
+        "all rows are read"
+    )  # leaving early would end the other process
 
 
 if __name__ == "__main__":

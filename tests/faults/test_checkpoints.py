@@ -27,8 +27,12 @@ def state(seed, size=40):
     """A state of a few small tensors (size^2 numbers each)."""
     key = jax.random.key(seed)
     tensor = lambda i: jax.random.normal(jax.random.fold_in(key, i), (size, size))
-    params = {"encoder": {f"block{i:02d}": {"kernel": tensor(i), "bias": tensor(i)[0]} for i in range(3)}}
-    return TrainState(jnp.int32(seed), params, {"encoder": params["encoder"]["block00"]}, (jnp.int32(3),), key)
+    params = {
+        "encoder": {f"block{i:02d}": {"kernel": tensor(i), "bias": tensor(i)[0]} for i in range(3)}
+    }
+    return TrainState(
+        jnp.int32(seed), params, {"encoder": params["encoder"]["block00"]}, (jnp.int32(3),), key
+    )
 
 
 def shardings(of):
@@ -109,18 +113,26 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_restored(tmp_path, caplo
     cases = [(rng.choice(paths), "flip") for _ in range(50 if full else 8)]
     cases += [(rng.choice(paths), share) for share in (0, 0.5, 0.999)]
     cases += [(path, "delete") for path in paths[:: 1 if full else 5]]
-    cases += [(paths[0].parents[0] / checkpoint_manifest.NAME, "delete")] if paths[0].parents[0].name == "2" else []
+    cases += (
+        [(paths[0].parents[0] / checkpoint_manifest.NAME, "delete")]
+        if paths[0].parents[0].name == "2"
+        else []
+    )
     for i, (path, kind) in enumerate(cases):
         run = tmp_path / f"run{i}"
         shutil.copytree(tmp_path / "good", run)
         damage(run / path.relative_to(tmp_path / "good"), kind, rng)
         caplog.clear()
         assert same(restore(run), state(1)), (path, kind)
-        (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        (warning,) = [
+            record.getMessage() for record in caplog.records if record.levelname == "WARNING"
+        ]
         assert "RESTORING AN OLDER CHECKPOINT, step 1: step 2 is" in warning
         assert path.name in warning
         assert list(checkpoint.steps(run)) == [1]
-        assert [path.name.split("-")[0] for path in (run / "checkpoints" / "aside").iterdir()] == ["2"]
+        assert [path.name.split("-")[0] for path in (run / "checkpoints" / "aside").iterdir()] == [
+            "2"
+        ]
         shutil.rmtree(run)
 
 
@@ -128,7 +140,9 @@ def test_without_any_good_step_the_error_says_so(tmp_path):
     save(tmp_path, 1, 2)
     for step in (1, 2):
         flip(files(tmp_path / "checkpoints" / str(step) / "state")[3], random.Random(0))
-    with pytest.raises(UserError, match=r"no good checkpoint: step 2 is damaged: state/.*; step 1 is damaged"):
+    with pytest.raises(
+        UserError, match=r"no good checkpoint: step 2 is damaged: state/.*; step 1 is damaged"
+    ):
         restore(tmp_path)
     with pytest.raises(UserError, match="no good checkpoint: all of them are gone"):
         shutil.rmtree(tmp_path / "checkpoints" / "aside")
@@ -145,7 +159,9 @@ def test_a_first_save_cut_short_is_no_damage(tmp_path, caplog):
 
 def test_a_checkpoint_of_another_model_is_refused_by_tensor(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(UserError, match=r"holds another model: params/encoder/.*float32\[40\] -> float32\[41\]"):
+    with pytest.raises(
+        UserError, match=r"holds another model: params/encoder/.*float32\[40\] -> float32\[41\]"
+    ):
         restore(tmp_path, size=41)
     other = state(0).replace(step=jnp.float32(0))
     with (
@@ -156,16 +172,24 @@ def test_a_checkpoint_of_another_model_is_refused_by_tensor(tmp_path):
 
 
 def test_retention_keeps_the_newest_every_mth_and_the_best(tmp_path):
-    lines = [{"step": step, "knn/knn5": value} for step, value in ((1, 5.0), (3, 9.0), (5, 7.0), (9, 8.0))]
+    lines = [
+        {"step": step, "knn/knn5": value}
+        for step, value in ((1, 5.0), (3, 9.0), (5, 7.0), (9, 8.0))
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     change = {"checkpoint_keep": 2, "checkpoint_keep_every": 4, "checkpoint_best": "knn/knn5"}
     save(tmp_path, *range(1, 10), **change)
     assert list(checkpoint.steps(tmp_path)) == [3, 4, 8, 9]
-    assert all(checkpoint_manifest.verify(path).state == "good" for path in checkpoint.steps(tmp_path).values())
+    assert all(
+        checkpoint_manifest.verify(path).state == "good"
+        for path in checkpoint.steps(tmp_path).values()
+    )
 
 
 def test_a_step_stays_though_old_ones_cannot_be_deleted(tmp_path, caplog):
-    save(tmp_path, 1, checkpoint_best="knn/knn5")  # and there is no metrics.jsonl to find the best in
+    save(
+        tmp_path, 1, checkpoint_best="knn/knn5"
+    )  # and there is no metrics.jsonl to find the best in
     assert "old checkpoints could not be deleted" in caplog.text
     assert same(restore(tmp_path), state(1))
 
@@ -177,7 +201,9 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small disk needs root")
     path = tmp_path / "disk"
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", path], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", path], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
     yield path
@@ -214,7 +240,10 @@ def test_after_so_many_failures_the_run_stops_with_the_reason(tmp_path):
     config = tiny.get_config()
     config.checkpoint_max_failures = 3
     with (
-        pytest.raises(checkpoint.SaveFailed, match=r"3 saves in a row failed: .*; no checkpoint had been saved"),
+        pytest.raises(
+            checkpoint.SaveFailed,
+            match=r"3 saves in a row failed: .*; no checkpoint had been saved",
+        ),
         checkpoint.Checkpoints(tmp_path, config) as checkpoints,
     ):
         for step in range(1, 9):
@@ -277,7 +306,9 @@ def test_metrics_wait_for_space_and_are_all_there_in_the_end(small_disk, caplog)
     for step in range(2, 400):  # more than the pages at hand
         writer.write(step, {"loss": float(step), "padding" * 20: 1.0})
         writer.draw(step, {"given": np.zeros((300, 300, 3), np.uint8)} if step == 5 else {})
-    assert 1 <= caplog.text.count("cannot write to") < 10  # small pieces of space turn up now and then
+    assert (
+        1 <= caplog.text.count("cannot write to") < 10
+    )  # small pieces of space turn up now and then
     filler.unlink()
     writer.write(400, {"loss": 400.0})
     writer.close()
@@ -292,9 +323,17 @@ def test_the_tool_lists_every_step_and_finds_the_damage(tmp_path):
     path = files(tmp_path / "checkpoints" / "3" / "state")[-1]
     flip(path, random.Random(0))
     by_size, _ = tool.table(tmp_path, verify=False)
-    assert [line.split()[1] for line in by_size if line.split()[0].isdigit()] == ["good", "partial", "good"]
+    assert [line.split()[1] for line in by_size if line.split()[0].isdigit()] == [
+        "good",
+        "partial",
+        "good",
+    ]
     by_content, all_good = tool.table(tmp_path, verify=True)
-    assert [line.split()[1] for line in by_content if line.split()[0].isdigit()] == ["good", "partial", "damaged"]
+    assert [line.split()[1] for line in by_content if line.split()[0].isdigit()] == [
+        "good",
+        "partial",
+        "damaged",
+    ]
     assert any(path.name in line and "wrong checksum" in line for line in by_content)
     assert not all_good
     with pytest.raises(UserError, match="no checkpoints here"):

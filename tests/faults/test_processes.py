@@ -34,7 +34,9 @@ def whole(images, tmp_path_factory, last, flags):
     @functools.cache
     def run(number):
         workdir = tmp_path_factory.mktemp("whole")
-        for code, output in processes.finish(processes.start(images, workdir, *flags, SELDOM, processes=number)):
+        for code, output in processes.finish(
+            processes.start(images, workdir, *flags, SELDOM, processes=number)
+        ):
             assert code == 0, output
         losses = processes.losses(workdir)
         assert len(losses) == last
@@ -54,7 +56,9 @@ def moments(number, last):
     """When to kill, given the folder of a run: before the first save, inside a save, or at a random step."""
     before = lambda workdir, first: True
     inside = lambda workdir, first: processes.saving(workdir)
-    ahead = lambda steps: lambda workdir, first: processes.step_of(workdir) >= min(first + steps, last - 1)
+    ahead = lambda steps: (
+        lambda workdir, first: processes.step_of(workdir) >= min(first + steps, last - 1)
+    )
     some = lambda: random.randrange(1, last // 5)
     return [(before, inside, ahead(some()), ahead(some()))[i % 4] for i in range(number)]
 
@@ -66,12 +70,17 @@ def test_kill_9_at_any_moment_changes_no_bit(images, whole, tmp_path, part, full
         pytest.skip("more of the same; ./launch/test.sh --faults")
     kills = 0
     for now in moments(10 if full else 3, last):
-        (process,) = running = processes.start(images, tmp_path, *flags, f"--config.data.workers={int(kills % 3 == 2)}")
+        (process,) = running = processes.start(
+            images, tmp_path, *flags, f"--config.data.workers={int(kills % 3 == 2)}"
+        )
         first = processes.step_of(tmp_path)
         if first >= last - 2:
             processes.finish(running)
             break
-        processes.wait_for(lambda now=now, first=first: (tmp_path / "lock").exists() and now(tmp_path, first), running)
+        processes.wait_for(
+            lambda now=now, first=first: (tmp_path / "lock").exists() and now(tmp_path, first),
+            running,
+        )
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=20)
         kills += 1
@@ -84,7 +93,9 @@ def test_kill_9_at_any_moment_changes_no_bit(images, whole, tmp_path, part, full
 
 @pytest.mark.parametrize("number", (1, 2))
 @pytest.mark.parametrize("repetition", range(10))
-def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, number, repetition, full, last, flags):
+def test_a_signal_saves_the_step_and_exits_with_75(
+    images, whole, tmp_path, number, repetition, full, last, flags
+):
     """[1 + 1 runs / 10 with one process and 10 with two]; SIGTERM and SIGUSR1 in turn, to one of the processes.
 
     [Two processes go on after it only with --faults]
@@ -97,7 +108,9 @@ def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, numb
     began = time.monotonic()
     random.choice(running).send_signal((signal.SIGTERM, signal.SIGUSR1)[repetition % 2])
     ended = processes.finish(running)
-    assert time.monotonic() - began < (30 if full else 120), ended  # other tests run beside this one by default
+    assert time.monotonic() - began < (30 if full else 120), (
+        ended
+    )  # other tests run beside this one by default
     assert [code for code, _ in ended] == [75] * number, ended
     (step,) = {int(re.search(r"stopped after step (\d+)", output)[1]) for _, output in ended}
     assert moment <= step < last
@@ -105,14 +118,18 @@ def test_a_signal_saves_the_step_and_exits_with_75(images, whole, tmp_path, numb
     assert processes.manifest.verify(processes.checkpoint.steps(tmp_path)[step]).state == "good"
     if number > 1 and not full:
         return
-    for code, output in processes.finish(processes.start(images, tmp_path, *flags, SELDOM, processes=number)):
+    for code, output in processes.finish(
+        processes.start(images, tmp_path, *flags, SELDOM, processes=number)
+    ):
         assert code == 0, output
         assert number > 1 or f"resuming after step {step} " in output
     equals(whole(number), tmp_path)
 
 
 def test_no_worker_outlives_a_killed_run(images, tmp_path):
-    (process,) = running = processes.start(images, tmp_path, "--config.epochs=1000", "--config.data.workers=2")
+    (process,) = running = processes.start(
+        images, tmp_path, "--config.epochs=1000", "--config.data.workers=2"
+    )
     processes.wait_for(lambda: processes.step_of(tmp_path) >= 1, running)
     process.send_signal(signal.SIGKILL)
     process.told()  # ends when the last process that holds the pipe is gone

@@ -14,11 +14,17 @@ LIVING = "PENDING", "RUNNING", "COMPLETING", "COMPLETED"
 
 
 @pytest.mark.skipif(bool(cluster.WHY_NOT), reason=cluster.WHY_NOT or "-")
-def test_a_job_of_two_tasks_saves_on_its_signal_goes_back_into_the_queue_and_finishes(tmp_path, full):
+def test_a_job_of_two_tasks_saves_on_its_signal_goes_back_into_the_queue_and_finishes(
+    tmp_path, full
+):
     if not full:
         pytest.skip("some minutes; ./launch/test.sh --faults")
     workdir, log = tmp_path / "run", tmp_path / "job.log"
-    flags = ["--config=configs/quickstart.py", f"--workdir={workdir}", f"--config.total_steps={STEPS}"]
+    flags = [
+        "--config=configs/quickstart.py",
+        f"--workdir={workdir}",
+        f"--config.total_steps={STEPS}",
+    ]
     flags += ["--heartbeat=300", "--config.log_every=1", "--config.evaluators.knn.baselines=False"]
     flags += [f"--config.evaluators.{name}.every=0" for name in ("knn", "visualization")]
     options = ["--parsable", "--time=60", f"--ntasks-per-node={TASKS}", f"--output={log}"]
@@ -26,22 +32,33 @@ def test_a_job_of_two_tasks_saves_on_its_signal_goes_back_into_the_queue_and_fin
         environment = {**slurm.environment, "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
         environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
         command = ["sbatch", *options, "launch/slurm.sbatch", *flags]
-        sent = subprocess.run(command, cwd=processes.ROOT, env=environment, capture_output=True, text=True, check=True)
+        sent = subprocess.run(
+            command, cwd=processes.ROOT, env=environment, capture_output=True, text=True, check=True
+        )
         job = sent.stdout.strip()
 
         def wait_for(condition):
             deadline = time.monotonic() + 2 * processes.LIMIT
             while not condition():
-                assert slurm.field(job, "JobState") in ("PENDING", "RUNNING", "COMPLETING", "COMPLETED"), (
-                    log.read_text()
-                )
+                assert slurm.field(job, "JobState") in (
+                    "PENDING",
+                    "RUNNING",
+                    "COMPLETING",
+                    "COMPLETED",
+                ), log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.5)
 
         wait_for(lambda: processes.step_of(workdir) >= 10)
         slurm.ask("scancel", "--signal=USR1", job)  # as the time limit does, by #SBATCH --signal
-        wait_for(lambda: slurm.field(job, "Restarts") == "1" and slurm.field(job, "JobState") == "PENDING")
-        slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would wait two minutes
+        wait_for(
+            lambda: (
+                slurm.field(job, "Restarts") == "1" and slurm.field(job, "JobState") == "PENDING"
+            )
+        )
+        slurm.ask(
+            "scontrol", "update", f"JobId={job}", "StartTime=now"
+        )  # Slurm would wait two minutes
         wait_for(lambda: slurm.field(job, "JobState") == "COMPLETED")
     told = log.read_text()
     (step,) = {int(found) for found in re.findall(r"stopped after step (\d+)", told)}

@@ -70,7 +70,9 @@ def names():
     """The methods whose official names are known."""
     import lmim_jax.convert.official as package
 
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base")
+    return sorted(
+        module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base"
+    )
 
 
 def describe(method):
@@ -82,7 +84,9 @@ def describe(method):
     modules = [kind.__module__ for kind in type(method).__mro__]
     name = next(name for name in modules if name.startswith("lmim_jax.methods.")).rpartition(".")[2]
     if name not in names():
-        raise UserError(f"the names in {name}'s official code are not known here (of: {', '.join(names())})")
+        raise UserError(
+            f"the names in {name}'s official code are not known here (of: {', '.join(names())})"
+        )
     return importlib.import_module(f"lmim_jax.convert.official.{name}").describe(method)
 
 
@@ -116,14 +120,24 @@ def entries(method):
 def to_official(method, params, target):
     """{official name: array} of a whole model, constants included."""
     ours = flatten_dict({"params": params, "target": target}, sep="/")
-    theirs = {name: entry.layout.theirs(np.asarray(ours[entry.path])) for name, entry in entries(method).items()}
-    return {name: np.ascontiguousarray(value) for name, value in (theirs | describe(method).fixed).items()}
+    theirs = {
+        name: entry.layout.theirs(np.asarray(ours[entry.path]))
+        for name, entry in entries(method).items()
+    }
+    return {
+        name: np.ascontiguousarray(value)
+        for name, value in (theirs | describe(method).fixed).items()
+    }
 
 
 def from_official(method, arrays):
     """Our tree of those arrays that have a counterpart in it: {"params": ..., "target": ...}, or less; see `check`."""
     known = entries(method)
-    ours = {known[name].path: known[name].layout.ours(value) for name, value in arrays.items() if name in known}
+    ours = {
+        known[name].path: known[name].layout.ours(value)
+        for name, value in arrays.items()
+        if name in known
+    }
     return unflatten_dict(ours, sep="/")
 
 
@@ -137,7 +151,9 @@ def check(method, arrays, missing_ok=lambda name: False):
       UserError: listing what is missing, unexpected or different.
     """
     known, fixed = entries(method), describe(method).fixed
-    shapes = {name: entry.shape for name, entry in known.items()} | {name: x.shape for name, x in fixed.items()}
+    shapes = {name: entry.shape for name, entry in known.items()} | {
+        name: x.shape for name, x in fixed.items()
+    }
     problems = []
     for what, listed in (
         ("missing", [name for name in shapes if name not in arrays and not missing_ok(name)]),

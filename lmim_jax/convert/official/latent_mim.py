@@ -19,10 +19,18 @@ def describe(method):
     Raises:
       UserError: a decoder or target that the official code does not have.
     """
-    for key, value, known in (("decoder", method.decoder, ("cross",)), ("target", method.target, ("ema", "random"))):
+    for key, value, known in (
+        ("decoder", method.decoder, ("cross",)),
+        ("target", method.target, ("ema", "random")),
+    ):
         if value not in known:
-            raise UserError(f"config.method.{key}={value} is not in the official code ({' | '.join(known)})")
+            raise UserError(
+                f"config.method.{key}={value} is not in the official code ({' | '.join(known)})"
+            )
     table = lambda width: with_cls(sincos_positions(method.grid, width))
-    fixed = {f"{name}.pos_embed.pos_embeds": table(method.width) for name in ("encoder", "target_encoder")}
+    fixed = {
+        f"{name}.pos_embed.pos_embeds": table(method.width)
+        for name in ("encoder", "target_encoder")
+    }
     fixed["decoder.pos_embed.pos_embeds"] = table(method.decoder_width)
     return Official(RENAMED, (), fixed)

@@ -51,7 +51,9 @@ def resize_weights(grid, low, high, canvas, size, kernel):
     samples = jnp.arange(canvas)
     sources = (2 * samples - 2 * start + 1) * denominator
     targets = (2 * (first + jnp.arange(size)) + 1) * numerator
-    weights = kernel((sources[None, :] - targets[:, None]) / (2 * jnp.maximum(numerator, denominator)))
+    weights = kernel(
+        (sources[None, :] - targets[:, None]) / (2 * jnp.maximum(numerator, denominator))
+    )
     weights = jnp.where((samples >= low) & (samples < high), weights, 0.0)
     return weights / weights.sum(axis=1, keepdims=True)
 
@@ -96,7 +98,9 @@ def draw_crop(key, scale, ratio):
     share_key, aspect_key, place_key = jax.random.split(key, 3)
     index = lambda key: jax.random.bits(key, (10,), "uint32") >> (32 - TABLE_BITS)
     share, aspect = jnp.asarray(shares, jnp.float32)[index(share_key)], index(aspect_key)
-    heights, widths = (share * jnp.asarray(table, jnp.float32)[aspect] for table in (1 / aspects, aspects))
+    heights, widths = (
+        share * jnp.asarray(table, jnp.float32)[aspect] for table in (1 / aspects, aspects)
+    )
     return {"sides": jnp.stack([heights, widths]), "place": jax.random.uniform(place_key, (2,))}
 
 
@@ -142,7 +146,9 @@ class Augment:
 
     def __post_init__(self):
         if self.interpolation not in KERNELS:
-            raise UserError(f"config.augment.interpolation={self.interpolation!r} is none of: {' | '.join(KERNELS)}")
+            raise UserError(
+                f"config.augment.interpolation={self.interpolation!r} is none of: {' | '.join(KERNELS)}"
+            )
 
     def _constants(self, images):
         shape = (1,) * (images.ndim - 1) + (-1,)

@@ -33,7 +33,9 @@ class HostCrop:
     def draws(self, step, positions):
         """The random numbers of the images at some positions of a step: a list of dicts of numpy arrays."""
         with jax.default_device(_cpu()):
-            draws = jax.device_get(_draws(self.augment, self.keys)(np.int32(step), np.asarray(positions, np.int32)))
+            draws = jax.device_get(
+                _draws(self.augment, self.keys)(np.int32(step), np.asarray(positions, np.int32))
+            )
         return [{name: column[i] for name, column in draws.items()} for i in range(len(positions))]
 
     def box(self, draw, height, width):

@@ -36,7 +36,9 @@ def mix(key, images, targets, mixup, cutmix, switch):
     cut = jax.random.bernoulli(which_key, switch) if mixup and cutmix else jnp.bool_(cutmix > 0)
     share = jax.random.beta(mixup_key, mixup or 1.0, mixup or 1.0)
     inside = _box(cutmix_key, place_key, images.shape[1:3], cutmix or 1.0)
-    weight = jnp.where(cut, 1 - inside.astype(jnp.float32)[None, :, :, None], share)  # of the image itself
+    weight = jnp.where(
+        cut, 1 - inside.astype(jnp.float32)[None, :, :, None], share
+    )  # of the image itself
     images = images * weight + _neighbours(images) * (1 - weight)
     own = weight.mean()
     return images, targets * own + _neighbours(targets) * (1 - own)
@@ -53,7 +55,10 @@ def _box(key, place_key, size, alpha):
     return along[0][:, None] & along[1][None]
 
 
-AREA, ASPECT = (0.02, 1 / 3), 0.3  # of erased boxes: share of the image; height over width, down from its inverse
+AREA, ASPECT = (
+    (0.02, 1 / 3),
+    0.3,
+)  # of erased boxes: share of the image; height over width, down from its inverse
 
 
 def erase(key, image, probability):
@@ -72,7 +77,8 @@ def erase(key, image, probability):
     side = sides[jnp.argmax(fits)]
     first = jnp.floor(jax.random.uniform(keys[2], (2,)) * (size - side + 1))
     rows, columns = (
-        (jnp.arange(image.shape[axis]) >= first[axis]) & (jnp.arange(image.shape[axis]) < first[axis] + side[axis])
+        (jnp.arange(image.shape[axis]) >= first[axis])
+        & (jnp.arange(image.shape[axis]) < first[axis] + side[axis])
         for axis in (0, 1)
     )
     box = rows[:, None] & columns[None] & fits.any() & jax.random.bernoulli(keys[3], probability)

@@ -46,7 +46,9 @@ def tables(x, magnitude):
     posterize = grid >> (8 - bits) << (8 - bits)
     solarize = jnp.where(grid < threshold, grid, 255 - grid)
     brighter = jnp.where(grid < 128, jnp.minimum(grid + added, 255), grid)
-    return jnp.stack([autocontrast, equalize, 255 - grid, posterize, solarize, brighter]).astype(jnp.float32)
+    return jnp.stack([autocontrast, equalize, 255 - grid, posterize, solarize, brighter]).astype(
+        jnp.float32
+    )
 
 
 def luminance(x):
@@ -62,9 +64,14 @@ def dull(x):
     grey = luminance(x)
     mean = jnp.floor(grey.mean() + 0.5)
     inner = 5 * x[1:-1, 1:-1] + sum(
-        x[i : x.shape[0] - 2 + i, j : x.shape[1] - 2 + j] for i in range(3) for j in range(3) if (i, j) != (1, 1)
+        x[i : x.shape[0] - 2 + i, j : x.shape[1] - 2 + j]
+        for i in range(3)
+        for j in range(3)
+        if (i, j) != (1, 1)
     )
-    smooth = x.at[1:-1, 1:-1].set(jnp.clip(jnp.floor(inner / 13 + 0.5), 0, 255))  # Pillow leaves the border
+    smooth = x.at[1:-1, 1:-1].set(
+        jnp.clip(jnp.floor(inner / 13 + 0.5), 0, 255)
+    )  # Pillow leaves the border
     same = lambda value: jnp.broadcast_to(value, x.shape)
     return jnp.stack([same(grey[..., None]), jnp.full(x.shape, mean), jnp.zeros(x.shape), smooth])
 
@@ -127,14 +134,20 @@ def apply(operation, x, magnitude, sign, fill):
       operation: number in OPERATIONS. x: float32 [H, W, C], whole levels. magnitude: 0 .. 10, never decreasing the
         effect. sign: 1 or -1, its direction where there are two. fill: [C], the colour outside of the image.
     """
-    family = jnp.where(operation < len(TABLES), 0, jnp.where(operation < len(TABLES) + len(BLENDS), 1, 2))
+    family = jnp.where(
+        operation < len(TABLES), 0, jnp.where(operation < len(TABLES) + len(BLENDS), 1, 2)
+    )
     member = lambda start, count: jnp.clip(operation - start, 0, count - 1)
     table = tables(x, magnitude)[member(0, len(TABLES))]
-    looked_up = jnp.take_along_axis(table, x.reshape(-1, x.shape[-1]).astype(jnp.int32), axis=0).reshape(x.shape)
+    looked_up = jnp.take_along_axis(
+        table, x.reshape(-1, x.shape[-1]).astype(jnp.int32), axis=0
+    ).reshape(x.shape)
     factor = jnp.maximum(0.1, 1 + 0.09 * magnitude * sign)
     blended = blend(dull(x)[member(len(TABLES), len(BLENDS))], x, factor)
     matrix = matrices(x.shape[:2], magnitude, sign)[member(len(TABLES) + len(BLENDS), len(MAPS))]
-    return jnp.where(family == 0, looked_up, jnp.where(family == 1, blended, affine(x, matrix, fill)))
+    return jnp.where(
+        family == 0, looked_up, jnp.where(family == 1, blended, affine(x, matrix, fill))
+    )
 
 
 def randaugment(key, x, fill, layers, magnitude, deviation):

@@ -8,7 +8,13 @@ from lmim_jax.data import sources, tfds_source
 from lmim_jax.data.synthetic import scenes
 from lmim_jax.utils.errors import UserError
 
-CLEVR = (8.0, 8.5, 9.0, 9.5, 10.0)  # where VTAB divides the distance of the nearest object from the camera
+CLEVR = (
+    8.0,
+    8.5,
+    9.0,
+    9.5,
+    10.0,
+)  # where VTAB divides the distance of the nearest object from the camera
 SEVERAL = tuple(np.linspace(*scenes.NEAREST, 7)[1:-1])
 BINS = len(CLEVR) + 1
 
@@ -57,7 +63,9 @@ def source(name, folder, split):
     Raises:
       UserError: no such dataset, or it tells neither number nor distance of objects.
     """
-    images = tfds_source.open_tfds(name, folder, split) if name else sources.shapes("", split, "several")
+    images = (
+        tfds_source.open_tfds(name, folder, split) if name else sources.shapes("", split, "several")
+    )
     if all(images.numbers(0, key) is None for key in ("objects/pixel_coords", "nearest")):
         raise UserError(
             f"{images.title} tells no number of objects nor distances; attributes take a prepared clevr (name=clevr), "

@@ -75,9 +75,22 @@ class Evaluation:
     """
 
     def __init__(
-        self, sources, config, augment, mesh, check=lambda: None, progress=lambda batches, *_: batches, cache=None
+        self,
+        sources,
+        config,
+        augment,
+        mesh,
+        check=lambda: None,
+        progress=lambda batches, *_: batches,
+        cache=None,
     ):
-        self.sources, self.config, self.augment, self.mesh, self.check = sources, config, augment, mesh, check
+        self.sources, self.config, self.augment, self.mesh, self.check = (
+            sources,
+            config,
+            augment,
+            mesh,
+            check,
+        )
         self._progress, self.cache = progress, cache
         self._bad = {}  # by split, so that a bad image is named once, not at every evaluation
 
@@ -114,7 +127,11 @@ class Evaluation:
         batches = prefetch.ahead(crew, place, self.config.timeout, images.reading)
         for batch in self._progress(batches, split, -(-len(images.source) // batch_size)):
             self.check()
-            yield {"images": self._transform(batch), "label": batch["label"], "index": batch["index"]}
+            yield {
+                "images": self._transform(batch),
+                "label": batch["label"],
+                "index": batch["index"],
+            }
 
     def training(self, batch_size, steps, seed):
         """Iterate over training images in the random order of a seed, every one once an epoch.
@@ -149,7 +166,8 @@ class Evaluation:
         if None in files:
             return None
         images, sizes = zip(
-            *(decode.on_canvas(f, self.config.canvas, self.config.channels) for f in files), strict=True
+            *(decode.on_canvas(f, self.config.canvas, self.config.channels) for f in files),
+            strict=True,
         )
         return {"image": np.stack(images), "size": np.stack(sizes)}
 
@@ -182,9 +200,14 @@ class Evaluation:
         if splits[1] is None:
             splits[1], half = splits[0], len(splits[0]) // 2
             orders = orders[0][half:], orders[0][:half]
-        chosen = [tuple(int(i) for i in order[:count]) for order, count in zip(orders, counts, strict=True)]
+        chosen = [
+            tuple(int(i) for i in order[:count])
+            for order, count in zip(orders, counts, strict=True)
+        ]
         if not all(chosen):
-            raise UserError(f"{len(splits[0])} image(s) with masks are too few: some train probes, others test them")
+            raise UserError(
+                f"{len(splits[0])} image(s) with masks are too few: some train probes, others test them"
+            )
         picked = {name: Selected(*of) for name, *of in zip(SPLITS, splits, chosen, strict=True)}
         return self._with(picked, augment)
 
@@ -193,7 +216,11 @@ class Evaluation:
         source, found = self.sources[split], []
         for i in indices:
             try:
-                found.append(segmentation_masks.placed(segmentation_masks.numbers(source.mask(i)), self.augment))
+                found.append(
+                    segmentation_masks.placed(
+                        segmentation_masks.numbers(source.mask(i)), self.augment
+                    )
+                )
             except (decode.BadImage, OSError) as error:
                 raise UserError(f"the mask of {source.name(i)} cannot be used: {error}") from error
         return np.stack(found)
@@ -203,7 +230,10 @@ class Evaluation:
 
         name, folder, splits: of a TFDS dataset, and its (training, test) splits; name "": `shapes/several`.
         """
-        chosen = {key: clevr.source(name, folder, split) for key, split in zip(SPLITS, splits, strict=True)}
+        chosen = {
+            key: clevr.source(name, folder, split)
+            for key, split in zip(SPLITS, splits, strict=True)
+        }
         return self._with(chosen, Squash(**vars(self.augment))), clevr.BINS
 
     def clips(self, path, listed):
@@ -216,11 +246,15 @@ class Evaluation:
         """
         config = ConfigDict(dict(self.config))
         config.canvas = max(config.canvas, *(2 * side for side in augment.eval_size))
-        return Evaluation(sources, config, augment, self.mesh, self.check, self._progress, self.cache)
+        return Evaluation(
+            sources, config, augment, self.mesh, self.check, self._progress, self.cache
+        )
 
     def _decoded(self, source):
         threads = prefetch.threads_of(self.config)
-        return loader.Decoded(source, self.config.canvas, self.config.channels, threads, replace=False)
+        return loader.Decoded(
+            source, self.config.canvas, self.config.channels, threads, replace=False
+        )
 
     def _crew(self, images, batch_size, workers):
         """Batches of this process's rows, numpy."""
@@ -232,4 +266,6 @@ class Evaluation:
     def _placed(self, batch):
         """A batch on the devices; index is -1 for what is to be left out."""
         index = np.where(batch["bad"] >= 0, -1, batch["index"])
-        return sharding.to_global({**{k: batch[k] for k in ("image", "size", "label")}, "index": index}, self.mesh)
+        return sharding.to_global(
+            {**{k: batch[k] for k in ("image", "size", "label")}, "index": index}, self.mesh
+        )

@@ -31,7 +31,9 @@ def numbers(data):
         raise BadImage(str(error) or type(error).__name__) from error
     if pixels.ndim == 3:
         if (pixels[..., :1] != pixels[..., :3]).any():
-            raise BadImage("a mask of colours; save it with a palette or in grey levels that number the classes")
+            raise BadImage(
+                "a mask of colours; save it with a palette or in grey levels that number the classes"
+            )
         pixels = pixels[..., 0]
     return pixels.astype(np.int32)
 
@@ -43,7 +45,9 @@ def placed(mask, augment):
     for side, out in zip(mask.shape, augment.eval_size, strict=True):
         resized = augment.eval_resize * side // min(height, width)
         first = round((resized - out) / 2)
-        index.append(np.clip(((first + np.arange(out) + 0.5) * side / resized).astype(int), 0, side - 1))
+        index.append(
+            np.clip(((first + np.arange(out) + 0.5) * side / resized).astype(int), 0, side - 1)
+        )
     return mask[np.ix_(*index)]
 
 
@@ -90,10 +94,14 @@ def folder(images, masks):
     for key, path in (("images", images), ("masks", masks)):
         root = pathlib.Path(path).expanduser()
         if not path or not root.is_dir():
-            raise UserError(f"{key}={path!r} is no folder; images and masks are two folders with the same file names")
+            raise UserError(
+                f"{key}={path!r} is no folder; images and masks are two folders with the same file names"
+            )
         found = sources.walk(root)[0]
         if not found:
-            raise UserError(f"{key}={path!r}: no images in this folder; `masks` are PNG files of class numbers")
+            raise UserError(
+                f"{key}={path!r}: no images in this folder; `masks` are PNG files of class numbers"
+            )
         stems.append({name.rpartition(".")[0]: name for name in found})
     both = sorted(stems[0].keys() & stems[1].keys())
     if not both:

@@ -33,7 +33,9 @@ class Clip:
 
     def _read(self, decoder, source, *args):
         try:
-            return decoder(source.read_bytes() if isinstance(source, pathlib.Path) else source, *args)
+            return decoder(
+                source.read_bytes() if isinstance(source, pathlib.Path) else source, *args
+            )
         except (decode.BadImage, OSError) as error:
             file = f"{source}: " if isinstance(source, pathlib.Path) else ""
             raise UserError(f"clip {self.name}: {file}{error}") from error
@@ -50,7 +52,9 @@ def embedded():
     found = []
     for i in range(len(records)):
         example = tf_example_pb2.Example.FromString(records[i]).features.feature
-        frames, annotations = (tuple(example[name].bytes_list.value) for name in ("frames", "masks"))
+        frames, annotations = (
+            tuple(example[name].bytes_list.value) for name in ("frames", "masks")
+        )
         found.append(Clip(f"{builder.info.full_name}[{i}]", frames, annotations))
     return found
 
@@ -69,13 +73,17 @@ def folder(path, listed=""):
     images, annotations = (root / name / "480p" for name in ("JPEGImages", "Annotations"))
     for needed in (images, annotations):
         if not needed.is_dir():
-            raise UserError(f"path={path!r}: there is no {needed}; a folder of clips holds {LAYOUT}")
+            raise UserError(
+                f"path={path!r}: there is no {needed}; a folder of clips holds {LAYOUT}"
+            )
     names = sorted(sub.name for sub in images.iterdir() if sub.is_dir())
     if listed:
         try:
             names = (root / listed).read_text().split()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"listed={listed!r} cannot be read: {error}; it names sequences, one a line") from error
+            raise UserError(
+                f"listed={listed!r} cannot be read: {error}; it names sequences, one a line"
+            ) from error
     if not names:
         raise UserError(f"path={path!r}: no sequences; a folder of clips holds {LAYOUT}")
     return [_sequence(name, images / name, annotations / name) for name in names]
@@ -83,10 +91,14 @@ def folder(path, listed=""):
 
 def _sequence(name, images, annotations):
     """The clip in two folders."""
-    frames = tuple(sorted(file for file in images.glob("*") if file.suffix.lower() in decode.SUFFIXES))
+    frames = tuple(
+        sorted(file for file in images.glob("*") if file.suffix.lower() in decode.SUFFIXES)
+    )
     if len(frames) < 3:
         raise UserError(f"{images}: {len(frames)} frames; a sequence has at least 3, as *.jpg")
     found = tuple(annotations / f"{frame.stem}.png" for frame in frames)
     if missing := [file for file in found if not file.is_file()]:
-        raise UserError(f"{missing[0]} is missing ({len(missing)} masks of {name}); every frame needs one to be scored")
+        raise UserError(
+            f"{missing[0]} is missing ({len(missing)} masks of {name}); every frame needs one to be scored"
+        )
     return Clip(name, frames, found)

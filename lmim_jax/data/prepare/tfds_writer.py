@@ -22,7 +22,9 @@ class Task:
 
     def __init__(self, path, split, source, shrink):
         self.path, self.split, self.source, self.shrink = path, split, source, shrink
-        self.note = path.parent / UNFINISHED / f"{path.name}.json"  # what is known of it when it is done
+        self.note = (
+            path.parent / UNFINISHED / f"{path.name}.json"
+        )  # what is known of it when it is done
 
 
 def tasks(target, name, split, source, shrink):
@@ -31,8 +33,12 @@ def tasks(target, name, split, source, shrink):
     count = max(-(-len(source) // PER_SHARD), -(-size // SHARD_BYTES))
     for i, part in enumerate(np.array_split(np.arange(len(source)), count)):
         chosen = slice(int(part[0]), int(part[-1]) + 1)
-        images = sources.Folder(source.root, source.files[chosen], source.labels[chosen], source.classes, ())
-        yield Task(target / f"{name}-{split}.array_record-{i:05d}-of-{count:05d}", split, images, shrink)
+        images = sources.Folder(
+            source.root, source.files[chosen], source.labels[chosen], source.classes, ()
+        )
+        yield Task(
+            target / f"{name}-{split}.array_record-{i:05d}-of-{count:05d}", split, images, shrink
+        )
 
 
 def write(task):
@@ -81,7 +87,10 @@ def _example(image, label, name):
 def facts(path):
     """Size and checksum of a file."""
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def finish(target, classes, tasks):
@@ -96,7 +105,9 @@ def finish(target, classes, tasks):
         mine = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
         lengths, size = [note["records"] for note in mine], sum(note["bytes"] for note in mine)
         splits.append(tfds.core.SplitInfo(split, lengths, size))
-    tfds.folder_dataset.write_metadata(data_dir=target, features=features, split_infos=splits, check_data=False)
+    tfds.folder_dataset.write_metadata(
+        data_dir=target, features=features, split_infos=splits, check_data=False
+    )
     bad = [line for note in notes for line in note.pop("bad")]
     atomic_io.write(target / BAD, "".join(f"{line}\n" for line in bad))
     manifest = {task.path.name: note for task, note in zip(tasks, notes, strict=True)}

@@ -34,8 +34,14 @@ def records(path):
                 raise UserError(f"{path} is damaged at record {number}: its length cannot be read")
             (length,) = struct.unpack("<Q", header[:8])
             data, checksum = file.read(length), file.read(4)
-            if len(data) < length or len(checksum) < 4 or _masked(data) != struct.unpack("<I", checksum)[0]:
-                raise UserError(f"{path} is damaged at record {number}: truncated, or its checksum is wrong")
+            if (
+                len(data) < length
+                or len(checksum) < 4
+                or _masked(data) != struct.unpack("<I", checksum)[0]
+            ):
+                raise UserError(
+                    f"{path} is damaged at record {number}: truncated, or its checksum is wrong"
+                )
             yield data
             number += 1
 
@@ -72,7 +78,9 @@ def count_records(path):
     from array_record.python import array_record_module
 
     try:
-        return array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0").num_records()
+        return array_record_module.ArrayRecordReader(
+            str(path), options="readahead_buffer_size:0"
+        ).num_records()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
@@ -97,7 +105,9 @@ def shards(folder):
     folder = pathlib.Path(folder)
     path = folder / "dataset_info.json"
     if not path.is_file():
-        raise UserError(f"{folder} is no prepared TFDS dataset: it has no dataset_info.json; give NAME/VERSION")
+        raise UserError(
+            f"{folder} is no prepared TFDS dataset: it has no dataset_info.json; give NAME/VERSION"
+        )
     info, found = json.loads(path.read_text()), {}
     for split in info["splits"]:
         lengths = [int(length) for length in split.get("shardLengths", [])]
@@ -106,7 +116,9 @@ def shards(folder):
             found[folder / name] = length
     missing = [path.name for path in found if not path.is_file()]
     if missing:
-        raise UserError(f"{folder}: {len(missing)} TFRecord files are missing, such as {missing[0]}")
+        raise UserError(
+            f"{folder}: {len(missing)} TFRecord files are missing, such as {missing[0]}"
+        )
     return found
 
 
@@ -117,4 +129,7 @@ def announce(folder):
     info = json.loads(path.read_text())
     formats = info.get("alternativeFileFormats", [])
     if "array_record" not in formats and info["fileFormat"] != "array_record":
-        atomic_io.write(path, json.dumps({**info, "alternativeFileFormats": [*formats, "array_record"]}, indent=2))
+        atomic_io.write(
+            path,
+            json.dumps({**info, "alternativeFileFormats": [*formats, "array_record"]}, indent=2),
+        )

@@ -47,7 +47,10 @@ def background(rng):
     out = np.zeros((SIZE, SIZE, 3), np.float32) + rng.uniform(30, 225, 3).astype(np.float32)
     for cells in (3, 6, 12):
         noise = rng.normal(0, rng.uniform(8, 24), (cells, cells, 3)).astype(np.float32)
-        planes = [Image.fromarray(noise[..., c]).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for c in range(3)]
+        planes = [
+            Image.fromarray(noise[..., c]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            for c in range(3)
+        ]
         out += np.stack([np.asarray(plane) for plane in planes], -1)
     texture = Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
     return texture.resize((DRAWN, DRAWN), Image.Resampling.BILINEAR)
@@ -58,19 +61,27 @@ def distractors(rng, picture):
     paint = ImageDraw.Draw(picture)
     for _ in range(rng.integers(5)):
         points = _outline(int(rng.integers(3))) * rng.uniform(6, 16, 2) + rng.uniform(0, DRAWN, 2)
-        paint.polygon([tuple(point) for point in points], fill=tuple(int(c) for c in rng.integers(0, 255, 3)))
+        paint.polygon(
+            [tuple(point) for point in points], fill=tuple(int(c) for c in rng.integers(0, 255, 3))
+        )
 
 
 def paint(rng, label, pose, picture, mask, value):
     """Paint an object into the picture, and `value` into the mask where it is; its colours are drawn from `rng`."""
-    hue, saturation, brightness = rng.uniform(-0.15, 0.15), rng.uniform(0.5, 1.3), rng.uniform(0.6, 1.2)
+    hue, saturation, brightness = (
+        rng.uniform(-0.15, 0.15),
+        rng.uniform(0.5, 1.3),
+        rng.uniform(0.6, 1.2),
+    )
     cos, sin = np.cos(pose.angle), np.sin(pose.angle)
     turn = np.array([[cos, sin], [-sin, cos]])
     for part in OBJECTS[label]:
         h, s, v = part["hsv"]
         s, v = s * saturation * rng.uniform(0.8, 1.2), v * brightness
         color = colorsys.hsv_to_rgb((h + hue + rng.normal(0, 0.03)) % 1, min(1, s), min(1, v))
-        points = (_outline(part["kind"]) * part["half"] + part["center"]) * pose.scale * [pose.mirror, 1]
+        points = (
+            (_outline(part["kind"]) * part["half"] + part["center"]) * pose.scale * [pose.mirror, 1]
+        )
         polygon = [tuple(point) for point in points @ turn + pose.center]
         ImageDraw.Draw(picture).polygon(polygon, fill=tuple(int(255 * c) for c in color))
         ImageDraw.Draw(mask).polygon(polygon, fill=value)
@@ -78,7 +89,9 @@ def paint(rng, label, pose, picture, mask, value):
 
 def photograph(rng, picture):
     """The drawing as an image, shrunk and with noise: uint8 [SIZE, SIZE, 3]."""
-    pixels = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR)) + rng.normal(0, 5, (SIZE, SIZE, 3))
+    pixels = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR)) + rng.normal(
+        0, 5, (SIZE, SIZE, 3)
+    )
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
@@ -87,4 +100,6 @@ def _outline(kind):
     if kind == 0:
         angle = np.linspace(0, 2 * np.pi, 28, endpoint=False)
         return np.stack([np.cos(angle), np.sin(angle)], 1)
-    return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]] if kind == 1 else [[0, -1], [1, 1], [-1, 1]], float)
+    return np.array(
+        [[-1, -1], [1, -1], [1, 1], [-1, 1]] if kind == 1 else [[0, -1], [1, 1], [-1, 1]], float
+    )

@@ -43,7 +43,10 @@ def clip(split, index):
     labels = rng.choice(len(CLASSES), count, replace=False)
     picture = drawing.background(rng)
     drawing.distractors(rng, picture)
-    scale, center = 1.4 * np.array([_scale(rng) for _ in labels]), _centers(rng, count, rng.uniform(26, 30))
+    scale, center = (
+        1.4 * np.array([_scale(rng) for _ in labels]),
+        _centers(rng, count, rng.uniform(26, 30)),
+    )
     speed, way = rng.uniform(1.5, 3.5, count), rng.uniform(0, 2 * np.pi, count)
     velocity = speed[:, None] * np.stack([np.cos(way), np.sin(way)], 1)
     angle, spin = rng.uniform(-0.6, 0.6, count), rng.uniform(-0.12, 0.12, count)
@@ -54,7 +57,9 @@ def clip(split, index):
         for i, label in enumerate(labels):
             place = _bounced(center[i] + time * velocity[i]) * DRAWN / SIZE
             pose = Pose(scale[i], place, angle[i] + time * spin[i], mirror[i])
-            colors = np.random.default_rng([5, split == "train", index, i])  # the same in every frame
+            colors = np.random.default_rng(
+                [5, split == "train", index, i]
+            )  # the same in every frame
             drawing.paint(colors, label, pose, shown, mask, i + 1)
         frames.append(drawing.photograph(rng, shown))
         masks.append(_shrunk(mask))

@@ -26,7 +26,9 @@ from lmim_jax.data.synthetic import drawing, scenes
 from lmim_jax.data.synthetic.drawing import CLASSES, DRAWN, SIZE
 
 log = logging.getLogger(__name__)
-logging.getLogger("absl").addFilter(lambda record: "custom data configuration" not in str(record.msg))  # as meant here
+logging.getLogger("absl").addFilter(
+    lambda record: "custom data configuration" not in str(record.msg)
+)  # as meant here
 
 SPLITS = {"train": 8192, "test": 2048}
 SEVERAL = {"train": 1536, "test": 512}
@@ -134,13 +136,21 @@ def prepare(folder, kind=None):
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = kind and tfds.core.BuilderConfig(name=kind, version=Shapes.VERSION, description="see scenes.py")
+    config = kind and tfds.core.BuilderConfig(
+        name=kind, version=Shapes.VERSION, description="see scenes.py"
+    )
     with (folder / "shapes.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be drawing: wait for it
         builder = Shapes(data_dir=str(folder), file_format="array_record", config=config)
         if not pathlib.Path(builder.data_dir).exists():
-            log.info("drawing the dataset `%s`, once, into %s (seconds)", builder.info.full_name, builder.data_dir)
+            log.info(
+                "drawing the dataset `%s`, once, into %s (seconds)",
+                builder.info.full_name,
+                builder.data_dir,
+            )
             tfds.disable_progress_bar()
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS talks of a download, and there is none
+            with contextlib.redirect_stdout(
+                io.StringIO()
+            ):  # TFDS talks of a download, and there is none
                 builder.download_and_prepare()
     return builder

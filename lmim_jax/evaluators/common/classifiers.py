@@ -59,7 +59,9 @@ def neighbours(train, labels, queries, k, num_classes, mesh):
     train [N, D], labels int [N], queries [Q, D]; k is cut to N.
     """
     _, index = nearest(unit(queries), unit(train), min(k, len(train)), mesh)
-    weights = np.where(np.arange(index.shape[1]) == 0, 1.5, 1.0)  # half a vote more decides between equals
+    weights = np.where(
+        np.arange(index.shape[1]) == 0, 1.5, 1.0
+    )  # half a vote more decides between equals
     return vote(labels[index], np.broadcast_to(weights, index.shape), num_classes)
 
 
@@ -87,14 +89,22 @@ def linear(train, labels, queries, num_classes, l2, iterations, mesh, held_out=0
     order, strengths = np.random.default_rng(seed).permutation(len(train)), sorted(l2, reverse=True)
     count = max(1, round(held_out * len(train)))
     held, rest = np.sort(order[:count]), np.sort(order[count:])
-    predicted, _ = _solve(train[rest], labels[rest], train[held], num_classes, strengths, iterations, mesh)
+    predicted, _ = _solve(
+        train[rest], labels[rest], train[held], num_classes, strengths, iterations, mesh
+    )
     accuracies = (predicted == labels[held]).mean(axis=1)
     best = int(accuracies.argmax())
     if best in (0, len(strengths) - 1) and len(strengths) > 1:
-        log.info("the best l2 is the last of the candidates, %g: try others beyond it", strengths[best])
-    (classes,), (gradient,) = _solve(train, labels, queries, num_classes, strengths[best : best + 1], iterations, mesh)
+        log.info(
+            "the best l2 is the last of the candidates, %g: try others beyond it", strengths[best]
+        )
+    (classes,), (gradient,) = _solve(
+        train, labels, queries, num_classes, strengths[best : best + 1], iterations, mesh
+    )
     if gradient > 1e-3:
-        log.warning("after %d iterations the gradient is %.1e: not at the minimum yet", iterations, gradient)
+        log.warning(
+            "after %d iterations the gradient is %.1e: not at the minimum yet", iterations, gradient
+        )
     return Linear(classes, float(accuracies[best]), strengths[best])
 
 

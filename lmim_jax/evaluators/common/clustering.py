@@ -20,7 +20,9 @@ def nested(tokens, counts):
         label_of = np.zeros(len(sizes), int)
         for part in np.argsort(-sizes, kind="stable"):
             parent = before[np.argmax(found == part)]
-            label_of[part] = parent if parent not in known else min(set(range(count)) - known - set(before))
+            label_of[part] = (
+                parent if parent not in known else min(set(range(count)) - known - set(before))
+            )
             known.add(label_of[part])
         cuts[count] = before = label_of[found]
     return cuts

@@ -24,7 +24,9 @@ def contour(truth, found):
     edges = boundary(truth), boundary(found)
     total = [np.count_nonzero(edge) for edge in edges]
     if not all(total):
-        return float(total[0] == total[1])  # one of precision and recall is 0, unless both are empty
+        return float(
+            total[0] == total[1]
+        )  # one of precision and recall is 0, unless both are empty
     # the distance to the nearest contour pixel: within it is what dilation by a disk covers
     near = [ndimage.distance_transform_edt(~edge) <= reach for edge in edges]
     recall = np.count_nonzero(edges[0] & near[1]) / total[0]
@@ -47,5 +49,7 @@ def scores(truth, found):
     result = []
     for number in range(1, int(truth[0].max()) + 1):
         pairs = [(t == number, f == number) for t, f in zip(truth[1:-1], found[1:-1], strict=True)]
-        result.append([np.mean([measure(*pair) for pair in pairs]) for measure in (region, contour)])
+        result.append(
+            [np.mean([measure(*pair) for pair in pairs]) for measure in (region, contour)]
+        )
     return np.array(result).reshape(-1, 2)

@@ -41,7 +41,9 @@ class FeatureCache:
         key = json.dumps(self._key(method, params, data, split, feature), sort_keys=True)
         path = self._folder / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
         found = _read(path, key)
-        if all(multihost.gather(found is not None)):  # the folder of process 0 need not be there on other hosts
+        if all(
+            multihost.gather(found is not None)
+        ):  # the folder of process 0 need not be there on other hosts
             self.hits += 1
             log.info("%s of %s: from %s", feature, split, path)
             return found
@@ -69,8 +71,14 @@ class FeatureCache:
             digest = hashlib.sha256()
             for path, leaf in jax.tree_util.tree_leaves_with_path(params):
                 leaf = np.ascontiguousarray(jax.device_get(leaf))
-                digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
-            self._digests[id(params)] = digest.hexdigest(), params  # which must live as long as its id is used
+                digest.update(
+                    f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode()
+                    + leaf.tobytes()
+                )
+            self._digests[id(params)] = (
+                digest.hexdigest(),
+                params,
+            )  # which must live as long as its id is used
         return self._digests[id(params)][0]
 
     def _identity(self, data, split):

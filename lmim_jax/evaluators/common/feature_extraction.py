@@ -45,7 +45,9 @@ class Extractor:
     def shape(self, height, width):
         """(height, width) in pixels that an image is resized to."""
         patch, short = self.method.patch_size, min(height, width)
-        sides = (max(1, round(side * self.size / short / patch)) * patch for side in (height, width))
+        sides = (
+            max(1, round(side * self.size / short / patch)) * patch for side in (height, width)
+        )
         return tuple(sides)
 
     def prepare(self, data):
@@ -61,7 +63,9 @@ class Extractor:
         """Images of one shape, uint8 [H, W, C] each -> {kind: float32 [B, D] or, for patches, [B, N, D]}."""
         devices = jax.local_devices()
         rows = -(-self.batch_size // len(devices)) * len(devices)
-        batch = np.stack([*images, *[images[0]] * (rows - len(images))])  # one shape of batch: one compilation
+        batch = np.stack(
+            [*images, *[images[0]] * (rows - len(images))]
+        )  # one shape of batch: one compilation
         out = self._run(self._params, jax.device_put(batch, self._placement))
         return {name: np.asarray(value)[: len(images)] for name, value in out.items()}
 
@@ -108,4 +112,9 @@ def extract(extractor, root, names, progress):
     order = sorted(found)
     kinds = found[order[0]][1] if order else ()
     features = {name: [found[i][1][name] for i in order] for name in kinds}
-    return [names[i] for i in order], np.array([found[i][0] for i in order], np.int32), features, bad
+    return (
+        [names[i] for i in order],
+        np.array([found[i][0] for i in order], np.int32),
+        features,
+        bad,
+    )

@@ -24,7 +24,9 @@ def writer(path):
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
-            raise UserError(f"--out={path} needs pyarrow: pip install pyarrow; or give .npz") from error
+            raise UserError(
+                f"--out={path} needs pyarrow: pip install pyarrow; or give .npz"
+            ) from error
 
     def write(names, grids, features):
         draft = path.with_name(f"{path.name}.part")
@@ -60,7 +62,9 @@ def _parquet(path, names, grids, features):
     text = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
     columns = {"name": pyarrow.array(text), "rows": grids[:, 0], "columns": grids[:, 1]}
     for name, values in features.items():
-        columns[name] = pyarrow.array([x.reshape(-1) for x in values], pyarrow.list_(pyarrow.float32()))
+        columns[name] = pyarrow.array(
+            [x.reshape(-1) for x in values], pyarrow.list_(pyarrow.float32())
+        )
     parquet.write_table(pyarrow.table(columns), path)
 
 

@@ -23,7 +23,9 @@ def vectors(method, augment, params, images, feature):
       UserError: the method has no such feature.
     """
     parts = parse(feature)
-    known = {name: fixed(images, augment.levels(images), name) for name, _ in parts if name in FIXED}
+    known = {
+        name: fixed(images, augment.levels(images), name) for name, _ in parts if name in FIXED
+    }
     if needs_encoder(feature):
         known |= method.features(params, images)
     return jnp.concatenate([_pool(known, name, pool) for name, pool in parts], axis=-1)
@@ -77,7 +79,9 @@ def _pool(features, name, pool):
     """
     if name not in features:
         near = difflib.get_close_matches(name, [*features, *FIXED], n=1)
-        usual = ", ".join([*sorted(key for key in features if "/" not in key), "block00/tokens, ...", *FIXED])
+        usual = ", ".join(
+            [*sorted(key for key in features if "/" not in key), "block00/tokens, ...", *FIXED]
+        )
         hint = f"; did you mean {near[0]}?" if near else f" (there are: {usual})"
         raise UserError(f"feature {name!r}: the method has none of that name{hint}")
     x = features[name].astype(jnp.float32)
@@ -85,6 +89,13 @@ def _pool(features, name, pool):
         raise UserError(f"feature {name!r} has no vectors for images or patches to evaluate")
     with_cls = name.endswith("/tokens") and "cls" in features
     if pool != "mean" and not with_cls:
-        raise UserError(f"feature {name!r} has no CLS token for :{pool}; join features instead: cls+{name}")
-    tokens = {"mean": lambda: x[:, int(with_cls) :].mean(axis=1) if x.ndim == 3 else x, "cls": lambda: x[:, 0]}
-    return jnp.concatenate([tokens[one]() for one in (("cls", "mean") if pool == "both" else (pool,))], axis=-1)
+        raise UserError(
+            f"feature {name!r} has no CLS token for :{pool}; join features instead: cls+{name}"
+        )
+    tokens = {
+        "mean": lambda: x[:, int(with_cls) :].mean(axis=1) if x.ndim == 3 else x,
+        "cls": lambda: x[:, 0],
+    }
+    return jnp.concatenate(
+        [tokens[one]() for one in (("cls", "mean") if pool == "both" else (pool,))], axis=-1
+    )

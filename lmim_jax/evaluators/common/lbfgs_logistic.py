@@ -18,7 +18,9 @@ from lmim_jax.distributed import sharding
 
 CHUNK = 16384  # images whose G x K logits are in memory at a time
 SMALL = (16, 64, 256, 1024, 4096)  # to which fewer images are padded: few shapes to compile for
-TOLERANCE = 1e-6  # largest entry of the gradient, in the units of `fit`, at which the minimum is reached
+TOLERANCE = (
+    1e-6  # largest entry of the gradient, in the units of `fit`, at which the minimum is reached
+)
 MEMORY = 10  # steps that L-BFGS remembers
 EXACT = jax.lax.Precision.HIGHEST  # the line search compares values that differ little
 
@@ -34,7 +36,9 @@ class Fit:
 
     def predict(self, x):
         """Classes [G, N] int of features [N, D], standardised as those of the fit."""
-        return np.stack([(x @ w + b).argmax(axis=1) for w, b in zip(self.weights, self.biases, strict=True)])
+        return np.stack(
+            [(x @ w + b).argmax(axis=1) for w, b in zip(self.weights, self.biases, strict=True)]
+        )
 
 
 def statistics(x):
@@ -116,7 +120,9 @@ def _solver(num_classes, iterations, out):
 
         def one(l2, units):
             size = (x.shape[-1] + 1) * num_classes
-            theta, gradient = lbfgs(jax.value_and_grad(lambda theta: loss(theta, l2, units)), size, iterations)
+            theta, gradient = lbfgs(
+                jax.value_and_grad(lambda theta: loss(theta, l2, units)), size, iterations
+            )
             return *split(theta, units), gradient
 
         return jax.vmap(one)(l2, units)
@@ -147,7 +153,9 @@ def lbfgs(value_and_grad, size, iterations):
             return q + (alpha - rho * dot(change, q)) * step, None
 
         q, alpha = jax.lax.scan(first, grad, (steps, changes, rho))
-        scale = jnp.where(rho[0] > 0, curvature[0] / jnp.maximum(dot(changes[0], changes[0]), 1e-30), 1)
+        scale = jnp.where(
+            rho[0] > 0, curvature[0] / jnp.maximum(dot(changes[0], changes[0]), 1e-30), 1
+        )
         q, _ = jax.lax.scan(second, scale * q, (steps, changes, rho, alpha), reverse=True)
         return -q
 
@@ -155,7 +163,9 @@ def lbfgs(value_and_grad, size, iterations):
         trial = now["theta"] + now["length"] * now["direction"]
         value, grad = value_and_grad(trial)
         enough = now["value"] + 1e-4 * now["length"] * dot(now["grad"], now["direction"])
-        accepted = value <= enough + 1e-7 * jnp.abs(now["value"])  # float32 knows no smaller difference
+        accepted = value <= enough + 1e-7 * jnp.abs(
+            now["value"]
+        )  # float32 knows no smaller difference
         step, change = trial - now["theta"], grad - now["grad"]
         push = lambda memory, row: jnp.concatenate([row[None], memory[:-1]])
         curved = dot(step, change) > 1e-12 * dot(change, change)
@@ -169,7 +179,9 @@ def lbfgs(value_and_grad, size, iterations):
 
     value, grad = value_and_grad(jnp.zeros(size))
     memory = jnp.zeros((MEMORY, size))
-    start = dict(theta=jnp.zeros(size), value=value, grad=grad, direction=-grad, steps=memory, changes=memory)
+    start = dict(
+        theta=jnp.zeros(size), value=value, grad=grad, direction=-grad, steps=memory, changes=memory
+    )
     start |= dict(length=jnp.float32(1), turns=0)
     unfinished = lambda now: (jnp.abs(now["grad"]).max() > TOLERANCE) & (now["turns"] < iterations)
     end = jax.lax.while_loop(unfinished, turn, start)

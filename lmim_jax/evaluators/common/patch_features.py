@@ -39,7 +39,11 @@ def features(method, augment, params, images, name):
             batch, grid[0] * grid[1], -1
         )
     found = method.features(params, images)
-    fit = [key for key, value in found.items() if value.ndim == 3 and value.shape[1] == grid[0] * grid[1]]
+    fit = [
+        key
+        for key, value in found.items()
+        if value.ndim == 3 and value.shape[1] == grid[0] * grid[1]
+    ]
     if name not in fit:
         raise UserError(
             f"feature={name!r} is not one of patches; there are: {', '.join([*fit, *image_features.FIXED])}"
@@ -67,6 +71,11 @@ def of_split(method, params, data, split, name, batch_size):
     whole = jax.jit(lambda index: index, out_shardings=sharding.replicated(data.mesh))
     for batch in data.batches(split, batch_size):
         index = np.asarray(jax.device_get(whole(batch["index"])))
-        rows.append((np.asarray(jax.device_get(encode(params, batch["images"])))[index >= 0], index[index >= 0]))
+        rows.append(
+            (
+                np.asarray(jax.device_get(encode(params, batch["images"])))[index >= 0],
+                index[index >= 0],
+            )
+        )
     tokens, index = zip(*rows, strict=True)
     return np.concatenate(tokens), np.concatenate(index)

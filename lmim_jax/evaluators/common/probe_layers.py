@@ -54,13 +54,19 @@ def batch_norm_train(x, running, epsilon):
 
 def linear_init(rng, width, classes, deviation):
     """A linear layer: kernel [D, K] normal with this deviation, bias 0."""
-    return {"kernel": deviation * jax.random.normal(rng, (width, classes)), "bias": jnp.zeros(classes)}
+    return {
+        "kernel": deviation * jax.random.normal(rng, (width, classes)),
+        "bias": jnp.zeros(classes),
+    }
 
 
 def linear(params, x):
     """x [B, D] -> float32 [B, K]."""
     kernel = params["kernel"]
-    return jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST) + params["bias"][None]
+    return (
+        jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+        + params["bias"][None]
+    )
 
 
 def cross_entropy(logits, labels):

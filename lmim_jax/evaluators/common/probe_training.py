@@ -59,9 +59,13 @@ def accuracy(trainer, method, params, data):
     if not data.classes or data.sources["test"] is None:
         return {}
     name = type(trainer).__module__.split(".")[-1]
-    per_epoch = _steps_per_epoch(name, trainer.batch_size, len(data.sources["train"]), data.mesh.size)
+    per_epoch = _steps_per_epoch(
+        name, trainer.batch_size, len(data.sources["train"]), data.mesh.size
+    )
     steps = max(1, round(trainer.epochs * per_epoch))
-    augment = dataclasses.replace(data.augment, scale=tuple(trainer.scale), image_size=data.augment.eval_size)
+    augment = dataclasses.replace(
+        data.augment, scale=tuple(trainer.scale), image_size=data.augment.eval_size
+    )
     task = Task(method, augment, len(data.classes))
     create, step, hits = _programs(trainer, task, data.mesh, steps, per_epoch, data.config.channels)
     state, progress = create(params), _Progress(name, steps, per_epoch, trainer.batch_size)
@@ -75,7 +79,10 @@ def accuracy(trainer, method, params, data):
         right.append(found["hits"])
         valid.append(found["index"] >= 0)
     right = np.concatenate(right)[np.concatenate(valid)]
-    return {figure: 100 * float(np.mean(right[:, i])) for i, figure in enumerate(("top1", "top5")[: right.shape[1]])}
+    return {
+        figure: 100 * float(np.mean(right[:, i]))
+        for i, figure in enumerate(("top1", "top5")[: right.shape[1]])
+    }
 
 
 def _steps_per_epoch(name, batch_size, images, devices):
@@ -84,7 +91,8 @@ def _steps_per_epoch(name, batch_size, images, devices):
         upper = images // devices * devices
         raise UserError(
             f"evaluator {name}: batch_size={batch_size} must be a multiple of the {devices} device(s), and at most the "
-            f"{images} training images" + (f"; try {min(max(batch_size // devices, 1) * devices, upper)}" * bool(upper))
+            f"{images} training images"
+            + (f"; try {min(max(batch_size // devices, 1) * devices, upper)}" * bool(upper))
         )
     return images // batch_size
 
@@ -104,18 +112,31 @@ def _programs(trainer, task, mesh, steps, per_epoch, channels):
         trained, buffers = trainer.init(task, params, image, jax.random.key(trainer.seed))
         trained = jax.tree.map(jnp.copy, trained)  # weights of the run must not be donated
         opt_state = trainer.optimizer(rate, trained).init(trained)
-        return placed({"step": jnp.zeros((), jnp.int32), "trained": trained, "buffers": buffers, "opt": opt_state})
+        return placed(
+            {
+                "step": jnp.zeros((), jnp.int32),
+                "trained": trained,
+                "buffers": buffers,
+                "opt": opt_state,
+            }
+        )
 
     def step(state, params, batch):
         positions = jnp.asarray(sharding.positions(mesh, len(batch["label"])))
         rng, keys = image_keys(jax.random.key(trainer.seed), state["step"], positions)
         crop_keys, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         images, trained = task.augment(crop_keys, batch), state["trained"]
-        loss = lambda trained: trainer.loss(task, params, trained, state["buffers"], images, batch["label"], rng, keys)
+        loss = lambda trained: trainer.loss(
+            task, params, trained, state["buffers"], images, batch["label"], rng, keys
+        )
         (loss, buffers), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
-        updates, opt_state = trainer.optimizer(rate, trained).update(gradients, state["opt"], trained)
+        updates, opt_state = trainer.optimizer(rate, trained).update(
+            gradients, state["opt"], trained
+        )
         trained = optax.apply_updates(trained, updates)
-        return placed({"step": state["step"] + 1, "trained": trained, "buffers": buffers, "opt": opt_state}), loss
+        return placed(
+            {"step": state["step"] + 1, "trained": trained, "buffers": buffers, "opt": opt_state}
+        ), loss
 
     def hits(state, params, batch):
         logits = trainer.logits(task, params, state["trained"], state["buffers"], batch["images"])
@@ -161,9 +182,19 @@ class _Progress:
         mean = float(np.mean(self._losses))
         log.info(
             "%s: step %d/%d  epoch %.1f/%.1f  loss %.4f  %.4g images/s  ETA %s",
-            *(self._name, self._done, self._steps, self._done / self._per_epoch, self._steps / self._per_epoch, mean),
+            *(
+                self._name,
+                self._done,
+                self._steps,
+                self._done / self._per_epoch,
+                self._steps / self._per_epoch,
+                mean,
+            ),
             *(speed * self._batch, duration((self._steps - self._done) / max(speed, 1e-9))),
         )
         if not math.isfinite(mean):
-            log.warning("%s: the loss is not finite; its figures mean nothing. Lower its base_lr", self._name)
+            log.warning(
+                "%s: the loss is not finite; its figures mean nothing. Lower its base_lr",
+                self._name,
+            )
         self._told, self._losses = now, []

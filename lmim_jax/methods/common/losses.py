@@ -44,14 +44,18 @@ def masked_neighbours(masked, grid):
     h, w = grid
     mask = jnp.zeros((len(masked), h * w)).at[jnp.arange(len(masked))[:, None], masked].set(1)
     padded = jnp.pad(mask.reshape(-1, h, w), ((0, 0), (1, 1), (1, 1)))
-    around = sum(padded[:, row : row + h, column : column + w] for row in range(3) for column in range(3))
+    around = sum(
+        padded[:, row : row + h, column : column + w] for row in range(3) for column in range(3)
+    )
     return jnp.take_along_axis(around.reshape(-1, h * w) / 9, masked, axis=1)
 
 
 def discrimination_logits(predictions, targets, tau):
     """Cosine of every prediction with every target of its image, over tau: [B, M, D] x 2 -> float32 [B, M, M]."""
     predictions, targets = unit(predictions), unit(targets)
-    return jnp.einsum("bid,bjd->bij", predictions, targets, preferred_element_type=jnp.float32) / tau
+    return (
+        jnp.einsum("bid,bjd->bij", predictions, targets, preferred_element_type=jnp.float32) / tau
+    )
 
 
 def patch_infonce(logits, tau):

@@ -43,7 +43,9 @@ def checkerboard_split(key, grid, mask_ratio, cell=1):
     rows, columns = np.arange(grid[0]) // cell, np.arange(grid[1]) // cell
     black = ((rows[:, None] + columns[None]) % 2).ravel()
     if mask_ratio != 0.5 or 2 * black.sum() != black.size:
-        raise ValueError(f"a checkerboard of {cell} x {cell} patches needs mask_ratio 0.5 and a grid it halves: {grid}")
+        raise ValueError(
+            f"a checkerboard of {cell} x {cell} patches needs mask_ratio 0.5 and a grid it halves: {grid}"
+        )
     halves = jnp.asarray(np.stack([np.flatnonzero(black == 0), np.flatnonzero(black)]), jnp.int32)
     swapped = jax.random.bernoulli(key).astype(jnp.int32)
     return halves[swapped], halves[1 - swapped]
@@ -93,20 +95,33 @@ class Multiblock:
         keep = self.capacity
         if self.biased:
             size_keys = jnp.broadcast_to(size_key, keys.shape)
-            _, others = jax.vmap(self._draw, (None, 0))(size_key, jax.random.split(group_key, self.group - 1))
+            _, others = jax.vmap(self._draw, (None, 0))(
+                size_key, jax.random.split(group_key, self.group - 1)
+            )
             keep = others.sum(axis=1).min(initial=keep)
         else:
             size_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
         targets, context = jax.vmap(self._draw)(size_keys, keys)
         order = jnp.zeros(context.shape)
         if not self.biased:
-            order = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), context.shape[1:]))(keys)
-        order = jnp.argsort(jnp.where(context, order, 2), axis=1, stable=True)[:, : self.capacity].astype(jnp.int32)
-        context_mask = jnp.arange(order.shape[1])[None] < jnp.minimum(keep, context.sum(axis=1))[:, None]
+            order = jax.vmap(
+                lambda key: jax.random.uniform(jax.random.fold_in(key, 1), context.shape[1:])
+            )(keys)
+        order = jnp.argsort(jnp.where(context, order, 2), axis=1, stable=True)[
+            :, : self.capacity
+        ].astype(jnp.int32)
+        context_mask = (
+            jnp.arange(order.shape[1])[None] < jnp.minimum(keep, context.sum(axis=1))[:, None]
+        )
         longest = int(self._sizes(self.scale, self.aspect).prod(axis=1).max())
         index = jnp.argsort(~targets, axis=2, stable=True)[:, :, :longest].astype(jnp.int32)
         target_mask = jnp.arange(longest)[None, None] < targets.sum(axis=2)[:, :, None]
-        return {"visible": order, "visible_mask": context_mask, "targets": index, "target_mask": target_mask}
+        return {
+            "visible": order,
+            "visible_mask": context_mask,
+            "targets": index,
+            "target_mask": target_mask,
+        }
 
     def _sizes(self, scale, aspect):
         """Table [4096, 2] of equally likely (height, width)."""
@@ -130,20 +145,32 @@ class Multiblock:
     def _draw(self, size_key, key):
         """Bool targets [blocks, N] and context [N] of one image; its sizes are drawn from `size_key`."""
         tables = self._sizes(self.scale, self.aspect), self._sizes(self.context_scale, (1.0, 1.0))
-        draws = [jax.random.randint(k, (), 0, len(t)) for k, t in zip(jax.random.split(size_key), tables, strict=True)]
-        of_target, of_context = (jnp.asarray(table)[draw] for table, draw in zip(tables, draws, strict=True))
+        draws = [
+            jax.random.randint(k, (), 0, len(t))
+            for k, t in zip(jax.random.split(size_key), tables, strict=True)
+        ]
+        of_target, of_context = (
+            jnp.asarray(table)[draw] for table, draw in zip(tables, draws, strict=True)
+        )
         target_key, context_key = jax.random.split(key)
-        targets = jax.vmap(self._block, (0, None))(jax.random.split(target_key, self.blocks), of_target)
+        targets = jax.vmap(self._block, (0, None))(
+            jax.random.split(target_key, self.blocks), of_target
+        )
         tries = jax.vmap(self._block, (0, None))(jax.random.split(context_key, 20), of_context)
         # Free of all targets; if that is too little in all tries, of all but the last, of all but the last two, ...
         covered = jnp.cumsum(targets, axis=0) > 0
         covered = jnp.concatenate([covered[::-1], jnp.zeros_like(covered[:1])])  # [blocks + 1, N]
         contexts = (tries[None] & ~covered[:, None]).reshape(-1, tries.shape[-1])
         enough = contexts.sum(axis=1) > self.min_context
-        return targets, contexts[jnp.where(enough.any(), enough.argmax(), contexts.sum(axis=1).argmax())]
+        return targets, contexts[
+            jnp.where(enough.any(), enough.argmax(), contexts.sum(axis=1).argmax())
+        ]
 
 
-PROPOSALS, ROUNDS = 16, 1000  # blocks tried at a time, and rounds at most; 120 of 196 patches take about 10 rounds
+PROPOSALS, ROUNDS = (
+    16,
+    1000,
+)  # blocks tried at a time, and rounds at most; 120 of 196 patches take about 10 rounds
 
 
 def block_mask(key, grid, total, smallest, largest, aspect):
@@ -164,13 +191,20 @@ def block_mask(key, grid, total, smallest, largest, aspect):
     def propose(key, limit):
         """Rows [K, h] and columns [K, w] of K blocks, True inside, and whether they are small enough, [K]."""
         keys = jax.random.split(key, 4)
-        low, high = jnp.minimum(smallest, limit), jnp.maximum(smallest, limit)  # where less than `smallest` is missing
+        low, high = (
+            jnp.minimum(smallest, limit),
+            jnp.maximum(smallest, limit),
+        )  # where less than `smallest` is missing
         area = jax.random.uniform(keys[0], (PROPOSALS,), minval=low, maxval=high)
         stretch = aspect ** jax.random.uniform(keys[1], (PROPOSALS,), minval=-1.0, maxval=1.0)
-        height, width = (jnp.round(jnp.sqrt(x)).astype(jnp.int32) for x in (area * stretch, area / stretch))
+        height, width = (
+            jnp.round(jnp.sqrt(x)).astype(jnp.int32) for x in (area * stretch, area / stretch)
+        )
 
         def inside(key, size, cells):
-            start = jax.random.randint(key, (PROPOSALS,), 0, jnp.maximum(cells - size + 1, 1))[:, None]
+            start = jax.random.randint(key, (PROPOSALS,), 0, jnp.maximum(cells - size + 1, 1))[
+                :, None
+            ]
             at = jnp.arange(cells)[None]
             return (at >= start) & (at < start + size[:, None])
 
