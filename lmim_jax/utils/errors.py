@@ -1,7 +1,9 @@
 """What only the user can mend."""
 
+import difflib
 import os
 import sys
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -10,6 +12,20 @@ class UserError(ValueError):
 
 class Stuck(RuntimeError):
     """A data worker is dead or does not answer; running the same command again goes on."""
+
+
+def did_you_mean(value: object, choices: Iterable[str]) -> str:
+    """A hint for an error message: "; did you mean X?", or, where nothing is similar, all choices.
+
+    Args:
+      value: what was given.
+      choices: what is valid.
+    """
+    known = sorted(choices)
+    near = difflib.get_close_matches(str(value), known, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f" (choices: {', '.join(known)})"
 
 
 def fail(message, code=2):
