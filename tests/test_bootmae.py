@@ -271,7 +271,7 @@ def test_parameters_are_as_many_as_in_the_released_code():
 def test_decay_spares_what_the_released_code_spares():
     params = jax.eval_shape(published().init, jax.random.key(0))
     rules = bootmae_vit_b.get_config().optimizer.decay_rules
-    decayed = flatten_dict(adamw.by_name(rules, params, ""), sep="/")
+    decayed = flatten_dict(adamw.match_rules(rules, params, ""), sep="/")
     for name, leaf in flatten_dict(params, sep="/").items():
         assert decayed[name] == (leaf.ndim > 1 and name != "encoder/cls_token"), name
 

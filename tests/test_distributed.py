@@ -130,12 +130,12 @@ def process(host="a", used=1, visible=1, **facts):
     ],
 )
 def test_unlike_processes_are_named(processes, message, monkeypatch):
-    monkeypatch.setattr(multihost, "gather", lambda mine: processes)
+    monkeypatch.setattr(multihost, "gather_json", lambda mine: processes)
     if message is None:
-        multihost.agree(x=1)
+        multihost.check_consistent(x=1)
     else:
         with pytest.raises(UserError, match=message):
-            multihost.agree(x=1)
+            multihost.check_consistent(x=1)
 
 
 def test_processes_with_unequal_numbers_of_devices_are_named(monkeypatch):
@@ -143,13 +143,13 @@ def test_processes_with_unequal_numbers_of_devices_are_named(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices)
     assert collections.Counter(device.process_index for device in jax.devices()) == {0: 2, 1: 1}
     with pytest.raises(UserError, match="equally many devices: process 0 has 2, process 1 has 1"):
-        multihost.agree()
+        multihost.check_consistent()
 
 
 def test_config_code_and_data_are_what_is_compared(monkeypatch):
     seen = []
-    monkeypatch.setattr(multihost, "gather", lambda mine: seen.append(mine) or [mine])
-    multihost.agree(config={"mesh": {"rules": ((".*", "largest"),)}}, data={"images": 3})
+    monkeypatch.setattr(multihost, "gather_json", lambda mine: seen.append(mine) or [mine])
+    multihost.check_consistent(config={"mesh": {"rules": ((".*", "largest"),)}}, data={"images": 3})
     facts = seen[0]["facts"]
     assert facts["config.mesh.rules"] == [[".*", "largest"]]
     assert facts["data.images"] == 3
@@ -182,7 +182,7 @@ def test_accelerators_are_counted(cuda, files, count, monkeypatch, tmp_path):
 
 def test_a_folder_that_is_not_shared_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(workdir, "UNSEEN", 0)
-    monkeypatch.setattr(multihost, "gather", lambda mine: [["a", True], ["b", False]])
+    monkeypatch.setattr(multihost, "gather_json", lambda mine: [["a", True], ["b", False]])
     with pytest.raises(
         UserError, match=r"is not the same folder on all hosts: process 1 \(host b\)"
     ):

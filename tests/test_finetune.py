@@ -10,7 +10,7 @@ from lmim_jax.data.augment import mixup
 from lmim_jax.methods import base as methods
 from lmim_jax.models import layer_stack
 from lmim_jax.models.vit import ViT
-from lmim_jax.optim import layer_decay
+from lmim_jax.optim import adamw, layer_decay
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(6, 16, 20, 3)).astype(np.float32)
@@ -100,7 +100,7 @@ def test_learning_rates_fall_by_layer(name):
         "encoder": encoder_params(name),
         "head": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)},
     }
-    factors = layer_decay.by_name(layer_decay.rules(trained, 0.5), trained, "it")
+    factors = adamw.match_rules(layer_decay.learning_rate_factors(trained, 0.5), trained, "it")
     of = lambda tree: set(jax.tree.leaves(tree))
     assert of(factors["head"]) == of(factors["encoder"]["norm"]) == {1.0}
     assert of(factors["encoder"]["block01"]) == {0.5}
@@ -148,7 +148,7 @@ def encode(rate, remat="none", scan_layers=False):
         with layer_stack.stochastic_depth(key, rate):
             return VIT.apply(weights, PATCHES, POSITIONS)[1]
 
-    return jax.jit(layer_stack.run_as(run, remat, scan_layers))
+    return jax.jit(layer_stack.with_remat_and_scan(run, remat, scan_layers))
 
 
 def test_rate_0_leaves_the_program_as_it_is():

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from lmim_jax.distributed import sharding
 from lmim_jax.models import decoders, vit
-from lmim_jax.models.layer_stack import run_as
+from lmim_jax.models.layer_stack import with_remat_and_scan
 from lmim_jax.perf import hlo
 from lmim_jax.train import state, step
 from lmim_jax.utils.errors import UserError
@@ -32,10 +32,10 @@ def compiled(data, fsdp, micro_batches, batch=BATCH):
     method, images, optimizer = test_step.setup(**SIZE)
     mesh = sharding.make_mesh(data, fsdp, jax.devices()[: data * fsdp])
     fresh = lambda: state.init(method, optimizer, jax.random.key(0))
-    shardings = sharding.of_state(jax.eval_shape(fresh), mesh, min_size=64)
+    shardings = sharding.state_sharding(jax.eval_shape(fresh), mesh, min_size=64)
     jitted = jax.jit(
         step.make_train_step(method, images, optimizer, mesh, micro_batches, shardings=shardings),
-        in_shardings=(shardings, sharding.of_batch(mesh)),
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
     shapes = {"image": jax.ShapeDtypeStruct((batch, 24, 24, 3), "uint8")}
@@ -124,7 +124,7 @@ def test_recomputing_and_loops_change_no_number(name):
     loss, params = network(name)
     expected, saved = jax.jit(jax.value_and_grad(loss))(params), {}
     for remat, scan_layers in (("none", False), ("dots", False), ("full", False), ("full", True)):
-        function = run_as(loss, remat, scan_layers)
+        function = with_remat_and_scan(loss, remat, scan_layers)
         kept = saved_residuals(function, params)
         saved[remat, scan_layers] = sum(x.size for x, where in kept if "argument" not in where)
         text = str(jax.make_jaxpr(jax.grad(function))(params))
@@ -135,7 +135,7 @@ def test_recomputing_and_loops_change_no_number(name):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert saved["full", False] < saved["dots", False] < saved["none", False]
     with pytest.raises(UserError, match=r"config.remat='all' is none of: none \| dots \| full"):
-        run_as(loss, "all", False)
+        with_remat_and_scan(loss, "all", False)
 
 
 def test_features_show_every_block_whatever_the_run():
@@ -144,7 +144,7 @@ def test_features_show_every_block_whatever_the_run():
     params = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens)["params"]
     look = lambda params: vit.features(module, params, tokens, tokens)
     assert (
-        jax.eval_shape(run_as(look, "full", True), params).keys()
+        jax.eval_shape(with_remat_and_scan(look, "full", True), params).keys()
         == jax.eval_shape(look, params).keys()
     )
 
@@ -154,7 +154,7 @@ def test_the_rule():
     leaf = lambda *shape: jax.ShapeDtypeStruct(shape, "float32")
     tree = {"kernel": leaf(8, 12), "odd": leaf(5, 7), "small": leaf(8), "embed": leaf(40, 16)}
     place = lambda *rules, min_size=32: {
-        name: found.spec for name, found in sharding.of_state(tree, mesh, rules, min_size).items()
+        name: found.spec for name, found in sharding.state_sharding(tree, mesh, rules, min_size).items()
     }
     p, largest = PartitionSpec, (".*", "largest")
     assert place(largest) == {
@@ -170,7 +170,7 @@ def test_the_rule():
         place(("odd", 0), largest)
     with pytest.raises(UserError, match="no rule matches embed"):
         place(("kernel", "largest"))
-    whole = sharding.of_state(tree, sharding.make_mesh(), ((".*", "largest"),), 1)
+    whole = sharding.state_sharding(tree, sharding.make_mesh(), ((".*", "largest"),), 1)
     assert {found.spec for found in whole.values()} == {p()}
 
 
@@ -192,8 +192,8 @@ def test_a_mesh_that_is_not_all_devices_is_refused(data, fsdp):
 def test_rows_keep_their_place_in_the_batch_wherever_a_process_has_its_devices():
     devices = [types.SimpleNamespace(process_index=owner) for owner in (0, 1, 1, 0)]
     mesh = types.SimpleNamespace(devices=np.array(devices).reshape(2, 2))
-    assert sharding.positions(mesh, 8).tolist() == [0, 1, 4, 5, 6, 7, 2, 3]
-    assert sharding.positions(sharding.make_mesh(2, 4), 16).tolist() == list(range(16))
+    assert sharding.batch_positions(mesh, 8).tolist() == [0, 1, 4, 5, 6, 7, 2, 3]
+    assert sharding.batch_positions(sharding.make_mesh(2, 4), 16).tolist() == list(range(16))
 
 
 def test_the_recipe_names_every_switch():

@@ -152,7 +152,7 @@ def test_decay_spares_what_the_official_code_spares():
     params = jax.eval_shape(method.init, jax.random.key(0))
     rules = tiny.get_config().optimizer.decay_rules
     decayed = {
-        name for name, on in flatten_dict(adamw.by_name(rules, params, ""), sep="/").items() if on
+        name for name, on in flatten_dict(adamw.match_rules(rules, params, ""), sep="/").items() if on
     }
     assert {"encoder/cls_token", "decoder/mask_token", "decoder/cls_token"} <= decayed
     assert {
@@ -165,7 +165,7 @@ def test_decay_spares_what_the_official_code_spares():
 
 def test_uncovered_parameters_are_named():
     with pytest.raises(UserError, match="no rule matches a/b"):
-        adamw.by_name([("c.*", True)], {"a": {"b": 1}, "c": 2}, "config.optimizer.decay_rules")
+        adamw.match_rules([("c.*", True)], {"a": {"b": 1}, "c": 2}, "config.optimizer.decay_rules")
 
 
 def test_adamw_equals_torchs_definition():

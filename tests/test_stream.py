@@ -196,7 +196,7 @@ def test_a_worker_that_dies_or_hangs_is_named(number, message):
     next(endless)
     os.kill(max({process.pid for process in multiprocessing.active_children()} - before), number)
     began = time.monotonic()
-    with pytest.raises(errors.Stuck, match=message):
+    with pytest.raises(errors.DataLoaderTimeout, match=message):
         for _ in endless:
             pass
     assert time.monotonic() - began < 60
@@ -220,7 +220,7 @@ def test_a_read_that_hangs_is_named():
     source = Hanging()
     try:
         with pytest.raises(
-            errors.Stuck, match=r"no batch for 3 s: a decoding thread does not answer, at image \d+"
+            errors.DataLoaderTimeout, match=r"no batch for 3 s: a decoding thread does not answer, at image \d+"
         ):
             list(batches(source, steps=100, timeout=3.0))
     finally:

@@ -5,7 +5,7 @@ import pathlib
 
 from absl import app, flags
 
-from lmim_jax.utils.errors import Stuck, UserError, fail
+from lmim_jax.utils.errors import DataLoaderTimeout, UserError, fail
 
 
 def run(main, default_config=None, **defaults):
@@ -23,7 +23,7 @@ def run(main, default_config=None, **defaults):
             return main(argv)
         except UserError as error:
             fail(error)
-        except Stuck as error:
+        except DataLoaderTimeout as error:
             fail(error, 1)
 
     app.run(reporting, flags_parser=lambda argv: parse_flags(argv, default_config, **defaults))

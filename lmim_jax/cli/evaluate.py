@@ -178,7 +178,7 @@ def prepare(run, knobs, baselines, folder):
     trained = run.weights(mesh)
     data = run.images(knobs, mesh, progress=progress, cache=FeatureCache(folder / "cache"))
     identities = {split: source.identity() for split, source in data.sources.items() if source}
-    multihost.agree(config=run.config, data=identities)
+    multihost.check_consistent(config=run.config, data=identities)
     columns = {name: trained for name in image_features.FIXED if baselines}
     columns |= {"untrained": run.untrained(mesh)} if baselines else {}
     what = {

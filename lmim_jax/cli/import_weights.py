@@ -98,7 +98,7 @@ def import_weights(path, config, folder, identity, drop=(), fresh=()):
     optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=0, total_steps=1)
     begin = lambda tree: _begin(method, optimizer, config.seed, tree)
     layout = dict(rules=config.mesh.rules, min_size=config.mesh.min_size)
-    shardings = sharding.of_state(jax.eval_shape(begin, tree), mesh, **layout)
+    shardings = sharding.state_sharding(jax.eval_shape(begin, tree), mesh, **layout)
     state = jax.jit(begin, out_shardings=shardings)(tree)
     origin = {"file": pathlib.Path(path).name, "sha256": _checksum(path)}
     origin |= {"dropped": dropped, "fresh": absent, "not_read": rest}

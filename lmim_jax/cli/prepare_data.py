@@ -35,7 +35,7 @@ def _in_parallel(task, items, count, sizes, unit):
     context = multiprocessing.get_context("spawn")
     with (
         futures.ProcessPoolExecutor(
-            count, mp_context=context, initializer=subprocess.end_with_parent
+            count, mp_context=context, initializer=subprocess.exit_with_parent
         ) as pool,
         tqdm.tqdm(total=sum(sizes), unit=unit, unit_scale=True, mininterval=1.0) as bar,
     ):

@@ -221,7 +221,7 @@ def training(source, config, *, seed, batch_size, steps, start, mesh, crop=None)
       with `crop`, images are crops [B, H, W, C] and there is no size.
 
     Raises:
-      UserError: too many bad images. Stuck: a worker died, or there was no batch for `config.timeout` seconds.
+      UserError: too many bad images. DataLoaderTimeout: a worker died, or there was no batch for `config.timeout` seconds.
     """
     if start == steps:  # Grain knows no empty datasets
         return iter(())

@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from lmim_jax.utils import subprocess
-from lmim_jax.utils.errors import Stuck
+from lmim_jax.utils.errors import DataLoaderTimeout
 
 AHEAD = 2  # batches on the devices, waiting for the step
 STARTING = 90.0  # seconds more for the first batch: workers import what they need
@@ -85,7 +85,7 @@ def _begin_worker(index, count):
     del index, count
     in_worker = True
     jax.config.update("jax_platforms", "cpu")
-    subprocess.end_with_parent()
+    subprocess.exit_with_parent()
 
 
 class Crew:
@@ -110,7 +110,7 @@ class Crew:
             except RuntimeError as error:
                 if "terminated unexpectedly" not in str(error):  # Grain's words for a dead process
                     raise
-                raise Stuck(
+                raise DataLoaderTimeout(
                     f"{self.suspect()} died ({str(error).split('. ')[0]}); was memory short?"
                 ) from error
             if self._workers:
@@ -147,7 +147,7 @@ def ahead(crew, place, timeout, reading):
       place: batch -> what to yield. timeout: seconds to wait for a batch. reading: () -> what is being read, in words.
 
     Raises:
-      Stuck: a worker died, or there was no batch for `timeout` seconds.
+      DataLoaderTimeout: a worker died, or there was no batch for `timeout` seconds.
     """
     ready, stop, end = queue.Queue(AHEAD), threading.Event(), object()
 
@@ -178,7 +178,7 @@ def ahead(crew, place, timeout, reading):
             except queue.Empty:
                 who = crew.suspect()
                 crew.abandon()
-                raise Stuck(
+                raise DataLoaderTimeout(
                     f"no batch for {patience:g} s: {who} does not answer{reading()}; if this is only slow, raise "
                     "config.data.timeout"
                 ) from None

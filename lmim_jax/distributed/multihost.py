@@ -96,7 +96,7 @@ def initialize(coordinator="", num_processes=0, process_id=-1, heartbeat=30):
     jax.distributed.initialize(**where, **timeouts)
 
 
-def agree(**facts):
+def check_consistent(**facts):
     """Check that the processes use all accelerators and were started alike; to be called by all of them.
 
     Args:
@@ -119,7 +119,7 @@ def agree(**facts):
         visible=visible_accelerators(),
         facts=facts,
     )
-    all_of_them = gather(json.loads(json.dumps(mine)))
+    all_of_them = gather_json(json.loads(json.dumps(mine)))
     _check_used(all_of_them)
     first = all_of_them[0]["facts"]
     for process, other in enumerate(all_of_them):
@@ -182,7 +182,7 @@ def versions():
     return {"code": code.hexdigest()[:16], "python": platform.python_version(), **libraries}
 
 
-def gather(value):
+def gather_json(value):
     """A JSON value of every process, in order; to be called by all of them."""
     if jax.process_count() == 1:
         return [value]
@@ -192,11 +192,11 @@ def gather(value):
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
-def meet(place, failure, timeout):
+def barrier(place, failure, timeout):
     """Wait in the background until all processes have come to `place`, a name used once.
 
     Raises:
-      OSError: one of them has called `give_up(failure, ...)` instead. TimeoutError: `timeout` seconds have passed.
+      OSError: one of them has called `abort(failure, ...)` instead. TimeoutError: `timeout` seconds have passed.
     """
     store, count = global_state.client, jax.process_count()
     if count == 1:
@@ -213,8 +213,8 @@ def meet(place, failure, timeout):
         time.sleep(0.02 if time.monotonic() - began < 1 else 0.2)
 
 
-def give_up(failure, why):
-    """Tell the processes in `meet` that this one will not come."""
+def abort(failure, why):
+    """Tell the processes in `barrier` that this one will not come."""
     if jax.process_count() > 1:
         name = f"{failure}/{jax.process_index()}"
         global_state.client.key_value_set(

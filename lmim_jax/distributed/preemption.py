@@ -18,11 +18,11 @@ class Preempted(RuntimeError):
     """The run was asked to stop, and has saved its state; the message names the step."""
 
 
-class Interrupted(RuntimeError):
+class EvaluationInterrupted(RuntimeError):
     """An evaluation was cut short by a signal; the run saves and stops."""
 
 
-class Notice:
+class PreemptionHandler:
     """Listens for the signals, in a `with` block.
 
     One process: a flag. Several: whichever hears SIGTERM tells jax's coordination service, which chooses a step that
@@ -51,18 +51,18 @@ class Notice:
         self._name = signal.Signals(number).name
         log.warning("%s received: saving, then stopping with exit code %d", self._name, EXIT_CODE)
 
-    def given(self, step):
+    def should_stop(self, step):
         """Whether to stop after `step`; to be asked after every step, by every process."""
         if jax.process_count() == 1:
             return self._name is not None
         return multihost_utils.reached_preemption_sync_point(step)
 
     @property
-    def heard(self):
+    def received(self):
         """Whether this process itself has received a signal."""
         return self._name is not None
 
-    def check(self):
-        """Raise Interrupted during an evaluation (one process; several must first agree, at the next step)."""
+    def raise_if_received(self):
+        """Raise EvaluationInterrupted during an evaluation (one process; several must first agree, at the next step)."""
         if self._name:
-            raise Interrupted(self._name)
+            raise EvaluationInterrupted(self._name)

@@ -48,7 +48,7 @@ def mesh_sizes(data, fsdp, count):
     return sizes
 
 
-def of_batch(mesh):
+def batch_sharding(mesh):
     """Batch arrays are split along their first axis, over all devices."""
     return NamedSharding(mesh, BATCH)
 
@@ -58,7 +58,7 @@ def replicated(mesh):
     return NamedSharding(mesh, PartitionSpec())
 
 
-def of_state(abstract, mesh, rules=((".*", "largest"),), min_size=1 << 16):
+def state_sharding(abstract, mesh, rules=((".*", "largest"),), min_size=1 << 16):
     """Shardings of a state tree: one rule for parameters, optimiser and EMA, by path and shape.
 
     Args:
@@ -99,7 +99,7 @@ def of_state(abstract, mesh, rules=((".*", "largest"),), min_size=1 << 16):
     return jax.tree_util.tree_map_with_path(place, abstract)
 
 
-def gather(tree, specs):
+def gather_shards(tree, specs):
     """Inside a shard_map: whole arrays, of which this device holds the parts that `specs` say."""
     whole = lambda x, spec: (
         jax.lax.all_gather(x, FSDP, axis=spec.index(FSDP), tiled=True) if FSDP in spec else x
@@ -107,7 +107,7 @@ def gather(tree, specs):
     return jax.tree.map(whole, tree, specs)
 
 
-def mean_scattered(tree, specs):
+def reduce_scatter_mean(tree, specs):
     """Inside a shard_map: the mean over all devices of whole arrays, of which each keeps the part that `specs` say."""
     if jax.lax.axis_size(AXES) == 1:  # XLA would copy them
         return tree
@@ -133,21 +133,21 @@ def check_batch(batch_size, micro_batches, devices):
         )
 
 
-def place(array, where):
+def place_array(array, where):
     """A numpy array that every process has whole -> an array with sharding `where`."""
     return jax.make_array_from_callback(array.shape, where, lambda part: array[part])
 
 
 def to_global(batch, mesh):
     """This process's rows of a batch (dict of numpy arrays) -> arrays over the whole mesh."""
-    placement = of_batch(mesh)
+    placement = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(placement, np.asarray(rows))
         for name, rows in batch.items()
     }
 
 
-def positions(mesh, batch_size):
+def batch_positions(mesh, batch_size):
     """int32 [B]: the place in the batch, as read, of every row of a global array made by `to_global`.
 
     Process p reads rows p B / P .. (p + 1) B / P and cuts them up for its own devices; where the mesh orders devices

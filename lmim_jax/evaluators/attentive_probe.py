@@ -75,7 +75,7 @@ class Evaluator:
     def logits(self, task, params, trained, buffers, images):
         """[B, K]."""
         del buffers
-        x = normalization.layer_norm(
+        x = normalization.standardize_tokens(
             probe_layers.frozen(task.method, params, images, self.feature), 1e-6
         )
         batch, tokens, width = x.shape

@@ -93,7 +93,7 @@ class Evaluator:
         """[B, K]."""
         del buffers
         x = task.method.features({**params, "encoder": trained["encoder"]}, images)[FEATURE]
-        x = normalization.layer_norm(probe_layers.pooled(x), 1e-6)
+        x = normalization.standardize_tokens(probe_layers.pooled(x), 1e-6)
         x = x * trained["fc_norm"]["scale"][None] + trained["fc_norm"]["bias"][None]
         return probe_layers.linear(trained["head"], x)
 

@@ -42,7 +42,7 @@ class Evaluator:
         crops, views = jax.device_get(drawing(method, data.augment, data.mesh)(canvases))
         count = min(self.images, len(indices))
         windows = [windows_of(method, views, k) for k in range(count)]
-        return plotting.masking(whole_images(data, canvases)[:count], crops[:count], windows)
+        return plotting.plot_masking(whole_images(data, canvases)[:count], crops[:count], windows)
 
     def _seen(self, method, params, data, canvases, indices):
         """PCA and clusters of the features of enlarged images, on a grid `zoom` times as fine as in training."""
@@ -60,7 +60,7 @@ class Evaluator:
             [clustering.nested(of_image, (self.clusters,))[self.clusters] for of_image in tokens]
         )
         colors = pca_rgb(tokens).reshape(*shape, 3)
-        return plotting.features(inputs[: self.images], colors, clusters.reshape(shape), masks)
+        return plotting.plot_features(inputs[: self.images], colors, clusters.reshape(shape), masks)
 
 
 @functools.lru_cache(maxsize=2)

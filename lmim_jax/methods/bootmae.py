@@ -221,8 +221,8 @@ class Method:
             masking.take(patches, masked), self.channels
         )
         return {
-            "predictions": normalization.layer_norm(predictions, 1e-6),
-            "targets": normalization.layer_norm(masking.take(targets[:, 1:], masked), 1e-6),
+            "predictions": normalization.standardize_tokens(predictions, 1e-6),
+            "targets": normalization.standardize_tokens(masking.take(targets[:, 1:], masked), 1e-6),
             "pixels": pixels,
             "pixel_targets": pixel_targets,
             "reconstruction": pixels * deviation + mean,
@@ -255,7 +255,7 @@ class Method:
         out = vit.features(
             self._encoder, params["encoder"], patches, self._positions(self.width, grid)
         )
-        return {**out, "latents": normalization.layer_norm(out["patches_prenorm"], 1e-6)}
+        return {**out, "latents": normalization.standardize_tokens(out["patches_prenorm"], 1e-6)}
 
 
 def official_scales(params):

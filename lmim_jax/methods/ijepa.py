@@ -168,7 +168,7 @@ class Method:
         ]
         teacher = jax.lax.stop_gradient(target["encoder"])
         whole, _ = self._encoder.apply({"params": teacher}, patches, self._positions(teacher))
-        wanted = masking.take(normalization.layer_norm(whole, 1e-5), targets.reshape(batch, -1))
+        wanted = masking.take(normalization.standardize_tokens(whole, 1e-5), targets.reshape(batch, -1))
         shape = (batch, blocks, length, self.width)
         return {"predictions": predictions.reshape(shape), "targets": wanted.reshape(shape)}
 

@@ -23,7 +23,7 @@ _execution = contextvars.ContextVar("execution", default=("none", False))
 _dropping = contextvars.ContextVar("dropping", default=None)
 
 
-def run_as(function, remat, scan_layers):
+def with_remat_and_scan(function, remat, scan_layers):
     """`function`, with the blocks of all networks in it run so; to be traced (jitted) as a whole.
 
     Args:

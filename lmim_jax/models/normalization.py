@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def unit(x):
+def l2_normalize(x):
     """Scale the last axis to length 1 (float32; length at least 1e-12, as torch's `normalize`)."""
     x = x.astype(jnp.float32)
     # sqrt of a clamped square: the gradient at x = 0 is 0, not NaN.
@@ -17,7 +17,7 @@ def token_moments(x):
     return x.mean(axis=-1, keepdims=True), jnp.sqrt(x.var(axis=-1, ddof=1, keepdims=True) + 1e-6)
 
 
-def layer_norm(x, epsilon):
+def standardize_tokens(x, epsilon):
     """Last axis to mean 0 and (biased) variance 1, without scale and bias, float32 (torch's `layer_norm`)."""
     x = x.astype(jnp.float32)
     return (x - x.mean(axis=-1, keepdims=True)) * jax.lax.rsqrt(

@@ -9,7 +9,7 @@ from lmim_jax.optim import schedules
 from lmim_jax.utils.errors import UserError
 
 
-def by_name(rules, params, key):
+def match_rules(rules, params, key):
     """A value for every parameter from (regex, value) rules on its path, "encoder/block00/norm1/scale".
 
     First full match wins; every parameter must match.
@@ -64,7 +64,7 @@ def from_config(config, *, warmup_steps, total_steps):
     )
 
     def decayed(params):
-        scale = by_name(config.decay_rules, params, "config.optimizer.decay_rules")
+        scale = match_rules(config.decay_rules, params, "config.optimizer.decay_rules")
         return jax.tree.map(bool, scale)
 
     optimizer = optax.chain(  # AdamW, with a schedule for the decay too

@@ -5,10 +5,10 @@ import re
 import jax
 import optax
 
-from lmim_jax.optim.adamw import by_name
+from lmim_jax.optim.adamw import match_rules
 
 
-def rules(trained, decay):
+def learning_rate_factors(trained, decay):
     """(regex on the path, factor of the learning rate) for {"encoder": ..., and anything above it}.
 
     Of L blocks, block i has decay^(L - i), all below them (patch and position embeddings, CLS) decay^(L + 1), all above
@@ -31,14 +31,14 @@ DECAYED = ((".*(bias|scale|positions|cls_token)", False), (".*", True))
 
 
 def adamw(rate, trained, *, b1, b2, eps, weight_decay, decay):
-    """AdamW with `rules`; the weight decay follows the learning rate of its layer, as in torch."""
-    factors = by_name(rules(trained, decay), trained, "layer_decay")
+    """AdamW with `learning_rate_factors`; the weight decay follows the learning rate of its layer, as in torch."""
+    factors = match_rules(learning_rate_factors(trained, decay), trained, "layer_decay")
     scaled = optax.stateless(
         lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, factors)
     )
     return optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=by_name(DECAYED, trained, "weight_decay")),
+        optax.add_decayed_weights(weight_decay, mask=match_rules(DECAYED, trained, "weight_decay")),
         scaled,
         optax.scale_by_learning_rate(rate),
     )

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from lmim_jax.data.augment import device
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
-from lmim_jax.models.layer_stack import run_as
+from lmim_jax.models.layer_stack import with_remat_and_scan
 from lmim_jax.optim import adamw
 from lmim_jax.perf import flops, hlo
 from lmim_jax.train import state, step
@@ -83,7 +83,7 @@ class Recipe:
 
     def shardings(self, mesh):
         """Of the state."""
-        return sharding.of_state(
+        return sharding.state_sharding(
             self.state(), mesh, self.config.mesh.rules, self.config.mesh.min_size
         )
 
@@ -92,7 +92,7 @@ class Recipe:
         shardings = self.shardings(mesh)
         place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         rows = {
-            name: place(x, sharding.of_batch(mesh))
+            name: place(x, sharding.batch_sharding(mesh))
             for name, x in self.batch(self.config.batch_size).items()
         }
         function = step.jit_step(
@@ -107,7 +107,7 @@ class Recipe:
         views = jax.eval_shape(method.sample, jax.random.key(0), keys)
         pixels = jax.ShapeDtypeStruct((images, *method.image_size, method.channels), jnp.float32)
         value = lambda params, *rest: method.loss(params, *rest)[0]
-        run = run_as(value, self.config.remat, self.config.scan_layers)
+        run = with_remat_and_scan(value, self.config.remat, self.config.scan_layers)
         return run, abstract.params, (abstract.target, pixels, views, abstract.step)
 
     def flops(self):

@@ -132,7 +132,7 @@ def curves(rows, folders):
                 lines[name] = common, means
         if lines:
             panels.append((heading, lines, {}))
-    return plotting.curves(panels, "Mean over seeds", shared_legend=True) if panels else None
+    return plotting.plot_curves(panels, "Mean over seeds", shared_legend=True) if panels else None
 
 
 def publish(out, command, groups, described, folders, costs):

@@ -13,7 +13,7 @@ def given(wholes, crops, windows, rebuilt):
     """Image, crop with windows, visible and hidden part."""
     rows, seen, total = [], sum(visible for *_, visible in windows[0]), len(windows[0])
     for k, (whole, crop, of_image) in enumerate(zip(wholes, crops, windows, strict=True), 1):
-        visible, hidden = plotting.cut(crop, of_image)
+        visible, hidden = plotting.split_crop(crop, of_image)
         rows.append(
             [
                 html.figure(whole, f"training view {k}: whole image", "image"),
@@ -33,7 +33,7 @@ def given(wholes, crops, windows, rebuilt):
             else ", not as pixels but as a second network sees them."
         )
     )
-    return html.explained("given", "What the model is given", look, "", html.cards(rows, 4, 24))
+    return html.explained_section("given", "What the model is given", look, "", html.cards(rows, 4, 24))
 
 
 def _frames(crop, windows):
@@ -46,7 +46,7 @@ def _frames(crop, windows):
         width=side,
         height=side,
         fill="none",
-        stroke=plotting.SEEN if visible else plotting.HIDDEN,
+        stroke=plotting.VISIBLE_COLOR if visible else plotting.HIDDEN_COLOR,
         stroke_width=1.6 * width / 100 if visible else width / 200,
     )
     ordered = sorted(windows, key=lambda window: bool(window[3]))
@@ -62,7 +62,7 @@ def reconstructions(crops, windows, rebuilt):
         rows.append(
             [
                 html.figure(
-                    plotting.cut(crop, of_image)[0],
+                    plotting.split_crop(crop, of_image)[0],
                     f"reconstruction {k}: visible patches",
                     "visible",
                 ),
@@ -78,7 +78,7 @@ def reconstructions(crops, windows, rebuilt):
     collapsed = (
         "hidden patches are all alike, flat grey or of one mean colour, whatever is visible."
     )
-    return html.explained(
+    return html.explained_section(
         "reconstructions", "What it paints", look, collapsed, html.cards(rows, 3, 20)
     )
 
@@ -111,7 +111,7 @@ def features(seen):
         "which let little more through than the colours of the pixels."
     )
     collapsed = "colours follow the place in the image, whatever is there, the same in every image."
-    return html.explained(
+    return html.explained_section(
         "features", "What it sees", look, collapsed, html.cards(rows, len(rows[0]), 24)
     )
 
@@ -140,6 +140,6 @@ def neighbours(found, searched):
     collapsed = (
         "the same few images turn up for every query, and their classes are as if drawn by lot."
     )
-    return html.explained(
+    return html.explained_section(
         "neighbours", "What is near", look, collapsed, html.cards(rows, len(rows[0]), 28)
     )

@@ -123,7 +123,7 @@ def curves(told):
             "figure",
             html.tag("h3", panel[0]),
             html.tag(
-                "div", html.Html(plotting.chart(panel)), role="img", aria_label=f"curve: {panel[0]}"
+                "div", html.Html(plotting.curve_svg(panel)), role="img", aria_label=f"curve: {panel[0]}"
             ),
         )
         for panel in panels
@@ -133,7 +133,7 @@ def curves(told):
         "1 and an effective rank that does not fall to a few."
     )
     collapsed = "the loss falls fast and far, the collapse index and the similarities rise to 1, the rank falls."
-    return html.explained(
+    return html.explained_section(
         "curves", "How training went", look, collapsed, html.tag("div", *charts, class_="charts")
     )
 
@@ -159,7 +159,7 @@ def evaluations(folder, told):
     if not content:
         return None
     look = "What frozen features are worth; accuracies in per cent. What each figure is: docs/features.md."
-    return html.explained("evaluations", "Evaluations", look, "", *content)
+    return html.explained_section("evaluations", "Evaluations", look, "", *content)
 
 
 def _listed(value):
@@ -232,4 +232,4 @@ def provenance(run, path):
     shell += [f"python -m lmim_jax.cli.report {path}   # this page"]
     content.append(html.tag("pre", "\n".join(shell)))
     look = "What made this run, and how to make it again: the same config and images give the same run."
-    return html.explained("provenance", "Where it comes from", look, "", *content)
+    return html.explained_section("provenance", "Where it comes from", look, "", *content)

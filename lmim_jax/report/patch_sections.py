@@ -22,7 +22,7 @@ def colored(values, low, high):
 def segmentations(seen, count):
     """Nested cuts of one tree per image, and its t-SNE in the same colours."""
     rows = []
-    palette = (matplotlib.colors.to_rgba_array(plotting.CLUSTERS)[:, :3] * 255).round()
+    palette = (matplotlib.colors.to_rgba_array(plotting.CLUSTER_COLORS)[:, :3] * 255).round()
     for k, (image, tokens) in enumerate(zip(seen.images[:count], seen.tokens, strict=False), 1):
         flat = tokens.reshape(-1, tokens.shape[-1])
         cuts = clustering.nested(flat, COUNTS)
@@ -52,7 +52,7 @@ def segmentations(seen, count):
         "Look for segments with the outline of things, and for points in separate clouds."
     )
     collapsed = "segments are stripes or blots that are much the same in every image, and all points are one cloud."
-    return html.explained(
+    return html.explained_section(
         "segmentations", "How it groups", look, collapsed, html.cards(rows, 1 + len(COUNTS), 30)
     )
 
@@ -68,7 +68,7 @@ def _scatter(places, labels, alt):
             html.tag(
                 "path",
                 d=points,
-                stroke=plotting.CLUSTERS[label],
+                stroke=plotting.CLUSTER_COLORS[label],
                 stroke_width=2.6,
                 fill="none",
                 stroke_linecap="round",
@@ -104,7 +104,7 @@ def attention(seen, count):
     )
     collapsed = "every head looks at the same places, whatever the image."
     columns = min(len(rows[0]), 7)
-    return html.explained(
+    return html.explained_section(
         "attention", "Where it looks", look, collapsed, html.cards(rows, columns, 5.2 * columns)
     )
 
@@ -160,7 +160,7 @@ def similarities(seen, count):
     collapsed = (
         "all is yellow, or only the patch itself and its neighbours are, whatever they show."
     )
-    return html.explained(
+    return html.explained_section(
         "similarities",
         "What is alike",
         look,

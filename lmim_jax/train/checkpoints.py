@@ -186,12 +186,12 @@ class Checkpoints:
 
     def _meet(self, key, timeout_ms=SLOWEST * 1000):
         """Wait for the other processes in a save; raise what made one of them fail. Orbax itself would wait on."""
-        multihost.meet(f"save/{self._attempt}/{key}", f"failed/{self._attempt}", timeout_ms / 1000)
+        multihost.barrier(f"save/{self._attempt}/{key}", f"failed/{self._attempt}", timeout_ms / 1000)
 
     def _failed(self, step, error):
         """Report a failed save, here and to the other processes, and remove what it has left."""
         self._failures, self._error = self._failures + 1, _first_line(error)
-        multihost.give_up(f"failed/{self._attempt}", self._error)
+        multihost.abort(f"failed/{self._attempt}", self._error)
         shutil.rmtree(self._root / str(step), ignore_errors=True)
         self._orbax = _orbax(self._meet)  # the old one would raise the error again
         log.error(

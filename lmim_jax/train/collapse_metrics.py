@@ -26,7 +26,7 @@ def collapse_index(x, weight):
     an EMA target, on ImageNet-100).
     """
     count = weight.sum()
-    total = (normalization.unit(x) * weight[:, None]).sum(axis=0)
+    total = (normalization.l2_normalize(x) * weight[:, None]).sum(axis=0)
     return (jnp.sum(total * total) - count) / (count * (count - 1))
 
 
@@ -45,7 +45,7 @@ def feature_std(x, weight):
 
     0: all images alike; 1: spread over all directions. Source: SimSiam (Chen and He, CVPR 2021), figure 2.
     """
-    x, count = normalization.unit(x), weight.sum()
+    x, count = normalization.l2_normalize(x), weight.sum()
     mean = (x * weight[:, None]).sum(axis=0) / count
     variance = (jnp.square(x - mean[None]) * weight[:, None]).sum(axis=0) / count
     return jnp.sqrt(variance).mean() * x.shape[-1] ** 0.5

@@ -98,13 +98,13 @@ def train(config, workdir):
 
     # Everything about the config is checked: from here on, files are written
     belongs = config.to_dict(), source["train"].identity()
-    multihost.agree(config=belongs[0], data=belongs[1])
+    multihost.check_consistent(config=belongs[0], data=belongs[1])
     workdirs.check(workdir, *belongs)
     if summary := summaries.finished(workdir, total_steps):
         log.info("this run is finished: %d of %d steps, in %s", total_steps, total_steps, workdir)
         log.info(summaries.table(summary, workdir))
         return summary
-    with Lock(workdir), Checkpoints(workdir, config) as checkpoints, preemption.Notice() as notice:
+    with Lock(workdir), Checkpoints(workdir, config) as checkpoints, preemption.PreemptionHandler() as handler:
         workdirs.claim(workdir, *belongs)
         provenance.note(workdir)
 
@@ -132,7 +132,7 @@ def train(config, workdir):
         train_step = jit_step(config, method, augmentation, optimizer, mesh, shardings)
 
         # Loop: at a boundary evaluate and save the *same* state, then go on
-        data = Evaluation(source, config.data, augmentation, mesh, check=notice.check)
+        data = Evaluation(source, config.data, augmentation, mesh, check=handler.raise_if_received)
         gauge = collapse_metrics.make(method, data, config.gauge_images)
         writer = Writer(workdir, start)
         meter = metric_logger.Meter(
@@ -166,7 +166,7 @@ def train(config, workdir):
                     )
 
         with contextlib.suppress(
-            preemption.Interrupted
+            preemption.EvaluationInterrupted
         ):  # by a signal, which the loop heeds after its next step
             evaluate(start)
         batches = loader.training(
@@ -187,7 +187,7 @@ def train(config, workdir):
                 if log_due:
                     numbers |= gauge(state.params, state.target)
             meter.add(done, numbers)
-            stop = notice.given(done)
+            stop = handler.should_stop(done)
             save = (
                 stop
                 or last
@@ -197,7 +197,7 @@ def train(config, workdir):
             if save or any(evaluator.due(done, total_steps) for evaluator in scheduled):
                 meter.pause()  # and so make sure that this state is finite
                 try:
-                    with contextlib.suppress(preemption.Interrupted):
+                    with contextlib.suppress(preemption.EvaluationInterrupted):
                         if not stop:
                             evaluate(done)
                 except UserError:  # such as masks that are not there: what was trained is kept
@@ -210,7 +210,7 @@ def train(config, workdir):
                     raise preemption.Preempted(f"stopped after step {done} of {total_steps}")
                 meter.resume()
         checkpoints.wait(must_succeed=True)
-        if notice.heard:  # in the last evaluation
+        if handler.received:  # in the last evaluation
             raise preemption.Preempted(f"stopped in the evaluation after step {total_steps}")
 
         # End

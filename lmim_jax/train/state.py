@@ -34,11 +34,11 @@ def create(method, optimizer, seed, mesh, **layout):
     """A fresh state on the devices: shapes first, then placement, then `jit(init)`, so nothing is built on device 0.
 
     Args:
-      layout: `rules` and `min_size` of `sharding.of_state`.
+      layout: `rules` and `min_size` of `sharding.state_sharding`.
 
     Returns:
       (state, its tree of NamedShardings).
     """
     fresh = lambda: init(method, optimizer, jax.random.key(seed))
-    shardings = sharding.of_state(jax.eval_shape(fresh), mesh, **layout)
+    shardings = sharding.state_sharding(jax.eval_shape(fresh), mesh, **layout)
     return jax.jit(fresh, out_shardings=shardings)(), shardings

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from lmim_jax.distributed import sharding
-from lmim_jax.models.layer_stack import run_as
+from lmim_jax.models.layer_stack import with_remat_and_scan
 from lmim_jax.utils.prng import image_keys
 
 
@@ -56,7 +56,7 @@ def make_train_step(
         step, after the last micro-batch. The loss is per image: nothing else but scalars is communicated.
       micro_batches: gradient accumulation; the EMA moves once per step all the same.
       skip_nonfinite: a step whose loss, gradient or new parameters are NaN or infinite changes the step number only.
-      shardings: of the state; None: as `sharding.of_state` has it. What is cut over `fsdp` is put together once per
+      shardings: of the state; None: as `sharding.state_sharding` has it. What is cut over `fsdp` is put together once per
         step, before the first micro-batch, and its gradient arrives cut.
 
     The batch is a dict of arrays with a leading batch axis; metrics are float32 scalars, those of the method and
@@ -66,14 +66,14 @@ def make_train_step(
 
     def reduced(state, batch):
         """Gradients, cut as the parameters are, and metrics; means over the batch."""
-        specs = jax.tree.map(lambda x: x.spec, shardings or sharding.of_state(state, mesh))
+        specs = jax.tree.map(lambda x: x.spec, shardings or sharding.state_sharding(state, mesh))
 
         def on_device(params, target, rng, step, batch):
-            params, target = sharding.gather((params, target), (specs.params, specs.target))
+            params, target = sharding.gather_shards((params, target), (specs.params, specs.target))
             grads, metrics = gradients(
                 method, augment, micro_batches, params, target, rng, step, batch
             )
-            return sharding.mean_scattered(grads, specs.params), jax.lax.pmean(
+            return sharding.reduce_scatter_mean(grads, specs.params), jax.lax.pmean(
                 metrics, sharding.AXES
             )
 
@@ -86,7 +86,7 @@ def make_train_step(
         )(state.params, state.target, state.rng, state.step, batch)
 
     def train_step(state, batch):
-        batch = {**batch, "position": jnp.asarray(sharding.positions(mesh, len(batch["image"])))}
+        batch = {**batch, "position": jnp.asarray(sharding.batch_positions(mesh, len(batch["image"])))}
         grads, metrics = reduced(state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -118,7 +118,7 @@ def jit_step(config, method, augmentation, optimizer, mesh, shardings):
         method, augmentation, optimizer, mesh, config.micro_batches, skip, shardings
     )
     return jax.jit(
-        run_as(step, config.remat, config.scan_layers),
+        with_remat_and_scan(step, config.remat, config.scan_layers),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
     )

@@ -112,7 +112,7 @@ def table(summary, workdir):
 
 def curves(lines, workdir):
     """Draw workdir/pictures/curves.png from the lines of `history`; the picture."""
-    return plotting.curves(panels(lines), f"Run {workdir}")
+    return plotting.plot_curves(panels(lines), f"Run {workdir}")
 
 
 def panels(lines):

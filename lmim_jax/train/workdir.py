@@ -64,11 +64,11 @@ def claim(workdir, config, data):
             "new run in %s" if not path.exists() else "the images are new to the run in %s", workdir
         )
         atomic_io.write(path, json.dumps(_as_read(config, data), indent=2) + "\n")
-    multihost.gather("written")
+    multihost.gather_json("written")
     deadline = time.monotonic() + UNSEEN
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(1)
-    seen = multihost.gather([socket.gethostname(), path.exists()])
+    seen = multihost.gather_json([socket.gethostname(), path.exists()])
     if blind := [f"process {i} (host {host})" for i, (host, found) in enumerate(seen) if not found]:
         raise UserError(
             f"{workdir} is not the same folder on all hosts: {', '.join(blind)} finds no {path.name} there"

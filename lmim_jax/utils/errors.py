@@ -10,7 +10,7 @@ class UserError(ValueError):
     """A mistake in a flag, a config, a file or a folder: the message names it and says what to do."""
 
 
-class Stuck(RuntimeError):
+class DataLoaderTimeout(RuntimeError):
     """A data worker is dead or does not answer; running the same command again goes on."""
 
 
@@ -32,7 +32,7 @@ def fail(message, code=2):
     """Print one line to stderr and exit; 2 is for what only the user can mend."""
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     if isinstance(
-        message, Stuck
+        message, DataLoaderTimeout
     ):  # threads that hang in a read would be waited for at exit, for ever
         sys.stdout.flush()
         sys.stderr.flush()

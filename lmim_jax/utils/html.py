@@ -137,7 +137,7 @@ def cards(rows, columns, width):
     return tag("div", *made, class_="cards", style=f"--card-width:{width}rem")
 
 
-def explained(name, title, look, collapsed, *content):
+def explained_section(name, title, look, collapsed, *content):
     """A `Section` with its two explanations; `collapsed` may be ""."""
     warning = (
         [tag("p", tag("b", "If it collapsed: "), collapsed, class_="soft")] if collapsed else []

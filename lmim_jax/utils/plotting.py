@@ -13,8 +13,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-SEEN, HIDDEN = "#2a9d3a", "#c8442e"
-CLUSTERS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
+VISIBLE_COLOR, HIDDEN_COLOR = "#2a9d3a", "#c8442e"
+CLUSTER_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
 MASK = ListedColormap(["#222222", "#f2f2f2"])
 
 
@@ -53,7 +53,7 @@ def _show(ax, image):
     ax.imshow(np.clip(image, 0, 255).astype(np.uint8), interpolation="nearest")
 
 
-def cut(crop, windows):
+def split_crop(crop, windows):
     """What the two encoders get of a crop: (crop with visible windows only, with hidden ones only), the rest grey.
 
     windows: a list of (top, left, side, visible) in pixels.
@@ -65,7 +65,7 @@ def cut(crop, windows):
     return seen, hidden
 
 
-def masking(inputs, crops, windows):
+def plot_masking(inputs, crops, windows):
     """What training sees: the image, its crop with the sampled windows, and what each of the two encoders gets.
 
     Args:
@@ -79,11 +79,11 @@ def masking(inputs, crops, windows):
         "What the model is given",
         f"A random crop, one window per cell. The online encoder sees {seen} of {total} windows ('visible');\n"
         "from them, what is in the others ('hidden'), or what a target encoder makes of it, is predicted.",
-        [Patch(ec=SEEN, fc="none", label="visible"), Patch(ec=HIDDEN, fc="none", label="hidden")],
+        [Patch(ec=VISIBLE_COLOR, fc="none", label="visible"), Patch(ec=HIDDEN_COLOR, fc="none", label="hidden")],
     )
     for column, (original, crop, patches) in enumerate(zip(inputs, crops, windows, strict=True)):
         for top, left, side, visible in patches:
-            color = SEEN if visible else HIDDEN
+            color = VISIBLE_COLOR if visible else HIDDEN_COLOR
             frame = Rectangle(
                 (left - 0.5, top - 0.5),
                 side,
@@ -93,12 +93,12 @@ def masking(inputs, crops, windows):
                 ec=color,
             )
             axes[1, column].add_patch(frame)
-        for ax, picture in zip(axes[:, column], (original, crop, *cut(crop, patches)), strict=True):
+        for ax, picture in zip(axes[:, column], (original, crop, *split_crop(crop, patches)), strict=True):
             _show(ax, picture)
     return _pixels(figure)
 
 
-def features(inputs, colors, clusters, masks):
+def plot_features(inputs, colors, clusters, masks):
     """What the encoder makes of whole images: PCA of its patch features as colours, and their clusters.
 
     Args:
@@ -106,7 +106,7 @@ def features(inputs, colors, clusters, masks):
       masks: bool [K, H, W], true where the object is, or None.
     """
     count = int(clusters.max()) + 1
-    palette = ListedColormap([CLUSTERS[i % len(CLUSTERS)] for i in range(count)])
+    palette = ListedColormap([CLUSTER_COLORS[i % len(CLUSTER_COLORS)] for i in range(count)])
     labels = ["image", "PCA as RGB", "clusters"]
     legend = [Patch(fc=palette(i), label=f"cluster {i + 1}") for i in range(count)]
     note = (
@@ -133,7 +133,7 @@ def features(inputs, colors, clusters, masks):
     return _pixels(figure)
 
 
-def curves(panels, title, shared_legend=False):
+def plot_curves(panels, title, shared_legend=False):
     """Curves over optimiser steps, a panel each.
 
     Args:
@@ -168,7 +168,7 @@ def curves(panels, title, shared_legend=False):
     return _pixels(figure)
 
 
-def chart(panel):
+def curve_svg(panel):
     """A panel of `curves` as SVG text in the ink of the page around it ("currentColor"), light or dark."""
     name, lines, constants = panel
     ink = "#010203"  # no line has this colour

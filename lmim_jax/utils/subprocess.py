@@ -5,7 +5,7 @@ import os
 import threading
 
 
-def end_with_parent():
+def exit_with_parent():
     """In a child: end when the parent is killed, instead of living on as an orphan."""
     parent = multiprocessing.parent_process()
 

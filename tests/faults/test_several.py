@@ -92,21 +92,21 @@ import sys
 from lmim_jax.distributed import multihost
 me = int(sys.argv[2])
 multihost.initialize(sys.argv[1], 2, me, 10)
-multihost.meet("save/1/folder", "failed/1", 60)
+multihost.barrier("save/1/folder", "failed/1", 60)
 if me == 1:
-    multihost.give_up("failed/1", "disk full")
+    multihost.abort("failed/1", "disk full")
 else:
     try:
-        multihost.meet("save/1/written", "failed/1", 60)
+        multihost.barrier("save/1/written", "failed/1", 60)
     except OSError as error:
         print("told:", error)
-multihost.meet("save/2/folder", "failed/2", 60)
+multihost.barrier("save/2/folder", "failed/2", 60)
 if me == 0:
     try:
-        multihost.meet("save/2/written", "failed/2", 1)
+        multihost.barrier("save/2/written", "failed/2", 1)
     except TimeoutError as error:
         print("told:", error)
-print("all:", multihost.gather({"me": me}))
+print("all:", multihost.gather_json({"me": me}))
 """
 
 

@@ -30,18 +30,18 @@ def _programs(mesh):
     """Jitted (queries [Q, D], split over the devices, bank [N, D]) -> cosines [Q, N]; and their top k, on all."""
     similar = lambda queries, bank: jnp.matmul(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
     top = jax.jit(jax.lax.top_k, static_argnums=1, out_shardings=sharding.replicated(mesh))
-    return jax.jit(similar, out_shardings=sharding.of_batch(mesh)), top
+    return jax.jit(similar, out_shardings=sharding.batch_sharding(mesh)), top
 
 
 def nearest(queries, bank, k, mesh):
     """(cosines, indices) [Q, k] of the nearest bank rows, best first; rows of both have length 1, see `unit`."""
     similarities, top = _programs(mesh)
-    bank, results = sharding.place(bank, sharding.replicated(mesh)), []
+    bank, results = sharding.place_array(bank, sharding.replicated(mesh)), []
     rows = -(-CHUNK // mesh.size) * mesh.size
     for start in range(0, len(queries), rows):
         chunk = queries[start : start + rows]
         padded = np.pad(chunk, ((0, rows - len(chunk)), (0, 0)))  # one shape, one compilation
-        found = top(similarities(sharding.place(padded, sharding.of_batch(mesh)), bank), k)
+        found = top(similarities(sharding.place_array(padded, sharding.batch_sharding(mesh)), bank), k)
         results.append([np.asarray(jax.device_get(x))[: len(chunk)] for x in found])
     return tuple(np.concatenate(column) for column in zip(*results, strict=True))
 

@@ -42,7 +42,7 @@ class FeatureCache:
         path = self._folder / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
         found = _read(path, key)
         if all(
-            multihost.gather(found is not None)
+            multihost.gather_json(found is not None)
         ):  # the folder of process 0 need not be there on other hosts
             self.hits += 1
             log.info("%s of %s: from %s", feature, split, path)

@@ -38,7 +38,7 @@ class Extractor:
             out |= {"cls": found[f"cls{end}"].astype(jnp.float32)} if "cls" in found else {}
             return {name: out[name] for name in kinds if name in out}
 
-        self._placement = sharding.of_batch(mesh)
+        self._placement = sharding.batch_sharding(mesh)
         self._run = jax.jit(run, out_shardings=self._placement)
         self._params = jax.device_put(params, sharding.replicated(mesh))
 

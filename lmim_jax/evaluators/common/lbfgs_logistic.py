@@ -69,7 +69,7 @@ def fit(x, labels, num_classes, l2, iterations, mesh=None):
     def place(array):
         padding = [(0, chunks * rows - len(x))] + [(0, 0)] * (array.ndim - 1)
         array = np.pad(array, padding).reshape(chunks, rows, *array.shape[1:])
-        return jnp.asarray(array) if mesh is None else sharding.place(array, split)
+        return jnp.asarray(array) if mesh is None else sharding.place_array(array, split)
 
     share = np.full(len(x), 1 / len(x), np.float32)
     placed = (place(array) for array in (x, np.asarray(labels, np.int32), share))

@@ -56,7 +56,7 @@ def encoder(method, augment, mesh, name):
     """Jitted (params, images [B, H, W, C]) -> `features` on all processes, the batch divided over the devices."""
 
     def encode(params, images):
-        images = jax.lax.with_sharding_constraint(images, sharding.of_batch(mesh))
+        images = jax.lax.with_sharding_constraint(images, sharding.batch_sharding(mesh))
         return features(method, augment, params, images, name)
 
     return jax.jit(encode, out_shardings=sharding.replicated(mesh))

@@ -105,7 +105,7 @@ def _programs(trainer, task, mesh, steps, per_epoch, channels):
     rate = schedules.warmup_cosine(0.0, peak, trainer.min_lr, warmup, steps)
 
     def placed(state):
-        return jax.lax.with_sharding_constraint(state, sharding.of_state(state, mesh))
+        return jax.lax.with_sharding_constraint(state, sharding.state_sharding(state, mesh))
 
     def create(params):
         image = jax.ShapeDtypeStruct((1, *task.augment.image_size, channels), jnp.float32)
@@ -122,7 +122,7 @@ def _programs(trainer, task, mesh, steps, per_epoch, channels):
         )
 
     def step(state, params, batch):
-        positions = jnp.asarray(sharding.positions(mesh, len(batch["label"])))
+        positions = jnp.asarray(sharding.batch_positions(mesh, len(batch["label"])))
         rng, keys = image_keys(jax.random.key(trainer.seed), state["step"], positions)
         crop_keys, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         images, trained = task.augment(crop_keys, batch), state["trained"]

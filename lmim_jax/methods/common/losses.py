@@ -6,7 +6,7 @@ Letters: B batch, M masked patches, N tokens, D width, P pixels of a patch, h w 
 import jax
 import jax.numpy as jnp
 
-from lmim_jax.models.normalization import token_moments, unit
+from lmim_jax.models.normalization import l2_normalize, token_moments
 
 
 def mean_over_devices(x):
@@ -52,7 +52,7 @@ def masked_neighbours(masked, grid):
 
 def discrimination_logits(predictions, targets, tau):
     """Cosine of every prediction with every target of its image, over tau: [B, M, D] x 2 -> float32 [B, M, M]."""
-    predictions, targets = unit(predictions), unit(targets)
+    predictions, targets = l2_normalize(predictions), l2_normalize(targets)
     return (
         jnp.einsum("bid,bjd->bij", predictions, targets, preferred_element_type=jnp.float32) / tau
     )
@@ -116,5 +116,5 @@ def similarity(tokens):
     The mean is over all images of the (micro-)batch on all devices.
     Source: Latent MIM, section 3.3; official `avg_pairwise_sim`.
     """
-    center = unit(tokens).mean(axis=1)
+    center = l2_normalize(tokens).mean(axis=1)
     return mean_over_devices(jnp.mean(jnp.sum(center * center, axis=-1)))
