@@ -39,7 +39,7 @@ def method(c, blocks):
         min_context=4,
         mask_batch=1,
         biased_masks=True,
-        loss_="smooth_l1",
+        loss="smooth_l1",
         momentum_start=0.996,
         momentum_end=1.0,
         dtype="float32",

@@ -33,7 +33,7 @@ def method(c):
         num_visible=c["numvis"],
         target="ema",
         target_patches="masked" if c["mask_target"] else "all",
-        loss_=LOSSES[c["loss"]],
+        loss=LOSSES[c["loss"]],
         tau=c["tau"],
         standardize=True,
         similarity_weight=c["avgcoef"],

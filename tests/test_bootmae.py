@@ -37,7 +37,7 @@ def small(**change):
 def outputs():
     """forward(...) and {step: loss(...)} of the case."""
     method, *arguments = case()
-    both = jax.jit(lambda step: (method.forward(*arguments), method.loss(*arguments, step)))
+    both = jax.jit(lambda step: (method.forward(*arguments), method.loss_fn(*arguments, step)))
     found = {step: both(step) for step in (0, 4, 5, 12, 20, 24, 25, 99)}
     return found[0][0], {step: loss for step, (_, loss) in found.items()}
 

@@ -52,7 +52,7 @@ def test_recipe_builds(name):
     )
     views = jax.eval_shape(method.sample, jax.random.key(0), jax.random.split(jax.random.key(0), 2))
     image = jax.ShapeDtypeStruct((2, *method.image_size, config.method.channels), "float32")
-    loss, _ = jax.eval_shape(method.loss, params, method.target_of(params), image, views, 0)
+    loss, _ = jax.eval_shape(method.loss_fn, params, method.target_of(params), image, views, 0)
     assert loss.shape == ()
     image = jax.ShapeDtypeStruct((2, *method.feature_size, config.method.channels), "float32")
     assert {"patches", "patches_prenorm"} <= jax.eval_shape(method.features, params, image).keys()

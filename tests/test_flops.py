@@ -48,7 +48,7 @@ def test_xla_counts_the_same_and_two_percent_of_element_wise_work():
     views = jax.eval_shape(method.sample, jax.random.key(0), keys)
     images = jax.ShapeDtypeStruct((batch, *method.image_size, 3), jnp.float32)
     args = params, method.target_of(params), images, views, jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = jax.jit(jax.value_and_grad(lambda *args: method.loss(*args)[0])).lower(*args)
+    lowered = jax.jit(jax.value_and_grad(lambda *args: method.loss_fn(*args)[0])).lower(*args)
     counted = lowered.cost_analysis()["flops"] / batch
     assert counted == pytest.approx(flops.of_method(method).total, rel=0.03)
 

@@ -38,7 +38,7 @@ def load(stem):
         case, json.loads(str(case["config_json"]))
     )[0]
     fields = {
-        field.name.removesuffix("_"): getattr(method, field.name)
+        field.name: getattr(method, field.name)
         for field in dataclasses.fields(method)
     }
     config = tiny.get_config()

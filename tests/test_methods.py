@@ -55,7 +55,7 @@ def inputs(method, batch=3):
 @functools.cache
 def one_step(method):
     params, target, images, views = inputs(method)
-    value = jax.jit(jax.value_and_grad(method.loss, argnums=(0, 1), has_aux=True))
+    value = jax.jit(jax.value_and_grad(method.loss_fn, argnums=(0, 1), has_aux=True))
     (loss, metrics), (grads, target_grads) = value(params, target, images, views, 3)
     return params, loss, metrics, grads, target_grads
 

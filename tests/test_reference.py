@@ -35,7 +35,7 @@ def run(path):
     reader = importlib.import_module(f"reference_{name}")
     method, params, target, images, views = reader.load(case, json.loads(str(case["config_json"])))
     forward = jax.jit(method.forward)(params, target, images, views)
-    value = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+    value = jax.jit(jax.value_and_grad(method.loss_fn, has_aux=True))
     (loss, metrics), grads = value(params, target, images, views, 0)
     inputs = dict(method=method, params=params, target=target, images=images, views=views)
     return (

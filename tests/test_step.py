@@ -242,8 +242,8 @@ def test_a_gradient_that_is_not_finite_is_named():
     method, augmentation, optimizer = setup()
 
     class Sick(type(method)):
-        def loss(self, params, *args):
-            loss, metrics = super().loss(params, *args)
+        def loss_fn(self, params, *args):
+            loss, metrics = super().loss_fn(params, *args)
             return loss + jax.numpy.sqrt(
                 0 * params["encoder"]["cls_token"].sum()
             ), metrics  # 0, with gradient 0 / 0

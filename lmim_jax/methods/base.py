@@ -1,14 +1,13 @@
 """The contract of a method, and its lookup by module name: a file in this folder *is* a registered method.
 
-A method is a frozen dataclass whose fields are its config, without defaults, so that a misspelt key is an error
-(a key that one of its functions is named like, such as `loss`, is the field `loss_`).
+A method is a frozen dataclass whose fields are its config, without defaults, so that a misspelt key is an error.
 Its functions are pure:
 
   init(rng) -> params                                  {"encoder": ..., ...}
   sample(rng, keys) -> views                           every random choice of the loss: "visible" [B, V], the patches
                                                        that the encoder sees (where padded, bool "visible_mask" says
                                                        which count), window "offsets", ...
-  loss(params, target, images, views, step) -> (scalar, metrics)
+  loss_fn(params, target, images, views, step) -> (scalar, metrics)
   target_of(params) -> the sub-tree tracked by EMA     {} : no teacher
   ema_rate(step) -> scalar                             1 - momentum, applied right after optimiser step `step`
   features(params, images, rng=None) -> dict           "patches", "patches_prenorm", "cls", "block07/tokens", ...;

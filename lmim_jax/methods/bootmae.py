@@ -159,7 +159,7 @@ class Method:
             jnp.array([1 - m for m in self.momentum]),
         )
 
-    def loss(self, params, target, images, views, step):
+    def loss_fn(self, params, target, images, views, step):
         """The training loss of a batch.
 
         Args:

@@ -42,7 +42,7 @@ class Method:
     min_context: int
     mask_batch: int
     biased_masks: bool
-    loss_: str
+    loss: str
     momentum_start: float
     momentum_end: float
     dtype: str
@@ -51,7 +51,7 @@ class Method:
     steps_per_epoch: int
 
     def __post_init__(self):
-        check_choice("loss", self.loss_, LOSSES)
+        check_choice("loss", self.loss, LOSSES)
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
         check_choice("attention", self.attention, ("xla", "cudnn"))
         check_range("blocks", self.blocks, 1)
@@ -130,7 +130,7 @@ class Method:
             1 - self.momentum_start, 1 - self.momentum_end, step / self.total_steps
         )
 
-    def loss(self, params, target, images, views, step):
+    def loss_fn(self, params, target, images, views, step):
         """Smooth L1 (or another) between predicted and target features, mean over patches of all blocks.
 
         Args and result as in methods/latent_mim.py; images [B, H, W, C], H x W = `image_size`.
@@ -138,7 +138,7 @@ class Method:
         """
         del step
         forward, mask = self.forward(params, target, images, views), views["target_mask"]
-        loss = LOSSES[self.loss_](forward["predictions"], forward["targets"], mask)
+        loss = LOSSES[self.loss](forward["predictions"], forward["targets"], mask)
         return loss, {
             "loss": loss,
             "context_patches": views["visible_mask"].sum(axis=1).mean(dtype=jnp.float32),

@@ -29,7 +29,6 @@ from lmim_jax.optim import schedules
 class Method:
     """Latent MIM; the fields are `config.method`, explained key by key in configs/vit_b.py.
 
-    (`config.method.loss` is the field `loss_`: `loss` is the function.)
     """
 
     grid: tuple[int, int]
@@ -51,7 +50,7 @@ class Method:
     num_visible: int
     target: str
     target_patches: str
-    loss_: str
+    loss: str
     tau: float
     standardize: bool
     similarity_weight: float
@@ -69,7 +68,7 @@ class Method:
             "target", self.target, ("ema", "joint", "stop_gradient", "random", "random_projection")
         )
         check_choice("target_patches", self.target_patches, ("masked", "all"))
-        check_choice("loss", self.loss_, ("patch_infonce", *losses.REGRESSION))
+        check_choice("loss", self.loss, ("patch_infonce", *losses.REGRESSION))
         check_choice("decoder", self.decoder, ("cross", "self"))
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
         check_choice("attention", self.attention, ("xla", "cudnn"))
@@ -177,7 +176,7 @@ class Method:
             1 - self.momentum_start, 1 - self.momentum_end, (step + 1) / self.total_steps
         )
 
-    def loss(self, params, target, images, views, step):
+    def loss_fn(self, params, target, images, views, step):
         """The training loss of a batch.
 
         Args:
@@ -197,10 +196,10 @@ class Method:
         )
         compared = losses.standardize_over_patches(predictions) if self.standardize else predictions
         logits = losses.discrimination_logits(compared, targets, self.tau)
-        if self.loss_ == "patch_infonce":
+        if self.loss == "patch_infonce":
             reconstruction = losses.patch_infonce(logits, self.tau)
         else:
-            reconstruction = losses.REGRESSION[self.loss_](predictions, targets)
+            reconstruction = losses.REGRESSION[self.loss](predictions, targets)
         of_predictions, of_visible = (
             losses.similarity(predictions),
             losses.similarity(forward["visible"][:, 1:]),

@@ -107,7 +107,7 @@ class Method:
         del step
         return 0.0
 
-    def loss(self, params, target, images, views, step):
+    def loss_fn(self, params, target, images, views, step):
         """Mean squared error of masked pixels, each patch normalised before if `norm_pix`.
 
         Args and result as in methods/latent_mim.py; images [B, H, W, C], H x W = `image_size`.

@@ -136,7 +136,7 @@ class Method:
             1 - self.momentum_start, 1 - self.momentum_end, step / self.total_steps
         )
 
-    def loss(self, params, target, images, views, step):
+    def loss_fn(self, params, target, images, views, step):
         """pixel_weight x pixel + latent_weight x latent + cls_weight x cls, each a mean squared error.
 
         Args and result as in methods/latent_mim.py; images [B, H, W, C], H x W = `image_size`.

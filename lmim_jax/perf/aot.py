@@ -106,7 +106,7 @@ class Recipe:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
         views = jax.eval_shape(method.sample, jax.random.key(0), keys)
         pixels = jax.ShapeDtypeStruct((images, *method.image_size, method.channels), jnp.float32)
-        value = lambda params, *rest: method.loss(params, *rest)[0]
+        value = lambda params, *rest: method.loss_fn(params, *rest)[0]
         run = with_remat_and_scan(value, self.config.remat, self.config.scan_layers)
         return run, abstract.params, (abstract.target, pixels, views, abstract.step)
 

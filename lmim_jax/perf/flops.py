@@ -46,7 +46,7 @@ class Count:
 
 
 def of_method(method, batch=1):
-    """Count `value_and_grad(method.loss)` per image, augmentation and optimiser left out.
+    """Count `value_and_grad(method.loss_fn)` per image, augmentation and optimiser left out.
 
     Args:
       method: see methods/base.py; as it would run unrolled and without rematerialisation.
@@ -58,7 +58,7 @@ def of_method(method, batch=1):
     views = jax.eval_shape(method.sample, jax.random.key(0), keys)
     images = jax.ShapeDtypeStruct((batch, *method.image_size, method.channels), jnp.float32)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    gradient = jax.value_and_grad(lambda *args: method.loss(*args)[0])
+    gradient = jax.value_and_grad(lambda *args: method.loss_fn(*args)[0])
     return Count(by_part(gradient, params, target, images, views, step, per=batch))
 
 

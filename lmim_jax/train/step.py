@@ -30,7 +30,7 @@ def gradients(method, augment, micro_batches, params, target, rng, step, batch):
     def of_part(part):
         step_rng, keys = image_keys(rng, step, part.pop("position"))
         images, views = draw(method, augment, step_rng, keys, part)
-        grads, metrics = jax.grad(method.loss, has_aux=True)(params, target, images, views, step)
+        grads, metrics = jax.grad(method.loss_fn, has_aux=True)(params, target, images, views, step)
         return grads, {"input_mean": images.mean(), **metrics}
 
     if micro_batches == 1:
