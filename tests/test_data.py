@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lmim_jax.data import decode, loader, sources
-from lmim_jax.data.eval.eval_data import Evaluation
+from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.utils.errors import UserError
 
@@ -147,7 +147,7 @@ class Plain:
 
 def test_evaluation_covers_every_image_once_and_marks_padding(partly_bad, caplog):
     source = {split: sources.folder(partly_bad, split) for split in ("train", "test")}
-    data = Evaluation(source, options(), Plain, sharding.make_mesh())
+    data = EvaluationData(source, options(), Plain, sharding.make_mesh())
     index = np.concatenate([np.asarray(batch["index"]) for batch in data.batches("train", 20)])
     assert len(index) == 48  # 20 is rounded up to 24, a multiple of the devices
     assert sorted(index) == [-1, *(i for i in range(48) if i != 3)]  # the broken image is left out
@@ -157,7 +157,7 @@ def test_evaluation_covers_every_image_once_and_marks_padding(partly_bad, caplog
 
 def test_a_sample_is_random_but_the_same_at_every_call(images):
     source = {split: sources.folder(images, split) for split in ("train", "test")}
-    data = Evaluation(source, options(), Plain, sharding.make_mesh())
+    data = EvaluationData(source, options(), Plain, sharding.make_mesh())
     (batch, indices), (again, _) = data.sample("train", 10), data.sample("train", 10)
     np.testing.assert_array_equal(batch["image"], again["image"])
     assert len(set(indices)) == 10
@@ -169,7 +169,7 @@ def test_a_sample_is_random_but_the_same_at_every_call(images):
         batch["label"].tolist() == [source["train"].record(i)[1] for i in indices] + [-1] * 6
     )  # 8 devices
     assert batch["index"].tolist() == [*range(10)] + [-1] * 6
-    assert data.masks("train", indices) is None
+    assert data.object_masks("train", indices) is None
 
 
 def test_shapes_is_drawn_deterministically():

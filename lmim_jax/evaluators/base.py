@@ -6,7 +6,7 @@ An evaluator is a frozen dataclass whose fields are its config, without defaults
 
 A picture is a uint8 array [H, W, 3]; the run writes it as PNG and to TensorBoard.
 method: see methods/base.py. params: online weights, or with the target's in their place (`params: target`).
-data: an `evaluation.Evaluation`. A file in this folder *is* a registered evaluator.
+data: an `EvaluationData`. A file in this folder *is* a registered evaluator.
 
 A class attribute `labelled = True` says that there is nothing to measure without classes and a test split: run gives
 {} then. A class attribute `takes_pixels = True` says that its field `feature` may be any that `split_features` takes,

@@ -52,7 +52,7 @@ class Evaluator:
         )
         tokens = tokens[: len(indices)]
         tokens = (tokens - tokens.mean(axis=0))[: self.images]
-        masks = data.masks(data.held_out, indices[: self.images])
+        masks = data.object_masks(data.held_out, indices[: self.images])
         if masks is not None:
             masks = np.asarray(enlarged.levels(enlarged.evaluation(masks))).mean(-1) > 127
         shape = (len(tokens), *(self.zoom * side for side in method.grid))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmim_jax.data.eval.eval_data import Evaluation, Selected
+from lmim_jax.data.eval.eval_data import EvaluationData, Subset
 from lmim_jax.evaluators import visualization as drawn
 
 FEATURE = "patches_prenorm"  # the official feature: tokens of patches before the final norm
@@ -62,7 +62,7 @@ def look(run, count):
     fresh = jax.jit(method.init)(jax.random.key(run.config.seed))
     images, tokens, attention = encode(run.params, batch, count)
     _, untrained, _ = encode(fresh, batch, count)
-    masks = data.masks(data.held_out, indices[:count])
+    masks = data.object_masks(data.held_out, indices[:count])
     if masks is not None:
         masks = np.asarray(augment.levels(augment.evaluation(masks))).mean(-1) > 127
     centred = lambda x: (x - x.mean(axis=0))[:count].reshape(count, *grid, -1)
@@ -144,7 +144,7 @@ def neighbours(run, queries, count, bank):
     """
     data, train = run.data, run.data.sources["train"]
     taken = np.sort(np.random.default_rng(0).permutation(len(train))[:bank])
-    among = Selected(train, tuple(taken.tolist()))
+    among = Subset(train, tuple(taken.tolist()))
     pooled = jax.jit(
         lambda params, images: (
             run.method.features(params, images)[FEATURE].astype(jnp.float32).mean(1)
@@ -152,7 +152,7 @@ def neighbours(run, queries, count, bank):
     )
     batch, asked = data.sample(data.held_out, queries)
     wanted = np.asarray(pooled(run.params, batch["images"]))[: len(asked)]
-    searched = Evaluation({"train": among, "test": None}, data.config, data.augment, data.mesh)
+    searched = EvaluationData({"train": among, "test": None}, data.config, data.augment, data.mesh)
     rows = [
         (np.asarray(pooled(run.params, x["images"])), x["index"])
         for x in searched.batches("train", BATCH)
@@ -184,8 +184,8 @@ def _levels(data, batch):
 def _thumbnails(data, source, indices):
     """{index: (picture uint8 [H, W, C], class)} of some images of a source."""
     chosen = np.unique(indices)
-    few = Evaluation(
-        {"train": Selected(source, tuple(chosen.tolist()))}, data.config, data.augment, data.mesh
+    few = EvaluationData(
+        {"train": Subset(source, tuple(chosen.tolist()))}, data.config, data.augment, data.mesh
     )
     batch, order = few.sample("train", len(chosen))
     pictures, labels = _levels(data, batch), np.asarray(batch["label"])

@@ -12,7 +12,7 @@ from clu import parameter_overview
 
 from lmim_jax.data import loader, sources
 from lmim_jax.data.augment import device, host
-from lmim_jax.data.eval.eval_data import Evaluation
+from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost, preemption, sharding
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
@@ -132,7 +132,7 @@ def train(config, workdir):
         train_step = jit_step(config, method, augmentation, optimizer, mesh, shardings)
 
         # Loop: at a boundary evaluate and save the *same* state, then go on
-        data = Evaluation(source, config.data, augmentation, mesh, check=handler.raise_if_received)
+        data = EvaluationData(source, config.data, augmentation, mesh, check=handler.raise_if_received)
         gauge = collapse_metrics.make(method, data, config.gauge_images)
         writer = Writer(workdir, start)
         meter = metric_logger.Meter(

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from lmim_jax.data import sources
 from lmim_jax.data.augment import device
-from lmim_jax.data.eval.eval_data import Evaluation
+from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.train import checkpoint_manifest, checkpoints
@@ -63,10 +63,10 @@ class Run:
         return Weights(*jax.jit(fresh, out_shardings=sharding.replicated(mesh))(), 0, "")
 
     def images(self, knobs, mesh, **options):
-        """Images to evaluate on, an `Evaluation`: unaugmented, at the size that the encoder was trained on.
+        """Images to evaluate on, an `EvaluationData`: unaugmented, at the size that the encoder was trained on.
 
         Args:
-          knobs: as `config.data`; such as that of the run itself. options: of an `Evaluation`.
+          knobs: as `config.data`; such as that of the run itself. options: of an `EvaluationData`.
 
         Raises:
           UserError: they are not there.
@@ -77,7 +77,7 @@ class Run:
             name: tuple(x) if isinstance(x, list) else x
             for name, x in self.config["augment"].items()
         }
-        return Evaluation(source, knobs, device.from_config(fields, **sizes), mesh, **options)
+        return EvaluationData(source, knobs, device.from_config(fields, **sizes), mesh, **options)
 
     def data_config(self, defaults, changes):
         """The knobs of its images, a ConfigDict.
@@ -136,7 +136,7 @@ class Opened:
     """A run with its newest weights and its images, on all devices: what pictures are made of.
 
     folder: its workdir; config: a ConfigDict; method: see methods/base.py; params, target: trees; step: optimiser steps
-    that the weights have seen; data: an `Evaluation`.
+    that the weights have seen; data: an `EvaluationData`.
     """
 
     folder: pathlib.Path
@@ -145,7 +145,7 @@ class Opened:
     params: dict
     target: dict
     step: int
-    data: Evaluation
+    data: EvaluationData
 
 
 def open_with_images(workdir, path=""):

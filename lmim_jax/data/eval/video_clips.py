@@ -1,104 +1,161 @@
-"""Short clips with masks of objects in every frame: a folder laid out as DAVIS, or the embedded ones."""
+"""Short video clips with object masks in every frame: a folder in the layout of DAVIS, or embedded.
+
+Letters: H W height and width, C channels.
+"""
 
 import dataclasses
 import pathlib
+
+import numpy as np
+from jaxtyping import Int32, UInt8
 
 from lmim_jax.data import decode, tfds_source
 from lmim_jax.data.eval import segmentation_masks
 from lmim_jax.utils.errors import UserError
 
 LAYOUT = "JPEGImages/480p/SEQUENCE/*.jpg and Annotations/480p/SEQUENCE/*.png"
-VOID = 255  # in masks: neither an object nor background; counts as background, as in DAVIS's evaluation
+VOID = 255  # in masks: neither object nor background; background in the official DAVIS evaluation
+MIN_FRAMES = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A sequence of frames and their masks: encoded bytes, or paths of files."""
+    """A sequence of frames and their masks.
+
+    Attributes:
+      name: name of the sequence.
+      frames: the frames, as encoded bytes or as paths of files.
+      masks: the masks of these frames, likewise.
+    """
 
     name: str
-    frames: tuple
-    masks: tuple
+    frames: tuple[bytes, ...] | tuple[pathlib.Path, ...]
+    masks: tuple[bytes, ...] | tuple[pathlib.Path, ...]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.frames)
 
-    def frame(self, time, channels):
-        """Frame number `time`: uint8 [H, W, C]."""
-        return self._read(decode.decode, self.frames[time], 0, channels)
+    def frame(self, time: int, channels: int) -> UInt8[np.ndarray, "H W C"]:
+        """A frame.
 
-    def mask(self, time):
-        """Numbers of the objects in a frame, 0 for none: int32 [H, W]."""
-        mask = self._read(segmentation_masks.numbers, self.masks[time])
+        Raises:
+          UserError: it cannot be read.
+        """
+        encoded = self.frames[time]
+        try:
+            return decode.decode(_read(encoded), 0, channels)
+        except (decode.BadImage, OSError) as error:
+            raise self._unreadable(encoded, error) from error
+
+    def mask(self, time: int) -> Int32[np.ndarray, "H W"]:
+        """The numbers of the objects in a frame, 0 for the background.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        encoded = self.masks[time]
+        try:
+            mask = segmentation_masks.decode_mask(_read(encoded))
+        except (decode.BadImage, OSError) as error:
+            raise self._unreadable(encoded, error) from error
         return mask * (mask != VOID)
 
-    def _read(self, decoder, source, *args):
-        try:
-            return decoder(
-                source.read_bytes() if isinstance(source, pathlib.Path) else source, *args
-            )
-        except (decode.BadImage, OSError) as error:
-            file = f"{source}: " if isinstance(source, pathlib.Path) else ""
-            raise UserError(f"clip {self.name}: {file}{error}") from error
+    def _unreadable(self, encoded: bytes | pathlib.Path, error: Exception) -> UserError:
+        """The error that names the clip and, where there is one, the file."""
+        if isinstance(encoded, pathlib.Path):
+            return UserError(f"clip {self.name}: {encoded}: {error}")
+        return UserError(f"clip {self.name}: {error}")
 
 
-def embedded():
-    """The clips of `shapes/clips`, drawn on first use."""
+def _read(encoded: bytes | pathlib.Path) -> bytes:
+    if isinstance(encoded, pathlib.Path):
+        return encoded.read_bytes()
+    return encoded
+
+
+def open_clips(path: str, listed: str) -> list[Clip]:
+    """The clips of a folder, or with path "" the embedded ones.
+
+    Args:
+      path: see `open_folder`.
+      listed: see `open_folder`.
+
+    Raises:
+      UserError: see `open_folder`.
+    """
+    if path:
+        return open_folder(path, listed)
+    return embedded()
+
+
+def embedded() -> list[Clip]:
+    """The clips of `shapes/clips`, which are drawn on first use."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     from lmim_jax.data.synthetic import shapes  # TFDS is slow to import
 
     builder = shapes.prepare(tfds_source.cache(), "clips")
     records = builder.as_data_source(split="test", file_format="array_record").data_source
-    found = []
+    clips = []
     for i in range(len(records)):
         example = tf_example_pb2.Example.FromString(records[i]).features.feature
-        frames, annotations = (
-            tuple(example[name].bytes_list.value) for name in ("frames", "masks")
-        )
-        found.append(Clip(f"{builder.info.full_name}[{i}]", frames, annotations))
-    return found
+        frames = tuple(example["frames"].bytes_list.value)
+        masks = tuple(example["masks"].bytes_list.value)
+        clips.append(Clip(f"{builder.info.full_name}[{i}]", frames, masks))
+    return clips
 
 
-def folder(path, listed=""):
-    """The clips of a folder laid out as DAVIS 2017.
+def open_folder(path: str | pathlib.Path, listed: str = "") -> list[Clip]:
+    """The clips of a folder in the layout of DAVIS 2017.
 
     Args:
-      path: holds JPEGImages/480p/SEQUENCE/*.jpg and Annotations/480p/SEQUENCE/*.png, a mask for every frame, with the
-        same name. listed: a file below it with the names of sequences, such as ImageSets/2017/val.txt; "": all.
+      path: a folder with JPEGImages/480p/SEQUENCE/*.jpg and Annotations/480p/SEQUENCE/*.png: one
+        mask per frame, with the same name.
+      listed: a file below `path` with the names of sequences, such as ImageSets/2017/val.txt;
+        "": all sequences.
 
     Raises:
       UserError: a folder, a sequence or a mask is missing.
     """
     root = pathlib.Path(path).expanduser()
-    images, annotations = (root / name / "480p" for name in ("JPEGImages", "Annotations"))
+    images = root / "JPEGImages" / "480p"
+    annotations = root / "Annotations" / "480p"
     for needed in (images, annotations):
         if not needed.is_dir():
             raise UserError(
-                f"path={path!r}: there is no {needed}; a folder of clips holds {LAYOUT}"
+                f"path={path!r}: there is no {needed}; a folder of clips contains {LAYOUT}"
             )
-    names = sorted(sub.name for sub in images.iterdir() if sub.is_dir())
     if listed:
-        try:
-            names = (root / listed).read_text().split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"listed={listed!r} cannot be read: {error}; it names sequences, one a line"
-            ) from error
+        names = _listed_names(root, listed)
+    else:
+        names = sorted(folder.name for folder in images.iterdir() if folder.is_dir())
     if not names:
-        raise UserError(f"path={path!r}: no sequences; a folder of clips holds {LAYOUT}")
+        raise UserError(f"path={path!r}: no sequences; a folder of clips contains {LAYOUT}")
     return [_sequence(name, images / name, annotations / name) for name in names]
 
 
-def _sequence(name, images, annotations):
-    """The clip in two folders."""
-    frames = tuple(
-        sorted(file for file in images.glob("*") if file.suffix.lower() in decode.SUFFIXES)
-    )
-    if len(frames) < 3:
-        raise UserError(f"{images}: {len(frames)} frames; a sequence has at least 3, as *.jpg")
-    found = tuple(annotations / f"{frame.stem}.png" for frame in frames)
-    if missing := [file for file in found if not file.is_file()]:
+def _listed_names(root: pathlib.Path, listed: str) -> list[str]:
+    """The names of sequences in a text file."""
+    try:
+        return (root / listed).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{missing[0]} is missing ({len(missing)} masks of {name}); every frame needs one to be scored"
+            f"listed={listed!r} cannot be read: {error}; it contains one sequence name per line"
+        ) from error
+
+
+def _sequence(name: str, images: pathlib.Path, annotations: pathlib.Path) -> Clip:
+    """The clip whose frames and masks are in two folders."""
+    files = [file for file in images.glob("*") if file.suffix.lower() in decode.SUFFIXES]
+    if len(files) < MIN_FRAMES:
+        raise UserError(
+            f"{images}: {len(files)} frames; a sequence has at least {MIN_FRAMES}, as *.jpg"
         )
-    return Clip(name, frames, found)
+    frames = tuple(sorted(files))
+    masks = tuple(annotations / f"{frame.stem}.png" for frame in frames)
+    missing = [file for file in masks if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"{missing[0]} is missing ({len(missing)} masks of {name}); every frame needs a mask"
+        )
+    return Clip(name, frames, masks)

@@ -65,7 +65,7 @@ def encoder(method, augment, mesh, name):
 def of_split(method, params, data, split, name, batch_size):
     """Features of the patches of all readable images of a split: (float32 [B, N, D], index int [B]), numpy.
 
-    data: an `evaluation.Evaluation`, whose images are the size they are to be encoded at; index: their places there.
+    data: an `EvaluationData`, whose images are the size they are to be encoded at; index: their places there.
     """
     encode, rows = encoder(method, data.augment, data.mesh, name), []
     whole = jax.jit(lambda index: index, out_shardings=sharding.replicated(data.mesh))
