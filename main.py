@@ -1,6 +1,8 @@
-"""Train: python main.py --config=configs/vit_b.py --workdir=DIR [--config.KEY=VALUE ...]; the same as `lmim train`."""
+"""Train: python main.py --config=vit_b --workdir=DIR [--config.KEY=VALUE ...]; the same as `lmim train`."""
 
-from lmim_jax.cli import train
+import sys
+
+from lmim_jax.cli.__main__ import main
 
 if __name__ == "__main__":
-    train.run()
+    main(["train", *sys.argv[1:]])

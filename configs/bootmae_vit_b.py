@@ -10,7 +10,7 @@ Global batch 2048, 500,625 steps: so says the README, though its command (16 GPU
 
 from ml_collections import ConfigDict
 
-from configs import vit_b
+from lmim_jax.configs import vit_b
 
 
 def get_config():

@@ -7,7 +7,7 @@ used. The official PyTorch code reaches 43.4 % k-NN 20 and 35.0 % 1-NN after 40 
 cores; what this code reaches is in RESULTS.md.
 """
 
-from configs import vit_b
+from lmim_jax.configs import vit_b
 
 
 def get_config():

@@ -1,7 +1,7 @@
 """All methods side by side: equal encoder, data, epochs, optimiser and evaluation; only the method differs.
 
-    python -m lmim_jax.cli.study --config=configs/compare.py --out=runs/compare                   (on `shapes`)
-    python -m lmim_jax.cli.study --config=configs/compare.py:cifar10 --set=data.path=CIFAR10 --out=runs/compare_c10
+    lmim study --config=configs/compare.py --out=runs/compare                   (on `shapes`)
+    lmim study --config=configs/compare.py:cifar10 --set=data.path=CIFAR10 --out=runs/compare_c10
 
 Beside quality stands what training costs: FLOPs and images per second, measured when all runs are done. About half an
 hour on two CPU cores. What it came to is in RESULTS.md; at this size and length it says little of ImageNet.
@@ -9,7 +9,7 @@ hour on two CPU cores. What it came to is in RESULTS.md; at this size and length
 
 from ml_collections import ConfigDict
 
-from configs import small
+from lmim_jax.configs import small
 
 WORDS = {
     "latent_mim": "latents, patch discrimination",

@@ -1,7 +1,7 @@
-"""What frozen features are worth: every evaluator, complete, for tools.evaluate and for recipes.
+"""What frozen features are worth: every evaluator, complete, for lmim evaluate and for recipes.
 
-    python -m lmim_jax.cli.evaluate --workdir=RUN --evaluators=knn,logistic_regression,fewshot --baselines
-    python -m lmim_jax.cli.evaluate --config=configs/evaluate.py --workdir=RUN --evaluators=knn --feature=cls
+    lmim evaluate --workdir=RUN --evaluators=knn,logistic_regression,fewshot --baselines
+    lmim evaluate --config=configs/evaluate.py --workdir=RUN --evaluators=knn --feature=cls
 
 A recipe takes a section into training: config.evaluators.logistic_regression = evaluate.get_config().logistic_regression (with `every` set).
 
@@ -16,7 +16,7 @@ block instead, block07/tokens:both the two side by side.
 
 from ml_collections import ConfigDict
 
-from configs import vit_b
+from lmim_jax.configs import vit_b
 
 
 def get_config(part="evaluators"):

@@ -9,7 +9,7 @@ size: the predictor's depth is the paper's, everything else as in their ViT-H/14
 
 from ml_collections import ConfigDict
 
-from configs import vit_b
+from lmim_jax.configs import vit_b
 
 
 def get_config():

@@ -10,7 +10,7 @@ recorded run. They publish no figure for it in numbers.
 
 import pathlib
 
-from configs import vit_b
+from lmim_jax.configs import vit_b
 
 
 def get_config():

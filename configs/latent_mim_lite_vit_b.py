@@ -6,7 +6,7 @@ No teacher: two fifths of the work of vit_b. OlmoEarth (Ai2) reports that such t
 had collapsed; no figure for ImageNet is published.
 """
 
-from configs import vit_b
+from lmim_jax.configs import vit_b
 
 
 def get_config():

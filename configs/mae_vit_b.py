@@ -9,7 +9,7 @@ Sources: the paper (arXiv 2111.06377), table 8; the released code.
 
 from ml_collections import ConfigDict
 
-from configs import vit_b
+from lmim_jax.configs import vit_b
 
 
 def get_config():

@@ -11,7 +11,7 @@ a copy of the encoder. Its learning rate changes once an epoch, ours at every st
 
 from ml_collections import ConfigDict
 
-from configs import vit_b
+from lmim_jax.configs import vit_b
 
 
 def get_config():

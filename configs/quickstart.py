@@ -4,7 +4,7 @@
 python main.py --config=configs/quickstart.py --workdir=RUN
 """
 
-from configs import vit_b
+from lmim_jax.configs import vit_b
 
 
 def get_config():

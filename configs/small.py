@@ -8,7 +8,7 @@ paper says of targets, masks, losses and schedules. A run takes 2 to 4 minutes o
 is in RESULTS.md.
 """
 
-from configs import bootmae_vit_b, ijepa_vit_b, mae_vit_b, pilamim_vit_b, quickstart
+from lmim_jax.configs import bootmae_vit_b, ijepa_vit_b, mae_vit_b, pilamim_vit_b, quickstart
 from lmim_jax.utils.errors import UserError
 
 SIZES = dict(grid=(8, 8), patch_size=8, width=96, depth=4, heads=4, dtype="float32")

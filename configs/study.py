@@ -1,7 +1,7 @@
 """The four challenges of latent masked image modelling, one remedy at a time; and each knob of the final recipe alone.
 
-    python -m lmim_jax.cli.study --config=configs/study.py --out=runs/study                        (on `shapes`)
-    python -m lmim_jax.cli.study --config=configs/study.py:cifar10 --set=data.path=CIFAR10 --out=runs/study_cifar10
+    lmim study --config=configs/study.py --out=runs/study                        (on `shapes`)
+    lmim study --config=configs/study.py:cifar10 --set=data.path=CIFAR10 --out=runs/study_cifar10
 
 The ladder starts from naive joint training with direct regression, which collapses, and adds one switch a rung until it
 is the paper's recipe. 10 rungs x 2 seeds take about an hour on two CPU cores; `--only=ladder` leaves the ablations

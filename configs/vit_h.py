@@ -6,7 +6,7 @@
 share (10.2 %) of the other sizes.
 """
 
-from configs import vit_b
+from lmim_jax.configs import vit_b
 from lmim_jax.models.vit import VARIANTS
 
 

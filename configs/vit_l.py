@@ -3,7 +3,7 @@
 python main.py --config=configs/vit_l.py --config.data.source=folder --config.data.path=IMAGENET --workdir=RUN
 """
 
-from configs import vit_b
+from lmim_jax.configs import vit_b
 from lmim_jax.models.vit import VARIANTS
 
 

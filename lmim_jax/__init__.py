@@ -1,8 +1,34 @@
 """Latent Masked Image Modeling in JAX: pretrains Vision Transformers without labels."""
 
+import importlib.util
+import pathlib
+import sys
+
+__version__ = "0.2.0"
+
+
+def _find_recipes_of_checkout() -> None:
+    """Make `lmim_jax.configs` the folder configs/ beside this package, unless the recipes are inside it (installed)."""
+    package = pathlib.Path(__file__).parent
+    recipes = package.parent / "configs"
+    if (package / "configs").is_dir() or not (recipes / "vit_b.py").is_file():
+        return
+    name = f"{__name__}.configs"
+    spec = importlib.util.spec_from_file_location(
+        name, recipes / "__init__.py", submodule_search_locations=[str(recipes)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    globals()["configs"] = module
+
+
+_find_recipes_of_checkout()
+
 
 def load(run, target=False):
-    """Open a run in a notebook: its method and its newest weights; or a folder that `tools.export --format=flax` made.
+    """Open a run in a notebook: its method and its newest weights; or a folder that `lmim export --format=flax` made.
 
     Args:
       run: the --workdir of a run, or the exported folder, whose weights were chosen when it was made.

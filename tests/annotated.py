@@ -7,9 +7,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import evaluate, vit_b
+from lmim_jax.configs import evaluate, vit_b
 from lmim_jax.data.augment import device
-from lmim_jax.data.eval.eval_data import Evaluation
+from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base
 
@@ -47,7 +47,7 @@ class Sees:
 
 
 def evaluation(sources=None, grid=(8, 8), patch_size=4):
-    """An `Evaluation` of images as large as the grid, levels as they are, on one device's worth of settings."""
+    """An `EvaluationData` of images as large as the grid, levels as they are, on one device's worth of settings."""
     size = grid[0] * patch_size, grid[1] * patch_size
     config = vit_b.get_config()
     config.data.update(canvas=max(size), threads=1)
@@ -56,7 +56,7 @@ def evaluation(sources=None, grid=(8, 8), patch_size=4):
     )
     augmentation = device.from_config(config.augment, image_size=size, eval_size=size)
     sources = sources or {"train": types.SimpleNamespace(mask=lambda index: None), "test": None}
-    return Evaluation(sources, config.data, augmentation, sharding.make_mesh())
+    return EvaluationData(sources, config.data, augmentation, sharding.make_mesh())
 
 
 def evaluator(kind, /, **change):

@@ -37,7 +37,7 @@ def recipe(name, **change):
 
 @pytest.mark.parametrize("name", ["vit_b", *base.names()])
 def test_a_bfloat16_step_multiplies_float32_only_where_it_must_and_asks_nothing_of_the_host(name):
-    vit_b = importlib.import_module("configs.vit_b").get_config()
+    vit_b = importlib.import_module("lmim_jax.configs.vit_b").get_config()
     config = vit_b if name == "vit_b" else recipe(name, dtype="bfloat16")
     config.batch_size = 8
     *_, lowered = bench_step.lower(config, sharding.make_mesh())
@@ -173,7 +173,7 @@ def bench(*flags):
     """The command as users call it, on one device."""
     environment = {**os.environ, "XLA_FLAGS": conftest.FAST, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    call = [sys.executable, "-m", "lmim_jax.cli.bench", "--config=tests/tiny.py", *flags]
+    call = [sys.executable, "-m", "lmim_jax.cli", "bench", "--config=tests/tiny.py", *flags]
     return subprocess.Popen(call, cwd=ROOT, env=environment, **pipes)
 
 

@@ -11,7 +11,7 @@ import tiny
 from clu import parameter_overview
 from flax.traverse_util import flatten_dict
 
-from configs import bootmae_vit_b
+from lmim_jax.configs import bootmae_vit_b
 from lmim_jax.methods import base
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.models.layers import patchify

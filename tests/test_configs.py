@@ -20,7 +20,7 @@ NAMES = sorted(
 
 
 def recipe(name):
-    return importlib.import_module(f"configs.{name}").get_config()
+    return importlib.import_module(f"lmim_jax.configs.{name}").get_config()
 
 
 RECIPES = [
@@ -60,7 +60,7 @@ def test_recipe_builds(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_documents_its_command(name):
-    assert f"--config=configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
+    assert f"--config=configs/{name}.py" in importlib.import_module(f"lmim_jax.configs.{name}").__doc__
 
 
 def test_vit_b_has_the_published_number_of_parameters():

@@ -1,4 +1,4 @@
-"""tools.evaluate: a run opened, its features cached, one table and one JSON file, and what it says to bad input."""
+"""lmim evaluate: a run opened, its features cached, one table and one JSON file, and what it says to bad input."""
 
 import dataclasses
 import json
@@ -18,8 +18,8 @@ import tiny
 from ml_collections import ConfigDict
 
 import lmim_jax
-from configs import evaluate as recipe
 from lmim_jax.cli import evaluate
+from lmim_jax.configs import evaluate as recipe
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.common.feature_cache import FeatureCache
@@ -184,9 +184,8 @@ for call in sys.argv[1:]:
     if child := os.fork():
         print(f"exit code {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", file=sys.stderr, flush=True)
         continue
-    sys.argv = ["evaluate", *call.split()]
-    evaluate.define_flags()
-    app.run(evaluate.main, "configs/evaluate.py", data="configs/evaluate.py:data")
+    sys.argv = ["lmim", "evaluate", *call.split()]
+    app.run(evaluate, sys.argv[1:])
 """
 
 

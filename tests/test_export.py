@@ -171,15 +171,12 @@ def test_there_is_no_export_without_official_names_or_a_teacher(tmp_path):
 
 
 def tool(*words, hide=()):
-    """Run `tools.export` in a process of its own, without the modules to hide: (exit code, stderr)."""
-    hidden = f"import sys; sys.modules.update(dict.fromkeys({hide!r})); sys.argv = {['export', *map(str, words)]!r}; "
-    script = (
-        hidden
-        + "from lmim_jax.cli import app; from lmim_jax.cli import export as t; t.define_flags(); "
-    )
+    """Run `lmim export` in a process of its own, without the modules to hide: (exit code, stderr)."""
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({hide!r})); "
+    script = f"from lmim_jax.cli.__main__ import main; main({['export', *map(str, words)]!r})"
     environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(
-        [sys.executable, "-c", script + "app.run(t.main)"],
+        [sys.executable, "-c", hidden + script],
         cwd=conftest.ROOT,
         env=environment,
         capture_output=True,
@@ -216,7 +213,7 @@ def test_both_libraries_make_the_same_features_of_jpegs(name, library, tmp_path)
 def test_published_sizes_agree_on_photographs(size, library, tmp_path):
     import zipfile
 
-    from configs import vit_b, vit_ti
+    from lmim_jax.configs import vit_b, vit_ti
 
     archive = SHARED / "imagenet_jpegs_125.zip"
     config = {"Ti/16": vit_ti, "B/16": vit_b}[size].get_config()

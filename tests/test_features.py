@@ -170,12 +170,11 @@ def test_the_command(run, folder, tmp_path):
 import contextlib, sys
 from lmim_jax.cli import app
 from lmim_jax.cli import extract_features
-extract_features.define_flags()
 for images in {str(folder)!r}, {str(tmp_path / "texts")!r}:
-    sys.argv = ["features", {str(run)!r}, images, *{words!r}]
+    argv = ["features", {str(run)!r}, images, *{words!r}]
     with contextlib.suppress(SystemExit):
-        app.run(extract_features.main)
-app.run(extract_features.main)
+        app.run(extract_features, argv)
+app.run(extract_features, argv)
 """
     pipes = dict(env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
     done = subprocess.run([sys.executable, "-c", script], cwd=conftest.ROOT, **pipes)

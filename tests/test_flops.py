@@ -17,7 +17,7 @@ def method_of(config):
 
 def test_vit_b_is_the_closed_formula():
     """From the sizes: D = 768, 12 blocks, 20 visible and 176 masked patches, decoder of 3 blocks of 512."""
-    count = flops.of_method(method_of(importlib.import_module("configs.vit_b").get_config()))
+    count = flops.of_method(method_of(importlib.import_module("lmim_jax.configs.vit_b").get_config()))
     d, visible, masked, narrow = 768, 20, 176, 512
     encoder = lambda n: 2 * n * d * d + 12 * ((n + 1) * 2 * 12 * d * d + 4 * (n + 1) ** 2 * d)
     projector = lambda n: (n + 1) * 2 * (2 * d * 4096 + 4096**2)
@@ -42,7 +42,7 @@ def test_vit_b_is_the_closed_formula():
 
 def test_xla_counts_the_same_and_two_percent_of_element_wise_work():
     """Of the whole ViT-B program, unrolled and without accumulation, before it is optimised: nothing is compiled."""
-    method, batch = method_of(importlib.import_module("configs.vit_b").get_config()), 2
+    method, batch = method_of(importlib.import_module("lmim_jax.configs.vit_b").get_config()), 2
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     params = jax.eval_shape(method.init, jax.random.key(0))
     views = jax.eval_shape(method.sample, jax.random.key(0), keys)

@@ -129,8 +129,8 @@ def test_known_topologies():
 def test_without_libtpu_it_says_how_to_get_it():
     hide = "import sys; sys.modules['libtpu'] = None; import importlib.util as u; f = u.find_spec; "
     hide += "u.find_spec = lambda name, *a: None if name == 'libtpu' else f(name, *a); "
-    run = "sys.argv = ['plan', '--config=tests/tiny.py', '--topology=v5e:2x2', '--config.batch_size=16']; "
-    run += "import runpy; runpy.run_module('lmim_jax.cli.plan', run_name='__main__')"
+    words = ["plan", "--config=tests/tiny.py", "--topology=v5e:2x2", "--config.batch_size=16"]
+    run = f"from lmim_jax.cli.__main__ import main; main({words!r})"
     done = subprocess.run(
         [sys.executable, "-c", hide + run], cwd=ROOT, capture_output=True, text=True
     )
@@ -148,7 +148,8 @@ def test_the_tool_compiles_for_a_topology_that_is_not_there(tmp_path, full):
     command = [
         sys.executable,
         "-m",
-        "lmim_jax.cli.plan",
+        "lmim_jax.cli",
+        "plan",
         "--config=tests/tiny.py",
         "--topology=v5e:2x2",
     ]

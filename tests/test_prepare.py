@@ -162,7 +162,7 @@ def test_damage_is_found(pets, tmp_path):
 
 
 def tool(*arguments):
-    command = [sys.executable, "-m", "lmim_jax.cli.prepare_data", *map(str, arguments)]
+    command = [sys.executable, "-m", "lmim_jax.cli", "prepare", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=conftest.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -231,9 +231,7 @@ def tfrecords(pets, tmp_path):
 
 def test_tfrecords_become_readable_beside_the_originals(pets, tfrecords, images):
     data = config(dir=tfrecords.parent.parent)
-    with pytest.raises(
-        UserError, match=r"prepared as tfrecord.*python -m lmim_jax.cli.prepare_data --tfrecord="
-    ) as error:
+    with pytest.raises(UserError, match=r"prepared as tfrecord.*lmim prepare --tfrecord=") as error:
         sources.from_config(data, "train")
     before = contents(tfrecords)
     flag = str(error.value).rpartition(" ")[2]

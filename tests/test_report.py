@@ -143,7 +143,7 @@ def test_bad_input_is_one_line(images, tmp_path):
         config = tiny.get_config()
         workdir.claim(folder, config.to_dict(), {})
         runs.open_with_images(folder)
-    command = [sys.executable, "-m", "lmim_jax.cli.report", str(tmp_path)]
+    command = [sys.executable, "-m", "lmim_jax.cli", "report", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert (
@@ -185,7 +185,7 @@ def test_the_command_of_a_run_gives_its_config_again():
 
 def change(**settings):
     """The quickstart recipe with other settings, as in config.json."""
-    from configs import quickstart
+    from lmim_jax.configs import quickstart
 
     config = quickstart.get_config()
     config.update(settings)

@@ -47,7 +47,7 @@ def test_conclusions_say_what_the_numbers_support():
 @pytest.mark.parametrize("name", ["study", "study:cifar10", "compare", "compare:cifar10"])
 def test_every_run_of_a_study_is_a_valid_recipe(name, tmp_path):
     module, *dataset = name.split(":")
-    config = importlib.import_module(f"configs.{module}").get_config(*dataset)
+    config = importlib.import_module(f"lmim_jax.configs.{module}").get_config(*dataset)
     groups, runs = study.plan(config, [], (), tmp_path)
     assert len({run.folder for run in runs}) == len(runs)
     assert {name for *_, names in groups for name in names} <= {run.name for run in runs}
@@ -66,7 +66,7 @@ def test_every_run_of_a_study_is_a_valid_recipe(name, tmp_path):
 
 
 def test_the_ladder_changes_one_switch_a_rung():
-    runs = importlib.import_module("configs.study").get_config().runs
+    runs = importlib.import_module("lmim_jax.configs.study").get_config().runs
     ladder = [
         dict(change.split("=") for change in changes)
         for name, *_, changes in runs
@@ -78,7 +78,7 @@ def test_the_ladder_changes_one_switch_a_rung():
 
 
 def test_an_unknown_group_is_named(tmp_path):
-    config = importlib.import_module("configs.study").get_config()
+    config = importlib.import_module("lmim_jax.configs.study").get_config()
     with pytest.raises(
         UserError, match="--only=lader: no such group; there are: ladder, ablations"
     ):
@@ -112,7 +112,8 @@ def test_a_study_runs_goes_on_and_reports(tmp_path, images):
     command = [
         sys.executable,
         "-m",
-        "lmim_jax.cli.study",
+        "lmim_jax.cli",
+        "study",
         f"--config={tmp_path}/config.py",
         f"--out={out}",
     ]

@@ -2,7 +2,7 @@
 
 import jax
 
-from configs import evaluate, small, vit_b
+from lmim_jax.configs import evaluate, small, vit_b
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.optim import adamw

@@ -1,52 +1,189 @@
-"""What main.py and the tools share as commands: one line and an exit code for every mistake, instead of a traceback."""
+"""Runs one command: its flags, its help, and mistakes as one line and an exit code instead of a traceback.
 
-import itertools
-import pathlib
+Every command is a module of this package with `RECIPES`, `define_flags()` and `main(arguments)`; see `Command`.
+"""
 
-from absl import app, flags
+import functools
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+import absl.app
+from absl import flags
+
+from lmim_jax.utils import recipes
 from lmim_jax.utils.errors import DataLoaderTimeout, UserError, fail
 
+HELP = ("--help", "-help", "-h", "--helpshort")
+WIDTH = 100  # columns of the help
 
-def run(main, default_config=None, **defaults):
-    """Parse the flags and call `main(argv)`.
 
-    Args:
-      default_config: the recipe where `--config` is not given; None: a command without a recipe.
-      defaults: files of more flags that are configs, by name.
+class Command(Protocol):
+    """What the module of a command has.
 
-    Exits with one line on stderr: 2 for a mistake in the flags, and for a UserError; 1 where the data do not come.
+    Its docstring is the first part of its help: one line, then examples.
     """
 
-    def reporting(argv):
+    __doc__: str | None
+    # Flags that hold a config -> the recipe that is read without the flag; None: no recipe
+    RECIPES: Mapping[str, str | None]
+
+    def define_flags(self) -> None:
+        """Define the flags of the command; the help text of each has one sentence and an example."""
+
+    def main(self, arguments: list[str]) -> None:
+        """Run the command with the values of its flags.
+
+        Args:
+          arguments: the positional arguments.
+        """
+
+
+def run(command: Command, argv: Sequence[str]) -> None:
+    """Parse the flags of a command and call its `main`.
+
+    Exits with one line on stderr: 2 for a mistake in the flags or a UserError, 1 where the data loader is stuck.
+
+    Args:
+      command: the module.
+      argv: its name, then flags and positional arguments, as in `sys.argv`.
+    """
+    own = _define(command)
+    if any(argument in HELP for argument in argv):
+        print(help_text(command, own))
+        sys.exit(0)
+
+    def call(positional: list[str]) -> None:
         try:
-            return main(argv)
+            command.main(positional[1:])
         except UserError as error:
             fail(error)
         except DataLoaderTimeout as error:
             fail(error, 1)
 
-    app.run(reporting, flags_parser=lambda argv: parse_flags(argv, default_config, **defaults))
+    absl.app.run(
+        call, argv=list(argv), flags_parser=functools.partial(parse_flags, command.RECIPES)
+    )
 
 
-def parse_flags(argv, default_config, **defaults):
-    """absl's parser, with one line and exit code 2 instead of a traceback on a mistake in the flags."""
-    given = [argument.lstrip("-").partition("=") for argument in argv[1:]]
-    pairs = itertools.pairwise([*given, ("", "", "")])
-    configs = {"config": default_config, "compare": None, **defaults}
-    recipes = {name: value or after[0] for (name, _, value), after in pairs if name in configs}
-    missing = {name: path for name, path in configs.items() if path and name not in recipes}
-    argv = [argv[0], *(f"--{name}={path}" for name, path in missing.items()), *argv[1:]]
-    for name, path in {**recipes, **missing}.items():
-        if not pathlib.Path(path.partition(":")[0]).is_file():
-            fail(f"--{name}={path}: no such file; the recipes are in configs/")
+@functools.cache
+def _define(command: Command) -> tuple[str, ...]:
+    """Define the flags of a command, once; their names, in order."""
+    before = set(flags.FLAGS)
+    command.define_flags()
+    return tuple(name for name in flags.FLAGS if name not in before)
+
+
+def parse_flags(default_recipes: Mapping[str, str | None], argv: Sequence[str]) -> list[str]:
+    """absl's parser, with one line and exit code 2 instead of a traceback for a mistake.
+
+    Args:
+      default_recipes: `RECIPES` of the command.
+      argv: its name, then flags and positional arguments.
+
+    Returns:
+      The name and the positional arguments.
+    """
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(_with_recipe_files(default_recipes, argv))
     except (flags.Error, UserError) as error:
         fail(error)
     except (AttributeError, KeyError) as error:
-        while isinstance(error.args[0], Exception):  # ml_collections wraps its message
-            error = error.args[0]
-        key, _, hint = str(error.args[0]).partition("\n")
-        key = next((name for name, *_ in given if key.strip("'") in name.split(".")), key)
-        fail(f"unknown config key {key}. {hint or 'Every key is in configs/vit_b.py'}")
+        fail(_unknown_key(error, argv))
+
+
+def _with_recipe_files(default_recipes: Mapping[str, str | None], argv: Sequence[str]) -> list[str]:
+    """`argv` with the files of recipes instead of their names, and with the recipes that are not given.
+
+    Raises:
+      UserError: no such recipe.
+    """
+    arguments = []
+    missing = dict(default_recipes)
+    waiting = None  # the flag whose value comes as the next argument
+    for argument in argv[1:]:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if waiting is not None:
+            argument = f"--{waiting}={_locate(waiting, argument)}"
+            waiting = None
+        elif argument.startswith("-") and name in default_recipes:
+            missing.pop(name, None)
+            if not equals:
+                waiting = name
+                continue
+            argument = f"--{name}={_locate(name, value)}"
+        arguments.append(argument)
+    if waiting is not None:
+        raise UserError(f"--{waiting} needs a value, such as --{waiting}=vit_b")
+    defaults = []
+    for name, recipe in missing.items():
+        if recipe is not None:
+            defaults.append(f"--{name}={_locate(name, recipe)}")
+    return [argv[0], *defaults, *arguments]
+
+
+def _locate(flag: str, recipe: str) -> str:
+    try:
+        return recipes.locate(recipe)
+    except UserError as error:
+        raise UserError(f"--{flag}={error}") from error
+
+
+def _unknown_key(error: Exception, argv: Sequence[str]) -> str:
+    """The message for a config key that does not exist, with the flag that names it."""
+    reason: Any = error
+    while isinstance(reason.args[0], Exception):  # ml_collections wraps its message
+        reason = reason.args[0]
+    key, _, hint = str(reason.args[0]).partition("\n")
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if key.strip("'") in name.split("."):
+            key = name
+            break
+    return f"unknown config key {key}. {hint or 'Every key is explained in configs/vit_b.py'}"
+
+
+def help_text(command: Command, own: Sequence[str]) -> str:
+    """The text of `lmim COMMAND --help`: the docstring of the module, and its flags.
+
+    Args:
+      command: the module.
+      own: the names of its flags.
+    """
+    lines = [(command.__doc__ or "").strip(), "", "Flags:"]
+    for name in own:
+        flag: Any = flags.FLAGS[name]
+        title = f"--{name}"
+        if flag.boolean:
+            title = f"--[no]{name}"
+        default = flag.default
+        if name in command.RECIPES:
+            default = command.RECIPES[name]
+        if default not in (None, "", []):
+            if isinstance(default, list):
+                default = ",".join(default)
+            title += f" (default: {default})"
+        lines.append(f"  {title}")
+        text = " ".join(flag.help.split())
+        lines.append(textwrap.indent(textwrap.fill(text, WIDTH - 6), " " * 6))
+    return "\n".join(lines)
+
+
+def workdir_and(arguments: Sequence[str], *names: str) -> tuple[str, list[str]]:
+    """The run of `--workdir`, or of the first positional argument, and the other positional arguments.
+
+    Args:
+      arguments: the positional arguments.
+      names: what the others are called in the error message, such as "IMAGES".
+
+    Raises:
+      UserError: no run, two runs, or another number of arguments.
+    """
+    others = list(arguments)
+    workdir = flags.FLAGS.workdir
+    if workdir is None and len(others) == len(names) + 1:
+        workdir = others.pop(0)
+    if workdir is None or len(others) != len(names):
+        raise UserError(f"give {' '.join(['--workdir=RUN', *names])}, and no other arguments")
+    return workdir, others

@@ -1,10 +1,10 @@
 """Benchmarks. What there is:
 
-    python -m lmim_jax.cli.bench --what=checkpoint --config=configs/vit_b.py [--folder=DIR]
-    python -m lmim_jax.cli.bench --what=input --config=configs/vit_b.py --config.data.path=IMAGES
-    python -m lmim_jax.cli.bench --what=step --config=configs/vit_b.py [--profile=DIR]
-    python -m lmim_jax.cli.bench --what=step --config=configs/vit_b.py --compare=configs/vit_b.py --compare.KEY=VALUE
-    python -m lmim_jax.cli.bench --what=train --config=configs/vit_b.py --config.data.path=IMAGES
+    lmim bench --what=checkpoint --config=configs/vit_b.py [--folder=DIR]
+    lmim bench --what=input --config=configs/vit_b.py --config.data.path=IMAGES
+    lmim bench --what=step --config=configs/vit_b.py [--profile=DIR]
+    lmim bench --what=step --config=configs/vit_b.py --compare=configs/vit_b.py --compare.KEY=VALUE
+    lmim bench --what=train --config=configs/vit_b.py --config.data.path=IMAGES
 
 checkpoint: how long a save holds up training, until it is safe, and a verified restore; beside plain Orbax
 (its CheckpointManager, default options), on the state of the recipe's method.
@@ -24,7 +24,6 @@ import orbax.checkpoint as ocp
 from absl import flags
 from ml_collections import config_flags
 
-from lmim_jax.cli import app
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.optim import adamw
@@ -32,6 +31,8 @@ from lmim_jax.perf import bench_input, bench_train
 from lmim_jax.train import checkpoints as checkpoint
 from lmim_jax.train.state import create
 from lmim_jax.utils.logging import log_to_console
+
+RECIPES: dict[str, str | None] = {"config": "quickstart", "compare": None}
 
 
 def checkpoints(config, folder, repeats):
@@ -87,8 +88,8 @@ def _orbax(state, shardings, config, run, step):
         return stall, safe, time.perf_counter() - began
 
 
-def main(_):
-    """As the flags say."""
+def main(arguments):
+    """Run the command."""
     if flags.FLAGS.what in ("step", "train"):
         return bench_train.main()
     log_to_console()
@@ -107,7 +108,7 @@ def main(_):
 
 
 def define_flags():
-    """Here, and not at import: tools are imported side by side by tests."""
+    """Define the flags of the command."""
     config_flags.DEFINE_config_file(
         "config", None, "Recipe; default: configs/quickstart.py.", lock_config=True
     )
@@ -120,8 +121,3 @@ def define_flags():
     flags.DEFINE_integer("images", 1000, "input: how many images each measurement takes.")
     flags.DEFINE_integer("repeats", 3, "checkpoint, input: how often; medians are reported.")
     bench_train.define_flags()
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main, "configs/quickstart.py")

@@ -1,7 +1,7 @@
 """The checkpoints of a run: which there are, how large, and whether they are good.
 
-    python -m lmim_jax.cli.checkpoints WORKDIR            by names and sizes of files
-    python -m lmim_jax.cli.checkpoints WORKDIR --verify   by their contents: every checksum
+    lmim checkpoints WORKDIR            by names and sizes of files
+    lmim checkpoints WORKDIR --verify   by their contents: every checksum
 
 Exit code 1 where a step is damaged or partial.
 """
@@ -12,9 +12,10 @@ import sys
 
 from absl import flags
 
-from lmim_jax.cli import app
 from lmim_jax.train import checkpoint_manifest
 from lmim_jax.utils.errors import UserError
+
+RECIPES: dict[str, str | None] = {}
 
 
 def table(workdir, verify):
@@ -25,7 +26,7 @@ def table(workdir, verify):
     """
     root = pathlib.Path(workdir, checkpoint_manifest.FOLDER)
     steps = checkpoint_manifest.steps(workdir)
-    aside = sorted((root / checkpoint_manifest.ASIDE).glob("*")) if root.is_dir() else []
+    aside = sorted((root / checkpoint_manifest.QUARANTINE).glob("*")) if root.is_dir() else []
     if not steps and not aside:
         raise UserError(f"{workdir}: no checkpoints here; give the --workdir of a run")
     lines, all_good = [f"{'step':>10}  {'state':<8}  {'size':>9}  saved"], True
@@ -43,20 +44,15 @@ def table(workdir, verify):
     return lines, all_good
 
 
-def main(argv):
-    """As the flags say."""
-    if len(argv) != 2:
-        raise UserError("give one folder: python -m lmim_jax.cli.checkpoints WORKDIR [--verify]")
-    lines, all_good = table(argv[1], flags.FLAGS.verify)
+def main(arguments):
+    """Run the command."""
+    if len(arguments) != 1:
+        raise UserError("give one folder: lmim checkpoints WORKDIR [--verify]")
+    lines, all_good = table(arguments[0], flags.FLAGS.verify)
     print("\n".join(lines))
     sys.exit(not all_good)
 
 
 def define_flags():
-    """Here, and not at import: tools are imported side by side by tests."""
+    """Define the flags of the command."""
     flags.DEFINE_bool("verify", False, "Read every file and compare its checksum.")
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main)

@@ -1,8 +1,8 @@
 """What the frozen features of a run are worth: evaluators on its newest checkpoint, one table, one JSON file.
 
-    python -m lmim_jax.cli.evaluate --workdir=RUN --evaluators=knn,logistic_regression,fewshot --baselines
-    python -m lmim_jax.cli.evaluate --workdir=RUN --evaluators=knn --config.knn.feature=cls --weights=target
-    python -m lmim_jax.cli.evaluate --workdir=RUN --evaluators=all --data.source=folder --data.path=IMAGES
+    lmim evaluate --workdir=RUN --evaluators=knn,logistic_regression,fewshot --baselines
+    lmim evaluate --workdir=RUN --evaluators=knn --config.knn.feature=cls --weights=target
+    lmim evaluate --workdir=RUN --evaluators=all --data.source=folder --data.path=IMAGES
 
 Evaluators and their knobs are the sections of configs/evaluate.py; images are those of the run, or what
 --data.KEY=VALUE says instead. Columns of the table: raw pixels, colours and the encoder before training (these with
@@ -25,7 +25,6 @@ import tqdm
 from absl import flags
 from ml_collections import config_flags
 
-from lmim_jax.cli import app
 from lmim_jax.distributed import multihost, sharding
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.evaluators.common import image_features
@@ -39,6 +38,8 @@ from lmim_jax.utils.logging import duration, log_to_console
 
 log = logging.getLogger("lmim_jax.cli.evaluate")
 TELL = 20.0  # seconds between lines of progress
+
+RECIPES: dict[str, str | None] = {"config": "evaluate", "data": "evaluate:data"}
 
 
 def choose(titles, config):
@@ -203,13 +204,15 @@ def file_name(flag, step, titles):
     return f"{step}-{'-'.join(titles)}{suffix}.json"
 
 
-def main(argv):
-    """As the flags say."""
+def main(arguments):
+    """Run the command."""
     flag = flags.FLAGS
     multihost.initialize(flag.coordinator, flag.num_processes, flag.process_id)
     log_to_console()
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; give the run as --workdir={argv[1]}")
+    if arguments:
+        raise UserError(
+            f"unknown argument {arguments[0]!r}; give the run as --workdir={arguments[0]}"
+        )
     run, folder = runs.open_run(flag.workdir), pathlib.Path(flag.workdir, "evaluations")
     sections, everything = choose(flag.evaluators, flag.config), "all" in flag.evaluators
     scheduled = schedule(run, sections, flag.weights, flag.feature)
@@ -219,7 +222,7 @@ def main(argv):
     what["weights"] = {one.title: one.weights for one in scheduled}
     name = file_name(flag, what["step"], ["all"] if everything else list(sections))
     out = pathlib.Path(flag.out) if flag.out else folder / name
-    started_by = shlex.join(["python", "-m", "lmim_jax.cli.evaluate", *sys.argv[1:]])
+    started_by = shlex.join(["python", "-m", "lmim_jax.cli", "evaluate", *sys.argv[1:]])
     head = {"command": started_by, "evaluated": what}
     head["config"] = {title: section.to_dict() for title, section in sections.items()}
     found = {}, {}
@@ -240,7 +243,7 @@ def main(argv):
 
 
 def define_flags():
-    """Here, and not at import: tools are imported side by side by tests."""
+    """Define the flags of the command."""
     config_flags.DEFINE_config_file(
         "config", None, "Evaluators; default: configs/evaluate.py.", lock_config=True
     )
@@ -273,8 +276,3 @@ def define_flags():
     flags.DEFINE_string("coordinator", "", "Several processes: as in main.py.")
     flags.DEFINE_integer("num_processes", 0, "Several processes: as in main.py.")
     flags.DEFINE_integer("process_id", -1, "Several processes: as in main.py.")
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main, "configs/evaluate.py", data="configs/evaluate.py:data")

@@ -1,13 +1,13 @@
 """A trained encoder for other libraries: a folder that they open, with a model card.
 
-    python -m lmim_jax.cli.export RUN --format=timm --out=DIR [--weights=online|target] [--check]
+    lmim export RUN --format=timm --out=DIR [--weights=online|target] [--check]
 
 --format:
   timm         timm.create_model("local-dir:DIR", pretrained=True)
   hf           transformers.AutoModel.from_pretrained("DIR")
   flax         lmim_jax.load("DIR"): all networks, with `--weights` for the encoder
   safetensors  the whole model, teacher included, under the names of the method's official PyTorch code;
-               tools.import_weights reads it back, to the bit
+               lmim import-weights reads it back, to the bit
 
 --weights: default, those that the run's own evaluators measured. --check runs the other library on images of the run,
 or of --images=FOLDER, and prints the largest difference of features: exit code 1 where it is above 1e-4, 2 where that
@@ -21,7 +21,6 @@ import sys
 
 from absl import flags
 
-from lmim_jax.cli import app
 from lmim_jax.convert import hf, model_card, parity_check, timm, torch_encoder
 from lmim_jax.convert.official import base as official
 from lmim_jax.data import sources
@@ -34,6 +33,8 @@ LIBRARIES = {"timm": timm, "hf": hf}
 FORMATS = (*LIBRARIES, "flax", "safetensors")
 LIMIT = 1e-4  # of the largest difference of any feature, float32 on a CPU
 CHECKED = 16  # images
+
+RECIPES: dict[str, str | None] = {}
 
 
 def export(model, kind, which, folder):
@@ -98,11 +99,11 @@ def some_images(model, folder):
     ]
 
 
-def main(argv):
-    """As the flags say."""
+def main(arguments):
+    """Run the command."""
     given = flags.FLAGS
     log_to_console()
-    if len(argv) != 2 or not given.out:
+    if len(arguments) != 1 or not given.out:
         raise UserError("give a run, a format and a folder: RUN --format=timm --out=DIR")
     if given.format not in FORMATS:
         raise UserError(f"--format={given.format} is none of: {' | '.join(FORMATS)}")
@@ -114,7 +115,7 @@ def main(argv):
         raise UserError(
             "--weights: a file of --format=safetensors holds all networks, the teacher too"
         )
-    model = saved.open_model(argv[1])
+    model = saved.open_model(arguments[0])
     which = "both" if given.format == "safetensors" else model.choose(given.weights)
     images = some_images(model, given.images) if given.check else []
     export(model, given.format, which, given.out)
@@ -132,7 +133,7 @@ def main(argv):
 
 
 def define_flags():
-    """Here, and not at import: tools are imported side by side by tests."""
+    """Define the flags of the command."""
     flags.DEFINE_string("format", None, f"Whom the folder is for: {' | '.join(FORMATS)}.")
     flags.DEFINE_string("out", None, "The folder to make.")
     flags.DEFINE_enum(
@@ -140,8 +141,3 @@ def define_flags():
     )
     flags.DEFINE_bool("check", False, "Open the folder in the other library, and compare.")
     flags.DEFINE_string("images", None, "check: a folder of images; default: those of the run.")
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main)

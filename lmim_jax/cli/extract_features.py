@@ -1,8 +1,8 @@
 """The features of a folder of images, into one file.
 
-    python -m lmim_jax.cli.extract_features RUN IMAGES --out=F.npz [--features=cls,mean,patches] [--weights=online|target]
+    lmim features RUN IMAGES --out=F.npz [--features=cls,mean,patches] [--weights=online|target]
 
-RUN: the --workdir of a run, or a folder that tools.export --format=flax made. IMAGES: a folder, with images at any
+RUN: the --workdir of a run, or a folder that lmim export --format=flax made. IMAGES: a folder, with images at any
 depth, or one image. --out: .npz, .safetensors or .parquet.
 
 An image is resized, whole, to a short side of --size pixels (default: what the encoder was trained on) and a long side
@@ -28,7 +28,6 @@ import pathlib
 import tqdm
 from absl import flags
 
-from lmim_jax.cli import app
 from lmim_jax.data import sources
 from lmim_jax.data.augment import device
 from lmim_jax.evaluators.common import feature_io
@@ -36,6 +35,8 @@ from lmim_jax.evaluators.common.feature_extraction import KINDS, Extractor, extr
 from lmim_jax.train import saved
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
+
+RECIPES: dict[str, str | None] = {}
 
 
 def files_of(path):
@@ -67,17 +68,17 @@ def check_memory(count, extractor):
         )
 
 
-def main(argv):
-    """As the flags say."""
+def main(arguments):
+    """Run the command."""
     given = flags.FLAGS
     log_to_console()
-    if len(argv) != 3 or not given.out:
+    if len(arguments) != 2 or not given.out:
         raise UserError("give a run, images and a file: RUN IMAGES --out=F.npz")
     if not given.features or set(given.features) - set(KINDS):
         raise UserError(f"--features={','.join(given.features)} must be some of: {','.join(KINDS)}")
     write = feature_io.writer(given.out)
-    root, names, others = files_of(argv[2])
-    model = saved.open_model(argv[1])
+    root, names, others = files_of(arguments[1])
+    model = saved.open_model(arguments[0])
     which = model.choose(given.weights)
     method, size = model.method, given.size or min(model.method.feature_size)
     if size < method.patch_size:
@@ -99,7 +100,7 @@ def main(argv):
         some = ", ".join(others[:5]) + (" ..." if len(others) > 5 else "")
         print(f"left out: {len(others)} files that are no images: {some}")
     if not names:
-        raise UserError(f"{argv[2]}: not one of {len(bad)} images can be read")
+        raise UserError(f"{arguments[1]}: not one of {len(bad)} images can be read")
     write(names, grids, features)
     told = f"{which} weights of step {model.step}, {'after' if given.norm else 'before'} the final norm"
     print(
@@ -108,7 +109,7 @@ def main(argv):
 
 
 def define_flags():
-    """Here, and not at import: tools are imported side by side by tests."""
+    """Define the flags of the command."""
     flags.DEFINE_string("out", None, "The file to write: .npz, .safetensors or .parquet.")
     flags.DEFINE_list("features", list(KINDS), "What to keep: cls, mean, patches.")
     flags.DEFINE_enum(
@@ -119,8 +120,3 @@ def define_flags():
     )
     flags.DEFINE_bool("norm", True, "Features after the final norm; or before it.")
     flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1)
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main)

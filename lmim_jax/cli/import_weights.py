@@ -1,8 +1,8 @@
 """Official checkpoints into a run directory, which then evaluates, exports and goes on training.
 
-    python -m lmim_jax.cli.import_weights FILE --format=mae --config=configs/mae_vit_b.py --workdir=RUN \\
+    lmim import-weights FILE --format=mae --config=configs/mae_vit_b.py --workdir=RUN \\
         --config.data.path=IMAGES
-    python -m lmim_jax.cli.import_weights FILE --format=mae --config=configs/mae_vit_b.py --workdir=RUN --nodata
+    lmim import-weights FILE --format=mae --config=configs/mae_vit_b.py --workdir=RUN --nodata
 
 FILE: a state dict as .safetensors or .npz, or a PyTorch file (.pth, .pt, .pth.tar; needs torch >= 2.6, and only
 tensors are read). --format: latent_mim | pilamim | mae | ijepa, whose names it has. --config: the recipe, with the
@@ -26,7 +26,6 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_flags
 
-from lmim_jax.cli import app
 from lmim_jax.convert.official import base as official
 from lmim_jax.data import loader, sources
 from lmim_jax.distributed import sharding
@@ -38,6 +37,8 @@ from lmim_jax.train.state import init
 from lmim_jax.utils import array_io, atomic_io
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
+
+RECIPES: dict[str, str | None] = {"config": None}
 
 
 def read(path, method, drop=(), fresh=()):
@@ -137,11 +138,11 @@ def _matches(patterns, name):
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
-def main(argv):
-    """As the flags say."""
+def main(arguments):
+    """Run the command."""
     given = flags.FLAGS
     log_to_console()
-    if len(argv) != 2 or not given.config or not given.workdir:
+    if len(arguments) != 1 or not given.config or not given.workdir:
         raise UserError(
             "give a file, a recipe and a folder: FILE --format=mae --config=... --workdir=..."
         )
@@ -165,20 +166,20 @@ def main(argv):
         except UserError as error:
             raise UserError(f"{error}; or import without training images: --nodata") from error
         identity = source.identity()
-    lines = import_weights(argv[1], config, given.workdir, identity, given.drop, given.fresh)
+    lines = import_weights(arguments[0], config, given.workdir, identity, given.drop, given.fresh)
     run = given.workdir
     print("\n".join(lines))
     print(f"\n{run} is a run now, at step 0:\n")
     for command_line in (
-        f"python -m lmim_jax.cli.extract_features {run} IMAGES --out=features.npz",
-        f"python -m lmim_jax.cli.export {run} --format=timm --out=DIR",
+        f"lmim features {run} IMAGES --out=features.npz",
+        f"lmim export {run} --format=timm --out=DIR",
         f"python main.py --config=THE_SAME_RECIPE --workdir={run}",
     ):
         print(f"  {command_line}")
 
 
 def define_flags():
-    """Here, and not at import: tools are imported side by side by tests."""
+    """Define the flags of the command."""
     config_flags.DEFINE_config_file(
         "config", None, "Recipe with the sizes of the model.", lock_config=True
     )
@@ -193,8 +194,3 @@ def define_flags():
     flags.DEFINE_bool(
         "data", True, "The training images of the recipe are there, and the run is one on them."
     )
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main)

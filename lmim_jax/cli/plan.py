@@ -1,6 +1,6 @@
 """What a recipe needs on a TPU slice or on GPUs, without having any.
 
-    python -m lmim_jax.cli.plan --config=configs/vit_b.py --topology=v5e:4x4 [--sweep] [--json=FILE]
+    lmim plan --config=configs/vit_b.py --topology=v5e:4x4 [--sweep] [--json=FILE]
 
 TPUs (v5e, v5p, v6e): the train step is compiled for the real topology by libtpu, which needs no TPU; memory, FLOPs and
 messages are the compiler's. It takes minutes. GPUs (h200:8, h100:8x4 = GPUs of a node x nodes, a100, b200): from the
@@ -18,7 +18,6 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lmim_jax.cli import app
 from lmim_jax.perf import accelerators, aot
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
@@ -36,6 +35,8 @@ CHOICES = (  # of --sweep: changes to the config
     {"remat": "full"},
     {"mesh.fsdp": 4, "mesh.data": -1},
 )
+
+RECIPES: dict[str, str | None] = {"config": "vit_b"}
 
 
 def plan(config, topology, settings):
@@ -223,8 +224,8 @@ def sweep(config, topology, settings):
     return plans, best
 
 
-def main(_):
-    """As the flags say."""
+def main(arguments):
+    """Run the command."""
     jax.config.update("jax_platforms", "cpu")
     log_to_console()
     given = flags.FLAGS
@@ -249,7 +250,7 @@ def main(_):
 
 
 def define_flags():
-    """Here, and not at import: tools are imported side by side by tests."""
+    """Define the flags of the command."""
     config_flags.DEFINE_config_file(
         "config", None, "Recipe; default: configs/vit_b.py.", lock_config=True
     )
@@ -266,8 +267,3 @@ def define_flags():
     )
     flags.DEFINE_float("decode_rate", 900.0, "Images a second that one core decodes into a canvas.")
     flags.DEFINE_float("resize_rate", 500.0, "The same with crop and resize on the host.")
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main, "configs/vit_b.py")

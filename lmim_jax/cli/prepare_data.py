@@ -1,8 +1,8 @@
 """Turn images into datasets that `--config.data.source=tfds` reads at full speed; TensorFlow is not needed.
 
-    python -m lmim_jax.cli.prepare_data --folder=IMAGES --out=DIR --name=NAME [--shrink=512] [--processes=8]
-    python -m lmim_jax.cli.prepare_data --tfrecord=DIR/NAME/VERSION [--processes=8]
-    python -m lmim_jax.cli.prepare_data --verify=DIR/NAME/VERSION
+    lmim prepare --folder=IMAGES --out=DIR --name=NAME [--shrink=512] [--processes=8]
+    lmim prepare --tfrecord=DIR/NAME/VERSION [--processes=8]
+    lmim prepare --verify=DIR/NAME/VERSION
 
 folder: a TFDS dataset of the files below IMAGES (as for `--config.data.path`), in the same order, as they are or with
 the short side shrunk. tfrecord: ArrayRecord files beside the TFRecord files of a prepared dataset. Both go on where
@@ -20,7 +20,6 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from lmim_jax.cli import app
 from lmim_jax.data import decode, sources, tfds_source
 from lmim_jax.data.prepare import tfds_writer, tfrecord
 from lmim_jax.utils import atomic_io, subprocess
@@ -28,6 +27,8 @@ from lmim_jax.utils.errors import UserError
 
 VERSION = "1.0.0"
 SPLITS = ("train", "test", "val", "validation")
+
+RECIPES: dict[str, str | None] = {}
 
 
 def _in_parallel(task, items, count, sizes, unit):
@@ -147,8 +148,8 @@ def verify(folder, sample):
     return manifest, problems
 
 
-def main(_):
-    """As the flags say."""
+def main(arguments):
+    """Run the command."""
     given = flags.FLAGS
     if sum(map(bool, (given.folder, given.tfrecord, given.verify))) != 1:
         raise UserError("give one of --folder, --tfrecord, --verify")
@@ -175,7 +176,7 @@ def main(_):
 
 
 def define_flags():
-    """Here, and not at import: tools are imported side by side by tests."""
+    """Define the flags of the command."""
     flags.DEFINE_string("folder", None, "Images to make a dataset of.")
     flags.DEFINE_string("out", ".", "folder: where to make it; it will be OUT/NAME/1.0.0.")
     flags.DEFINE_string("name", "images", "folder: name of the dataset.")
@@ -188,8 +189,3 @@ def define_flags():
     flags.DEFINE_string("verify", None, "A prepared dataset (DIR/NAME/VERSION) to look through.")
     flags.DEFINE_integer("sample", 64, "verify: how many images of each split are decoded.")
     flags.DEFINE_integer("processes", 2, "How many processes work.", lower_bound=1)
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main)

@@ -1,6 +1,6 @@
 """A page about a run: curves, what is given and seen, segments, attention, neighbours, figures, config, commands.
 
-    python -m lmim_jax.cli.report RUN [--out=FILE.html] [--path=IMAGES]
+    lmim report RUN [--out=FILE.html] [--path=IMAGES]
 
 RUN is the --workdir of a run with a checkpoint. The page is one HTML file that needs no network, RUN/report.html unless
 `--out` says otherwise. --path: where the images are now, if they were moved.
@@ -12,7 +12,6 @@ import time
 
 from absl import flags
 
-from lmim_jax.cli import app
 from lmim_jax.report import image_sections, log_sections, patch_sections, run_features
 from lmim_jax.report.script import SCRIPT
 from lmim_jax.train.runs import open_with_images
@@ -23,6 +22,8 @@ from lmim_jax.utils.logging import duration, log_to_console
 log = logging.getLogger("lmim_jax.cli.report")
 
 IMAGES, SEGMENTED, QUERIES, NEAREST = 6, 4, 6, 5  # how many are shown
+
+RECIPES: dict[str, str | None] = {}
 
 
 def report(run, bank):
@@ -53,16 +54,14 @@ def report(run, bank):
     )
 
 
-def main(argv):
-    """As the flags say."""
+def main(arguments):
+    """Run the command."""
     began = time.perf_counter()
-    if len(argv) != 2:
-        raise UserError(
-            "give one folder: python -m lmim_jax.cli.report RUN [--out=FILE.html] [--path=IMAGES]"
-        )
+    if len(arguments) != 1:
+        raise UserError("give one folder: lmim report RUN [--out=FILE.html] [--path=IMAGES]")
     log_to_console()
     flag = flags.FLAGS
-    run = open_with_images(argv[1], flag.path)
+    run = open_with_images(arguments[0], flag.path)
     out = pathlib.Path(flag.out or run.folder / "report.html")
     text = report(run, flag.bank)
     try:
@@ -75,7 +74,7 @@ def main(argv):
 
 
 def define_flags():
-    """Here, and not at import: tools are imported side by side by tests."""
+    """Define the flags of the command."""
     flags.DEFINE_string("out", "", "The page; default: RUN/report.html.")
     flags.DEFINE_string(
         "path", "", "Where the images are now, if they were moved (config.data.path)."
@@ -86,8 +85,3 @@ def define_flags():
         "Nearest neighbours are searched among so many training images.",
         lower_bound=1,
     )
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main)

@@ -1,6 +1,6 @@
 """Train many variants of a recipe, over seeds, and put them side by side.
 
-    python -m lmim_jax.cli.study --config=configs/study.py --out=runs/study [--only=ladder] [--parallel=2]
+    lmim study --config=configs/study.py --out=runs/study [--only=ladder] [--parallel=2]
                                    [--set=KEY=VALUE ...]
 
 A study's config has `seeds`, `runs` (name, what it is, recipe, changes to the recipe), `groups` (title, what a row is
@@ -25,14 +25,14 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from lmim_jax.cli import app
 from lmim_jax.report import comparison
 from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError, fail
 from lmim_jax.utils.logging import duration, log_to_console
 
 log = logging.getLogger("lmim_jax.cli.study")
-ROOT = pathlib.Path(__file__).parents[2]
+
+RECIPES: dict[str, str | None] = {"config": "study"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,9 @@ class Run:
             with (self.folder / "log.txt").open("ab") as output:
                 to = dict(stdout=output, stderr=subprocess.STDOUT)
                 return subprocess.Popen(
-                    [sys.executable, *self.command], cwd=ROOT, env=environment, **to
+                    [sys.executable, "-m", "lmim_jax.cli", "train", *self.command[1:]],
+                    env=environment,
+                    **to,
                 )
         finally:
             os.sched_setaffinity(0, mine)
@@ -201,8 +203,8 @@ def costs(runs, out):
         if run.name in known:
             continue
         log.info("measuring what training %s costs", run.name)
-        bench = [sys.executable, "-m", "lmim_jax.cli.bench", "--what=step", *run.command[1:-1]]
-        result = subprocess.run(bench, cwd=ROOT, capture_output=True, text=True)
+        bench = [sys.executable, "-m", "lmim_jax.cli", "bench", "--what=step", *run.command[1:-1]]
+        result = subprocess.run(bench, capture_output=True, text=True)
         if result.returncode:
             raise UserError(
                 f"measuring {run.name} failed: {result.stderr.strip().splitlines()[-1]}"
@@ -214,8 +216,8 @@ def costs(runs, out):
     return known
 
 
-def main(_):
-    """As the flags say."""
+def main(arguments):
+    """Run the command."""
     jax.config.update("jax_platforms", "cpu")  # this process only: accelerators are for the runs
     log_to_console()
     flag, out = flags.FLAGS, pathlib.Path(flags.FLAGS.out)
@@ -241,7 +243,7 @@ def main(_):
         )
         comparison.publish(
             out,
-            f"python -m lmim_jax.cli.study {command_line}",
+            f"lmim study {command_line}",
             groups,
             described,
             folders,
@@ -262,7 +264,7 @@ def main(_):
 
 
 def define_flags():
-    """Here, and not at import: tools are imported side by side by tests."""
+    """Define the flags of the command."""
     config_flags.DEFINE_config_file(
         "config", None, "Study; default: configs/study.py.", lock_config=True
     )
@@ -274,8 +276,3 @@ def define_flags():
     flags.DEFINE_multi_string(
         "set", [], "KEY=VALUE of the recipe, for all runs; may be given several times."
     )
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main, "configs/study.py")

@@ -1,6 +1,6 @@
 """The ceiling of a dataset: what the encoder of a recipe reaches when it is trained *with* labels.
 
-    python -m lmim_jax.cli.supervised_baseline --config=configs/quickstart.py [--epochs=20] [--config.KEY=VALUE ...]
+    lmim supervised-baseline --config=configs/quickstart.py [--epochs=20] [--config.KEY=VALUE ...]
 
 Trains the recipe's encoder and a linear layer on the mean of its patch features, by cross-entropy, with the recipe's
 crops and data, and prints the accuracy on the test images. Nothing is saved.
@@ -17,10 +17,9 @@ import optax
 from absl import flags
 from ml_collections import config_flags
 
-from lmim_jax.cli import app
 from lmim_jax.data import loader, sources
 from lmim_jax.data.augment import device
-from lmim_jax.data.eval.eval_data import Evaluation
+from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.utils.errors import UserError
@@ -28,6 +27,8 @@ from lmim_jax.utils.logging import duration, log_to_console
 from lmim_jax.utils.prng import image_keys
 
 log = logging.getLogger("lmim_jax.cli.supervised_baseline")
+
+RECIPES: dict[str, str | None] = {"config": "quickstart"}
 
 
 def train(config, epochs, learning_rate):
@@ -98,7 +99,7 @@ def train(config, epochs, learning_rate):
                 duration(left),
             )
 
-    data = Evaluation(source, config.data, augmentation, mesh)
+    data = EvaluationData(source, config.data, augmentation, mesh)
     predict = jax.jit(lambda params, images: logits(params, images).argmax(axis=-1))
     right = [
         (np.asarray(predict(params, batch["images"])) == batch["label"])[
@@ -109,22 +110,17 @@ def train(config, epochs, learning_rate):
     return 100 * float(np.concatenate(right).mean())
 
 
-def main(_):
-    """As the flags say."""
+def main(arguments):
+    """Run the command."""
     log_to_console()
     accuracy = train(flags.FLAGS.config, flags.FLAGS.epochs, flags.FLAGS.learning_rate)
     log.info("trained with labels: %.1f %% of the test images are classified right", accuracy)
 
 
 def define_flags():
-    """Here, and not at import: tools are imported side by side by tests."""
+    """Define the flags of the command."""
     config_flags.DEFINE_config_file(
         "config", None, "Recipe; default: configs/quickstart.py.", lock_config=True
     )
     flags.DEFINE_integer("epochs", 20, "Epochs of supervised training.")
     flags.DEFINE_float("learning_rate", 1e-3, "Peak of the one-cycle learning rate.")
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main, "configs/quickstart.py")

@@ -8,51 +8,33 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from lmim_jax.cli import app
 from lmim_jax.utils.errors import UserError, fail
 from lmim_jax.utils.logging import log_to_console
 
-DEFAULT = "configs/quickstart.py"
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, f"Recipe; default: {DEFAULT}.", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; default: runs/NAME_OF_THE_RECIPE."
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "Several processes: host:port of the first (else: detected)."
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", 0, "With --coordinator: how many processes there are."
-)
-_PROCESS_ID = flags.DEFINE_integer(
-    "process_id", -1, "With --coordinator: which of them this is, from 0."
-)
-_HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat", 30, "Seconds of silence after which a process counts as lost."
-)
+RECIPES: dict[str, str | None] = {"config": "quickstart"}
 
 
-def main(argv):
+def main(arguments):
     """Train as the flags say; one line, and exit code 2 for what only the user can mend, 1 for a run that diverged."""
     import jax  # neither this nor the rest for loader workers
 
     from lmim_jax.distributed import multihost, preemption
     from lmim_jax.train import checkpoints, loop, metric_logger, workdir
 
-    recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    folder = _WORKDIR.value or f"runs/{recipe}"
+    given = flags.FLAGS
+    recipe = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
+    folder = given.workdir or f"runs/{recipe}"
     try:
-        workdir.pin_kernels(folder, _CONFIG.value.deterministic)
+        workdir.pin_kernels(folder, given.config.deterministic)
         multihost.initialize(
-            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value
+            given.coordinator, given.num_processes, given.process_id, given.heartbeat
         )
         log_to_console()
-        if len(argv) > 1:
+        if arguments:
             raise UserError(
-                f"unknown argument {argv[1]!r}; flags look like --config.batch_size=256"
+                f"unknown argument {arguments[0]!r}; flags look like --config.batch_size=256"
             )
-        loop.train(_CONFIG.value, folder)
+        loop.train(given.config, folder)
     except (metric_logger.NonFinite, checkpoints.SaveFailed) as error:
         fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
@@ -70,10 +52,37 @@ def main(argv):
         )
 
 
-def run():
-    """Parse the flags and train."""
-    app.run(main, DEFAULT)
-
-
-if __name__ == "__main__":
-    run()
+def define_flags():
+    """Define the flags of the command."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Recipe: its name or a file. Examples: --config=vit_b, --config=mine.py, --config.batch_size=256.",
+        lock_config=True,
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder of the run; runs/RECIPE if not given. Example: --workdir=runs/vit_b",
+    )
+    flags.DEFINE_string(
+        "coordinator",
+        "",
+        "Several processes: host and port of the first one; detected if not given. "
+        "Example: --coordinator=10.0.0.2:8482",
+    )
+    flags.DEFINE_integer(
+        "num_processes",
+        0,
+        "With --coordinator: the number of processes. Example: --num_processes=4",
+    )
+    flags.DEFINE_integer(
+        "process_id",
+        -1,
+        "With --coordinator: the number of this process, from 0. Example: --process_id=0",
+    )
+    flags.DEFINE_integer(
+        "heartbeat",
+        30,
+        "Seconds of silence after which a process counts as lost. Example: --heartbeat=60",
+    )

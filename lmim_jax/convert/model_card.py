@@ -30,7 +30,7 @@ method, params = lmim_jax.load("{folder}")
 features = method.features(params, images)  # [B, {height}, {image_width}, {channels}], normalised as below
 mean = features["patches"].mean(axis=1)     # also "cls", "patches_prenorm", "block00/tokens", "block00/attention", ...
 """,
-    "safetensors": """python -m lmim_jax.cli.import_weights {folder}/model.safetensors --format={method} \\
+    "safetensors": """lmim import-weights {folder}/model.safetensors --format={method} \\
     --config=RECIPE --workdir=RUN
 """,
 }

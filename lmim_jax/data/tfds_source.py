@@ -115,7 +115,7 @@ def split_of(builder, split):
         raise UserError(
             f"{info.full_name} in {builder.data_dir} is prepared as {' and '.join(sorted(formats))}, which cannot be "
             f"read at random; make ArrayRecord files beside it: "
-            f"python -m lmim_jax.cli.prepare_data --tfrecord={builder.data_dir}"
+            f"lmim prepare --tfrecord={builder.data_dir}"
         )
     try:
         source = builder.as_data_source(split=split, file_format="array_record")

@@ -1,82 +1,119 @@
-"""Which recipe of configs/ a run comes from: what differs, and the command that gives its config again."""
+"""Finds the recipe in configs/ that a run is closest to, what differs, and a command that reproduces its config."""
 
+import dataclasses
 import importlib
 import json
-import pathlib
 import shlex
-import sys
+from collections.abc import Iterator
+from typing import Any
 
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
-FOLDER = pathlib.Path(__file__).parents[2] / "configs"
+from lmim_jax.utils import recipes
+
+ABSENT = "absent"  # in place of the value of a key that one of two configs does not have
+
+Differences = dict[str, tuple[Any, Any]]  # {key: (value in the recipe, value in the run)}
 
 
-def nearest(config):
+@dataclasses.dataclass(frozen=True)
+class RecipeMatch:
+    """The recipe that is closest to a run.
+
+    Attributes:
+      name: as for `--config`.
+      differences: {key: (the recipe's value, the run's value)}, keys joined by dots.
+      command: trains with the run's config.
+    """
+
+    name: str
+    differences: Differences
+    command: str
+
+
+def nearest_recipe(config: dict[str, Any]) -> RecipeMatch | None:
     """The recipe with the fewest differences from a run's config.
 
     Args:
       config: nested dict, as in config.json.
 
     Returns:
-      (name as for --config, {key: (the recipe's value, the run's)}, command); (None, {}, "") without a configs/.
+      The match, or None where there is no folder of recipes.
     """
     config = {key: value for key, value in config.items() if key != "training_images"}
-    found = {name: (recipe, _differences(recipe, config)) for name, recipe in _all()}
-    if not found:
-        return None, {}, ""
-    name = min(found, key=lambda name: len(found[name][1]))
-    recipe, differing = found[name]
-    return (
-        name,
-        differing,
-        shlex.join(["python", "main.py", f"--config={name}", *_settings(recipe, config)]),
-    )
+    best_name = ""
+    best_recipe = None
+    best_differences: Differences = {}
+    for name, recipe in _all_recipes():
+        differences = _differences(recipe, config)
+        if best_recipe is None or len(differences) < len(best_differences):
+            best_name = name
+            best_recipe = recipe
+            best_differences = differences
+    if best_recipe is None:
+        return None
+    command = ["python", "main.py", f"--config={best_name}"]
+    command += _override_flags(best_recipe, config)
+    return RecipeMatch(best_name, best_differences, shlex.join(command))
 
 
-def _all():
-    """(name as for --config, ConfigDict) of every recipe of a run; studies and the like have no method."""
-    if str(FOLDER.parent) not in sys.path:
-        sys.path.append(str(FOLDER.parent))  # recipes import one another as configs.NAME
-    for path in sorted(FOLDER.glob("[a-z]*.py")):
-        module = importlib.import_module(f"configs.{path.stem}")
-        variants = (
-            [f"{m},{d}" for m in module.METHODS for d in module.DATASETS]
-            if path.stem == "small"
-            else [""]
-        )
-        for variant in variants:
-            recipe = module.get_config(*filter(None, [variant]))
-            if "method" in recipe:
-                yield f"configs/{path.name}" + (f":{variant}" if variant else ""), recipe
+def _all_recipes() -> Iterator[tuple[str, ConfigDict]]:
+    """Yield (name as for --config, config) of every training recipe; other configs have no method."""
+    for stem in recipes.names():
+        module = importlib.import_module(f"lmim_jax.configs.{stem}")
+        if stem == "small":
+            for method in module.METHODS:
+                for dataset in module.DATASETS:
+                    variant = f"{method},{dataset}"
+                    yield f"configs/{stem}.py:{variant}", module.get_config(variant)
+            continue
+        recipe = module.get_config()
+        if "method" in recipe:
+            yield f"configs/{stem}.py", recipe
 
 
-def _flat(config):
+def _flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """{key joined by dots: value}, values as they are after a round trip through JSON."""
     return flatten_dict(json.loads(json.dumps(config)), sep=".")
 
 
-def _differences(recipe, config):
-    """{key: (value in the recipe, value in the config)}, "absent" where there is none."""
-    old, new = _flat(recipe.to_dict()), _flat(config)
-    values = {
-        key: (old.get(key, "absent"), new.get(key, "absent"))
-        for key in sorted(old.keys() | new.keys())
-    }
-    return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
+def _differences(recipe: ConfigDict, config: dict[str, Any]) -> Differences:
+    """The keys whose values differ, with both values; ABSENT where a key is missing."""
+    recipe_values = _flatten(recipe.to_dict())
+    run_values = _flatten(config)
+    differences = {}
+    for key in sorted(recipe_values.keys() | run_values.keys()):
+        recipe_value = recipe_values.get(key, ABSENT)
+        run_value = run_values.get(key, ABSENT)
+        if recipe_value != run_value:
+            differences[key] = (recipe_value, run_value)
+    return differences
 
 
-def _settings(recipe, config):
-    """Flags that turn a recipe into the config; values that follow from others set before are left out."""
+def _override_flags(recipe: ConfigDict, config: dict[str, Any]) -> list[str]:
+    """Flags that turn a recipe into the config.
+
+    Setting one key can change others that are derived from it, so the differences are computed
+    again after each flag, and keys that agree by then need none. `recipe` is changed.
+    """
     flags = []
-    for key in sorted(_differences(recipe, config), key=lambda key: (key.count("."), key)):
-        if key not in (left := _differences(recipe, config)) or "absent" in left[key]:
+    # Outer keys first: many inner ones are derived from them
+    for key in sorted(_differences(recipe, config), key=_depth_then_name):
+        remaining = _differences(recipe, config)
+        if key not in remaining or ABSENT in remaining[key]:
             continue
-        value = left[key][1]
-        value = tuple(value) if isinstance(value, list) else value
+        value = remaining[key][1]
+        if isinstance(value, list):
+            value = tuple(value)
         try:
             recipe.update_from_flattened_dict({key: value})
-        except (
-            TypeError
-        ):  # of another type when the run was made: listed above, but no flag can set it
+        except TypeError:
+            # Of another type when the run was made: the page lists it, but no flag can set it
             continue
         flags.append(f"--config.{key}={value}")
     return flags
+
+
+def _depth_then_name(key: str) -> tuple[int, str]:
+    return key.count("."), key

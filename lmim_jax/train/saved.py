@@ -1,4 +1,4 @@
-"""A saved model, opened to be used: the newest checkpoint of a run, or what `tools.export --format=flax` wrote."""
+"""A saved model, opened to be used: the newest checkpoint of a run, or what `lmim export --format=flax` wrote."""
 
 import dataclasses
 import pathlib
@@ -68,7 +68,7 @@ class Model:
 
 
 def open_model(path):
-    """Open a run with its newest good checkpoint, or a folder made by `tools.export --format=flax`.
+    """Open a run with its newest good checkpoint, or a folder made by `lmim export --format=flax`.
 
     Raises:
       UserError: neither is there, or no checkpoint is good.

@@ -20,10 +20,10 @@ NEXT = (
         "make it collapse",
         "./launch/local.sh --config.method.target=joint --config.method.loss=mse --workdir=runs/collapse",
     ),
-    ("a page of this run", "python -m lmim_jax.cli.report {run}"),
+    ("a page of this run", "lmim report {run}"),
     (
         "what it is worth",
-        "python -m lmim_jax.cli.evaluate --workdir={run} --evaluators=all --baselines",
+        "lmim evaluate --workdir={run} --evaluators=all --baselines",
     ),
     ("use the features", "docs/features.md"),
 )

@@ -1,6 +1,7 @@
 """Load the newest state of a run on the devices of its flags (those of main.py), and print its step and checksum."""
 
 import os
+import sys
 
 told = os.environ["XLA_FLAGS"]
 
@@ -9,8 +10,7 @@ import processes  # noqa: E402
 from absl import flags  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
 
-import main as program  # noqa: E402
-from lmim_jax.cli import app  # noqa: E402
+from lmim_jax.cli import app, train  # noqa: E402
 from lmim_jax.distributed import multihost, sharding
 from lmim_jax.perf import aot
 from lmim_jax.train import checkpoints as checkpoint
@@ -18,8 +18,12 @@ from lmim_jax.train import checkpoints as checkpoint
 os.environ["XLA_FLAGS"] = told  # not the 8 devices of tests
 
 
+RECIPES = train.RECIPES
+define_flags = train.define_flags
+
+
 def main(_):
-    """As the flags say."""
+    """Load, print."""
     given = flags.FLAGS
     multihost.initialize(given.coordinator, given.num_processes, given.process_id, given.heartbeat)
     config = given.config
@@ -36,5 +40,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    assert program.DEFAULT
-    app.run(main)
+    app.run(sys.modules["__main__"], sys.argv)

@@ -230,7 +230,8 @@ def test_two_processes_evaluate_as_one_does(images, tmp_path, full):
     tool = [
         sys.executable,
         "-m",
-        "lmim_jax.cli.evaluate",
+        "lmim_jax.cli",
+        "evaluate",
         f"--workdir={tmp_path}",
         "--evaluators=knn,logistic_regression",
     ]
