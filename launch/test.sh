@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and test: ./launch/test.sh [arguments of pytest]
+# Lint, check types and test: ./launch/test.sh [arguments of pytest]
 # ./launch/test.sh --interop: comparisons with timm and transformers instead, which it installs (PyTorch: 1 GB or more)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,4 +9,5 @@ case " $* " in
 esac
 ruff check .
 ruff format --check .
+mypy
 exec python -m pytest "$@"
