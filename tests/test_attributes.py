@@ -85,7 +85,7 @@ def test_labels_of_clevr_are_those_of_vtab(clevr):
     assert np.bincount(counts).tolist() == [0, 0, 0, 30, 30, 30, 30]
     assert set(distances) == set(BINS)
     nearest = [
-        source.images.numbers(i, "objects/pixel_coords")[2::3].min() for i in range(len(source))
+        source.images.feature_values(i, "objects/pixel_coords")[2::3].min() for i in range(len(source))
     ]
     expected = [BINS[int(np.argmin(np.abs(np.array(DISTANCES) - x)))] for x in nearest]
     assert distances.tolist() == expected
@@ -128,7 +128,7 @@ def test_the_embedded_images(tmp_path, monkeypatch):
     assert set(counts) <= set(range(2, 6))
     assert set(distances) <= set(range(6))
     assert (
-        tfds_source.open_tfds("shapes/several", str(tmp_path), "train").numbers(0, "count")
+        tfds_source.open_tfds("shapes/several", str(tmp_path), "train").feature_values(0, "count")
         is not None
     )
 

@@ -29,11 +29,11 @@ def encoded(pixels, **how):
 
 
 def test_folder_with_classes(images):
-    train, test = (sources.folder(images, split) for split in ("train", "test"))
+    train, test = (sources.open_folder(images, split) for split in ("train", "test"))
     assert (len(train), len(test)) == (48, 16)
     assert train.classes == test.classes == ("cat", "dog")
     assert [train.record(i)[1] for i in (0, 23, 24, 47)] == [0, 0, 1, 1]
-    few = sources.folder(images, "train", max_per_class=3)
+    few = sources.open_folder(images, "train", max_per_class=3)
     assert few.files == tuple(
         f"{name}/{i:02d}.{'jpg' if i % 2 else 'png'}" for name in ("cat", "dog") for i in range(3)
     )
@@ -41,21 +41,21 @@ def test_folder_with_classes(images):
 
 def test_folder_without_classes(images, tmp_path):
     shutil.copytree(images / "train", tmp_path / "any" / "deep")
-    flat = sources.folder(tmp_path, "train")
+    flat = sources.open_folder(tmp_path, "train")
     assert (len(flat), flat.classes, flat.record(0)[1]) == (48, (), -1)
-    assert sources.folder(tmp_path, "test") is None
+    assert sources.open_folder(tmp_path, "test") is None
 
 
 @pytest.mark.parametrize("path", ["", "/no/such/folder"])
 def test_a_missing_folder_is_named(path):
-    with pytest.raises(UserError, match=r"config.data.path=.*is no folder"):
-        sources.folder(path, "train")
+    with pytest.raises(UserError, match=r"config.data.path=.*is not a folder"):
+        sources.open_folder(path, "train")
 
 
 def test_an_empty_folder_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(UserError, match="no images in this folder"):
-        sources.folder(tmp_path, "train")
+        sources.open_folder(tmp_path, "train")
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def partly_bad(images, tmp_path):
 
 def batches(folder, *, steps=12, start=0, seed=0, batch_size=8, **change):
     mesh = sharding.make_mesh()
-    source = sources.folder(folder, "train")
-    return loader.training(
+    source = sources.open_folder(folder, "train")
+    return loader.training_batches(
         source,
         options(**change),
         seed=seed,
@@ -88,7 +88,7 @@ def test_a_bad_file_is_named_counted_and_replaced(partly_bad, caplog):
     with caplog.at_level(logging.WARNING, logger="lmim_jax"):
         stream = list(batches(partly_bad))
     assert len(stream) == 12
-    assert "1 files are no images: dog/readme.txt" in caplog.text
+    assert "1 files are not images: dog/readme.txt" in caplog.text
     assert caplog.text.count("bad image 1: ") == 1
     assert "03.jpg" in caplog.text
     assert all(np.asarray(batch["image"]).any((1, 2, 3)).all() for batch in stream)
@@ -102,7 +102,7 @@ def test_too_many_bad_files_stop_the_run_with_the_list(partly_bad):
 
 
 def order(images, seed=0, steps=18, first=0, rows=8, parts=1):
-    decoded = loader.Decoded(sources.folder(images, "train"), 40, 3, 1, replace=True)
+    decoded = loader.BatchDecoder(sources.open_folder(images, "train"), 40, 3, 1, replace=True)
     return loader.TrainingOrder(decoded, seed, 8, steps, first, rows, parts)
 
 
@@ -146,7 +146,7 @@ class Plain:
 
 
 def test_evaluation_covers_every_image_once_and_marks_padding(partly_bad, caplog):
-    source = {split: sources.folder(partly_bad, split) for split in ("train", "test")}
+    source = {split: sources.open_folder(partly_bad, split) for split in ("train", "test")}
     data = EvaluationData(source, options(), Plain, sharding.make_mesh())
     index = np.concatenate([np.asarray(batch["index"]) for batch in data.batches("train", 20)])
     assert len(index) == 48  # 20 is rounded up to 24, a multiple of the devices
@@ -156,7 +156,7 @@ def test_evaluation_covers_every_image_once_and_marks_padding(partly_bad, caplog
 
 
 def test_a_sample_is_random_but_the_same_at_every_call(images):
-    source = {split: sources.folder(images, split) for split in ("train", "test")}
+    source = {split: sources.open_folder(images, split) for split in ("train", "test")}
     data = EvaluationData(source, options(), Plain, sharding.make_mesh())
     (batch, indices), (again, _) = data.sample("train", 10), data.sample("train", 10)
     np.testing.assert_array_equal(batch["image"], again["image"])
@@ -187,10 +187,10 @@ def test_shapes_is_prepared_once_and_read_encoded(tmp_path, monkeypatch):
     from lmim_jax.data.synthetic import shapes
 
     monkeypatch.setattr(shapes, "SPLITS", {"train": 12, "test": 5})
-    train, test = (sources.shapes(tmp_path, split) for split in ("train", "test"))
+    train, test = (sources.open_shapes(tmp_path, split) for split in ("train", "test"))
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
     assert (len(train), len(test), len(written)) == (12, 5, 2)
-    again = sources.shapes(tmp_path, "train")
+    again = sources.open_shapes(tmp_path, "train")
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert [again.record(i) for i in range(12)] == [train.record(i) for i in range(12)]
     assert decode.decode(train.record(0)[0], 64, 3).shape == (64, 64, 3)

@@ -35,7 +35,7 @@ def by_pillow(data, mode="RGB"):
 
 
 def test_small_images_stay_and_large_ones_shrink():
-    image, size = decode.on_canvas(encoded(NOISE, "PNG"), 48, 3)
+    image, size = decode.decode_to_canvas(encoded(NOISE, "PNG"), 48, 3)
     assert size.tolist() == [30, 42]
     np.testing.assert_array_equal(image[:30, :42], NOISE)
     assert not image[30:].any()
@@ -68,7 +68,7 @@ def test_every_format_gives_pillows_pixels(how, channels):
     ours = decode.decode(data, 0, channels)
     np.testing.assert_array_equal(ours.squeeze(), by_pillow(data, decode.MODES[channels]))
     shrunk = decode.decode(data, 40, channels)  # whatever decodes, it is shrunk alike
-    np.testing.assert_array_equal(shrunk, decode._pillow(data, 40, channels))
+    np.testing.assert_array_equal(shrunk, decode._decode_with_pillow(data, 40, channels))
     assert shrunk.shape == (30, 40, channels)
 
 
@@ -99,7 +99,7 @@ def test_exif_orientation_is_ignored(format):
 
 def test_the_suffix_does_not_matter(tmp_path):
     (tmp_path / "really_a_png.jpg").write_bytes(encoded(NOISE, "PNG"))
-    data, _ = sources.folder(tmp_path, "train").record(0)
+    data, _ = sources.open_folder(tmp_path, "train").record(0)
     np.testing.assert_array_equal(decode.decode(data, 0, 3), NOISE)
 
 
@@ -156,13 +156,13 @@ def test_an_unreadable_file_is_bad(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(encoded(NOISE))
     path.chmod(0)
-    images = loader.Decoded(sources.folder(tmp_path, "train"), 48, 3, 1, replace=False)
+    images = loader.BatchDecoder(sources.open_folder(tmp_path, "train"), 48, 3, 1, replace=False)
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)  # root may read anything
     try:
         batch = images.batch(np.array([0]))
-        told = images.why(0)
+        told = images.describe_failure(0)
     finally:
         if user == 0:
             os.seteuid(0)
@@ -202,7 +202,7 @@ def test_real_files_have_pillows_pixels():
         if max(width, height) > 512:
             ours = decode.decode(data, 512, 3)
             assert max(ours.shape) == 512
-            np.testing.assert_array_equal(ours, decode._pillow(data, 512, 3))
+            np.testing.assert_array_equal(ours, decode._decode_with_pillow(data, 512, 3))
 
 
 def augmentation(**change):
@@ -226,7 +226,7 @@ def test_real_crops_and_evaluation_images_equal_pillows_within_a_level():
     train, evaluate = jax.jit(lambda keys, batch: ours(keys, batch)), jax.jit(ours.evaluation)
     draws = crop.draws(0, np.arange(len(small())))
     for i, data in enumerate(small()):
-        canvas, size = decode.on_canvas(data, 512, 3)
+        canvas, size = decode.decode_to_canvas(data, 512, 3)
         batch = {"image": canvas[None], "size": size[None]}
         pixels = canvas[: size[0], : size[1]]
         device = np.asarray(train(keys(0, np.array([i])), batch)[0])

@@ -55,7 +55,7 @@ def test_a_folder_becomes_a_dataset_with_the_same_images(images, pets):
     for split, count in (("train", 48), ("test", 16)):
         ours, theirs = (
             sources.from_config(config(dir=pets.parent.parent), split),
-            sources.folder(images, split),
+            sources.open_folder(images, split),
         )
         assert (len(ours), ours.classes) == (count, ("cat", "dog"))
         assert [ours.record(i) for i in range(count)] == [theirs.record(i) for i in range(count)]
@@ -70,7 +70,7 @@ def test_folder_and_dataset_give_the_same_batches(images, pets):
     for data in (config(dir=pets.parent.parent), config(source="folder", path=images)):
         source, mesh = sources.from_config(data, "train"), sharding.make_mesh()
         streams.append(
-            loader.training(source, data, seed=1, batch_size=8, steps=7, start=0, mesh=mesh)
+            loader.training_batches(source, data, seed=1, batch_size=8, steps=7, start=0, mesh=mesh)
         )
     for ours, theirs in zip(*streams, strict=True):
         assert ours.keys() == theirs.keys()
@@ -115,7 +115,7 @@ def test_classes_of_a_folder_can_be_chosen(images, tmp_path):
         ),
         (
             {"train_split": "training"},
-            r"pets/1.0.0 has no split 'training'; there are: train \(48\), test \(16\)",
+            r"pets/1.0.0 has no split 'training'; available: train \(48\), test \(16\)",
         ),
         ({"classes": "/no/such"}, "config.data.classes='/no/such' cannot be read"),
         ({"source": "tfd"}, "did you mean tfds"),
@@ -153,7 +153,7 @@ def test_damage_is_found(pets, tmp_path):
     content[len(content) // 8] ^= 1  # inside a record
     train.write_bytes(content)
     source = sources.from_config(config(dir=tmp_path), "train")
-    found = loader.Decoded(source, 40, 3, 1, replace=False).batch(np.arange(48))
+    found = loader.BatchDecoder(source, 40, 3, 1, replace=False).batch(np.arange(48))
     assert (found["bad"] >= 0).sum() == 1
     assert len(prepare_data.verify(copy, 100)[1]) == 2  # its record, its checksum
     shutil.copy(pets / train.name, train)
@@ -238,7 +238,7 @@ def test_tfrecords_become_readable_beside_the_originals(pets, tfrecords, images)
     running = tool(flag, "--processes=1")  # the command of the message
     output, _ = running.communicate(timeout=240)
     assert running.returncode == 0, output
-    source, theirs = sources.from_config(data, "train"), sources.folder(images, "train")
+    source, theirs = sources.from_config(data, "train"), sources.open_folder(images, "train")
     assert [source.record(i) for i in range(48)] == [theirs.record(i) for i in range(48)]
     after = contents(tfrecords)
     assert {path: after[path] for path in before if "tfrecord" in path.name} == {
@@ -265,7 +265,7 @@ def test_a_damaged_tfrecord_file_is_named(tfrecords, damage):
 def test_labels_are_not_trusted_when_the_files_have_changed(pets, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = sources.from_config(config(dir=pets.parent.parent), "train")
-    assert tfds_source._labels(source).tolist() == [0] * 24 + [1] * 24
+    assert tfds_source._read_labels(source).tolist() == [0] * 24 + [1] * 24
     (path,) = pathlib.Path(tmp_path, "lmim_jax", "labels").iterdir()
     np.save(path, 1 - np.load(path))
-    assert tfds_source._labels(source).tolist() == [0] * 24 + [1] * 24
+    assert tfds_source._read_labels(source).tolist() == [0] * 24 + [1] * 24

@@ -104,11 +104,11 @@ def stream(workers=0, processes=1, start=0, steps=COUNT // BATCH):
     """Batches from `start`, put together from the rows of so many processes, each with so many workers."""
     crews, rows = [], BATCH // processes
     for process in range(processes):
-        images = loader.Decoded(Numbered(), 40, 3, 2, replace=True)
+        images = loader.BatchDecoder(Numbered(), 40, 3, 2, replace=True)
         order = loader.TrainingOrder(
             images, SEED, BATCH, steps, process * rows, rows, max(workers, 1)
         )
-        crews.append(prefetch.Crew(order, start, workers))
+        crews.append(prefetch.WorkerPool(order, start, workers))
     for batches in zip(*crews, strict=True):
         yield {
             name: np.concatenate([batch[name] for batch in batches])
@@ -144,7 +144,7 @@ def config_of(**change):
 
 def batches(source, crop=None, steps=4, start=0, **change):
     mesh, config = sharding.make_mesh(), config_of(**change)
-    return loader.training(
+    return loader.training_batches(
         source, config, seed=SEED, batch_size=BATCH, steps=steps, start=start, mesh=mesh, crop=crop
     )
 
@@ -187,7 +187,7 @@ def test_where_to_crop_is_checked():
     ("number", "message"),
     [
         (signal.SIGKILL, r"data worker \d of 2 \(pid \d+\) died"),
-        (signal.SIGSTOP, r"no batch for 4 s: data worker \d of 2 \(pid \d+\) does not answer"),
+        (signal.SIGSTOP, r"no batch for 4 s: data worker \d of 2 \(pid \d+\) does not respond"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_is_named(number, message):
@@ -220,7 +220,7 @@ def test_a_read_that_hangs_is_named():
     source = Hanging()
     try:
         with pytest.raises(
-            errors.DataLoaderTimeout, match=r"no batch for 3 s: a decoding thread does not answer, at image \d+"
+            errors.DataLoaderTimeout, match=r"no batch for 3 s: a decoding thread does not respond, at image \d+"
         ):
             list(batches(source, steps=100, timeout=3.0))
     finally:
@@ -243,7 +243,7 @@ def test_memory_is_bounded():
 
 
 def test_memory_is_recycled_only_when_nobody_looks():
-    first = prefetch.recycled((4, 64, 64, 3), np.uint8)
+    first = prefetch.recycled_array((4, 64, 64, 3), np.uint8)
     first[:] = 7
     placed = sharding.to_global({"image": np.concatenate([first, first])}, sharding.make_mesh())[
         "image"
@@ -251,17 +251,17 @@ def test_memory_is_recycled_only_when_nobody_looks():
     part = first[1:, :2]
     address = first.ctypes.data
     del first
-    other = prefetch.recycled((4, 64, 64, 3), np.uint8)
+    other = prefetch.recycled_array((4, 64, 64, 3), np.uint8)
     assert other.ctypes.data != address  # `part` still shows the first
     other[:] = 9
     assert (part == 7).all()
     del part
-    again = prefetch.recycled((4, 64, 64, 3), np.uint8)
+    again = prefetch.recycled_array((4, 64, 64, 3), np.uint8)
     assert again.ctypes.data == address
     on_devices = jax.device_put(again)  # may share the memory
     again[:] = 5
     seen = np.asarray(on_devices).copy()
     del again
-    prefetch.recycled((4, 64, 64, 3), np.uint8)[:] = 1
+    prefetch.recycled_array((4, 64, 64, 3), np.uint8)[:] = 1
     np.testing.assert_array_equal(np.asarray(on_devices), seen)
     assert (np.asarray(placed) == 7).all()

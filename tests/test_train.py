@@ -306,7 +306,7 @@ BAD = {
     "--confg=x": "Unknown command line flag 'confg'",
     "--config.batch_size=lots": "config.batch_size=lots",
     "--config=configs/none.py": "configs/none.py: no such file",
-    "--config.data.path=/nowhere": "config.data.path='/nowhere' is no folder",
+    "--config.data.path=/nowhere": "config.data.path='/nowhere' is not a folder",
     "--config.batch_size=7 --config.micro_batches=2": "config.batch_size=7 is not divisible",
     "--config.batch_size=4096": "more than the 48 training images",
     "--config.method.num_visible=16": "config.method.num_visible=16",

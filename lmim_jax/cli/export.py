@@ -90,7 +90,9 @@ def some_images(model, folder):
     """
     data = model.config.data
     try:
-        source = sources.folder(folder, "train") if folder else sources.from_config(data, "test")
+        source = (
+            sources.open_folder(folder, "train") if folder else sources.from_config(data, "test")
+        )
         source = source or sources.from_config(data, "train")
     except UserError as error:
         raise UserError(f"{error}; images for --check: --images=FOLDER") from error

@@ -50,7 +50,7 @@ def files_of(path):
         return path.parent, [path.name], []
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
-    names, others = sources.walk(path)
+    names, others = sources.list_files(path)
     if not names:
         raise UserError(f"{path}: no images in this folder, only {len(others)} other files")
     return path, names, others

@@ -64,7 +64,9 @@ def convert_folder(folder, out, name, shrink, count):
         raise UserError(f"--name={name!r} must be letters, digits and underscores")
     target = pathlib.Path(out).expanduser() / name / VERSION
     divided = pathlib.Path(folder, "train").is_dir()
-    found = {split: sources.folder(folder, split) for split in (SPLITS if divided else SPLITS[:1])}
+    found = {
+        split: sources.open_folder(folder, split) for split in (SPLITS if divided else SPLITS[:1])
+    }
     found = {split: source for split, source in found.items() if source}
     plan = {
         "shrink": shrink,
@@ -122,7 +124,7 @@ def verify(folder, sample):
         raise UserError(f"{folder} is no prepared dataset: {error}") from error
     manifest, problems = {}, []
     for split, info in builder.info.splits.items():
-        source = tfds_source.split_of(builder, split)
+        source = tfds_source.open_split(builder, split)
         for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
             path = tfrecord.beside(pathlib.Path(path))
             try:

@@ -77,7 +77,7 @@ def train(config, epochs, learning_rate):
         return optax.apply_updates(params, updates), opt_state, value
 
     params, opt_state = init(jax.random.key(config.seed))
-    batches = loader.training(
+    batches = loader.training_batches(
         source["train"],
         config.data,
         seed=config.seed,

@@ -48,7 +48,7 @@ def compare(kind, folder, model, params, images):
     side = max(max(x.shape[:2]) for x in pixels)
     canvases, places = np.empty((len(pixels), side, side, channels), np.uint8), []
     for x, canvas in zip(pixels, canvases, strict=True):
-        places.append(decode.place(x, canvas))
+        places.append(decode.place_on_canvas(x, canvas))
     ours = jax.jit(transform.evaluation)({"image": canvases, "size": np.array(places, np.int32)})
 
     method = dataclasses.replace(model.method, dtype="float32", attention="xla")

@@ -1,8 +1,9 @@
 """Encoded bytes -> the pixels of an image that fits a canvas, on the host.
 
-The pixels are those of Pillow, whatever decodes them: JPEGs go through simplejpeg, which is faster, lets other threads
-run meanwhile and tells damage that Pillow overlooks; the rest goes through Pillow itself. EXIF orientation is ignored,
-as in torchvision's default loader, and so is transparency: the colours below it count.
+The pixels equal Pillow's, whichever library decodes them: JPEGs are decoded by simplejpeg, which is
+faster, releases the GIL and detects damage that Pillow overlooks; all other formats by Pillow. EXIF
+orientation is ignored, as in torchvision's default loader, and so is transparency: the colors below
+it count.
 """
 
 import io
@@ -10,64 +11,70 @@ import warnings
 
 import numpy as np
 import simplejpeg
+from jaxtyping import Int32, UInt8
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MAX_PIXELS = 50_000_000  # decompression bombs; read from the header, before anything is decoded
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-SCALES = (8, 4, 2)  # by which a JPEG can be shrunk while it is decoded
-FLIP = Image.Transpose
-TURNED = {
-    2: FLIP.FLIP_LEFT_RIGHT,
-    3: FLIP.ROTATE_180,
-    4: FLIP.FLIP_TOP_BOTTOM,
-    5: FLIP.TRANSPOSE,
-    6: FLIP.ROTATE_90,
+MAX_PIXELS = 50_000_000  # against decompression bombs; read from the header, before decoding
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by number of channels
+JPEG_SCALES = (8, 4, 2)  # by which a JPEG can be shrunk while it is decoded
+JPEG_MARKER = b"\xff\xd8"  # the first bytes of every JPEG
+EXIF_ORIENTATION = 0x0112
+
+# EXIF orientation -> the transform that undoes Pillow's rotation to upright
+UNDO_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
 }
-TURNED |= {
-    7: FLIP.TRANSVERSE,
-    8: FLIP.ROTATE_270,
-}  # EXIF orientation -> what turns the upright image back
 
 
 class BadImage(ValueError):
-    """The bytes are no image that can be used; the message says why."""
+    """The bytes are not a usable image; the message says why."""
 
 
-def decode(data, canvas, channels):
+def decode(data: bytes, canvas: int, channels: int) -> UInt8[np.ndarray, "h w C"]:
     """Decode an image.
 
-    One that is larger than the canvas is shrunk until its long side fits: a JPEG by a power of two while it is
-    decoded, as far as that stays above the canvas, then by Pillow's antialiased bicubic.
+    An image larger than the canvas is shrunk until its long side fits: a JPEG by a power of two
+    while it is decoded, as far as it stays larger than the canvas, then by Pillow's antialiased
+    bicubic.
 
     Args:
-      data: encoded bytes. canvas: K, the longest side there may be, in pixels; 0: any. channels: 1, 3 or 4.
+      data: encoded bytes.
+      canvas: K, the maximal side in pixels; 0: any.
+      channels: 1, 3 or 4.
 
     Returns:
       uint8 [height, width, channels].
 
     Raises:
-      BadImage: empty, truncated or damaged, no image, an unlisted format, or over 50 megapixels.
+      BadImage: empty, truncated or damaged, not an image, an unsupported format, or over 50
+        megapixels.
     """
     if not data:
         raise BadImage("empty file")
     try:
-        jpeg = _jpeg(data, canvas) if data[:2] == b"\xff\xd8" else None
-        if jpeg is None:
-            return _pillow(data, canvas, channels)
-        pixels, (height, width) = jpeg
-        if pixels.shape != (height, width, channels):
-            pixels = _fitted(Image.fromarray(pixels), (width, height), MODES[channels])
-        return pixels
+        if data.startswith(JPEG_MARKER):
+            pixels = _decode_jpeg(data, canvas, channels)
+            if pixels is not None:
+                return pixels
+        return _decode_with_pillow(data, canvas, channels)
     except BadImage:
         raise
-    except Exception as error:  # decoders raise whatever they like on damaged data
+    except Exception as error:  # decoders raise errors of any type on damaged data
         raise BadImage(str(error) or type(error).__name__) from error
 
 
-def place(pixels, canvas):
-    """Copy [h, w, C] into the top left of `canvas` [K, K, C] and make the rest of it 0; returns (h, w)."""
+def place_on_canvas(
+    pixels: UInt8[np.ndarray, "h w C"], canvas: UInt8[np.ndarray, "K K C"]
+) -> tuple[int, int]:
+    """Copy an image to the top left of a canvas and set the rest to 0; returns (height, width)."""
     height, width = pixels.shape[:2]
     canvas[:height, :width] = pixels
     canvas[:height, width:] = 0
@@ -75,34 +82,64 @@ def place(pixels, canvas):
     return height, width
 
 
-def on_canvas(data, canvas, channels):
-    """Decode into the top left of a canvas: (uint8 [K, K, C], size int32 [2] = (height, width)). See `decode`."""
+def decode_to_canvas(
+    data: bytes, canvas: int, channels: int
+) -> tuple[UInt8[np.ndarray, "K K C"], Int32[np.ndarray, "2"]]:
+    """Decode into the top left of a canvas, see `decode`.
+
+    Returns:
+      (canvas uint8 [K, K, C], size int32 [2] = (height, width)).
+    """
     out = np.empty((canvas, canvas, channels), np.uint8)
-    return out, np.array(place(decode(data, canvas, channels), out), np.int32)
+    size = place_on_canvas(decode(data, canvas, channels), out)
+    return out, np.array(size, np.int32)
 
 
-def check_size(width, height):
-    """Raise BadImage where an image has more pixels than anyone needs."""
+def check_size(width: int, height: int) -> None:
+    """Raise BadImage if an image has more than MAX_PIXELS pixels."""
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS}")
 
 
-def _size_in(canvas, height, width):
+def _fit_size(canvas: int, height: int, width: int) -> tuple[int, int]:
     """(height, width) shrunk until both fit the canvas."""
-    long = max(height, width)
-    if not canvas or long <= canvas:
+    long_side = max(height, width)
+    if not canvas or long_side <= canvas:
         return height, width
-    return max(1, round(height * canvas / long)), max(1, round(width * canvas / long))
+    return (
+        max(1, round(height * canvas / long_side)),
+        max(1, round(width * canvas / long_side)),
+    )
 
 
-def _scale(size, target):
-    """The largest of SCALES that keeps (height, width) at least at the target; 1: none."""
-    room = min(size[0] // target[0], size[1] // target[1])
-    return next((scale for scale in SCALES if scale <= room), 1)
+def _jpeg_scale(size: tuple[int, int], target: tuple[int, int]) -> int:
+    """The largest of JPEG_SCALES that keeps (height, width) at least at the target, or 1."""
+    limit = min(size[0] // target[0], size[1] // target[1])
+    for scale in JPEG_SCALES:
+        if scale <= limit:
+            return scale
+    return 1
 
 
-def _jpeg(data, canvas):
-    """(RGB pixels of a JPEG, not much above the canvas; (height, width) to shrink them to); None: Pillow must decide.
+def _decode_jpeg(data: bytes, canvas: int, channels: int) -> UInt8[np.ndarray, "h w C"] | None:
+    """`decode` a JPEG by simplejpeg; None: Pillow must decide."""
+    decoded = _read_jpeg(data, canvas)
+    if decoded is None:
+        return None
+    pixels, target = decoded
+    height, width = target
+    if pixels.shape == (height, width, channels):
+        return pixels
+    return _convert(Image.fromarray(pixels), (width, height), MODES[channels])
+
+
+def _read_jpeg(
+    data: bytes, canvas: int
+) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]] | None:
+    """Decode by simplejpeg to a size near that of the canvas.
+
+    Returns:
+      (RGB pixels, (height, width) to shrink them to); None: Pillow must decide.
 
     Raises:
       BadImage: truncated or damaged.
@@ -111,54 +148,55 @@ def _jpeg(data, canvas):
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
         check_size(width, height)
         if colors in ("CMYK", "YCCK"):
-            simplejpeg.decode_jpeg(data, "CMYK")  # is it whole? The colours are Pillow's
+            # Only to detect damage: the colors are Pillow's
+            simplejpeg.decode_jpeg(data, "CMYK")
             return None
-        target = _size_in(canvas, height, width)
-        scale = _scale((height, width), target)
-        least = (
-            {"min_height": -(-height // scale), "min_width": -(-width // scale)}
-            if scale > 1
-            else {}
+        target = _fit_size(canvas, height, width)
+        scale = _jpeg_scale((height, width), target)
+        if scale == 1:
+            return simplejpeg.decode_jpeg(data), target
+        pixels = simplejpeg.decode_jpeg(
+            data, min_height=-(-height // scale), min_width=-(-width // scale)
         )
-        return simplejpeg.decode_jpeg(data, **least), target
+        return pixels, target
     except BadImage:
         raise
     except ValueError as error:
         message = str(error)
-        if "remature end" in message or (
-            "Corrupt" in message and "extraneous bytes" not in message
-        ):
+        truncated = "remature end" in message
+        corrupt = "Corrupt" in message and "extraneous bytes" not in message
+        if truncated or corrupt:
             raise BadImage(message) from error
-        return None  # such as bytes between markers, which harm nothing
+        return None  # harmless, such as bytes between markers
 
 
-def _pillow(data, canvas, channels):
+def _decode_with_pillow(data: bytes, canvas: int, channels: int) -> UInt8[np.ndarray, "h w C"]:
     """`decode` by Pillow alone."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # our own pixel cap is below Pillow's warning; metadata quirks are harmless
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        check_size(*image.size)
-        if image.format == "TIFF" and (turned := image.tag_v2.get(0x0112)) in TURNED:
-            image = image.transpose(TURNED[turned])  # Pillow turns TIFFs upright, and only them
-        height, width = _size_in(canvas, *image.size[::-1])
-        image.draft(
-            None, (width, height)
-        )  # a JPEG's shrinking transform: the same power of two as `_scale`
+        # MAX_PIXELS is below Pillow's own limit, and oddities of the metadata are harmless
+        warnings.simplefilter("ignore")
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        check_size(image.width, image.height)
+        if image.format == "TIFF":  # the only format that Pillow rotates to upright
+            orientation = image.tag_v2.get(EXIF_ORIENTATION)  # type: ignore[attr-defined]
+            if orientation in UNDO_ORIENTATION:
+                image = image.transpose(UNDO_ORIENTATION[orientation])
+        height, width = _fit_size(canvas, image.height, image.width)
+        # Shrinks a JPEG while it is decoded, by the same power of two as `_jpeg_scale`
+        image.draft(None, (width, height))
         if image.mode.startswith("I;16"):
-            image = Image.fromarray(
-                (np.asarray(image) >> 8).astype(np.uint8)
-            )  # Pillow would clip; the high byte
+            # The high byte: Pillow's conversion would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise BadImage(f"pixels of 32 bits (mode {image.mode})")
-        return _fitted(image, (width, height), MODES[channels])
+        return _convert(image, (width, height), MODES[channels])
 
 
-def _fitted(image, size, mode):
-    """A Pillow image as an array of this size (width, height) and mode: uint8 [height, width, C]."""
+def _convert(image: Image.Image, size: tuple[int, int], mode: str) -> UInt8[np.ndarray, "h w C"]:
+    """A Pillow image as an array of this size (width, height) and mode."""
     if image.mode != mode:  # converting would copy
         image = image.convert(mode)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(size[1], size[0], -1)
+    width, height = size
+    return np.asarray(image).reshape(height, width, -1)

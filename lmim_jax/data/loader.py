@@ -1,7 +1,9 @@
-"""From a source to batches on the devices: order, decoding in the background, bad images, prefetch.
+"""From a source to batches on the devices: order, background decoding, bad images, prefetching.
 
-The order is a pure function of (seed, epoch, index), and the position in it of the step alone: any number of workers
-gives the same stream, and resuming is starting at a step.
+The order is a pure function of (seed, epoch, index), and the position in it a function of the step
+alone: the stream is the same for any number of workers, and resuming means starting at a step.
+
+Letters: B batch, K side of the canvas, H W height and width of a crop, C channels.
 """
 
 import dataclasses
@@ -10,132 +12,182 @@ import itertools
 import logging
 import os
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain.multiprocessing
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+from ml_collections import ConfigDict
 
 from lmim_jax.data import decode, prefetch
+from lmim_jax.data.augment.host import HostCrop
+from lmim_jax.data.sources import Source
 from lmim_jax.distributed import sharding
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 CHUNK = 4  # rows that a thread decodes at a time
-_reading = {}  # by thread: what is being read, to be named when it hangs
+LISTED = 10  # bad images listed in the error message
+
+# The read in progress in each thread, to be named in the error message if it hangs
+_current_reads: dict[int, tuple["BatchDecoder", int]] = {}
 
 
-@functools.lru_cache(maxsize=2)  # an epoch, and the next one while prefetching
-def epoch_order(seed, epoch, length):
-    """The permutation of range(length) in which epoch `epoch` visits the images, int64."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(length)
+@functools.lru_cache(maxsize=2)  # the current epoch, and the next one while prefetching
+def epoch_order(seed: int, epoch: int, length: int) -> Int[np.ndarray, " N"]:
+    """The permutation of range(length) in which an epoch visits the images, int64 [N]."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    return generator.permutation(length)
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoded:
-    """Images of a source as batches of arrays; what cannot be decoded is marked, and replaced for training.
+class BatchDecoder:
+    """Decodes images of a source into batches of arrays; images that cannot be decoded are marked.
 
-    canvas: K; channels: C; threads: that decode; replace: a bad image gives the next good one (training) instead of a
-    blank (evaluation); crop: an `augment.HostCrop` instead of canvases, or None.
+    Attributes:
+      source: the images.
+      canvas: K, side of the square canvas in pixels.
+      channels: C.
+      threads: number of decoding threads.
+      replace: a bad image is replaced by the next good one (training) instead of a blank
+        (evaluation).
+      crop: crops images on the host, so that a batch holds crops instead of canvases; None:
+        canvases.
     """
 
-    source: object
+    source: Source
     canvas: int
     channels: int
     threads: int
     replace: bool
-    crop: object = None
+    crop: HostCrop | None = None
 
     @property
-    def shape(self):
-        """Of a row of "image": a canvas, or a crop."""
-        return (*(self.crop.size if self.crop else (self.canvas, self.canvas)), self.channels)
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one image of a batch: a canvas [K, K, C], or a crop [H, W, C]."""
+        if self.crop is None:
+            return (self.canvas, self.canvas, self.channels)
+        height, width = self.crop.size
+        return (height, width, self.channels)
 
-    def batch(self, indices, step=0, positions=()):
-        """A batch, decoded by several threads straight into its rows.
+    def batch(
+        self,
+        indices: Int[np.ndarray, " B"],
+        step: int = 0,
+        positions: Sequence[int] | Int[np.ndarray, " B"] = (),
+    ) -> dict[str, Any]:
+        """Decode a batch, by several threads straight into its rows.
 
         Args:
-          indices: [B], which images; -1: none, a blank row. step, positions: [B], where in the stream, for crops.
+          indices: [B], which images; -1: none, a blank row.
+          step: the training step, for the random numbers of crops.
+          positions: [B], of the images in the global batch, for the random numbers of crops.
 
         Returns:
-          image uint8 [B, *shape], size [B, 2] (height, width), label [B], index [B] of the images taken, bad [B]: the
-          index asked for where that image is bad, or -1; int32; and pid, who made it.
+          "image" uint8 [B, *shape]; int32 "size" [B, 2] (height, width), "label" [B], "index" [B]
+          of the images that were decoded, and "bad" [B], the index asked for where that image is
+          bad, or -1; "pid", of this process.
         """
-        new = grain.multiprocessing.SharedMemoryArray if prefetch.in_worker else prefetch.recycled
+        count = len(indices)
+        new_array = prefetch.recycled_array
+        if prefetch.in_worker:
+            new_array = grain.multiprocessing.SharedMemoryArray
         batch = {
-            "image": new((len(indices), *self.shape), np.uint8),
-            "size": np.full((len(indices), 2), self.canvas),
+            "image": new_array((count, *self.shape), np.uint8),
+            "size": np.full((count, 2), self.canvas, np.int32),
+            "label": np.full(count, -1, np.int32),
+            "index": np.full(count, -1, np.int32),
+            "bad": np.full(count, -1, np.int32),
         }
-        batch |= {name: np.full(len(indices), -1) for name in ("label", "index", "bad")}
-        draws = self.crop.draws(step, positions) if self.crop else [None] * len(indices)
+        draws = [None] * count
+        if self.crop is not None:
+            draws = self.crop.draws(step, positions)
 
-        def fill(first):
-            for row in range(first, min(first + CHUNK, len(indices))):
-                self._fill(
-                    {name: column[row : row + 1] for name, column in batch.items()},
-                    indices[row],
-                    draws[row],
-                )
+        def decode_chunk(first):
+            for row in range(first, min(first + CHUNK, count)):
+                self._decode_row(batch, row, int(indices[row]), draws[row])
 
-        run = map if self.threads == 1 else prefetch.pool(self.threads).map
-        for _ in run(fill, range(0, len(indices), CHUNK)):
-            pass
-        numbers = {
-            name: column.astype(np.int32) for name, column in batch.items() if name != "image"
-        }
-        return {**batch, **numbers, "pid": np.int32(os.getpid())}
+        firsts = range(0, count, CHUNK)
+        if self.threads == 1:
+            for first in firsts:
+                decode_chunk(first)
+        else:
+            list(prefetch.thread_pool(self.threads).map(decode_chunk, firsts))
+        return {**batch, "pid": np.int32(os.getpid())}
 
-    def _fill(self, row, index, draw):
-        """Write one row of a batch, given as views of length one."""
-        for offset in range(len(self.source) if self.replace else min(1, index + 1)):
+    def _decode_row(self, batch, row, index, draw):
+        """Write one row of a batch: image `index`, or the next good one if it is to be replaced."""
+        tries = min(1, index + 1)
+        if self.replace:
+            tries = len(self.source)
+        for offset in range(tries):
             taken = (index + offset) % len(self.source)
             try:
                 pixels, label = self._read(taken)
             except (decode.BadImage, OSError):
-                row["bad"][:] = index
+                batch["bad"][row] = index
                 continue
-            if self.crop:
-                row["image"][0] = self.crop(pixels, draw)
+            if self.crop is not None:
+                batch["image"][row] = self.crop(pixels, draw)
             else:
-                row["size"][0] = decode.place(pixels, row["image"][0])
-            row["label"][:], row["index"][:] = label, taken
+                batch["size"][row] = decode.place_on_canvas(pixels, batch["image"][row])
+            batch["label"][row] = label
+            batch["index"][row] = taken
             return
-        row["image"][:], row["index"][:] = 0, index
+        batch["image"][row] = 0
+        batch["index"][row] = index
 
     def _read(self, index):
         """(pixels, class) of an image of the source."""
         thread = threading.get_ident()
-        _reading[thread] = self, index
+        _current_reads[thread] = (self, index)
         try:
             data, label = self.source.record(index)
             return decode.decode(data, self.canvas, self.channels), label
         finally:
-            del _reading[thread]
+            del _current_reads[thread]
 
-    def why(self, index):
-        """Name of a bad image and what is wrong with it."""
+    def describe_failure(self, index: int) -> str:
+        """The name of a bad image and what is wrong with it."""
+        name = self.source.name(index)
         try:
             self._read(index)
         except (decode.BadImage, OSError) as error:
-            return f"{self.source.name(index)} ({error})"
-        return f"{self.source.name(index)} (readable now)"
+            return f"{name} ({error})"
+        return f"{name} (readable now)"
 
-    def reading(self):
-        """What the threads of this process read right now, for a message."""
-        names = [
-            images.source.name(index) for images, index in list(_reading.values()) if images is self
-        ]
-        return f", at {', '.join(names[:4])}" if names else ""
+    def describe_reads(self) -> str:
+        """The images that threads of this process are reading, for an error message; "": none."""
+        names = []
+        for decoder, index in list(_current_reads.values()):
+            if decoder is self:
+                names.append(self.source.name(index))
+        if not names:
+            return ""
+        return f", at {', '.join(names[:4])}"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOrder:
-    """Random access to the rows of this process, in `parts` per step: element i is part i % parts of step i // parts.
+    """Random access to the rows of this process: element i is part i % parts of step i // parts.
 
     Each epoch is floor(N / batch_size) steps over its own permutation; the remainder is dropped.
+
+    Attributes:
+      images: decodes the images.
+      seed: of the permutations.
+      batch_size: global number of images per step.
+      steps: of the whole run.
+      first_row: the first row of the global batch that belongs to this process.
+      rows: number of rows of this process.
+      parts: into how many elements the rows of a step are divided.
     """
 
-    images: Decoded
+    images: BatchDecoder
     seed: int
     batch_size: int
     steps: int
@@ -143,100 +195,167 @@ class TrainingOrder:
     rows: int
     parts: int = 1
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.steps * self.parts
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict[str, Any]:
         step, part = divmod(int(i), self.parts)
-        positions = self.first_row + np.arange(
-            part * self.rows // self.parts, (part + 1) * self.rows // self.parts
-        )
+        start = part * self.rows // self.parts
+        stop = (part + 1) * self.rows // self.parts
+        positions = self.first_row + np.arange(start, stop)
         return self.images.batch(self.indices(step)[positions], step, positions)
 
-    def indices(self, step):
-        """Which images are in the global batch of a step, [batch_size]."""
+    def indices(self, step: int) -> Int[np.ndarray, " B"]:
+        """Indices of the images in the global batch of a step, [batch_size]."""
         length = len(self.images.source)
-        epoch, step = divmod(step, length // self.batch_size)
-        return epoch_order(self.seed, epoch, length)[
-            step * self.batch_size : (step + 1) * self.batch_size
-        ]
+        epoch, step_of_epoch = divmod(step, length // self.batch_size)
+        start = step_of_epoch * self.batch_size
+        return epoch_order(self.seed, epoch, length)[start : start + self.batch_size]
 
 
-class BadImages:
-    """Counts bad images as they turn up, names each once, and stops the run above a share of the source."""
+class BadImageMonitor:
+    """Counts and logs bad images as they occur, and stops the run if there are too many.
 
-    def __init__(self, images, max_fraction):
-        self._images, self._max_fraction = images, max_fraction
-        self._found = {}
+    Args:
+      images: the decoder whose batches are recorded.
+      max_fraction: of the files, that may be bad.
+
+    Raises:
+      UserError: too many files of the source are not images.
+    """
+
+    def __init__(self, images: BatchDecoder, max_fraction: float):
+        self._images = images
+        self._max_fraction = max_fraction
+        self._found: dict[int, str] = {}  # what is wrong, by index
         self.check()
 
-    def see(self, indices):
-        """Take note of a batch's `bad` column [B]."""
-        new = sorted({int(i) for i in indices if i >= 0} - self._found.keys())
-        for index in new:
-            self._found[index] = self._images.why(index)
+    def record(self, indices: Int[np.ndarray, " B"]) -> None:
+        """Record the `bad` column [B] of a batch.
+
+        Raises:
+          UserError: too many images are bad.
+        """
+        new = {int(index) for index in indices if index >= 0} - self._found.keys()
+        for index in sorted(new):
+            self._found[index] = self._images.describe_failure(index)
             log.warning("bad image %d: %s", len(self._found), self._found[index])
         if new:
             self.check()
 
-    def check(self):
-        """Raise a UserError with the list where too many are bad."""
-        ignored = self._images.source.ignored
-        bad, total = len(self._found) + len(ignored), len(self._images.source) + len(ignored)
-        if bad > self._max_fraction * total:
-            listed = "; ".join(itertools.islice(itertools.chain(self._found.values(), ignored), 10))
-            raise UserError(
-                f"{bad} of {total} files are no usable images, more than "
-                f"config.data.max_bad_fraction={self._max_fraction:g}; mend or remove them: {listed}"
-                + (" ..." if bad > 10 else "")
-            )
+    def check(self) -> None:
+        """Raise a UserError that lists the bad files if there are too many of them."""
+        source = self._images.source
+        bad = len(self._found) + len(source.ignored)
+        total = len(source) + len(source.ignored)
+        if bad <= self._max_fraction * total:
+            return
+        files = itertools.chain(self._found.values(), source.ignored)
+        listed = "; ".join(itertools.islice(files, LISTED))
+        if bad > LISTED:
+            listed += " ..."
+        raise UserError(
+            f"{bad} of {total} files are not usable images, more than "
+            f"config.data.max_bad_fraction={self._max_fraction:g}; repair or remove them: {listed}"
+        )
 
 
-def steps_per_epoch(source, batch_size):
-    """floor(N / batch_size): the remainder of an epoch is dropped. UserError where not even one batch is there."""
+def steps_per_epoch(source: Source, batch_size: int) -> int:
+    """floor(N / batch_size): the remainder of an epoch is dropped.
+
+    Raises:
+      UserError: there are fewer images than one batch.
+    """
     if len(source) < batch_size:
         raise UserError(
-            f"config.batch_size={batch_size} is more than the {len(source)} training images there are"
+            f"config.batch_size={batch_size} is more than the {len(source)} training images"
         )
     return len(source) // batch_size
 
 
-def rows_of_process(batch_size):
-    """(first row, number of rows) of this process in a global batch: equal, contiguous parts in process order."""
+def process_rows(batch_size: int) -> tuple[int, int]:
+    """(first row, number of rows) of this process in a global batch.
+
+    The parts of the processes are equal and contiguous, in process order.
+    """
     rows = batch_size // jax.process_count()
     return jax.process_index() * rows, rows
 
 
-def training(source, config, *, seed, batch_size, steps, start, mesh, crop=None):
-    """Training batches from step `start` to `steps`, decoded in the background and placed on the devices ahead of use.
+def training_batches(
+    source: Source,
+    config: ConfigDict,
+    *,
+    seed: int,
+    batch_size: int,
+    steps: int,
+    start: int,
+    mesh: Mesh,
+    crop: HostCrop | None = None,
+) -> Iterator[dict[str, jax.Array]]:
+    """Training batches from step `start` to `steps`, decoded and placed on the devices in advance.
 
-    Host memory: at most 4 batches of this process's rows (7 with worker processes); on the devices: at most 4.
+    Host memory: at most 4 batches of this process's rows (7 with worker processes); on the devices:
+    at most 4.
 
     Args:
-      source: see sources.py. config: `config.data`. seed: of the order. batch_size: global.
-      crop: an `augment.HostCrop` where images are cropped here, or None.
+      source: the training images.
+      config: `config.data`.
+      seed: of the order.
+      batch_size: global.
+      steps: of the whole run.
+      start: the first step, when resuming.
+      mesh: the devices.
+      crop: crops images on the host; None: canvases, to be cropped on the devices.
 
     Yields:
-      {"image": [B, K, K, C] uint8, "size": [B, 2] int32, "label": [B] int32 (-1: none)}, split over the devices;
-      with `crop`, images are crops [B, H, W, C] and there is no size.
+      {"image": [B, K, K, C] uint8, "size": [B, 2] int32, "label": [B] int32 (-1: none)}, split over
+      the devices; with `crop`, images are crops [B, H, W, C] and there is no "size".
 
     Raises:
-      UserError: too many bad images. DataLoaderTimeout: a worker died, or there was no batch for `config.timeout` seconds.
+      UserError: too many bad images.
+      DataLoaderTimeout: a worker died, or no batch arrived within `config.timeout` seconds.
     """
-    if start == steps:  # Grain knows no empty datasets
+    if start == steps:  # Grain does not accept empty datasets
         return iter(())
-    threads = prefetch.threads_of(config)
-    images = Decoded(source, config.canvas, config.channels, threads, replace=True, crop=crop)
-    first, rows = rows_of_process(batch_size)
-    parts = prefetch.parts_of(config.workers, rows)
-    order = TrainingOrder(images, seed, batch_size, steps, first, rows, parts)
-    bad = BadImages(images, config.max_bad_fraction)
-    names = ("image", "label") if crop else ("image", "size", "label")
+    images = BatchDecoder(
+        source=source,
+        canvas=config.canvas,
+        channels=config.channels,
+        threads=prefetch.num_threads(config),
+        replace=True,
+        crop=crop,
+    )
+    first_row, rows = process_rows(batch_size)
+    order = TrainingOrder(
+        images=images,
+        seed=seed,
+        batch_size=batch_size,
+        steps=steps,
+        first_row=first_row,
+        rows=rows,
+        parts=prefetch.num_parts(config.workers, rows),
+    )
+    prefetcher = prefetch.Prefetcher(
+        pool=prefetch.WorkerPool(order, start, config.workers),
+        place=_placement(images, config.max_bad_fraction, mesh),
+        timeout=config.timeout,
+        describe_reads=images.describe_reads,
+    )
+    return iter(prefetcher)
+
+
+def _placement(
+    images: BatchDecoder, max_bad_fraction: float, mesh: Mesh
+) -> Callable[[prefetch.Batch], dict[str, jax.Array]]:
+    """A function that records the bad images of a batch and places its arrays on the devices."""
+    monitor = BadImageMonitor(images, max_bad_fraction)
+    names = ["image", "label"]
+    if images.crop is None:
+        names.append("size")
 
     def place(batch):
-        bad.see(batch["bad"])
+        monitor.record(batch["bad"])
         return sharding.to_global({name: batch[name] for name in names}, mesh)
 
-    return prefetch.ahead(
-        prefetch.Crew(order, start, config.workers), place, config.timeout, images.reading
-    )
+    return place

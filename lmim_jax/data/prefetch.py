@@ -1,86 +1,122 @@
-"""Work off the main thread: decoding processes and threads, batches ahead of the step, and what to say if they stop."""
+"""Background data loading: decoding threads, worker processes and prefetching.
+
+Batches come from an order (see `BatchOrder`), a random-access sequence of parts of batches.
+`WorkerPool` decodes the parts in threads or worker processes and assembles the batches;
+`Prefetcher` places them on the devices from a background thread, and raises a `DataLoaderTimeout`
+error that names the worker where none arrives.
+"""
 
 import collections
+import dataclasses
 import functools
 import os
 import queue
 import signal
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from typing import Any, Protocol
 
 import grain
 import jax
 import numpy as np
 from absl import flags
+from jaxtyping import Shaped
+from ml_collections import ConfigDict
+from numpy.typing import DTypeLike
 
 from lmim_jax.utils import subprocess
 from lmim_jax.utils.errors import DataLoaderTimeout
 
-AHEAD = 2  # batches on the devices, waiting for the step
-STARTING = 90.0  # seconds more for the first batch: workers import what they need
+PREFETCH_BATCHES = 2  # batches on the devices that wait for the step
+STARTUP_SECONDS = 90.0  # added to the timeout of the first batch: workers import their libraries
 
 in_worker = False  # whether this process is a data worker, whose arrays go through shared memory
 
+_free_memory: dict[int, list[np.ndarray]] = collections.defaultdict(list)  # unused, by bytes
 
-_free = collections.defaultdict(list)  # memory that nobody uses any more, by size
+Batch = dict[str, np.ndarray]
 
 
-def recycled(shape, dtype):
-    """An array of anything, in memory of an earlier one: fresh pages cost a fifth of the time that decoding takes.
+class BatchOrder(Protocol):
+    """A stream of batches in parts: element i is part i % parts of batch i // parts.
 
-    Memory comes back when the last view of an array is gone, jax's own included.
+    An element is a dict of arrays with a leading batch axis, and "pid", the process that decoded
+    it.
+    """
+
+    @property
+    def parts(self) -> int:
+        """Number of parts per batch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+
+
+def recycled_array(shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[np.ndarray, "..."]:
+    """An uninitialized array in the memory of an earlier one.
+
+    Fresh memory pages would add a fifth to the decoding time. Memory is reused once the last view
+    of its array is gone, including views held by jax.
     """
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    for other in [known for known in list(_free) if known != size]:
-        del _free[other]
-    memory = _free[size].pop() if _free[size] else np.empty(size, np.uint8)
-    array = np.frombuffer(
-        memoryview(memory), dtype
-    )  # views of views refer to this one, not to the memory
-    weakref.finalize(array, _free[size].append, memory)
+    for other in list(_free_memory):
+        if other != size:
+            _free_memory.pop(other, None)
+    free = _free_memory[size]
+    try:
+        memory = free.pop()
+    except IndexError:
+        memory = np.empty(size, np.uint8)
+    # Views of views refer to this array, not to the memory below it
+    array = np.frombuffer(memoryview(memory), dtype)
+    weakref.finalize(array, free.append, memory)
     return array.reshape(shape)
 
 
 @functools.cache
-def pool(threads):
+def thread_pool(threads: int) -> futures.ThreadPoolExecutor:
     """The decoding threads of this process."""
     return futures.ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
 
-def threads_of(config):
-    """How many threads decode in each process, by `config.data`."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )  # macOS
-    return config.threads or max(1, cores // max(1, config.workers))
+def num_threads(config: ConfigDict) -> int:
+    """Number of decoding threads per process: `config.data.threads`, or as the cores allow."""
+    if config.threads:
+        return config.threads
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:  # macOS
+        cores = os.cpu_count() or 1
+    return max(1, cores // max(1, config.workers))
 
 
-def parts_of(workers, rows):
-    """Into how many parts the rows of a batch go, one per worker."""
+def num_parts(workers: int, rows: int) -> int:
+    """Number of parts of a batch of this many rows: one per worker process."""
     return max(1, min(workers, rows))
 
 
-def elements(order, start, workers):
-    """Iterate over the elements of an order from `start`, made by threads of this process, or by worker processes.
+def _iterate_elements(order: BatchOrder, start: int, workers: int) -> Iterator[dict[str, Any]]:
+    """Iterate over the elements of an order from `start`, in threads or worker processes.
 
-    Element i is made by worker i % workers. Two are in the making per process, so that no thread waits for the last
-    image of a batch.
+    Worker i % workers decodes element i. Each process decodes two elements at a time, so that no
+    thread idles while the last image of a batch is decoded.
     """
     dataset = grain.MapDataset.source(order)[start:]
     iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
     if workers:
-        if (
-            not flags.FLAGS.is_parsed()
-        ):  # Grain's workers read absl flags, which nobody has parsed in a notebook
+        # Grain's workers read absl flags, which are not parsed in a notebook
+        if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-        iterator = iterator.mp_prefetch(options, worker_init_fn=_begin_worker)
+        iterator = iterator.mp_prefetch(options, worker_init_fn=_initialize_worker)
     return iter(iterator)
 
 
-def _begin_worker(index, count):
-    """In a worker: stay off the accelerators, and end with the process that wants the images."""
+def _initialize_worker(index: int, count: int) -> None:
+    """In a worker process: use no accelerators, and end together with the parent process."""
     global in_worker
     del index, count
     in_worker = True
@@ -88,107 +124,169 @@ def _begin_worker(index, count):
     subprocess.exit_with_parent()
 
 
-class Crew:
-    """An iterator over batches of an order from batch `start`, and who makes them.
+class WorkerPool:
+    """Iterates over the batches of an order, decoded in threads or worker processes.
 
-    order: `order[i]` is part i % order.parts of batch i // order.parts: a dict of arrays, and "pid", who made it.
+    Args:
+      order: the stream, in parts.
+      start: the first batch.
+      workers: number of worker processes, at most one per part; 0: threads of this process.
     """
 
-    def __init__(self, order, start, workers):
-        self._parts, self._workers = order.parts, min(workers, order.parts)
-        self._elements = elements(order, start * order.parts, self._workers)
-        self._pids, self._next = {}, 0  # pids by worker; the element that is waited for
+    def __init__(self, order: BatchOrder, start: int, workers: int):
+        self._num_parts = order.parts
+        self._num_workers = min(workers, order.parts)
+        self._elements = _iterate_elements(order, start * order.parts, self._num_workers)
+        self._pid_of_worker: dict[int, int] = {}
+        self._next_element = 0
 
-    def __iter__(self):
+    def __iter__(self) -> "WorkerPool":
         return self
 
-    def __next__(self):
+    def __next__(self) -> Batch:
         parts = []
-        for _ in range(self._parts):
-            try:
-                part = next(self._elements)
-            except RuntimeError as error:
-                if "terminated unexpectedly" not in str(error):  # Grain's words for a dead process
-                    raise
-                raise DataLoaderTimeout(
-                    f"{self.suspect()} died ({str(error).split('. ')[0]}); was memory short?"
-                ) from error
-            if self._workers:
-                self._pids[self._next % self._workers] = int(part["pid"])
-            self._next += 1
-            parts.append({name: column for name, column in part.items() if name != "pid"})
+        for _ in range(self._num_parts):
+            parts.append(self._next_part())
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    def _next_part(self) -> Batch:
+        """The next element of the order, without its "pid"."""
+        try:
+            part = dict(next(self._elements))
+        except RuntimeError as error:
+            # Grain's wording for a worker process that ended
+            if "terminated unexpectedly" not in str(error):
+                raise
+            cause = str(error).split(". ")[0]
+            raise DataLoaderTimeout(
+                f"{self.describe_pending_worker()} died ({cause}); was it out of memory?"
+            ) from error
+        pid = int(part.pop("pid"))
+        if self._num_workers:
+            self._pid_of_worker[self._pending_worker] = pid
+        self._next_element += 1
+        return part
+
     @property
-    def pids(self):
-        """The worker processes that have made something so far."""
-        return tuple(self._pids.values())
+    def pids(self) -> tuple[int, ...]:
+        """IDs of the worker processes that have delivered an element so far."""
+        return tuple(self._pid_of_worker.values())
 
-    def suspect(self):
-        """Who was to make the element that does not come, in words."""
-        if not self._workers:
+    @property
+    def _pending_worker(self) -> int:
+        """The worker that decodes the next element."""
+        return self._next_element % self._num_workers
+
+    def describe_pending_worker(self) -> str:
+        """Names the worker that decodes the next element, for an error message."""
+        if not self._num_workers:
             return "a decoding thread"
-        worker = self._next % self._workers
-        pid = self._pids.get(worker)
-        return f"data worker {worker} of {self._workers} ({f'pid {pid}' if pid else 'not started'})"
+        pid = self._pid_of_worker.get(self._pending_worker)
+        process = f"pid {pid}" if pid else "not started"
+        return f"data worker {self._pending_worker} of {self._num_workers} ({process})"
 
-    def abandon(self):
-        """Kill the worker that does not answer, so that nothing waits for it any longer."""
-        if pid := self._pids.get(self._next % self._workers) if self._workers else None:
+    def kill_pending_worker(self) -> None:
+        """Kill the worker process that decodes the next element, so that nothing waits for it."""
+        if not self._num_workers:
+            return
+        pid = self._pid_of_worker.get(self._pending_worker)
+        if pid:
             os.kill(pid, signal.SIGKILL)
 
 
-def ahead(crew, place, timeout, reading):
-    """Run `place` on the batches of a crew in a thread of its own, AHEAD of them before they are asked for.
+@dataclasses.dataclass
+class _Failure:
+    """An exception of the background thread, to be raised where the batches are used."""
+
+    error: BaseException
+
+
+_END = object()  # marks the end of the batches in the queue
+
+
+class Prefetcher:
+    """Iterates over `place(batch)` for the batches of a pool, PREFETCH_BATCHES ahead of their use.
+
+    A background thread computes them. It starts with the first request for a batch and
+    ends with the iterator.
 
     Args:
-      place: batch -> what to yield. timeout: seconds to wait for a batch. reading: () -> what is being read, in words.
+      pool: the batches.
+      place: batch -> what is yielded.
+      timeout: seconds to wait for a batch.
+      describe_reads: () -> what is being read, appended to the error message of a timeout.
 
     Raises:
-      DataLoaderTimeout: a worker died, or there was no batch for `timeout` seconds.
+      DataLoaderTimeout: while iterating, if a worker died, or if no batch arrived within `timeout`
+        seconds.
     """
-    ready, stop, end = queue.Queue(AHEAD), threading.Event(), object()
 
-    def put(item):
-        while not stop.is_set():
+    def __init__(
+        self,
+        pool: WorkerPool,
+        place: Callable[[Batch], Any],
+        timeout: float,
+        describe_reads: Callable[[], str],
+    ):
+        self._pool = pool
+        self._place = place
+        self._timeout = timeout
+        self._describe_reads = describe_reads
+        self._ready: queue.Queue[Any] = queue.Queue(PREFETCH_BATCHES)
+        self._stop = threading.Event()
+
+    def __iter__(self) -> Iterator[Any]:
+        thread = threading.Thread(target=self._produce, daemon=True, name="batches")
+        thread.start()
+        timeout = self._timeout + STARTUP_SECONDS
+        try:
+            while True:
+                item = self._wait_for_item(timeout)
+                timeout = self._timeout
+                if item is _END:
+                    return
+                if isinstance(item, _Failure):
+                    raise item.error
+                yield item
+                del item  # its memory is free while the next one is waited for
+        finally:
+            self._stop.set()
+            thread.join(timeout=2)
+
+    def _produce(self) -> None:
+        """Fill the queue, in the background thread."""
+        try:
+            for batch in self._pool:
+                self._put(self._place(batch))
+                if self._stop.is_set():
+                    return
+            self._put(_END)
+        except BaseException as error:
+            self._put(_Failure(error))
+
+    def _put(self, item: Any) -> None:
+        """Add an item to the queue as soon as there is room, unless the iteration has ended."""
+        while not self._stop.is_set():
             try:
-                return ready.put(item, timeout=0.2)
+                self._ready.put(item, timeout=0.2)
+                return
             except queue.Full:
                 continue
 
-    def work():
-        try:
-            for batch in crew:
-                put(place(batch))
-                if stop.is_set():
-                    return
-            put(end)
-        except BaseException as error:  # to be raised where the batches are used
-            put(error)
+    def _wait_for_item(self, timeout: float) -> Any:
+        """The next item of the queue.
 
-    thread = threading.Thread(target=work, daemon=True, name="batches")
-    thread.start()
-    patience = timeout + STARTING
-    try:
-        while True:
-            try:
-                item = ready.get(timeout=patience)
-            except queue.Empty:
-                who = crew.suspect()
-                crew.abandon()
-                raise DataLoaderTimeout(
-                    f"no batch for {patience:g} s: {who} does not answer{reading()}; if this is only slow, raise "
-                    "config.data.timeout"
-                ) from None
-            patience = timeout
-            if item is end:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            del item
-    finally:
-        stop.set()
-        thread.join(timeout=2)
+        Raises:
+          DataLoaderTimeout: there is none after `timeout` seconds; the pending worker is killed.
+        """
+        try:
+            return self._ready.get(timeout=timeout)
+        except queue.Empty:
+            worker = self._pool.describe_pending_worker()
+            self._pool.kill_pending_worker()
+            raise DataLoaderTimeout(
+                f"no batch for {timeout:g} s: {worker} does not respond{self._describe_reads()}; "
+                "if loading is only slow, raise config.data.timeout"
+            ) from None

@@ -1,6 +1,6 @@
-"""Datasets that TFDS has prepared, in ArrayRecord files, as sources: any record at once, images still encoded.
+"""Datasets prepared by TFDS in ArrayRecord files, as sources: random access, images still encoded.
 
-Nothing here imports TensorFlow, nor the code that prepared the dataset.
+Nothing here imports TensorFlow or the code that prepared the dataset.
 """
 
 import dataclasses
@@ -9,198 +9,271 @@ import io
 import logging
 import os
 import pathlib
+from collections.abc import Sequence
 from concurrent import futures
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError
 
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
 log = logging.getLogger(__name__)
 
+CHECKED_LABELS = 64  # cached labels that are compared with the records
+READERS = 16  # threads that read labels
 
-def cache():
+
+def cache_folder() -> pathlib.Path:
     """The user's cache folder of this package."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lmim_jax"
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(root).expanduser() / "lmim_jax"
 
 
 @dataclasses.dataclass(frozen=True)
-class Tfds:
-    """A split of a prepared dataset, or the images of some of its classes.
+class TfdsSource:
+    """A split of a prepared dataset, or the images of some of its classes; see `sources.Source`.
 
-    records: random access to serialised examples. title: dataset/version/split. classes: names.
-    features: names of the image, the label and the mask in an example, None where there is none.
-    kept, labels: int arrays, which records there are and their classes; None: all, as stored.
+    Attributes:
+      records: random access to serialized `tf.train.Example`s.
+      title: dataset/version/split.
+      classes: names of the classes; empty: unlabeled.
+      image_feature: name of the image in an example.
+      label_feature: name of the label; None: unlabeled.
+      mask_feature: name of the object mask; None: there is none.
+      kept: the records that belong to the source; None: all.
+      labels: the classes of these records; None: as stored.
+      ignored: always empty.
     """
 
-    records: object
+    records: Sequence[bytes]
     title: str
     classes: tuple[str, ...]
-    features: tuple[str, str | None, str | None]
-    kept: np.ndarray | None = None
-    labels: np.ndarray | None = None
+    image_feature: str
+    label_feature: str | None
+    mask_feature: str | None
+    kept: Int[np.ndarray, " N"] | None = None
+    labels: Int[np.ndarray, " N"] | None = None
     ignored: tuple[str, ...] = ()
 
-    def __len__(self):
-        return len(self.records if self.kept is None else self.kept)
+    def __len__(self) -> int:
+        if self.kept is None:
+            return len(self.records)
+        return len(self.kept)
 
-    def record(self, index):
-        """(encoded bytes, class) of image `index`; -1 without classes."""
-        image, label, _ = self.features
+    def record(self, index: int) -> tuple[bytes, int]:
+        """(encoded bytes, class) of an image, class -1: unlabeled; OSError if it cannot be read."""
         example = self._example(index)
+        image = example[self.image_feature].bytes_list.value[0]
         if self.labels is not None:
-            return _bytes(example, image), int(self.labels[index])
-        return _bytes(example, image), example[label].int64_list.value[0] if label else -1
+            return image, int(self.labels[index])
+        if self.label_feature is None:
+            return image, -1
+        return image, example[self.label_feature].int64_list.value[0]
 
-    def mask(self, index):
-        """The encoded object mask of image `index`, or None where the dataset has none."""
-        return _bytes(self._example(index), self.features[2]) if self.features[2] else None
+    def mask(self, index: int) -> bytes | None:
+        """The encoded object mask of an image, or None where the dataset has none."""
+        if self.mask_feature is None:
+            return None
+        return self._example(index)[self.mask_feature].bytes_list.value[0]
 
-    def numbers(self, index, name):
-        """A feature of numbers of image `index`, flat, as stored: [n]; None where the dataset has no such feature."""
+    def feature_values(self, index: int, name: str) -> Shaped[np.ndarray, " n"] | None:
+        """A numeric feature of an image, flattened; None if the dataset has no such feature."""
         example = self._example(index)
         if name not in example:
             return None
         kind = example[name].WhichOneof("kind")
-        return (
-            np.array(getattr(example[name], kind).value)
-            if kind in ("int64_list", "float_list")
-            else None
-        )
+        if kind not in ("int64_list", "float_list"):
+            return None
+        return np.array(getattr(example[name], kind).value)
 
-    def name(self, index):
-        """Dataset, split and place in it."""
-        return f"{self.title}[{index if self.kept is None else self.kept[index]}]"
+    def name(self, index: int) -> str:
+        """Dataset, split and position in it."""
+        return f"{self.title}[{self._position(index)}]"
 
-    def identity(self):
-        """What tells these images from others, for config.json."""
-        chosen = (
-            {}
-            if self.kept is None
-            else {"classes": hashlib.sha256("\n".join(self.classes).encode()).hexdigest()}
-        )
-        return {"source": self.title, "images": len(self), **chosen}
+    def identity(self) -> dict[str, Any]:
+        """The title and number of images; with a choice of classes, a checksum of their names."""
+        identity = {"source": self.title, "images": len(self)}
+        if self.kept is not None:
+            classes = "\n".join(self.classes).encode()
+            identity["classes"] = hashlib.sha256(classes).hexdigest()
+        return identity
 
-    def _example(self, index):
-        """The features of an example; OSError where it cannot be read."""
+    def _position(self, index: int) -> int:
+        """The position of an image among all records."""
+        if self.kept is None:
+            return index
+        return self.kept[index]
+
+    def _example(self, index: int) -> Any:
+        """The features of an example, by name.
+
+        Raises:
+          OSError: the record cannot be read.
+        """
         from google.protobuf import message
         from tensorflow_datasets.proto import tf_example_pb2
 
         try:
-            raw = self.records[int(index if self.kept is None else self.kept[index])]
-            return tf_example_pb2.Example.FromString(raw).features.feature
-        except (
-            RuntimeError,
-            ValueError,
-            message.DecodeError,
-        ) as error:  # as ArrayRecord tells damage
+            serialized = self.records[int(self._position(index))]
+            return tf_example_pb2.Example.FromString(serialized).features.feature
+        except (RuntimeError, ValueError, message.DecodeError) as error:
             raise OSError(f"the record is damaged: {error}") from error
 
 
-def _bytes(example, name):
-    return example[name].bytes_list.value[0]
-
-
-def split_of(builder, split):
-    """A split of a TFDS builder whose files are there, as a source.
+def open_split(builder: "tfds.core.DatasetBuilder", split: str) -> TfdsSource:
+    """A split of a TFDS builder whose files exist, as a source.
 
     Raises:
-      UserError: no such split, no ArrayRecord files (with the command that makes them), or no image in the examples.
+      UserError: no such split, no ArrayRecord files (with the command that makes them), or no image
+        in the examples.
     """
     import tensorflow_datasets as tfds
 
     info = builder.info
-    formats = {known.value for known in info.available_file_formats()}
+    formats = sorted(known.value for known in info.available_file_formats())
     if "array_record" not in formats:
         raise UserError(
-            f"{info.full_name} in {builder.data_dir} is prepared as {' and '.join(sorted(formats))}, which cannot be "
-            f"read at random; make ArrayRecord files beside it: "
+            f"{info.full_name} in {builder.data_dir} is prepared as {' and '.join(formats)}, "
+            "which does not support random access; write ArrayRecord files beside it: "
             f"lmim prepare --tfrecord={builder.data_dir}"
         )
     try:
-        source = builder.as_data_source(split=split, file_format="array_record")
+        records = builder.as_data_source(split=split, file_format="array_record").data_source
     except (ValueError, KeyError, AssertionError) as error:
-        known = ", ".join(f"{name} ({found.num_examples:,})" for name, found in info.splits.items())
-        raise UserError(f"{info.full_name} has no split {split!r}; there are: {known}") from error
-    named = dict(info.features.items())
-    images = [name for name, feature in named.items() if isinstance(feature, tfds.features.Image)]
-    image = (
-        "image" if "image" in images else images[0] if len(set(images) - {"mask"}) == 1 else None
-    )
-    if image is None:
+        splits = []
+        for name, found in info.splits.items():
+            splits.append(f"{name} ({found.num_examples:,})")
         raise UserError(
-            f"{info.full_name}: none of its features is the image to learn from: {', '.join(named)}"
+            f"{info.full_name} has no split {split!r}; available: {', '.join(splits)}"
+        ) from error
+    features = dict(info.features.items())
+    images = []
+    for name, feature in features.items():
+        if isinstance(feature, tfds.features.Image):
+            images.append(name)
+    image_feature = _choose_image(images)
+    if image_feature is None:
+        raise UserError(
+            f"{info.full_name}: none of its features is the image to train on: "
+            f"{', '.join(features)}"
         )
-    labelled = isinstance(named.get("label"), tfds.features.ClassLabel)
-    classes = tuple(named["label"].names) if labelled else ()
-    features = image, "label" if labelled else None, "mask" if "mask" in images else None
-    return Tfds(source.data_source, f"{info.full_name}/{split}", classes, features)
+    classes: tuple[str, ...] = ()
+    label_feature = None
+    if isinstance(features.get("label"), tfds.features.ClassLabel):
+        classes = tuple(features["label"].names)
+        label_feature = "label"
+    mask_feature = None
+    if "mask" in images:
+        mask_feature = "mask"
+    return TfdsSource(
+        records=records,
+        title=f"{info.full_name}/{split}",
+        classes=classes,
+        image_feature=image_feature,
+        label_feature=label_feature,
+        mask_feature=mask_feature,
+    )
 
 
-def open_tfds(name, folder, split):
-    """A split of a dataset prepared by TFDS or by tools.prepare.
+def _choose_image(features: Sequence[str]) -> str | None:
+    """The feature to train on: "image", or else the only one that is not "mask"; None: unclear."""
+    if "image" in features:
+        return "image"
+    candidates = [name for name in features if name != "mask"]
+    if len(candidates) == 1:
+        return candidates[0]
+    return None
+
+
+def open_tfds(name: str, folder: str, split: str) -> TfdsSource:
+    """A split of a dataset prepared by TFDS or by `lmim prepare`.
 
     Args:
-      name: dataset, dataset/config or dataset/config:version. folder: TFDS's data_dir; "": its default folder.
+      name: dataset, dataset/config or dataset/config:version.
+      folder: TFDS's data_dir; "": its default folder.
       split: name or slice, such as train[:1%].
 
     Raises:
-      UserError: see `split_of`, or there is no such dataset.
+      UserError: there is no such dataset; or see `open_split`.
     """
-    import tensorflow_datasets as tfds  # slow to import, and not needed for folders
+    # Slow to import, and not needed for folders
+    import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
     if not name:
         raise UserError(
             "config.data.name is empty; give the name of a TFDS dataset, such as imagenet2012"
         )
-    root = (
-        pathlib.Path(folder).expanduser() if folder else pathlib.Path(tfds.core.constants.DATA_DIR)
-    )
+    root = pathlib.Path(folder or tfds.core.constants.DATA_DIR)
+    if folder:
+        root = root.expanduser()
     try:
         builder = read_only_builder.builder_from_files(name, data_dir=str(root))
     except (tfds.core.registered.DatasetNotFoundError, FileNotFoundError, ValueError) as error:
-        there = sorted(path.name for path in root.glob("[!.]*")) if root.is_dir() else []
+        datasets = []
+        if root.is_dir():
+            datasets = sorted(path.name for path in root.glob("[!.]*"))
         raise UserError(
-            f"config.data.name={name!r}: no prepared dataset of that name in {root} (config.data.dir), which holds: "
-            f"{', '.join(there[:20]) or 'nothing'}"
+            f"config.data.name={name!r}: no prepared dataset of that name in {root} "
+            f"(config.data.dir), which holds: {', '.join(datasets[:20]) or 'nothing'}"
         ) from error
-    return split_of(builder, split)
+    return open_split(builder, split)
 
 
-def only(source, names):
+def select_classes(source: TfdsSource, names: Sequence[str]) -> TfdsSource:
     """The images of some classes, numbered in the order of `names`.
 
-    Labels lie in the records, so all of them are read, once; they are kept in the cache folder.
+    Labels are stored in the records, so all records are read, once; the labels are kept in the
+    cache folder.
+
+    Raises:
+      UserError: a class does not exist.
     """
-    if unknown := sorted(set(names) - set(source.classes)):
+    unknown = sorted(set(names) - set(source.classes))
+    if unknown:
         raise UserError(
             f"{source.title} has no class {', '.join(unknown[:5])}; see config.data.classes"
         )
-    labels = _labels(source)
-    number = np.full(len(source.classes), -1)
-    number[[source.classes.index(name) for name in names]] = range(len(names))
-    kept = np.flatnonzero(number[labels] >= 0)
-    return dataclasses.replace(source, classes=tuple(names), kept=kept, labels=number[labels][kept])
+    labels = _read_labels(source)
+    new_label = np.full(len(source.classes), -1)
+    for number, name in enumerate(names):
+        new_label[source.classes.index(name)] = number
+    kept = np.flatnonzero(new_label[labels] >= 0)
+    return dataclasses.replace(
+        source, classes=tuple(names), kept=kept, labels=new_label[labels][kept]
+    )
 
 
-def _labels(source):
-    """The class of every record, int32, from the cache or by reading all."""
-    digest = hashlib.sha256(f"{source.title} {source.records!r}".encode()).hexdigest()[
-        :16
-    ]  # repr: a hash of paths
-    path = cache() / "labels" / f"{digest}.npy"
+def _read_labels(source: TfdsSource) -> Int[np.ndarray, " N"]:
+    """The class of every record, int32, from the cache or by reading all records."""
+    # The repr of the records contains a hash of their paths
+    key = f"{source.title} {source.records!r}".encode()
+    path = cache_folder() / "labels" / f"{hashlib.sha256(key).hexdigest()[:16]}.npy"
     if path.exists():
         labels = np.load(path)
-        some = np.random.default_rng(0).integers(0, len(source), 64)
-        if len(labels) == len(source) and all(source.record(i)[1] == labels[i] for i in some):
+        if _labels_match(source, labels):
             return labels
     log.info("reading the labels of %s, once: %d records", source.title, len(source))
-    with futures.ThreadPoolExecutor(16) as pool:
-        labels = np.fromiter(
-            pool.map(lambda i: source.record(i)[1], range(len(source))), np.int32, len(source)
-        )
+
+    def read_label(index):
+        return source.record(index)[1]
+
+    with futures.ThreadPoolExecutor(READERS) as pool:
+        labels = np.fromiter(pool.map(read_label, range(len(source))), np.int32, len(source))
     stream = io.BytesIO()
     np.save(stream, labels)
     atomic_io.write(path, stream.getvalue())
     return labels
+
+
+def _labels_match(source: TfdsSource, labels: Int[np.ndarray, " N"]) -> bool:
+    """Whether cached labels have the right number and, in a random sample, the right values."""
+    sample = np.random.default_rng(0).integers(0, len(source), CHECKED_LABELS)
+    if len(labels) != len(source):
+        return False
+    return all(source.record(index)[1] == labels[index] for index in sample)

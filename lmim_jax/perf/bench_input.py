@@ -78,7 +78,7 @@ def measure(config, images, repeats):
 def _timed(run, count):
     """Things per CPU second of this process, in a thread, as in training: the main one handles memory otherwise."""
     began = time.process_time()
-    prefetch.pool(1).submit(run).result()
+    prefetch.thread_pool(1).submit(run).result()
     return count / (time.process_time() - began)
 
 
@@ -102,7 +102,7 @@ def _stages(source, config, crop, indices):
     return {
         "read": each(lambda _, i: source.record(i)),
         "decode": each(lambda _, i: decode.decode(data[i], config.canvas, config.channels)),
-        "put on the canvas": each(lambda n, i: decode.place(pixels[i], canvases[n % ROWS])),
+        "put on the canvas": each(lambda n, i: decode.place_on_canvas(pixels[i], canvases[n % ROWS])),
         "crop and resize (resize_on=host)": each(lambda n, i: crop(pixels[i], draws[n])),
         "copy and transfer to the device": transfer,
         "decode by Pillow": each(
@@ -149,7 +149,7 @@ def _pillow_crop(data, config, size, rng):
 
 def _order(source, config, batches, crop=None, threads=1, workers=0):
     """The batches to measure, between AROUND others."""
-    images = loader.Decoded(
+    images = loader.BatchDecoder(
         source, config.canvas, config.channels, threads, replace=True, crop=crop
     )
     size = min(ROWS, len(source))
@@ -159,7 +159,7 @@ def _order(source, config, batches, crop=None, threads=1, workers=0):
 def _whole(source, config, batches, crop=None, threads=1, workers=0):
     """(per CPU second, per second) of the loader: from the source to batches of numpy arrays."""
     order = _order(source, config, batches, crop, threads, workers)
-    crew = prefetch.Crew(order, 0, workers)
+    crew = prefetch.WorkerPool(order, 0, workers)
     for _ in range(AROUND):
         next(crew)
     pids = [os.getpid(), *crew.pids]

@@ -95,7 +95,7 @@ class Step:
 
 def random_batch(recipe, mesh):
     """A batch like the loader's, of noise that fills the canvas."""
-    _, rows = loader.rows_of_process(recipe.config.batch_size)
+    _, rows = loader.process_rows(recipe.config.batch_size)
     values = {name: np.empty(x.shape, x.dtype) for name, x in recipe.batch(rows).items()}
     values["image"] = np.random.default_rng(0).integers(0, 256, values["image"].shape, np.uint8)
     for name, value in (("size", recipe.config.data.canvas), ("label", -1)):

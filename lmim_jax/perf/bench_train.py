@@ -50,7 +50,7 @@ def measure_loop(config, steps=20, rounds=3, warmup=3):
     crop = host.from_config(
         config.data, step.recipe.augmentation, functools.partial(augment_keys, config.seed)
     )
-    batches = loader.training(
+    batches = loader.training_batches(
         source,
         config.data,
         seed=config.seed,

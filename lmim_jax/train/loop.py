@@ -169,7 +169,7 @@ def train(config, workdir):
             preemption.EvaluationInterrupted
         ):  # by a signal, which the loop heeds after its next step
             evaluate(start)
-        batches = loader.training(
+        batches = loader.training_batches(
             source["train"],
             config.data,
             seed=config.seed,

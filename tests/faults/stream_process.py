@@ -22,12 +22,12 @@ def main(coordinator, count, rank, images, workers, start):
     multihost.initialize(coordinator, int(count), int(rank))
     config, source = (
         ConfigDict({**OPTIONS, "workers": int(workers)}),
-        sources.folder(images, "train"),
+        sources.open_folder(images, "train"),
     )
     options = dict(
         seed=0, batch_size=BATCH, steps=STEPS, start=int(start), mesh=sharding.make_mesh()
     )
-    for batch in loader.training(source, config, **options):
+    for batch in loader.training_batches(source, config, **options):
         shards = sorted(
             batch["image"].addressable_shards, key=lambda shard: shard.index[0].start or 0
         )

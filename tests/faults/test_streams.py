@@ -55,8 +55,8 @@ def of_process(images, coordinator, rank, workers, start):
 def test_two_processes_share_the_batches_of_one(images):
     """Process 0 decodes in threads, process 1 in two workers, from step 3: together, the batches of a run from 0."""
     options = ConfigDict({**stream_process.OPTIONS, "workers": 0})
-    decoded = loader.Decoded(
-        sources.folder(images, "train"), options.canvas, options.channels, 1, replace=True
+    decoded = loader.BatchDecoder(
+        sources.open_folder(images, "train"), options.canvas, options.channels, 1, replace=True
     )
     order = loader.TrainingOrder(
         decoded, 0, stream_process.BATCH, stream_process.STEPS, 0, stream_process.BATCH

@@ -32,7 +32,7 @@ class CountsAndDistances:
       ignored: files that are not images; always empty.
     """
 
-    images: tfds_source.Tfds
+    images: tfds_source.TfdsSource
     classes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -41,14 +41,14 @@ class CountsAndDistances:
 
     def record(self, index: int) -> tuple[bytes, int]:
         """Encoded bytes and label of an image."""
-        coordinates = self.images.numbers(index, "objects/pixel_coords")
+        coordinates = self.images.feature_values(index, "objects/pixel_coords")
         if coordinates is not None:
             count = len(coordinates) // 3
             nearest = coordinates[2::3].min()  # of (x, y, distance)
             distance = np.searchsorted(CLEVR_BOUNDARIES, nearest)
         else:
-            count = self.images.numbers(index, "count")[0]
-            nearest = self.images.numbers(index, "nearest")[0]
+            count = self.images.feature_values(index, "count")[0]
+            nearest = self.images.feature_values(index, "nearest")[0]
             distance = np.searchsorted(SEVERAL_BOUNDARIES, nearest)
         encoded, _ = self.images.record(index)
         return encoded, int(count * DISTANCE_BINS + distance)
@@ -80,9 +80,9 @@ def open_split(name: str, folder: str, split: str) -> CountsAndDistances:
     if name:
         images = tfds_source.open_tfds(name, folder, split)
     else:
-        images = sources.shapes("", split, "several")
-    has_clevr_labels = images.numbers(0, "objects/pixel_coords") is not None
-    has_scene_labels = images.numbers(0, "nearest") is not None
+        images = sources.open_shapes("", split, "several")
+    has_clevr_labels = images.feature_values(0, "objects/pixel_coords") is not None
+    has_scene_labels = images.feature_values(0, "nearest") is not None
     if not has_clevr_labels and not has_scene_labels:
         raise UserError(
             f"{images.title} has no number of objects and no distances; the evaluator needs a "

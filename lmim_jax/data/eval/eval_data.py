@@ -37,7 +37,7 @@ class EvaluationOrder:
       parts: how many elements make up a batch, see `loader.TrainingOrder`.
     """
 
-    images: loader.Decoded
+    images: loader.BatchDecoder
     batch_size: int
     first_row: int
     rows: int
@@ -136,7 +136,7 @@ class EvaluationData:
         self.cache = cache
         self._progress = progress
         # By split, so that an unreadable image is reported once and not at every evaluation
-        self._bad: dict[str, loader.BadImages] = {}
+        self._bad: dict[str, loader.BadImageMonitor] = {}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -184,14 +184,14 @@ class EvaluationData:
         """
         images = self._decoded(self.sources[split])
         if split not in self._bad:
-            self._bad[split] = loader.BadImages(images, self.config.max_bad_fraction)
+            self._bad[split] = loader.BadImageMonitor(images, self.config.max_bad_fraction)
 
         def place(batch: Batch) -> Batch:
-            self._bad[split].see(batch["bad"])
+            self._bad[split].record(batch["bad"])
             return self._placed(batch)
 
         crew = self._crew(images, batch_size, self.config.workers)
-        batches = prefetch.ahead(crew, place, self.config.timeout, images.reading)
+        batches = prefetch.Prefetcher(crew, place, self.config.timeout, images.describe_reads)
         total = -(-len(images.source) // batch_size)
         for batch in self._progress(batches, split, total):
             self.check()
@@ -213,7 +213,7 @@ class EvaluationData:
           {"image": uint8 [B, K, K, C], "size": int32 [B, 2], "label": int32 [B]}, canvases split
           over all devices.
         """
-        batches = loader.training(
+        batches = loader.training_batches(
             self.sources["train"],
             self.config,
             seed=seed,
@@ -259,7 +259,7 @@ class EvaluationData:
             file = self.sources[split].mask(index)
             if file is None:
                 return None
-            image, size = decode.on_canvas(file, self.config.canvas, self.config.channels)
+            image, size = decode.decode_to_canvas(file, self.config.canvas, self.config.channels)
             images.append(image)
             sizes.append(size)
         return {"image": np.stack(images), "size": np.stack(sizes)}
@@ -269,18 +269,18 @@ class EvaluationData:
         """Jitted canvases -> normalized images."""
         return jax.jit(self.augment.evaluation)
 
-    def _decoded(self, source: Any) -> loader.Decoded:
-        threads = prefetch.threads_of(self.config)
-        return loader.Decoded(
+    def _decoded(self, source: Any) -> loader.BatchDecoder:
+        threads = prefetch.num_threads(self.config)
+        return loader.BatchDecoder(
             source, self.config.canvas, self.config.channels, threads, replace=False
         )
 
-    def _crew(self, images: loader.Decoded, batch_size: int, workers: int) -> prefetch.Crew:
+    def _crew(self, images: loader.BatchDecoder, batch_size: int, workers: int) -> prefetch.WorkerPool:
         """An iterator over the rows of this process in each batch, numpy."""
         batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
-        first, rows = loader.rows_of_process(batch_size)
-        order = EvaluationOrder(images, batch_size, first, rows, prefetch.parts_of(workers, rows))
-        return prefetch.Crew(order, 0, workers)
+        first, rows = loader.process_rows(batch_size)
+        order = EvaluationOrder(images, batch_size, first, rows, prefetch.num_parts(workers, rows))
+        return prefetch.WorkerPool(order, 0, workers)
 
     def _placed(self, batch: Batch) -> Batch:
         """A batch on the devices; the index of an unreadable image becomes -1."""

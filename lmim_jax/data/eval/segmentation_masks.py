@@ -4,7 +4,6 @@ Letters: H W height and width of an image, S S' height and width of evaluation i
 """
 
 import dataclasses
-import hashlib
 import io
 import pathlib
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from lmim_jax.data import sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.decode import BadImage, check_size
 from lmim_jax.data.eval.eval_data import EvaluationData, Subset, random_indices
+from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError
 
 
@@ -70,7 +70,7 @@ class ImagesWithMasks:
       ignored: files that are not images; always empty.
     """
 
-    images: sources.Folder
+    images: sources.FolderSource
     files: tuple[str, ...]
     classes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ class ImagesWithMasks:
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes these images and masks from others, as JSON values."""
-        names = hashlib.sha256("\n".join(self.files).encode("utf-8", "surrogateescape")).hexdigest()
+        names = names_checksum(self.files)
         return {**self.images.identity(), "masks": names}
 
 
@@ -117,7 +117,7 @@ def open_folders(images: str, masks: str) -> ImagesWithMasks:
         )
     names = tuple(image_files[stem] for stem in stems)
     mask_root = pathlib.Path(masks).expanduser()
-    folder = sources.Folder(
+    folder = sources.FolderSource(
         root=str(pathlib.Path(images).expanduser()),
         files=names,
         labels=(-1,) * len(names),
@@ -135,7 +135,7 @@ def _files_by_stem(key: str, path: str) -> dict[str, str]:
             f"{key}={path!r} is not a folder; images and masks are two folders with the same file "
             "names"
         )
-    files, _ = sources.walk(root)
+    files, _ = sources.list_files(root)
     if not files:
         raise UserError(
             f"{key}={path!r}: no images in this folder; `masks` are PNG files of class numbers"

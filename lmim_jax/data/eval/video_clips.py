@@ -94,7 +94,7 @@ def embedded() -> list[Clip]:
 
     from lmim_jax.data.synthetic import shapes  # TFDS is slow to import
 
-    builder = shapes.prepare(tfds_source.cache(), "clips")
+    builder = shapes.prepare(tfds_source.cache_folder(), "clips")
     records = builder.as_data_source(split="test", file_format="array_record").data_source
     clips = []
     for i in range(len(records)):

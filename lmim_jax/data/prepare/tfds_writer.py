@@ -33,7 +33,7 @@ def tasks(target, name, split, source, shrink):
     count = max(-(-len(source) // PER_SHARD), -(-size // SHARD_BYTES))
     for i, part in enumerate(np.array_split(np.arange(len(source)), count)):
         chosen = slice(int(part[0]), int(part[-1]) + 1)
-        images = sources.Folder(
+        images = sources.FolderSource(
             source.root, source.files[chosen], source.labels[chosen], source.classes, ()
         )
         yield Task(
