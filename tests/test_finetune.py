@@ -138,7 +138,15 @@ def test_adamw_scales_the_step_and_spares_biases():
     assert first["encoder"]["cls_token"] == close(-0.025)
 
 
-VIT = ViT(8, 3, 2, 2.0, 1e-6, jnp.dtype("float32"), "xla")
+VIT = ViT(
+    width=8,
+    depth=3,
+    heads=2,
+    mlp_ratio=2.0,
+    norm_eps=1e-6,
+    dtype=jnp.dtype("float32"),
+    attention="xla",
+)
 PATCHES, POSITIONS = jnp.ones((64, 4, 5)), jnp.zeros((1, 4, 8))
 WEIGHTS = VIT.init(jax.random.key(0), PATCHES, POSITIONS)
 

@@ -70,7 +70,15 @@ def test_gelu_is_exact():
 
 
 def vit(dtype="float32"):
-    return ViT(32, 2, 4, 4.0, 1e-6, jnp.dtype(dtype), "xla")
+    return ViT(
+        width=32,
+        depth=2,
+        heads=4,
+        mlp_ratio=4.0,
+        norm_eps=1e-6,
+        dtype=jnp.dtype(dtype),
+        attention="xla",
+    )
 
 
 def test_attention_equals_the_textbook():
@@ -113,7 +121,9 @@ def test_a_bias_left_out_is_a_bias_of_zero():
         np.random.default_rng(0).normal(size=(2, 5, 10)).astype(np.float32)
     )  # 10 wide in 4 heads of 2
     some, every = (
-        blocks.CrossAttention(4, jnp.dtype("float32"), "xla", on)
+        blocks.CrossAttention(
+            heads=4, dtype=jnp.dtype("float32"), implementation="xla", qkv_bias=on
+        )
         for on in ((True, False, True), True)
     )
     params = some.init(jax.random.key(0), x, x[:, :, :6])["params"]
@@ -128,10 +138,11 @@ def test_a_bias_left_out_is_a_bias_of_zero():
         for layer, p in ((some, params), (every, full))
     )
     np.testing.assert_array_equal(first, second)
-    without = blocks.Attention(2, jnp.dtype("float32"), "xla", False).init(jax.random.key(0), x)[
-        "params"
-    ]
-    assert without["qkv"].keys() == {"kernel"}
+    unbiased = blocks.Attention(
+        heads=2, dtype=jnp.dtype("float32"), implementation="xla", qkv_bias=False
+    )
+    params = unbiased.init(jax.random.key(0), x)["params"]
+    assert params["qkv"].keys() == {"kernel"}
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():

@@ -109,10 +109,12 @@ def network(name):
     block = dict(mlp_ratio=4.0, norm_eps=1e-6, dtype=np.dtype("float32"), attention="xla")
     tokens = jax.random.normal(jax.random.key(1), (4, 5, 16))
     if name == "vit":
-        module, inputs = vit.ViT(16, 2, 2, **block), (tokens, tokens[:1])
+        module, inputs = vit.ViT(width=16, depth=2, heads=2, **block), (tokens, tokens[:1])
     else:
         module, inputs = (
-            decoders.LatentDecoder(name, 16, 2, 2, 16, True, **block),
+            decoders.LatentDecoder(
+                kind=name, width=16, depth=2, heads=2, out_width=16, visual_cues=True, **block
+            ),
             (tokens, tokens[:, 1:], tokens),
         )
     loss = lambda params: sum((x**2).mean() for x in jax.tree.leaves(module.apply(params, *inputs)))
@@ -134,13 +136,13 @@ def test_recomputing_and_loops_change_no_number(name):
             for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert saved["full", False] < saved["dots", False] < saved["none", False]
-    with pytest.raises(UserError, match=r"config.remat='all' is none of: none \| dots \| full"):
+    with pytest.raises(UserError, match=r"config.remat='all' must be one of: none, dots, full"):
         with_remat_and_scan(loss, "all", False)
 
 
 def test_features_show_every_block_whatever_the_run():
     block = dict(mlp_ratio=4.0, norm_eps=1e-6, dtype=np.dtype("float32"), attention="xla")
-    module, tokens = vit.ViT(16, 2, 2, **block), np.zeros((1, 5, 16), np.float32)
+    module, tokens = vit.ViT(width=16, depth=2, heads=2, **block), np.zeros((1, 5, 16), np.float32)
     params = jax.eval_shape(module.init, jax.random.key(0), tokens, tokens)["params"]
     look = lambda params: vit.features(module, params, tokens, tokens)
     assert (
@@ -154,7 +156,8 @@ def test_the_rule():
     leaf = lambda *shape: jax.ShapeDtypeStruct(shape, "float32")
     tree = {"kernel": leaf(8, 12), "odd": leaf(5, 7), "small": leaf(8), "embed": leaf(40, 16)}
     place = lambda *rules, min_size=32: {
-        name: found.spec for name, found in sharding.state_sharding(tree, mesh, rules, min_size).items()
+        name: found.spec
+        for name, found in sharding.state_sharding(tree, mesh, rules, min_size).items()
     }
     p, largest = PartitionSpec, (".*", "largest")
     assert place(largest) == {

@@ -99,19 +99,30 @@ class Method:
 
     @property
     def _encoder(self):
-        return vit.ViT(self.width, self.depth, self.heads, **self._blocks(self.width))
+        return vit.ViT(width=self.width, depth=self.depth, heads=self.heads, **self._blocks(self.width))
 
     @property
     def _regressor(self):
-        head = PixelHead(self.patch_size, self.channels, jnp.dtype(self.dtype))
-        size = self.decoder_width, self.decoder_depth, self.heads
-        return TargetAwareDecoder(*size, head, **self._blocks(self.decoder_width))
+        head = PixelHead(
+            patch_size=self.patch_size, channels=self.channels, dtype=jnp.dtype(self.dtype)
+        )
+        return TargetAwareDecoder(
+            width=self.decoder_width,
+            depth=self.decoder_depth,
+            heads=self.heads,
+            head=head,
+            **self._blocks(self.decoder_width),
+        )
 
     @property
     def _predictor(self):
         head = Dense(self.width, jnp.dtype(self.dtype))
         return TargetAwareDecoder(
-            self.width, self.decoder_depth, self.heads, head, **self._blocks(self.width)
+            width=self.width,
+            depth=self.decoder_depth,
+            heads=self.heads,
+            head=head,
+            **self._blocks(self.width),
         )
 
     # -- the contract

@@ -82,12 +82,16 @@ class Method:
 
     @property
     def _encoder(self):
-        return vit.ViT(self.width, self.depth, self.heads, **self._blocks, cls=False)
+        return vit.ViT(width=self.width, depth=self.depth, heads=self.heads, **self._blocks, cls=False)
 
     @property
     def _predictor(self):
         return TokenDecoder(
-            self.decoder_width, self.decoder_depth, self.decoder_heads, self.width, **self._blocks
+            width=self.decoder_width,
+            depth=self.decoder_depth,
+            heads=self.decoder_heads,
+            out_width=self.width,
+            **self._blocks,
         )
 
     @property

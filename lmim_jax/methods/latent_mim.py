@@ -104,16 +104,27 @@ class Method:
 
     @property
     def _encoder(self):
-        return vit.ViT(self.width, self.depth, self.heads, **self._blocks)
+        return vit.ViT(width=self.width, depth=self.depth, heads=self.heads, **self._blocks)
 
     @property
     def _projector(self):
-        return vit.Projector(self.projector_depth, self.projector_width, jnp.dtype(self.dtype))
+        return vit.Projector(
+            depth=self.projector_depth,
+            hidden=self.projector_width,
+            dtype=jnp.dtype(self.dtype),
+        )
 
     @property
     def _decoder(self):
-        size = self.decoder_width, self.decoder_depth, self.decoder_heads
-        return LatentDecoder(self.decoder, *size, self.width, self.visual_cues, **self._blocks)
+        return LatentDecoder(
+            kind=self.decoder,
+            width=self.decoder_width,
+            depth=self.decoder_depth,
+            heads=self.decoder_heads,
+            out_width=self.width,
+            visual_cues=self.visual_cues,
+            **self._blocks,
+        )
 
     @property
     def _target_embed(self):

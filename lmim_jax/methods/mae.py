@@ -68,13 +68,17 @@ class Method:
 
     @property
     def _encoder(self):
-        return vit.ViT(self.width, self.depth, self.heads, **self._blocks)
+        return vit.ViT(width=self.width, depth=self.depth, heads=self.heads, **self._blocks)
 
     @property
     def _decoder(self):
         pixels = self.patch_size**2 * self.channels
         return TokenDecoder(
-            self.decoder_width, self.decoder_depth, self.decoder_heads, pixels, **self._blocks
+            width=self.decoder_width,
+            depth=self.decoder_depth,
+            heads=self.decoder_heads,
+            out_width=pixels,
+            **self._blocks,
         )
 
     def init(self, rng):

@@ -79,18 +79,28 @@ class Method:
     @property
     def _encoder(self):
         return vit.ViT(
-            self.width, self.depth, self.heads, **self._blocks, final_norm_eps=self.final_norm_eps
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            final_norm_eps=self.final_norm_eps,
+            **self._blocks,
         )
 
     @property
     def _decoders(self):
         """{name: (module, width)} of the two."""
-        size, pixels = (self.decoder_depth, self.decoder_heads), self.patch_size**2 * self.channels
-        outs = {"pixel_decoder": (self.decoder_width, pixels)}
-        outs |= {"latent_decoder": (self.latent_decoder_width, self.width)}
+        shared = dict(
+            self._blocks, depth=self.decoder_depth, heads=self.decoder_heads, final_norm=False
+        )
+        pixel_decoder = TokenDecoder(
+            width=self.decoder_width, out_width=self.patch_size**2 * self.channels, **shared
+        )
+        latent_decoder = TokenDecoder(
+            width=self.latent_decoder_width, out_width=self.width, **shared
+        )
         return {
-            name: (TokenDecoder(width, *size, out, **self._blocks, final_norm=False), width)
-            for name, (width, out) in outs.items()
+            "pixel_decoder": (pixel_decoder, self.decoder_width),
+            "latent_decoder": (latent_decoder, self.latent_decoder_width),
         }
 
     def init(self, rng):

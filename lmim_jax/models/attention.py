@@ -1,20 +1,35 @@
-"""Attention itself.
+"""Dot-product attention.
 
-Letters: B batch, T S tokens, A attention heads, D width.
+Letters: B batch, T query tokens, S key tokens, A attention heads, K width of a head.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# What the forward pass keeps for the backward pass, heads first: query, key, value,
+# exponentials, their sums, output
+Residuals = tuple[Array, Array, Array, Array, Array, Array]
 
 
-def attend(query, key, value, implementation, mask=None):
-    """softmax(q k^T / sqrt(D/A)) v with a float32 softmax: [B, T, A, D/A], [B, S, A, D/A] x 2 -> [B, T, A, D/A].
+def attend(
+    query: Float[Array, "B T A K"],
+    key: Float[Array, "B S A K"],
+    value: Float[Array, "B S A K"],
+    implementation: str,
+    mask: Bool[Array, "B S"] | None = None,
+) -> Float[Array, "B T A K"]:
+    """Compute softmax(q k^T / sqrt(K)) v with a float32 softmax.
 
     Args:
-      implementation: "xla" anywhere, "cudnn" (fused; bfloat16 on an NVIDIA GPU only; an error elsewhere).
-      mask: bool [B, S], True = this key counts; None: all do.
+      query: queries of every head.
+      key: keys of every head.
+      value: values of every head.
+      implementation: "xla" runs anywhere; "cudnn" is fused, and needs bfloat16 on an NVIDIA GPU.
+      mask: True where a key may be attended to; None: every key may.
     """
-    mask = None if mask is None else mask[:, None, None, :]
+    if mask is not None:
+        mask = mask[:, None, None, :]
     if implementation != "xla":
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, implementation=implementation
@@ -22,62 +37,75 @@ def attend(query, key, value, implementation, mask=None):
     return _attend(query, key, value, mask)
 
 
-def weights(query, key):
-    """What `attend` multiplies the values by, float32 [B, A, T, S]."""
-    return jax.nn.softmax(_scores(*map(_heads_first, (query, key))))
+def attention_weights(
+    query: Float[Array, "B T A K"], key: Float[Array, "B S A K"]
+) -> Float[Array, "B A T S"]:
+    """Compute the weights, float32, with which `attend` averages the values."""
+    return jax.nn.softmax(_scores(_swap_heads(query), _swap_heads(key)))
 
 
 @jax.custom_vjp
-def _attend(query, key, value, mask):
+def _attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
     return _forward(query, key, value, mask)[0]
 
 
-def _forward(query, key, value, mask):
-    """(what `_attend` gives, what `_backward` needs of it).
+def _forward(query: Array, key: Array, value: Array, mask: Array | None) -> tuple[Array, Residuals]:
+    """Compute the output of `_attend` and what `_backward` needs.
 
-    The softmax's division comes last, on [T, D/A] instead of [T, S] numbers of a head, and of these only the
-    exponentials are kept, in the operands' dtype. Heads come before tokens: these are plain matrix products then,
-    several times as fast on a CPU.
+    The softmax divides last, [T, K] instead of [T, S] numbers of a head. Of these, only the
+    exponentials are kept, in the operands' dtype. Heads come before tokens, which makes these plain
+    matrix products: several times as fast on a CPU.
     """
-    query, key, value = map(_heads_first, (query, key, value))
+    query = _swap_heads(query)
+    key = _swap_heads(key)
+    value = _swap_heads(value)
     scores = _scores(query, key)
-    scores = scores if mask is None else jnp.where(mask, scores, -1e30)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -1e30)
     exponentials = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     total = exponentials.sum(axis=-1, keepdims=True)
     exponentials = exponentials.astype(value.dtype)
-    out = (_product(exponentials, value) / total).astype(value.dtype)
-    return _heads_first(out), (query, key, value, exponentials, total, out)
+    output = (_matmul_float32(exponentials, value) / total).astype(value.dtype)
+    return _swap_heads(output), (query, key, value, exponentials, total, output)
 
 
-def _backward(kept, gradient):
-    """Gradients of query, key and value, as flash attention has them (Dao et al. 2022, appendix B).
+def _backward(residuals: Residuals, gradient: Array) -> tuple[Array, Array, Array, None]:
+    """Compute the gradients of query, key and value as in flash attention.
 
-    What is multiplied is rounded to the operands' dtype first: autodiff would multiply it in float32.
+    Operands of products are rounded to the inputs' dtype first, where autodiff would keep float32.
+    Source: FlashAttention (Dao et al. 2022), appendix B.
     """
-    query, key, value, exponentials, total, out = kept
-    gradient = _heads_first(gradient).astype(jnp.float32) / total
-    common = (gradient * out).sum(axis=-1, keepdims=True)
+    query, key, value, exponentials, total, output = residuals
+    gradient = _swap_heads(gradient).astype(jnp.float32) / total
+    common = (gradient * output).sum(axis=-1, keepdims=True)
     gradient = gradient.astype(value.dtype)
-    of_value = _product(exponentials.mT, gradient)
-    of_scores = exponentials * (_product(gradient, value.mT) - common) * query.shape[-1] ** -0.5
-    of_scores = of_scores.astype(query.dtype)
-    found = _product(of_scores, key), _product(of_scores.mT, query), of_value
-    return *(_heads_first(x.astype(value.dtype)) for x in found), None
+    value_gradient = _matmul_float32(exponentials.mT, gradient)
+    score_gradient = _matmul_float32(gradient, value.mT) - common
+    score_gradient = exponentials * score_gradient * query.shape[-1] ** -0.5
+    score_gradient = score_gradient.astype(query.dtype)
+    query_gradient = _matmul_float32(score_gradient, key)
+    key_gradient = _matmul_float32(score_gradient.mT, query)
+    return (
+        _swap_heads(query_gradient.astype(value.dtype)),
+        _swap_heads(key_gradient.astype(value.dtype)),
+        _swap_heads(value_gradient.astype(value.dtype)),
+        None,
+    )
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _heads_first(x):
-    """[B, T, A, D/A] <-> [B, A, T, D/A]."""
+def _swap_heads(x: Array) -> Array:
+    """Swap tokens and heads: [B, T, A, K] <-> [B, A, T, K]."""
     return x.swapaxes(1, 2)
 
 
-def _product(x, y):
-    """Matrix product with float32 sums."""
+def _matmul_float32(x: Array, y: Array) -> Array:
+    """Multiply matrices, accumulating in float32."""
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
-def _scores(query, key):
-    """q k^T / sqrt(D/A), float32: [B, A, T, D/A], [B, A, S, D/A] -> [B, A, T, S]."""
-    return _product(query, key.mT) * query.shape[-1] ** -0.5
+def _scores(query: Array, key: Array) -> Array:
+    """Compute q k^T / sqrt(K), float32: [B, A, T, K], [B, A, S, K] -> [B, A, T, S]."""
+    return _matmul_float32(query, key.mT) * query.shape[-1] ** -0.5

@@ -1,42 +1,61 @@
 """Decoders: from visible tokens to a prediction for every masked patch.
 
-Letters: B batch, V visible, M masked, D encoder width, d decoder width, P = p p C pixels of a patch.
+Letters: B batch, V visible patches, M masked patches, T encoder tokens, D encoder width, d decoder
+width, P = p p C pixel values of a patch, O width of the prediction.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
-from lmim_jax.models.blocks import Block, CrossBlock
+from lmim_jax.models.blocks import Block, CrossBlock, QkvBias
 from lmim_jax.models.layer_stack import run_blocks
 from lmim_jax.models.layers import Dense, Dtype, layer_norm, matmul
 
 
-def visual_cues(visible, visible_positions, masked_positions):
-    """A soft guess for every masked patch: visible tokens averaged by closeness of position, [B, M, d].
+def visual_cues(
+    visible: Float[Array, "B V d"],
+    visible_positions: Float[Array, "B V d"],
+    masked_positions: Float[Array, "B M d"],
+) -> Float[Array, "B M d"]:
+    """Average visible tokens by closeness of position: a soft guess for every masked patch.
 
-    sum_j softmax_j(pe_i . pe_j / sqrt(d)) h_j over the visible patches j (CLS left out).
+    sum_j softmax_j(pe_i . pe_j / sqrt(d)) h_j over the visible patches j, without CLS.
 
     Args:
-      visible: [B, V, d] embedded visible tokens; visible_positions: [B, V, d]; masked_positions: [B, M, d].
+      visible: embedded visible tokens h.
+      visible_positions: position embeddings of the visible patches.
+      masked_positions: position embeddings of the masked patches.
 
     Source: Latent MIM section 3.4; official `avg_vis_mask_token`.
     """
-    # Scores in float32: they come from constants, and decide the weights of all that follows.
-    scores = (
-        jnp.einsum("bmd,bvd->bmv", masked_positions, visible_positions) * visible.shape[-1] ** -0.5
-    )
+    # Scores in float32: they depend on constants only, and are the weights of all that follows.
+    scores = jnp.einsum("bmd,bvd->bmv", masked_positions, visible_positions)
+    scores = scores * visible.shape[-1] ** -0.5
     return nn.softmax(scores).astype(visible.dtype) @ visible
 
 
-class LatentDecoder(nn.Module):
+class LatentDecoder(nn.Module, kw_only=True):
     """Predicts the latent of every masked patch from the visible tokens.
 
-    One token per masked patch: mask token + visual cue + position.
-    kind "cross": [a CLS of its own, masked] through blocks of self-attention, cross-attention to the encoder's
-    CLS and visible tokens, MLP (the paper's decoder).
-    kind "self": [encoder's CLS, visible, masked] through plain blocks of the same depth and width.
+    There is one token per masked patch: mask token + visual cue + position.
+
+    Attributes:
+      kind: "cross" (the paper's decoder) runs [own CLS, masked] through blocks of self-attention,
+        cross-attention to the encoder's CLS and visible tokens, and MLP; "self" runs [encoder's
+        CLS, visible, masked] through plain blocks of the same depth and width.
+      width: d.
+      depth: number of blocks.
+      heads: attention heads of a block.
+      out_width: O.
+      visual_cues: whether mask tokens include the visual cue.
+      mlp_ratio: hidden width of an MLP / d.
+      norm_eps: epsilon of the LayerNorms.
+      dtype: of the computation.
+      attention: implementation of attention, see `attention.attend`.
     """
 
     kind: str
@@ -51,43 +70,75 @@ class LatentDecoder(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, tokens, visible_positions, masked_positions):
-        """Projected tokens [B, 1 + V, D], positions [B, V, d] and [B, M, d] -> CLS and predictions [B, 1 + M, D]."""
-        masked = masked_positions.shape[1]
-        mask = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width)).astype(
-            self.dtype
-        )
+    def __call__(
+        self,
+        tokens: Float[Array, "B T D"],
+        visible_positions: Float[Array, "B V d"],
+        masked_positions: Float[Array, "B M d"],
+    ) -> Float[Array, "B 1+M O"]:
+        """Predict the latents of CLS and of the masked patches.
+
+        Args:
+          tokens: projected tokens of CLS and the visible patches, T = 1 + V.
+          visible_positions: position embeddings of the visible patches.
+          masked_positions: position embeddings of the masked patches.
+
+        Raises:
+          ValueError: unknown `kind`.
+        """
+        mask_token = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width))
+        mask_token = mask_token.astype(self.dtype)
         h = Dense(self.width, self.dtype, name="embed")(tokens)
-        context = h + jnp.pad(visible_positions, ((0, 0), (1, 0), (0, 0))).astype(
-            self.dtype
-        )  # CLS: position zero
-        queries = mask + masked_positions.astype(self.dtype)
+        positions = jnp.pad(visible_positions, ((0, 0), (1, 0), (0, 0)))  # CLS: position zero
+        context = h + positions.astype(self.dtype)
+        queries = mask_token + masked_positions.astype(self.dtype)
         if self.visual_cues:
             queries = queries + visual_cues(h[:, 1:], visible_positions, masked_positions)
-        block = (self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention)
+
         if self.kind == "cross":
-            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(
-                self.dtype
-            )
-            x = jnp.concatenate(
-                [jnp.broadcast_to(cls, (len(queries), 1, self.width)), queries], axis=1
-            )
-            x = run_blocks(self, functools.partial(CrossBlock, *block), self.depth, x, context)
+            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
+            cls = cls.astype(self.dtype)
+            cls = jnp.broadcast_to(cls, (len(queries), 1, self.width))
+            x = jnp.concatenate([cls, queries], axis=1)
+            x = run_blocks(self, self._make(CrossBlock), self.depth, x, context=context)
         elif self.kind == "self":
             x = jnp.concatenate([context, queries], axis=1)
-            x = run_blocks(self, functools.partial(Block, *block), self.depth, x)
-            x = jnp.concatenate([x[:, :1], x[:, -masked:]], axis=1)
+            x = run_blocks(self, self._make(Block), self.depth, x)
+            cls = x[:, :1]
+            masked = x[:, -masked_positions.shape[1] :]
+            x = jnp.concatenate([cls, masked], axis=1)
         else:
-            raise ValueError(f"unknown decoder {self.kind!r}: cross | self")
-        return Dense(self.out_width, self.dtype, name="head")(
-            layer_norm(self.norm_eps, self.dtype, "norm")(x)
+            raise ValueError(f"decoder {self.kind!r} must be one of: cross, self")
+        x = layer_norm(self.norm_eps, self.dtype, "norm")(x)
+        return Dense(self.out_width, self.dtype, name="head")(x)
+
+    def _make(self, block: type[nn.Module]) -> Callable[..., nn.Module]:
+        return functools.partial(
+            block,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+            attention=self.attention,
         )
 
 
-class TokenDecoder(nn.Module):
-    """Plain blocks over the encoder's tokens and one mask token per patch to be predicted.
+class TokenDecoder(nn.Module, kw_only=True):
+    """Plain blocks over the encoder's tokens and one mask token per patch to predict.
 
-    MAE's decoder, both of PiLaMIM's, and I-JEPA's predictor.
+    MAE's decoder, both decoders of PiLaMIM, and I-JEPA's predictor.
+
+    Attributes:
+      width: d.
+      depth: number of blocks.
+      heads: attention heads of a block.
+      out_width: O.
+      mlp_ratio: hidden width of an MLP / d.
+      norm_eps: epsilon of the LayerNorms.
+      dtype: of the computation.
+      attention: implementation of attention, see `attention.attend`.
+      qkv_bias: whether queries, keys and values have a bias.
+      final_norm: whether a LayerNorm precedes the last linear layer.
     """
 
     width: int
@@ -102,37 +153,60 @@ class TokenDecoder(nn.Module):
     final_norm: bool = True
 
     @nn.compact
-    def __call__(self, tokens, positions, masked_positions, mask=None):
-        """Encoder tokens to predictions of all of them and of the masked patches, the latter last: [B, T + M, out].
+    def __call__(
+        self,
+        tokens: Float[Array, "B T D"],
+        positions: Float[Array, "#B T d"],
+        masked_positions: Float[Array, "B M d"],
+        mask: Bool[Array, "B T+M"] | None = None,
+    ) -> Float[Array, "B T+M O"]:
+        """Predict something of every token and every masked patch, the latter last.
 
         Args:
-          tokens: [B, T, D]. positions: [B or 1, T, d], of CLS too where there is one. masked_positions: [B, M, d].
-          mask: bool [B, T + M], True = this token may be looked at; None: all.
+          tokens: the encoder's tokens.
+          positions: their position embeddings, that of CLS included where there is one.
+          masked_positions: position embeddings of the patches to predict.
+          mask: True where a token may be attended to; None: all may.
         """
-        token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(
-            self.dtype
+        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        mask_token = mask_token.astype(self.dtype)
+        embedded = Dense(self.width, self.dtype, name="embed")(tokens)
+        embedded = embedded + positions.astype(self.dtype)
+        queries = mask_token + masked_positions.astype(self.dtype)
+        x = jnp.concatenate([embedded, queries], axis=1)
+        make_block = functools.partial(
+            Block,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+            attention=self.attention,
+            qkv_bias=self.qkv_bias,
         )
-        known = Dense(self.width, self.dtype, name="embed")(tokens) + positions.astype(self.dtype)
-        x = jnp.concatenate([known, token + masked_positions.astype(self.dtype)], axis=1)
-        block = (
-            self.heads,
-            self.mlp_ratio,
-            self.norm_eps,
-            self.dtype,
-            self.attention,
-            self.qkv_bias,
-        )
-        x = run_blocks(self, functools.partial(Block, *block), self.depth, x, mask)
-        x = layer_norm(self.norm_eps, self.dtype, "norm")(x) if self.final_norm else x
+        x = run_blocks(self, make_block, self.depth, x, mask=mask)
+        if self.final_norm:
+            x = layer_norm(self.norm_eps, self.dtype, "norm")(x)
         return Dense(self.out_width, self.dtype, name="head")(x)
 
 
-class TargetAwareDecoder(nn.Module):
-    """Predicts something of every masked patch from the encoder's last tokens and the features of one of its layers.
+class TargetAwareDecoder(nn.Module, kw_only=True):
+    """Predicts every masked patch from the encoder's last tokens and the features of one layer.
 
-    [CLS, visible, mask token + position] through blocks of self-attention, cross-attention to those features, MLP.
-    So what a target needs of the visible patches (such as their pixels) can bypass the encoder's last layers.
-    Only masked patches have a position here. head: the module behind the final norm.
+    [CLS, visible, mask token + position] pass through blocks of self-attention, cross-attention to
+    those features, and MLP. So what a target needs of the visible patches (such as their pixels)
+    can bypass the encoder's last layers. Only masked patches have a position here.
+
+    Attributes:
+      width: d.
+      depth: number of blocks.
+      heads: attention heads of a block.
+      head: the module after the final norm, d -> O.
+      mlp_ratio: hidden width of an MLP / d.
+      norm_eps: epsilon of the LayerNorms.
+      dtype: of the computation.
+      attention: implementation of attention, see `attention.attend`.
+      qkv_bias: whether queries, keys and values have a bias.
+
     Source: BootMAE, section 3.
     """
 
@@ -144,40 +218,65 @@ class TargetAwareDecoder(nn.Module):
     norm_eps: float
     dtype: Dtype
     attention: str
-    qkv_bias: bool | tuple[bool, bool, bool]
+    qkv_bias: QkvBias
 
     @nn.compact
-    def __call__(self, tokens, context, positions):
-        """Tokens [B, 1 + V, D], context [B, 1 + V, D], positions [B, M, d] of the masked -> [B, M, out]."""
+    def __call__(
+        self,
+        tokens: Float[Array, "B T D"],
+        context: Float[Array, "B T D"],
+        positions: Float[Array, "B M d"],
+    ) -> Float[Array, "B M O"]:
+        """Predict the masked patches.
+
+        Args:
+          tokens: the encoder's tokens of CLS and the visible patches, T = 1 + V.
+          context: features of the same tokens at another layer.
+          positions: position embeddings of the masked patches.
+        """
         init = nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0)
-        mask = self.param("mask_token", init, (1, 1, self.width)).astype(self.dtype)
-        x = Dense(self.width, self.dtype, name="embed")(tokens)
-        x = jnp.concatenate([x, mask + positions.astype(self.dtype)], axis=1)
-        block = self.heads, self.mlp_ratio, self.norm_eps, self.dtype, self.attention, self.qkv_bias
-        x = run_blocks(self, functools.partial(CrossBlock, *block), self.depth, x, context)
-        return self.head(layer_norm(self.norm_eps, self.dtype, "norm")(x[:, -positions.shape[1] :]))
+        mask_token = self.param("mask_token", init, (1, 1, self.width)).astype(self.dtype)
+        embedded = Dense(self.width, self.dtype, name="embed")(tokens)
+        queries = mask_token + positions.astype(self.dtype)
+        x = jnp.concatenate([embedded, queries], axis=1)
+        make_block = functools.partial(
+            CrossBlock,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+            attention=self.attention,
+            qkv_bias=self.qkv_bias,
+        )
+        x = run_blocks(self, make_block, self.depth, x, context=context)
+        masked = x[:, -positions.shape[1] :]
+        return self.head(layer_norm(self.norm_eps, self.dtype, "norm")(masked))
 
 
-class PixelHead(nn.Module):
-    """A transposed convolution as wide as its stride: a linear layer to the pixels of a patch, one bias per channel."""
+class PixelHead(nn.Module, kw_only=True):
+    """Linear layer to the pixels of a patch, with one bias per channel.
+
+    This is a transposed convolution as wide as its stride.
+
+    Attributes:
+      patch_size: p.
+      channels: C.
+      dtype: of the computation.
+    """
 
     patch_size: int
     channels: int
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x):
-        """[B, M, d] -> [B, M, P], ordered (row, column, channel)."""
+    def __call__(self, x: Float[Array, "B M d"]) -> Float[Array, "B M P"]:
+        """Predict the pixels of every patch, ordered (row, column, channel)."""
         pixels = self.patch_size**2
-        init = nn.initializers.variance_scaling(
-            1 / 3, "fan_out", "uniform"
-        )  # torch's: within 1 / sqrt(P)
-        kernel = self.param("kernel", init, (x.shape[-1], pixels * self.channels)).astype(
-            self.dtype
-        )
+        # Torch's initializer of transposed convolutions: uniform within 1 / sqrt(P)
+        init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
+        kernel = self.param("kernel", init, (x.shape[-1], pixels * self.channels))
+        kernel = kernel.astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,)).astype(self.dtype)
-        y = (
-            matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
-            + jnp.tile(bias, pixels)[None]
-        )
+        y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
+        y = y + jnp.tile(bias, pixels)[None]
         return y.reshape(*x.shape[:-1], -1)

@@ -1,32 +1,73 @@
-"""Other beginnings than the xavier-uniform one of `layers.Dense`: linear layers of a whole tree drawn anew."""
+"""PyTorch-compatible initializers: redraw the linear layers of a parameter tree.
+
+`layers.Dense` itself starts from xavier-uniform kernels and zero biases.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
+
+Shape = tuple[int, ...]
 
 
-def _redraw(rng, params, kernel, bias):
-    """Replace every kernel [in, out] by kernel(key, shape), and its bias by bias(key, shape, in)."""
+def torch_default(rng: Array, params: dict[str, Any]) -> dict[str, Any]:
+    """Redraw kernels and biases as torch's nn.Linear does: uniform within +-1 / sqrt(in).
+
+    Args:
+      rng: random key.
+      params: nested dict of parameters; only linear layers are changed.
+    """
+    return _redraw(rng, params, _torch_kernel, _torch_uniform)
+
+
+def normal(rng: Array, params: dict[str, Any], stddev: float = 0.02) -> dict[str, Any]:
+    """Redraw kernels from a normal distribution with mean 0, and set biases to 0.
+
+    Torch's `trunc_normal_` truncates at +-2, a hundred standard deviations away.
+
+    Args:
+      rng: random key.
+      params: nested dict of parameters; only linear layers are changed.
+      stddev: standard deviation of kernels.
+    """
+    return _redraw(rng, params, nn.initializers.normal(stddev), _zeros)
+
+
+def _redraw(
+    rng: Array,
+    params: dict[str, Any],
+    init_kernel: Callable[[Array, Shape], Array],
+    init_bias: Callable[[Array, Shape, int], Array],
+) -> dict[str, Any]:
+    """Redraw every kernel [in, out] as init_kernel(key, shape).
+
+    The bias beside it is redrawn as init_bias(key, shape, in).
+    """
     flat = flatten_dict(params, keep_empty_nodes=True)
     for i, path in enumerate(sorted(flat)):
-        key, beside = jax.random.fold_in(rng, i), (*path[:-1], "kernel")
+        key = jax.random.fold_in(rng, i)
+        kernel_path = (*path[:-1], "kernel")
         if path[-1] == "kernel":
-            flat[path] = kernel(key, flat[path].shape)
-        elif path[-1] == "bias" and beside in flat:
-            flat[path] = bias(key, flat[path].shape, flat[beside].shape[0])
+            flat[path] = init_kernel(key, flat[path].shape)
+        elif path[-1] == "bias" and kernel_path in flat:
+            flat[path] = init_bias(key, flat[path].shape, flat[kernel_path].shape[0])
     return unflatten_dict(flat)
 
 
-def torch_default(rng, params):
-    """As torch's nn.Linear: kernels and biases uniform on +-1 / sqrt(in)."""
-    uniform = lambda key, shape, size: jax.random.uniform(
-        key, shape, minval=-(size**-0.5), maxval=size**-0.5
-    )
-    return _redraw(rng, params, lambda key, shape: uniform(key, shape, shape[0]), uniform)
+def _torch_uniform(key: Array, shape: Shape, fan_in: int) -> Array:
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def normal(rng, params, deviation=0.02):
-    """Kernels normal with mean 0, biases 0 (torch's `trunc_normal_` cuts at +-2, a hundred deviations away)."""
-    zeros = lambda key, shape, size: jnp.zeros(shape)
-    return _redraw(rng, params, nn.initializers.normal(deviation), zeros)
+def _torch_kernel(key: Array, shape: Shape) -> Array:
+    return _torch_uniform(key, shape, shape[0])
+
+
+def _zeros(key: Array, shape: Shape, fan_in: int) -> Array:
+    del key, fan_in
+    return jnp.zeros(shape)

@@ -1,93 +1,174 @@
-"""How the blocks of a network are run: what is kept for the backward pass, and whether they are a loop.
+"""Running the blocks of a network: rematerialization, loops over layers, stochastic depth.
 
-A choice of the run and not of the model: it changes neither numbers nor names of parameters. So it is no argument of
-modules and methods, but holds for what is traced in its scope, like `jax.default_matmul_precision`.
+These are choices of a run and not of a model: they change neither results nor names of parameters.
+So they are not arguments of modules and methods, but hold for everything that is traced in their
+scope, like `jax.default_matmul_precision`.
 """
 
 import contextlib
 import contextvars
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lmim_jax.utils.errors import UserError
 
-# What is kept for the backward pass; the rest is computed again. None: all that it needs.
+# What is saved for the backward pass; the rest is recomputed. None: all that it needs is saved.
 POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of linear layers
-    "full": jax.checkpoint_policies.nothing_saveable,  # the input of each block
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of linear layers
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the input of each block
 }
-_execution = contextvars.ContextVar("execution", default=("none", False))
-_dropping = contextvars.ContextVar("dropping", default=None)
 
 
-def with_remat_and_scan(function, remat, scan_layers):
-    """`function`, with the blocks of all networks in it run so; to be traced (jitted) as a whole.
+class _Execution(NamedTuple):
+    """The arguments of `with_remat_and_scan`."""
+
+    remat: str
+    scan_layers: bool
+
+
+class _StochasticDepth(NamedTuple):
+    """The arguments of `stochastic_depth`."""
+
+    key: Array
+    rate: float
+
+
+_DEFAULT_EXECUTION = _Execution(remat="none", scan_layers=False)
+_execution = contextvars.ContextVar("execution", default=_DEFAULT_EXECUTION)
+_stochastic_depth: contextvars.ContextVar[_StochasticDepth | None] = contextvars.ContextVar(
+    "stochastic_depth", default=None
+)
+
+
+def with_remat_and_scan(
+    function: Callable[..., Any], remat: str, scan_layers: bool
+) -> Callable[..., Any]:
+    """Wrap a function so that the blocks of all networks in it run as given.
 
     Args:
-      remat: of POLICIES. scan_layers: equal blocks as one loop, which is compiled once. Their parameters are stacked in
-        every step, so it costs a copy of them.
+      function: to be traced (jitted) as a whole.
+      remat: what is saved for the backward pass, a key of POLICIES.
+      scan_layers: run equal blocks as one loop, which is compiled once. It stacks their parameters
+        in every step, so it costs a copy of them.
+
+    Raises:
+      UserError: `remat` is not a key of POLICIES.
     """
     if remat not in POLICIES:
-        raise UserError(f"config.remat={remat!r} is none of: {' | '.join(POLICIES)}")
+        raise UserError(f"config.remat={remat!r} must be one of: {', '.join(POLICIES)}")
 
     @functools.wraps(function)
-    def traced(*args):
-        token = _execution.set((remat, scan_layers))
+    def wrapped(*args: Any) -> Any:
+        token = _execution.set(_Execution(remat, scan_layers))
         try:
             return function(*args)
         finally:
             _execution.reset(token)
 
-    return traced
+    return wrapped
 
 
 @contextlib.contextmanager
-def stochastic_depth(key, rate):
-    """While a network is traced in this scope, leave branches of its blocks out at random, for each image by itself.
+def stochastic_depth(key: Array, rate: float) -> Iterator[None]:
+    """Drop branches of blocks of networks traced in this scope, at random for each image.
 
-    Attention and MLP of block i of L are left out with probability rate * i / (L - 1) each; what is kept is divided by
-    the probability of that. For `blocks.Block` only, which is run one by one then, as for `remat="none"`.
-    Rate 0: nothing changes. Source: Huang et al. (ECCV 2016), as in DeiT and MAE.
+    Attention and MLP of block i of L are dropped with probability rate * i / (L - 1) each; what is
+    kept is divided by the probability of keeping it. For `blocks.Block` only; the blocks run one by
+    one, whatever `with_remat_and_scan` says.
+
+    Args:
+      key: random key of the step.
+      rate: probability for the last block; 0 changes nothing.
+
+    Source: Huang et al. (ECCV 2016), as in DeiT and MAE.
     """
-    token = _dropping.set((key, rate) if rate else None)
+    token = _stochastic_depth.set(_StochasticDepth(key, rate) if rate else None)
     try:
         yield
     finally:
-        _dropping.reset(token)
+        _stochastic_depth.reset(token)
 
 
-def _kept(depth, batch):
-    """For each block, what its two branches are multiplied by: [depth, B, 2] float32."""
-    key, rate = _dropping.get()
-    share = 1 - jnp.linspace(0, rate, depth)[:, None, None]
-    return jax.random.bernoulli(key, share, (depth, batch, 2)) / share
+def _branch_scales(drop: _StochasticDepth, depth: int, batch: int) -> Float[Array, "depth B 2"]:
+    """Draw what the two branches of every block are multiplied by: 0 or 1 / (keep probability)."""
+    keep_probability = 1 - jnp.linspace(0, drop.rate, depth)[:, None, None]
+    kept = jax.random.bernoulli(drop.key, keep_probability, (depth, batch, 2))
+    return kept / keep_probability
 
 
-def run_blocks(module, make, depth, x, *context):
-    """x [B, T, D] through `depth` blocks, children of a Linen module by the names block00, block01, ...
+def run_blocks(
+    parent: nn.Module,
+    make_block: Callable[..., nn.Module],
+    depth: int,
+    x: Float[Array, "B T D"],
+    **inputs: Any,
+) -> Float[Array, "B T D"]:
+    """Pass x through `depth` blocks, children of `parent` with the names block00, block01, ...
 
     Args:
-      make: a block by Linen's arguments `name` and `parent`; called as block(x, *context).
+      parent: the module whose compact method calls this.
+      make_block: makes a block from Linen's arguments `name` and `parent`.
+      depth: number of blocks.
+      x: tokens.
+      **inputs: what every block takes beside x, by name.
     """
     remat, scan_layers = _execution.get()
+    drop = _stochastic_depth.get()
+    initializing = parent.is_initializing()
     names = [f"block{i:02d}" for i in range(depth)]
-    watched = module.is_initializing() or module.is_mutable_collection("intermediates")
-    if _dropping.get() and not module.is_initializing():
-        for name, keep in zip(names, _kept(depth, len(x)), strict=True):
-            x = make(name=name)(x, *context, keep=keep)
+    if drop and not initializing:
+        scales = _branch_scales(drop, depth, len(x))
+        for name, block_scales in zip(names, scales, strict=True):
+            x = make_block(name=name)(x, branch_scales=block_scales, **inputs)
         return x
-    if watched or (remat == "none" and not scan_layers) or not depth:
+
+    # Linen records parameters and intermediates only of blocks that it calls itself.
+    recording = initializing or parent.is_mutable_collection("intermediates")
+    plain = remat == "none" and not scan_layers
+    if recording or plain or depth == 0:
         for name in names:
-            x = make(name=name)(x, *context)
+            x = make_block(name=name)(x, **inputs)
         return x
-    block, params = make(parent=None), [module.variables["params"][name] for name in names]
-    run = lambda x, params: block.apply({"params": params}, x, *context)
+
+    params = [parent.variables["params"][name] for name in names]
+    return _run_functional(make_block(parent=None), params, x, inputs, remat, scan_layers)
+
+
+def _run_functional(
+    block: nn.Module,
+    params: list[dict[str, Any]],
+    x: Array,
+    inputs: dict[str, Any],
+    remat: str,
+    scan_layers: bool,
+) -> Array:
+    """Pass x through one block with each of `params` in turn, recomputed or in a loop."""
+
+    def apply_block(x: Array, block_params: dict[str, Any]) -> Array:
+        return block.apply({"params": block_params}, x, **inputs)
+
+    run = apply_block
     if remat != "none":
-        run = jax.checkpoint(run, policy=POLICIES[remat], prevent_cse=not scan_layers)
+        run = jax.checkpoint(apply_block, policy=POLICIES[remat], prevent_cse=not scan_layers)
     if not scan_layers:
-        return functools.reduce(run, params, x)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-    return jax.lax.scan(lambda x, params: (run(x, params), None), x, stacked)[0]
+        for block_params in params:
+            x = run(x, block_params)
+        return x
+
+    def scan_step(x: Array, block_params: dict[str, Any]) -> tuple[Array, None]:
+        return run(x, block_params), None
+
+    stacked = jax.tree.map(_stack, *params)
+    x, _ = jax.lax.scan(scan_step, x, stacked)
+    return x
+
+
+def _stack(*leaves: Array) -> Array:
+    return jnp.stack(leaves)

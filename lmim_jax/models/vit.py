@@ -1,18 +1,20 @@
 """The Vision Transformer encoder and the projector behind it.
 
-Letters: B batch, T tokens, P pixels of a patch, D width.
+Letters: B batch, T tokens, N patches, P pixel values of a patch, D width.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
-from lmim_jax.models.blocks import Block
+from lmim_jax.models.blocks import Block, QkvBias
 from lmim_jax.models.layer_stack import run_blocks
 from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm
 
-# Sizes by their usual names (An Image is Worth 16x16 Words, table 1; DeiT for Ti and S).
+# Sizes by their usual names ("An Image is Worth 16x16 Words", table 1; DeiT for Ti and S).
 VARIANTS = {
     "Ti/16": dict(width=192, depth=12, heads=3, patch_size=16),
     "S/16": dict(width=384, depth=12, heads=6, patch_size=16),
@@ -22,11 +24,23 @@ VARIANTS = {
 }
 
 
-class ViT(nn.Module):
-    """Linear patch embedding + positions, CLS in front (without position), pre-LN blocks, final LayerNorm.
+class ViT(nn.Module, kw_only=True):
+    """Vision Transformer: patch embedding + positions, CLS token, pre-norm blocks, final LayerNorm.
 
-    It sees just the patches it is given: masking is leaving patches out.
-    Parameters: patch_embed, cls_token [1, 1, D], block00 .. , norm.
+    It sees only the patches that it is given: masking means leaving patches out. The CLS token has
+    no position. Parameters: patch_embed, cls_token [1, 1, D], block00 .. , norm.
+
+    Attributes:
+      width: D.
+      depth: number of blocks.
+      heads: attention heads of a block.
+      mlp_ratio: hidden width of an MLP / D.
+      norm_eps: epsilon of the LayerNorms of the blocks.
+      dtype: of the computation; parameters are float32.
+      attention: implementation of attention, see `attention.attend`.
+      qkv_bias: whether queries, keys and values have a bias.
+      cls: whether there is a CLS token, in front of the patches.
+      final_norm_eps: epsilon of the last LayerNorm; None: norm_eps.
     """
 
     width: int
@@ -36,65 +50,90 @@ class ViT(nn.Module):
     norm_eps: float
     dtype: Dtype
     attention: str
-    qkv_bias: bool | tuple[bool, bool, bool] = True
+    qkv_bias: QkvBias = True
     cls: bool = True
-    final_norm_eps: float | None = None  # None: norm_eps
+    final_norm_eps: float | None = None
 
     @nn.compact
-    def __call__(self, patches, positions, mask=None):
-        """Patches [B, T, P], positions [B or 1, T, D] -> tokens after and before the final norm, [B, 1 + T, D] each.
+    def __call__(
+        self,
+        patches: Float[Array, "B N P"],
+        positions: Float[Array, "#B N D"],
+        mask: Bool[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """Encode patches.
 
-        Row 0 is CLS; without one, [B, T, D]. mask: bool [B, T], True = this token may be looked at (only without CLS).
+        Args:
+          patches: pixel values of the visible patches.
+          positions: their position embeddings, for every image or for all alike.
+          mask: True where a patch may be attended to; None: all may. Only without a CLS token.
+
+        Returns:
+          Tokens after and before the final norm, T = 1 + N with CLS in row 0, or T = N without one.
         """
-        x = Dense(self.width, self.dtype, name="patch_embed")(patches) + positions.astype(
-            self.dtype
-        )
+        embedded = Dense(self.width, self.dtype, name="patch_embed")(patches)
+        x = embedded + positions.astype(self.dtype)
         if self.cls:
-            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(
-                self.dtype
-            )
-            x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)), x], axis=1)
-        block = (
-            self.heads,
-            self.mlp_ratio,
-            self.norm_eps,
-            self.dtype,
-            self.attention,
-            self.qkv_bias,
+            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
+            cls = cls.astype(self.dtype)
+            cls = jnp.broadcast_to(cls, (len(x), 1, self.width))
+            x = jnp.concatenate([cls, x], axis=1)
+        make_block = functools.partial(
+            Block,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+            attention=self.attention,
+            qkv_bias=self.qkv_bias,
         )
-        x = run_blocks(self, functools.partial(Block, *block), self.depth, x, mask)
-        return layer_norm(self.final_norm_eps or self.norm_eps, self.dtype, "norm")(x), x
+        x = run_blocks(self, make_block, self.depth, x, mask=mask)
+        final_norm = layer_norm(self.final_norm_eps or self.norm_eps, self.dtype, "norm")
+        return final_norm(x), x
 
 
-def features(encoder, params, patches, positions):
-    """All that a frozen encoder knows of full images, by name.
+def features(
+    encoder: ViT,
+    params: dict[str, Any],
+    patches: Float[Array, "B N P"],
+    positions: Float[Array, "#B N D"],
+) -> dict[str, Array]:
+    """Compute the features of full images by name. Under `jit`, unused ones are not computed.
 
     Args:
-      encoder: a ViT. params: its parameters. patches: [B, N, P]. positions: [B or 1, N, D].
+      encoder: the network.
+      params: its parameters.
+      patches: all patches of the images.
+      positions: their position embeddings.
 
     Returns:
-      cls [B, D], patches [B, N, D] after the final norm; cls_prenorm and patches_prenorm before it;
-      block00/tokens [B, 1 + N, D] and block00/attention [B, A, 1 + N, 1 + N] (A heads) of every block.
-      An encoder without CLS has no cls, and one row less. Under `jit`, what is not used is not computed.
+      cls [B, D] and patches [B, N, D] after the final norm; cls_prenorm and patches_prenorm before
+      it; block00/tokens [B, 1 + N, D] and block00/attention [B, A, 1 + N, 1 + N] (A heads) of every
+      block. An encoder without CLS token gives no cls, and one row less.
     """
     (tokens, prenorm), state = encoder.apply(
         {"params": params}, patches, positions, mutable=["intermediates"]
     )
-    first = int(encoder.cls)
-    out = {"patches": tokens[:, first:], "patches_prenorm": prenorm[:, first:]}
-    out |= {"cls": tokens[:, 0], "cls_prenorm": prenorm[:, 0]} if encoder.cls else {}
+    first_patch = int(encoder.cls)
+    named = {"patches": tokens[:, first_patch:], "patches_prenorm": prenorm[:, first_patch:]}
+    if encoder.cls:
+        named["cls"] = tokens[:, 0]
+        named["cls_prenorm"] = prenorm[:, 0]
     for name, block in state["intermediates"].items():
-        out[f"{name}/tokens"], out[f"{name}/attention"] = (
-            block["tokens"][0],
-            block["attn"]["attention"][0],
-        )
-    return out
+        named[f"{name}/tokens"] = block["tokens"][0]
+        named[f"{name}/attention"] = block["attn"]["attention"][0]
+    return named
 
 
-class Projector(nn.Module):
-    """`depth` bias-free linear layers with LayerNorm after each and GELU between: D -> hidden -> ... -> D.
+class Projector(nn.Module, kw_only=True):
+    """Bias-free linear layers with LayerNorm after each and GELU between: D -> hidden -> ... -> D.
 
-    Norm eps is 1e-5 as in the official `encoder.head` (the blocks use 1e-6). Depth 0 is the identity.
+    The norms' epsilon is 1e-5, as in the official `encoder.head` (the blocks use 1e-6).
+
+    Attributes:
+      depth: number of linear layers; 0 is the identity.
+      hidden: width between them.
+      dtype: of the computation.
     """
 
     depth: int
@@ -102,14 +141,14 @@ class Projector(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x):
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Project every token."""
         width = x.shape[-1]
+        last = self.depth - 1
         for i in range(self.depth):
-            last = i == self.depth - 1
-            x = Dense(
-                width if last else self.hidden, self.dtype, name=f"linear{i}", use_bias=False
-            )(x)
+            features = width if i == last else self.hidden
+            x = Dense(features, self.dtype, name=f"linear{i}", use_bias=False)(x)
             x = layer_norm(1e-5, self.dtype, f"norm{i}")(x)
-            x = x if last else gelu(x)
+            if i != last:
+                x = gelu(x)
         return x
