@@ -1,4 +1,4 @@
-"""Train: python main.py --config=vit_b --workdir=DIR [--config.KEY=VALUE ...]; the same as `lmim train`."""
+"""Train: python main.py --config=vit_b --workdir=DIR, the same as `lmim train`."""
 
 import sys
 

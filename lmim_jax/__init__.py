@@ -8,7 +8,7 @@ __version__ = "0.2.0"
 
 
 def _find_recipes_of_checkout() -> None:
-    """Make `lmim_jax.configs` the folder configs/ beside this package, unless the recipes are inside it (installed)."""
+    """Import configs/ beside this package as `lmim_jax.configs`, its name when it is installed."""
     package = pathlib.Path(__file__).parent
     recipes = package.parent / "configs"
     if (package / "configs").is_dir() or not (recipes / "vit_b.py").is_file():

@@ -1,4 +1,4 @@
-"""The command `lmim`: lmim COMMAND [flags]. Imports the module of the chosen command and nothing else."""
+"""The command `lmim COMMAND [flags]`, which imports only the module of the chosen command."""
 
 import importlib
 import sys

@@ -1,6 +1,7 @@
-"""Runs one command: its flags, its help, and mistakes as one line and an exit code instead of a traceback.
+"""Runs one command: its flags, its help, and mistakes in one line instead of a traceback.
 
-Every command is a module of this package with `RECIPES`, `define_flags()` and `main(arguments)`; see `Command`.
+Every command is a module of this package with `RECIPES`, `define_flags()` and `main(arguments)`;
+see `Command`.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 import absl.app
 from absl import flags
+from ml_collections import config_flags
 
 from lmim_jax.utils import recipes
 from lmim_jax.utils.errors import DataLoaderTimeout, UserError, fail
@@ -20,17 +22,17 @@ WIDTH = 100  # columns of the help
 
 
 class Command(Protocol):
-    """What the module of a command has.
+    """The interface of a command's module.
 
     Its docstring is the first part of its help: one line, then examples.
     """
 
     __doc__: str | None
-    # Flags that hold a config -> the recipe that is read without the flag; None: no recipe
+    # Flags that hold a config -> the default recipe; None: no default
     RECIPES: Mapping[str, str | None]
 
     def define_flags(self) -> None:
-        """Define the flags of the command; the help text of each has one sentence and an example."""
+        """Define the flags of the command; each help text has one sentence and an example."""
 
     def main(self, arguments: list[str]) -> None:
         """Run the command with the values of its flags.
@@ -43,7 +45,8 @@ class Command(Protocol):
 def run(command: Command, argv: Sequence[str]) -> None:
     """Parse the flags of a command and call its `main`.
 
-    Exits with one line on stderr: 2 for a mistake in the flags or a UserError, 1 where the data loader is stuck.
+    Exits with one line on stderr: with code 2 for a mistake in the flags or a UserError, with
+    code 1 if the data loader has stopped.
 
     Args:
       command: the module.
@@ -88,13 +91,13 @@ def parse_flags(default_recipes: Mapping[str, str | None], argv: Sequence[str]) 
     try:
         return flags.FLAGS(_with_recipe_files(default_recipes, argv))
     except (flags.Error, UserError) as error:
-        fail(error)
+        fail(_user_error(error))
     except (AttributeError, KeyError) as error:
         fail(_unknown_key(error, argv))
 
 
 def _with_recipe_files(default_recipes: Mapping[str, str | None], argv: Sequence[str]) -> list[str]:
-    """`argv` with the files of recipes instead of their names, and with the recipes that are not given.
+    """`argv` with the files of recipes instead of their names, and with the default recipes.
 
     Raises:
       UserError: no such recipe.
@@ -128,6 +131,17 @@ def _locate(flag: str, recipe: str) -> str:
         return recipes.locate(recipe)
     except UserError as error:
         raise UserError(f"--{flag}={error}") from error
+
+
+def _user_error(error: BaseException) -> BaseException:
+    """The UserError of a recipe's `get_config`, which other libraries wrap; else `error`."""
+    cause: BaseException | None = error
+    found = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            found = cause
+        cause = cause.__cause__ or cause.__context__
+    return found
 
 
 def _unknown_key(error: Exception, argv: Sequence[str]) -> str:
@@ -170,8 +184,45 @@ def help_text(command: Command, own: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def workdir_and(arguments: Sequence[str], *names: str) -> tuple[str, list[str]]:
-    """The run of `--workdir`, or of the first positional argument, and the other positional arguments.
+def define_recipe(name: str, text: str) -> None:
+    """Define a flag that holds a config, and with it --NAME.KEY=VALUE for its keys.
+
+    Args:
+      name: of the flag, one of `RECIPES` of the command.
+      text: its help, with an example.
+    """
+    config_flags.DEFINE_config_file(name, None, text, lock_config=True)
+
+
+def define_workdir(text: str = "The folder of the run.") -> None:
+    """Define --workdir, the flag that names a run in every command.
+
+    Args:
+      text: one sentence of help.
+    """
+    flags.DEFINE_string("workdir", None, f"{text} Example: --workdir=runs/quickstart")
+
+
+def define_processes() -> None:
+    """Define the flags of a command that runs as several processes."""
+    flags.DEFINE_string(
+        "coordinator",
+        "",
+        "Several processes: host and port of the first one; found from the environment by default. "
+        "Example: --coordinator=10.0.0.2:8482",
+    )
+    flags.DEFINE_integer(
+        "num_processes", 0, "With --coordinator: how many processes. Example: --num_processes=4"
+    )
+    flags.DEFINE_integer(
+        "process_id",
+        -1,
+        "With --coordinator: which of them this is, counted from 0. Example: --process_id=0",
+    )
+
+
+def run_and_arguments(arguments: Sequence[str], *names: str) -> tuple[str, list[str]]:
+    """The run (of --workdir or the first positional argument) and the other positional arguments.
 
     Args:
       arguments: the positional arguments.
@@ -187,3 +238,14 @@ def workdir_and(arguments: Sequence[str], *names: str) -> tuple[str, list[str]]:
     if workdir is None or len(others) != len(names):
         raise UserError(f"give {' '.join(['--workdir=RUN', *names])}, and no other arguments")
     return workdir, others
+
+
+def no_arguments(arguments: Sequence[str], example: str) -> None:
+    """Raise a UserError for positional arguments where a command takes none.
+
+    Args:
+      arguments: the positional arguments.
+      example: a flag, for the message.
+    """
+    if arguments:
+        raise UserError(f"unknown argument {arguments[0]!r}; flags look like {example}")

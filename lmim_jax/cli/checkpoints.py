@@ -1,9 +1,9 @@
-"""The checkpoints of a run: which there are, how large, and whether they are good.
+"""Lists the checkpoints of a run with their sizes, and verifies them.
 
-    lmim checkpoints WORKDIR            by names and sizes of files
-    lmim checkpoints WORKDIR --verify   by their contents: every checksum
+    lmim checkpoints --workdir=RUN             compares names and sizes of files
+    lmim checkpoints --workdir=RUN --verify    reads the files and compares checksums
 
-Exit code 1 where a step is damaged or partial.
+Exit code 1 if a step is damaged or incomplete.
 """
 
 import datetime
@@ -12,47 +12,63 @@ import sys
 
 from absl import flags
 
+from lmim_jax.cli import app
 from lmim_jax.train import checkpoint_manifest
 from lmim_jax.utils.errors import UserError
 
 RECIPES: dict[str, str | None] = {}
+MAX_PROBLEMS = 5  # printed for each step
 
 
-def table(workdir, verify):
-    """Lines for people, and whether all steps are good.
+def table(workdir: str | pathlib.Path, verify: bool) -> tuple[list[str], bool]:
+    """The table of checkpoints.
+
+    Args:
+      workdir: the run.
+      verify: compare checksums, not only names and sizes of files.
+
+    Returns:
+      (lines, whether all steps are good).
 
     Raises:
-      UserError: there is nothing to list.
+      UserError: there are no checkpoints.
     """
-    root = pathlib.Path(workdir, checkpoint_manifest.FOLDER)
     steps = checkpoint_manifest.steps(workdir)
-    aside = sorted((root / checkpoint_manifest.QUARANTINE).glob("*")) if root.is_dir() else []
-    if not steps and not aside:
+    folder = pathlib.Path(workdir, checkpoint_manifest.FOLDER, checkpoint_manifest.QUARANTINE)
+    quarantined = sorted(folder.glob("*"))
+    if not steps and not quarantined:
         raise UserError(f"{workdir}: no checkpoints here; give the --workdir of a run")
-    lines, all_good = [f"{'step':>10}  {'state':<8}  {'size':>9}  saved"], True
+    lines = [f"{'step':>10}  {'state':<8}  {'size':>9}  saved"]
+    all_good = True
     for step, path in steps.items():
-        verdict = checkpoint_manifest.verify(path, contents=verify)
-        all_good &= verdict.state == "good"
-        when = "-"
-        if verdict.state == "good":
-            when = datetime.datetime.fromtimestamp(
-                checkpoint_manifest.read(path)["time"]
-            ).isoformat(" ", "minutes")
-        lines.append(f"{step:>10}  {verdict.state:<8}  {verdict.size / 1e6:>6.1f} MB  {when}")
-        lines += [f"{'':>12}{problem}" for problem in verdict.problems[:5]]
-    lines += [f"set aside: {path}" for path in aside]
+        status = checkpoint_manifest.verify(path, contents=verify)
+        saved = "-"
+        if status.state == "good":
+            saved = _format_time(checkpoint_manifest.read(path)["time"])
+        else:
+            all_good = False
+        lines.append(f"{step:>10}  {status.state:<8}  {status.size / 1e6:>6.1f} MB  {saved}")
+        for problem in status.problems[:MAX_PROBLEMS]:
+            lines.append(f"{'':>12}{problem}")
+    for path in quarantined:
+        lines.append(f"quarantined: {path}")
     return lines, all_good
 
 
-def main(arguments):
-    """Run the command."""
-    if len(arguments) != 1:
-        raise UserError("give one folder: lmim checkpoints WORKDIR [--verify]")
-    lines, all_good = table(arguments[0], flags.FLAGS.verify)
+def _format_time(seconds: float) -> str:
+    """A Unix time as "2025-01-31 12:00"."""
+    return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "minutes")
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table."""
+    workdir, _ = app.run_and_arguments(arguments)
+    lines, all_good = table(workdir, flags.FLAGS.verify)
     print("\n".join(lines))
     sys.exit(not all_good)
 
 
-def define_flags():
+def define_flags() -> None:
     """Define the flags of the command."""
-    flags.DEFINE_bool("verify", False, "Read every file and compare its checksum.")
+    app.define_workdir("The folder of the run; may be given without the name of the flag.")
+    flags.DEFINE_bool("verify", False, "Read every file and compare checksums. Example: --verify")

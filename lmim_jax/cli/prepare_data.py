@@ -1,119 +1,173 @@
-"""Turn images into datasets that `--config.data.source=tfds` reads at full speed; TensorFlow is not needed.
+"""Prepares datasets that `--config.data.source=tfds` reads at full speed, without TensorFlow.
 
     lmim prepare --folder=IMAGES --out=DIR --name=NAME [--shrink=512] [--processes=8]
     lmim prepare --tfrecord=DIR/NAME/VERSION [--processes=8]
     lmim prepare --verify=DIR/NAME/VERSION
 
-folder: a TFDS dataset of the files below IMAGES (as for `--config.data.path`), in the same order, as they are or with
-the short side shrunk. tfrecord: ArrayRecord files beside the TFRecord files of a prepared dataset. Both go on where
-they were when they are stopped, and make the same bytes as if they had not been. verify: counts, decodes a sample and
-compares checksums; exit code 1 where something is wrong.
+--folder: a TFDS dataset of the files below IMAGES (as for `--config.data.path`), in the same order,
+unchanged or with the short side shrunk. --tfrecord: ArrayRecord files beside the TFRecord files of
+a prepared dataset. An interrupted conversion is resumed by the same command and writes the same
+bytes. --verify: counts records, decodes a sample and compares checksums; exit code 1 if something
+is wrong.
 """
 
 import json
 import multiprocessing
 import pathlib
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from typing import Any
 
 import numpy as np
 import tqdm
 from absl import flags
 
+from lmim_jax.cli import app
 from lmim_jax.data import decode, sources, tfds_source
 from lmim_jax.data.prepare import tfds_writer, tfrecord
 from lmim_jax.utils import atomic_io, subprocess
 from lmim_jax.utils.errors import UserError
 
+RECIPES: dict[str, str | None] = {}
 VERSION = "1.0.0"
 SPLITS = ("train", "test", "val", "validation")
 
-RECIPES: dict[str, str | None] = {}
 
+def _run_in_parallel(
+    task: Callable[[Any], Any], items: Sequence[Any], sizes: Sequence[int], count: int, unit: str
+) -> Iterator[Any]:
+    """Yield results of task(item) in the order in which they are finished, with a progress bar.
 
-def _in_parallel(task, items, count, sizes, unit):
-    """Yield results of task(item) as they come, from `count` processes, with a progress bar in steps of `sizes`."""
+    Args:
+      task: a function that can be pickled.
+      items: its arguments.
+      sizes: how far the progress bar moves for each item.
+      count: of processes.
+      unit: of the sizes.
+    """
     context = multiprocessing.get_context("spawn")
-    with (
-        futures.ProcessPoolExecutor(
-            count, mp_context=context, initializer=subprocess.exit_with_parent
-        ) as pool,
-        tqdm.tqdm(total=sum(sizes), unit=unit, unit_scale=True, mininterval=1.0) as bar,
-    ):
-        waiting = {pool.submit(task, item): size for item, size in zip(items, sizes, strict=True)}
+    pool = futures.ProcessPoolExecutor(
+        count, mp_context=context, initializer=subprocess.exit_with_parent
+    )
+    bar = tqdm.tqdm(total=sum(sizes), unit=unit, unit_scale=True, mininterval=1.0)
+    with pool, bar:
+        size_of = {}
+        for item, size in zip(items, sizes, strict=True):
+            size_of[pool.submit(task, item)] = size
         try:
-            for done in futures.as_completed(waiting):
+            for done in futures.as_completed(size_of):
                 yield done.result()
-                bar.update(waiting[done])
+                bar.update(size_of[done])
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def convert_folder(folder, out, name, shrink, count):
-    """Make the dataset out/name/1.0.0 of an image folder; returns its path.
+def convert_folder(
+    folder: str | pathlib.Path, out: str | pathlib.Path, name: str, shrink: int, count: int
+) -> pathlib.Path:
+    """Make the dataset OUT/NAME/1.0.0 of a folder of images.
 
     Args:
-      shrink: short side, in pixels, above which images are shrunk to it (JPEG, quality 90); 0: files as they are.
+      folder: the images.
+      out: where to make the dataset.
+      name: of the dataset.
+      shrink: images whose short side has more pixels than this are shrunk to it (JPEG, quality
+        90); 0: files are copied unchanged.
       count: of processes.
 
+    Returns:
+      The folder of the dataset.
+
     Raises:
-      UserError: no images; or the folder of the dataset holds another one.
+      UserError: no images, or the folder of the dataset holds another one.
     """
     if not name.isidentifier():
         raise UserError(f"--name={name!r} must be letters, digits and underscores")
     target = pathlib.Path(out).expanduser() / name / VERSION
-    divided = pathlib.Path(folder, "train").is_dir()
-    found = {
-        split: sources.open_folder(folder, split) for split in (SPLITS if divided else SPLITS[:1])
-    }
-    found = {split: source for split, source in found.items() if source}
-    plan = {
-        "shrink": shrink,
-        "images": {split: source.identity() for split, source in found.items()},
-    }
-    plan_path = target / "prepare.json"
-    if target.exists() and (not plan_path.exists() or json.loads(plan_path.read_text()) != plan):
-        raise UserError(
-            f"{target} holds something else; remove it, or give another --name or --out"
-        )
-    atomic_io.write(plan_path, json.dumps(plan, indent=2))
+    found = _open_splits(pathlib.Path(folder))
+    identities = {split: source.identity() for split, source in found.items()}
+    _claim(target, {"shrink": shrink, "images": identities})
     if not (target / tfds_writer.MANIFEST).exists():
         (target / tfds_writer.UNFINISHED).mkdir(exist_ok=True)
-        tasks = [
-            task
-            for split, source in found.items()
-            for task in tfds_writer.tasks(target, name, split, source, shrink)
-        ]
+        tasks = []
+        for split, source in found.items():
+            tasks += tfds_writer.tasks(target, name, split, source, shrink)
         sizes = [len(task.source) for task in tasks]
-        for _ in _in_parallel(tfds_writer.write, tasks, count, sizes, " images"):
+        for _ in _run_in_parallel(tfds_writer.write, tasks, sizes, count, " images"):
             pass
         tfds_writer.finish(target, found["train"].classes, tasks)
     return target
 
 
-def convert_tfrecords(folder, count):
-    """Write ArrayRecord files beside the TFRecord files of a prepared dataset, in `count` processes; returns its path.
+def _open_splits(folder: pathlib.Path) -> dict[str, sources.Source]:
+    """The splits of a folder of images: its sub-folders, or all images as "train"."""
+    splits = SPLITS[:1]
+    if (folder / "train").is_dir():
+        splits = SPLITS
+    found = {}
+    for split in splits:
+        source = sources.open_folder(folder, split)
+        if source:
+            found[split] = source
+    return found
+
+
+def _claim(target: pathlib.Path, plan: dict[str, Any]) -> None:
+    """Note in a folder what is being written there.
 
     Raises:
-      UserError: no such dataset, a damaged file, or one with another number of records than it should have.
+      UserError: something else is.
+    """
+    path = target / "prepare.json"
+    if target.exists() and (not path.exists() or json.loads(path.read_text()) != plan):
+        raise UserError(
+            f"{target} holds something else; remove it, or give another --name or --out"
+        )
+    atomic_io.write(path, json.dumps(plan, indent=2))
+
+
+def convert_tfrecords(folder: str | pathlib.Path, count: int) -> pathlib.Path:
+    """Write ArrayRecord files beside the TFRecord files of a prepared dataset.
+
+    Args:
+      folder: of the dataset.
+      count: of processes.
+
+    Returns:
+      The folder of the dataset.
+
+    Raises:
+      UserError: there is no such dataset, or a file is damaged or lacks records.
     """
     folder = pathlib.Path(folder).expanduser()
     originals = tfrecord.shards(folder)
     expected = {tfrecord.beside(path): length for path, length in originals.items()}
-    sizes = [path.stat().st_size for path in originals]
-    for path, found in _in_parallel(tfrecord.convert, list(originals), count, sizes, "B"):
+    paths = list(originals)
+    sizes = [path.stat().st_size for path in paths]
+    for path, found in _run_in_parallel(tfrecord.convert, paths, sizes, count, "B"):
         if found != expected[path]:
             raise UserError(f"{path} has {found} records instead of {expected[path]}")
     tfrecord.announce(folder)
     return folder
 
 
-def verify(folder, sample):
-    """Look at a prepared dataset: (its manifest, problems, both for people to read).
+def verify(folder: str | pathlib.Path, sample: int) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Check a prepared dataset.
 
-    Counts the records of every file, decodes `sample` random images of every split, and compares sizes and checksums
-    with the manifest where there is one.
+    Counts the records of every file, decodes random images of every split, and compares sizes and
+    checksums with the manifest if there is one.
+
+    Args:
+      folder: of the dataset.
+      sample: how many images of each split are decoded.
+
+    Returns:
+      ({name of a file: facts about it}, problems for people to read).
+
+    Raises:
+      UserError: there is no prepared dataset.
     """
     import tensorflow_datasets as tfds
 
@@ -121,37 +175,43 @@ def verify(folder, sample):
     try:
         builder = tfds.builder_from_directory(str(folder))
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{folder} is no prepared dataset: {error}") from error
-    manifest, problems = {}, []
+        raise UserError(f"{folder} is not a prepared dataset: {error}") from error
+    manifest: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
     for split, info in builder.info.splits.items():
-        source = tfds_source.open_split(builder, split)
         for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
-            path = tfrecord.beside(pathlib.Path(path))
+            record_path = tfrecord.beside(pathlib.Path(path))
             try:
-                found = tfrecord.count_records(path)
+                found = tfrecord.count_records(record_path)
             except UserError as error:
                 problems.append(str(error))
                 continue
-            manifest[path.name] = {**tfds_writer.facts(path), "records": found}
+            manifest[record_path.name] = {**tfds_writer.facts(record_path), "records": found}
             if found != length:
-                problems.append(f"{path.name}: {found} records instead of {length}")
-        for i in np.random.default_rng(0).permutation(len(source))[:sample]:
-            try:
-                decode.decode(source.record(i)[0], 0, 3)
-            except (decode.BadImage, OSError) as error:
-                problems.append(f"{source.name(i)}: {error}")
+                problems.append(f"{record_path.name}: {found} records instead of {length}")
+        problems += _undecodable(tfds_source.open_split(builder, split), sample)
     if (folder / tfds_writer.MANIFEST).exists():
         known = json.loads((folder / tfds_writer.MANIFEST).read_text())
-        problems += [
-            f"{name}: not as in {tfds_writer.MANIFEST}"
-            for name in known
-            if known[name] != manifest.get(name)
-        ]
+        for name, facts in known.items():
+            if facts != manifest.get(name):
+                problems.append(f"{name}: not as in {tfds_writer.MANIFEST}")
     return manifest, problems
 
 
-def main(arguments):
-    """Run the command."""
+def _undecodable(source: sources.Source, sample: int) -> list[str]:
+    """Problems with decoding a few random images."""
+    problems = []
+    for i in np.random.default_rng(0).permutation(len(source))[:sample]:
+        try:
+            decode.decode(source.record(i)[0], 0, 3)
+        except (decode.BadImage, OSError) as error:
+            problems.append(f"{source.name(i)}: {error}")
+    return problems
+
+
+def main(arguments: list[str]) -> None:
+    """Convert or verify."""
+    app.no_arguments(arguments, "--folder=IMAGES")
     given = flags.FLAGS
     if sum(map(bool, (given.folder, given.tfrecord, given.verify))) != 1:
         raise UserError("give one of --folder, --tfrecord, --verify")
@@ -165,29 +225,56 @@ def main(arguments):
         target = convert_tfrecords(given.tfrecord, given.processes)
     else:
         target = convert_folder(given.folder, given.out, given.name, given.shrink, given.processes)
-        bad = (target / tfds_writer.BAD).read_text().count("\n")
-        print(
-            f"{bad} files are no usable images and were left out: {target / tfds_writer.BAD}"
-            if bad
-            else "no bad files"
-        )
-    root = target.parent.parent
+        _report_bad_files(target / tfds_writer.BAD)
     print(
-        f"ready: --config.data.source=tfds --config.data.name={target.parent.name} --config.data.dir={root}"
+        f"ready: --config.data.source=tfds --config.data.name={target.parent.name} "
+        f"--config.data.dir={target.parent.parent}"
     )
 
 
-def define_flags():
+def _report_bad_files(path: pathlib.Path) -> None:
+    """Print how many files were left out; their names are in the file `path`."""
+    count = path.read_text().count("\n")
+    if count:
+        print(f"{count} files are not usable images and were left out: {path}")
+    else:
+        print("no bad files")
+
+
+def define_flags() -> None:
     """Define the flags of the command."""
-    flags.DEFINE_string("folder", None, "Images to make a dataset of.")
-    flags.DEFINE_string("out", ".", "folder: where to make it; it will be OUT/NAME/1.0.0.")
-    flags.DEFINE_string("name", "images", "folder: name of the dataset.")
-    flags.DEFINE_integer(
-        "shrink", 0, "folder: shrink to this short side (JPEG, quality 90); 0: files as they are."
+    flags.DEFINE_string(
+        "folder", None, "A folder of images to make a dataset of. Example: --folder=photos"
     )
     flags.DEFINE_string(
-        "tfrecord", None, "A prepared dataset (DIR/NAME/VERSION) to make ArrayRecord files for."
+        "out",
+        ".",
+        "With --folder: where to make the dataset, which will be OUT/NAME/1.0.0. "
+        "Example: --out=datasets",
     )
-    flags.DEFINE_string("verify", None, "A prepared dataset (DIR/NAME/VERSION) to look through.")
-    flags.DEFINE_integer("sample", 64, "verify: how many images of each split are decoded.")
-    flags.DEFINE_integer("processes", 2, "How many processes work.", lower_bound=1)
+    flags.DEFINE_string(
+        "name", "images", "With --folder: the name of the dataset. Example: --name=photos"
+    )
+    flags.DEFINE_integer(
+        "shrink",
+        0,
+        "With --folder: shrink images to this short side in pixels (JPEG, quality 90); 0 copies "
+        "the files unchanged. Example: --shrink=512",
+    )
+    flags.DEFINE_string(
+        "tfrecord",
+        None,
+        "A prepared dataset to make ArrayRecord files for. "
+        "Example: --tfrecord=datasets/imagenet2012/5.1.0",
+    )
+    flags.DEFINE_string(
+        "verify", None, "A prepared dataset to check. Example: --verify=datasets/photos/1.0.0"
+    )
+    flags.DEFINE_integer(
+        "sample",
+        64,
+        "With --verify: how many images of each split to decode. Example: --sample=1000",
+    )
+    flags.DEFINE_integer(
+        "processes", 2, "How many processes convert. Example: --processes=8", lower_bound=1
+    )

@@ -7,7 +7,7 @@ from lmim_jax.utils.errors import UserError, did_you_mean
 
 
 def folder() -> pathlib.Path:
-    """The folder of the recipes: configs/ of a checkout, or lmim_jax/configs of an installed package."""
+    """The folder of the recipes: configs/ of a checkout, lmim_jax/configs if installed."""
     spec = importlib.util.find_spec("lmim_jax.configs")
     if spec is None or spec.origin is None:
         raise UserError("this installation has no recipes (lmim_jax.configs); install it again")
@@ -23,8 +23,9 @@ def locate(recipe: str) -> str:
     """The file of a recipe, as `config_flags` takes it.
 
     Args:
-      recipe: a name ("vit_b"), a path ("configs/vit_b.py", "/home/me/mine.py"), either with an argument for its
-        `get_config` ("small:mae,shapes"). "configs/NAME.py" is found from any folder.
+      recipe: a name ("vit_b") or a path ("configs/vit_b.py", "/home/me/mine.py"), with or without
+        an argument for its `get_config` ("small:mae,shapes"). "configs/NAME.py" is found from any
+        folder.
 
     Returns:
       The path of the file, with the argument if there is one.
