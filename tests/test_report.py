@@ -19,13 +19,24 @@ from lmim_jax.optim import adamw
 from lmim_jax.report import config_diff, log_sections, run_features
 from lmim_jax.train import provenance, runs, workdir
 from lmim_jax.train.checkpoints import Checkpoints
-from lmim_jax.train.state import create
+from lmim_jax.train.state import create_state
 from lmim_jax.utils import html as page
 from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 EVIL = "<script>alert(1)</script>"
-SECTIONS = "given reconstructions features segmentations attention similarities neighbours curves evaluations provenance"
+SECTIONS = [
+    "inputs",
+    "reconstructions",
+    "features",
+    "segmentations",
+    "attention",
+    "similarities",
+    "neighbors",
+    "curves",
+    "evaluations",
+    "provenance",
+]
 
 
 def make_run(folder, images, name="mae"):
@@ -35,11 +46,11 @@ def make_run(folder, images, name="mae"):
     config.method = tiny.method(name)
     method = methods.from_config(config.method, total_steps=10, steps_per_epoch=5)
     optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=1, total_steps=10)
-    state, _ = create(
+    state, _ = create_state(
         method, optimizer, 0, sharding.make_mesh(), rules=config.mesh.rules, min_size=1
     )
     workdir.claim(folder, config.to_dict(), {})
-    provenance.note(folder)
+    provenance.record_start(folder)
     with Checkpoints(folder, config) as checkpoints:
         checkpoints.save(state, 4)
     return folder
@@ -68,7 +79,7 @@ def folder(images, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(folder):
-    return report.report(runs.open_with_images(folder), bank=20)
+    return report.report(runs.open_run(folder), bank=20)
 
 
 class Parsed(html.parser.HTMLParser):
@@ -94,10 +105,8 @@ class Parsed(html.parser.HTMLParser):
 
 def test_a_page_has_everything_and_needs_nothing(text):
     elements = Parsed(text).found
-    assert [a["id"] for tag, a in elements if tag == "section"] == SECTIONS.split()
-    assert [a["href"] for tag, a in elements if tag == "a"] == [
-        f"#{name}" for name in SECTIONS.split()
-    ]
+    assert [a["id"] for tag, a in elements if tag == "section"] == SECTIONS
+    assert [a["href"] for tag, a in elements if tag == "a"] == [f"#{name}" for name in SECTIONS]
     images = [a for tag, a in elements if tag == "img"]
     assert len(images) > 60
     assert all(a["src"].startswith("data:image/") and a["alt"] for a in images)
@@ -116,25 +125,25 @@ def test_everything_is_escaped(text):
 
 def test_figures_are_those_of_the_files(text):
     assert "54.0 %" in text
-    assert "the untrained encoder: 50.0 %" in text
+    assert "untrained encoder: 50.0 %" in text
     assert "12.3" in text
-    assert "cut.json</code> holds no figures" in text
+    assert "cut.json</code> contains no readable metrics" in text
     assert f"jax {jax.__version__}" in text
 
 
-def test_unlabelled_images_have_neighbours_other_than_themselves(folder, images, tmp_path):
-    run = runs.open_with_images(folder, images / "train" / "cat")
-    found, searched = run_features.neighbours(run, 4, 3, 100)
+def test_unlabeled_images_have_neighbors_other_than_themselves(folder, images, tmp_path):
+    run = runs.open_run(folder, images / "train" / "cat")
+    queries, searched = run_features.nearest_neighbors(run, 4, 3, 100)
     assert searched == len(list((images / "train" / "cat").iterdir()))
-    for picture, name, nearest in found:
-        assert name == ""
-        assert [cosine for *_, cosine in nearest] == sorted(
-            (cosine for *_, cosine in nearest), reverse=True
-        )
-        assert not any((other == picture).all() for other, *_ in nearest)
-    assert log_sections.lines(tmp_path) == []
-    assert log_sections.curves([]) is None
-    assert log_sections.evaluations(tmp_path, []) is None
+    for query in queries:
+        assert query.labeled_image.class_name == ""
+        cosines = [neighbor.cosine for neighbor in query.neighbors]
+        assert cosines == sorted(cosines, reverse=True)
+        for neighbor in query.neighbors:
+            assert not (neighbor.labeled_image.image == query.labeled_image.image).all()
+    assert log_sections.read_metric_log(tmp_path) == []
+    assert log_sections.curves_section([]) is None
+    assert log_sections.evaluations_section(tmp_path, []) is None
 
 
 def test_bad_input_is_one_line(images, tmp_path):
@@ -142,7 +151,7 @@ def test_bad_input_is_one_line(images, tmp_path):
         folder = tmp_path / "begun"
         config = tiny.get_config()
         workdir.claim(folder, config.to_dict(), {})
-        runs.open_with_images(folder)
+        runs.open_run(folder)
     command = [sys.executable, "-m", "lmim_jax.cli", "report", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
@@ -173,14 +182,12 @@ def test_similar_tokens_share_a_cluster():
 
 
 def test_the_command_of_a_run_gives_its_config_again():
-    name, differing, command = config_diff.nearest(change(batch_size=64, seed=3))
-    assert name == "configs/quickstart.py"
-    assert differing["batch_size"] == (128, 64)
-    assert (
-        command
-        == "python main.py --config=configs/quickstart.py --config.batch_size=64 --config.seed=3"
-    )
-    assert config_diff.nearest(change())[1] == {}
+    match = config_diff.nearest_recipe(change(batch_size=64, seed=3))
+    assert match.name == "quickstart"
+    assert match.differences["batch_size"] == (128, 64)
+    expected = "lmim train --config=quickstart --config.batch_size=64 --config.seed=3"
+    assert match.command == expected
+    assert config_diff.nearest_recipe(change()).differences == {}
 
 
 def change(**settings):

@@ -14,7 +14,7 @@ from absl import flags
 
 from lmim_jax.report import image_sections, log_sections, patch_sections, run_features
 from lmim_jax.report.script import SCRIPT
-from lmim_jax.train.runs import open_with_images
+from lmim_jax.train.runs import open_run
 from lmim_jax.utils import atomic_io, html
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
@@ -30,28 +30,28 @@ def report(run, bank):
     """The page of a run, as text.
 
     Args:
-      run: a `runs.Opened`. bank: training images among which neighbours are searched.
+      run: a `runs.Run`. bank: training images among which neighbours are searched.
     """
-    told = log_sections.lines(run.folder)
-    wholes, crops, windows, rebuilt = run_features.given(run, IMAGES)
-    seen = run_features.look(run, IMAGES)
-    found, searched = run_features.neighbours(run, QUERIES, NEAREST, bank)
+    log = log_sections.read_metric_log(run.folder)
+    views = run_features.training_views(run, IMAGES)
+    encoded = run_features.encode_images(run, IMAGES)
+    queries, searched = run_features.nearest_neighbors(run, QUERIES, NEAREST, bank)
     sections = [
-        image_sections.given(wholes, crops, windows, rebuilt),
-        image_sections.reconstructions(crops, windows, rebuilt) if rebuilt is not None else None,
-        image_sections.features(seen),
-        patch_sections.segmentations(seen, SEGMENTED),
-        patch_sections.attention(seen, IMAGES),
-        patch_sections.similarities(seen, IMAGES),
-        image_sections.neighbours(found, searched),
-        log_sections.curves(told),
-        log_sections.evaluations(run.folder, told),
-        log_sections.provenance(run, run.folder),
+        image_sections.input_section(views),
+        image_sections.reconstructions_section(views),
+        image_sections.features_section(encoded),
+        patch_sections.segmentation_section(encoded, SEGMENTED),
+        patch_sections.attention_section(encoded, IMAGES),
+        patch_sections.similarity_section(encoded, IMAGES),
+        image_sections.neighbors_section(queries, searched),
+        log_sections.curves_section(log),
+        log_sections.evaluations_section(run.folder, log),
+        log_sections.provenance_section(run),
     ]
     title = f"Run {run.folder.resolve().name}"
-    return html.document(
-        title, log_sections.head(run, told), [part for part in sections if part], SCRIPT
-    )
+    header = log_sections.page_header(run, log)
+    present = [section for section in sections if section is not None]
+    return html.document(title, header, present, SCRIPT)
 
 
 def main(arguments):
@@ -61,7 +61,7 @@ def main(arguments):
         raise UserError("give one folder: lmim report RUN [--out=FILE.html] [--path=IMAGES]")
     log_to_console()
     flag = flags.FLAGS
-    run = open_with_images(arguments[0], flag.path)
+    run = open_run(arguments[0], flag.path)
     out = pathlib.Path(flag.out or run.folder / "report.html")
     text = report(run, flag.bank)
     try:

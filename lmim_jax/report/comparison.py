@@ -1,183 +1,349 @@
-"""Finished runs side by side: figures over seeds, what can be said of them, and a page to look at.
+"""Compares finished runs: metrics over seeds, conclusions, and a page with tables and curves.
 
-Nothing here knows a method: a figure that a run has not logged is left out.
+Nothing here depends on the method: a metric that a run has not logged is left out.
 """
 
+import dataclasses
 import itertools
 import json
 import pathlib
 import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
-from lmim_jax.train.metric_writer import history
+from lmim_jax.report import elements
+from lmim_jax.train.metric_writer import read_metrics
 from lmim_jax.utils import atomic_io, html, plotting
+from lmim_jax.utils.html import Html, Section
 
-COLUMNS = {  # metric: (heading, decimals)
-    "collapse_index": ("collapse index", 2),
-    "similarity_predictions": ("sim. predictions", 2),
-    "similarity_visible": ("sim. visible", 2),
-    "similarity_targets": ("sim. targets", 2),
-    "effective_rank": ("effective rank", 1),
-    "knn/nn1": ("1-NN %", 1),
-    "knn/knn20": ("k-NN 20 %", 1),
-    "gflop_per_image": ("GFLOP / image", 2),
-    "step_images_per_second": ("images/s", 0),
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """How a metric appears in tables: its heading, and how many decimals are shown."""
+
+    heading: str
+    decimals: int
+
+
+COLUMNS = {
+    "collapse_index": Column("collapse index", 2),
+    "similarity_predictions": Column("sim. predictions", 2),
+    "similarity_visible": Column("sim. visible", 2),
+    "similarity_targets": Column("sim. targets", 2),
+    "effective_rank": Column("effective rank", 1),
+    "knn/nn1": Column("1-NN %", 1),
+    "knn/knn20": Column("k-NN 20 %", 1),
+    "gflop_per_image": Column("GFLOP / image", 2),
+    "step_images_per_second": Column("images/s", 0),
 }
-JUDGED = ("collapse_index", "effective_rank", "knn/knn20")  # what sentences are made of
+KNN = "knn/knn20"  # the metric that variants are ranked by
+JUDGED = ("collapse_index", "effective_rank", KNN)  # the metrics that conclusions are about
+NOTE = (
+    "Mean over seeds ± half the range. "
+    "A change is only reported where the ranges over seeds do not overlap."
+)
+
+Values = dict[str, list[float]]  # {metric: its value for each seed}
+SeedFolders = Mapping[int, str | pathlib.Path]  # {seed: folder of the finished run}
+Reference = Literal["previous", "first", "none"]
 
 
-def last(folder):
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One variant of a recipe, with its metrics over seeds."""
+
+    name: str
+    description: str
+    values: Values
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Variants that are shown in one table.
+
+    Attributes:
+      title: of the table.
+      reference: each variant is compared with the previous one, with the first one, or, with
+        "none", all are ranked.
+      names: of the variants.
+    """
+
+    title: str
+    reference: Reference
+    names: Sequence[str]
+
+
+def last_values(folder: str | pathlib.Path) -> dict[str, Any]:
     """The last value of every metric of a run."""
-    values = {}
-    for row in history(folder):
-        values |= row
+    values: dict[str, Any] = {}
+    for line in read_metrics(folder):
+        values.update(line)
     return values
 
 
-def line(folder):
-    """A finished run in one line."""
-    values = last(folder)
-    parts = [
-        f"{COLUMNS[name][0]} {values[name]:.{COLUMNS[name][1]}f}"
-        for name in JUDGED
-        if name in values
-    ]
+def one_line_summary(folder: str | pathlib.Path) -> str:
+    """The main metrics of a finished run in one line."""
+    values = last_values(folder)
+    parts = []
+    for metric in JUDGED:
+        if metric in values:
+            column = COLUMNS[metric]
+            parts.append(f"{column.heading} {values[metric]:.{column.decimals}f}")
     return ", ".join(parts)
 
 
-def figures(folders):
-    """{metric: [value of each seed]} of one variant, from {seed: folder}; metrics that every seed has."""
-    rows = [last(folder) for _, folder in sorted(folders.items())]
-    return {
-        name: [row[name] for row in rows]
-        for name in COLUMNS
-        if rows and all(name in row for row in rows)
-    }
+def collect_values(folders: SeedFolders) -> Values:
+    """Metrics of one variant in the order of its seeds; only metrics that all runs have."""
+    runs = [last_values(folders[seed]) for seed in sorted(folders)]
+    values: Values = {}
+    for metric in COLUMNS:
+        if runs and all(metric in run for run in runs):
+            values[metric] = [run[metric] for run in runs]
+    return values
 
 
-def cell(values, decimals):
-    """Mean and, over several seeds, half the range: "0.52 ± 0.03"."""
+def format_cell(values: Sequence[float], decimals: int) -> str:
+    """Mean and, for several seeds, half the range: "0.52 ± 0.03"; "" without values."""
     if not values:
         return ""
-    spread = f" ± {(max(values) - min(values)) / 2:.{decimals}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{decimals}f}{spread}"
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    if len(values) == 1:
+        return mean
+    half_range = (max(values) - min(values)) / 2
+    return f"{mean} ± {half_range:.{decimals}f}"
 
 
-def table(rows):
-    """A Markdown table of [(name, what, {metric: values})]."""
-    columns = [name for name in COLUMNS if any(name in values for *_, values in rows)]
-    head = ["run", "what", *(COLUMNS[name][0] for name in columns)]
-    lines = [head, ["---", "---", *["---:"] * len(columns)]]
-    lines += [
-        [name, what, *(cell(v.get(c), COLUMNS[c][1]) for c in columns)] for name, what, v in rows
-    ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def _table_cells(variants: Sequence[Variant]) -> tuple[list[str], list[list[str]]]:
+    """The heading of each column, and the rows of cells; columns without any value are left out."""
+    metrics = []
+    for metric in COLUMNS:
+        if any(metric in variant.values for variant in variants):
+            metrics.append(metric)
+    head = ["run", "description"] + [COLUMNS[metric].heading for metric in metrics]
+    rows = []
+    for variant in variants:
+        row = [variant.name, variant.description]
+        for metric in metrics:
+            values = variant.values.get(metric, [])
+            row.append(format_cell(values, COLUMNS[metric].decimals))
+        rows.append(row)
+    return head, rows
 
 
-def verdict(before, after):
-    """What two lists of values over seeds allow to say: "rises", "falls", or "is within the spread of the seeds".
+def markdown_table(variants: Sequence[Variant]) -> str:
+    """The variants and their metrics as a Markdown table."""
+    head, rows = _table_cells(variants)
+    alignment = ["---", "---"] + ["---:"] * (len(head) - 2)
+    lines = []
+    for cells in [head, alignment] + rows:
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
-    Seeds of the two must not overlap; a single seed allows nothing.
+
+def html_table(variants: Sequence[Variant]) -> Html:
+    """The variants and their metrics as an HTML table."""
+    head, rows = _table_cells(variants)
+    return html.table(head, rows, numbers=range(2, len(head)))
+
+
+def verdict(before: Sequence[float], after: Sequence[float]) -> str:
+    """What can be said of a metric, from its values over seeds before and after a change.
+
+    Returns:
+      "rises" or "falls" if the two ranges do not overlap; "is within the spread of the seeds" if
+      they do; "has one seed only" if either has.
     """
     if min(len(before), len(after)) < 2:
         return "has one seed only"
     if min(after) > max(before):
         return "rises"
-    return "falls" if max(after) < min(before) else "is within the spread of the seeds"
+    if max(after) < min(before):
+        return "falls"
+    return "is within the spread of the seeds"
 
 
-def conclusions(rows, against):
-    """Sentences on [(name, what, values)]: each row against the previous or the first one (or none: ranked)."""
-    rows = [row for row in rows if row[2]]
-    if against == "none":
-        known = [(name, values["knn/knn20"]) for name, _, values in rows if "knn/knn20" in values]
-        sentences = []
-        for (name, better), (other, worse) in itertools.pairwise(
-            sorted(known, key=lambda row: -statistics.mean(row[1]))
-        ):
-            rank = "is above" if verdict(worse, better) == "rises" else "cannot be told from"
-            sentences.append(
-                f"k-NN 20: {name} ({cell(better, 1)}) {rank} {other} ({cell(worse, 1)})"
-            )
-        return sentences
-    pairs = (
-        itertools.pairwise(rows) if against == "previous" else ((rows[0], row) for row in rows[1:])
-    )
+def conclusions(variants: Sequence[Variant], reference: Reference) -> list[str]:
+    """Sentences about the variants that have finished.
+
+    Args:
+      variants: in the order of the study.
+      reference: see `Group`.
+    """
+    finished = [variant for variant in variants if variant.values]
+    if reference == "none":
+        return _ranking(finished)
     sentences = []
-    for (_, _, before), (name, what, after) in pairs:
-        said = []
-        for metric in JUDGED:
-            if metric in before and metric in after:
-                heading, decimals = COLUMNS[metric]
-                change = f"{cell(before[metric], decimals)} to {cell(after[metric], decimals)}"
-                said.append(f"{heading} {verdict(before[metric], after[metric])} ({change})")
-        sentences.append(f"{name} ({what}): " + "; ".join(said))
+    for before, after in _pairs(finished, reference):
+        changes = _changes(before.values, after.values)
+        sentences.append(f"{after.name} ({after.description}): " + "; ".join(changes))
     return sentences
 
 
-def curves(rows, folders):
-    """A picture: every metric of the table over steps, mean over seeds, a line per variant."""
-    panels = []
-    for metric, (heading, _) in COLUMNS.items():
-        lines = {}
-        for name, *_ in rows:
-            seeds = [
-                [(row["step"], row[metric]) for row in history(f) if metric in row]
-                for f in folders[name].values()
-            ]
-            if seeds and all(seeds):
-                common = sorted(set.intersection(*({step for step, _ in seed} for seed in seeds)))
-                means = [statistics.mean(dict(seed)[step] for seed in seeds) for step in common]
-                lines[name] = common, means
-        if lines:
-            panels.append((heading, lines, {}))
-    return plotting.plot_curves(panels, "Mean over seeds", shared_legend=True) if panels else None
+def _pairs(variants: Sequence[Variant], reference: Reference) -> Iterator[tuple[Variant, Variant]]:
+    """Yield each variant but the first, after the one that it is compared with."""
+    if reference == "previous":
+        yield from itertools.pairwise(variants)
+        return
+    for variant in variants[1:]:
+        yield variants[0], variant
 
 
-def publish(out, command, groups, described, folders, costs):
-    """Write OUT/table.md, OUT/results.json, OUT/index.html, and its figures as OUT/TITLE.png.
+def _changes(before: Values, after: Values) -> list[str]:
+    """What happened to each of the JUDGED metrics."""
+    changes = []
+    for metric in JUDGED:
+        if metric in before and metric in after:
+            column = COLUMNS[metric]
+            old = format_cell(before[metric], column.decimals)
+            new = format_cell(after[metric], column.decimals)
+            change = verdict(before[metric], after[metric])
+            changes.append(f"{column.heading} {change} ({old} to {new})")
+    return changes
+
+
+def _ranking(variants: Sequence[Variant]) -> list[str]:
+    """A sentence for each two neighbors in the order of k-NN accuracy."""
+    known = [variant for variant in variants if KNN in variant.values]
+    ranked = sorted(known, key=_negative_mean_knn)
+    sentences = []
+    for better, worse in itertools.pairwise(ranked):
+        high = better.values[KNN]
+        low = worse.values[KNN]
+        relation = "cannot be distinguished from"
+        if verdict(low, high) == "rises":
+            relation = "is above"
+        sentences.append(
+            f"k-NN 20: {better.name} ({format_cell(high, 1)}) {relation} "
+            f"{worse.name} ({format_cell(low, 1)})"
+        )
+    return sentences
+
+
+def _negative_mean_knn(variant: Variant) -> float:
+    return -statistics.mean(variant.values[KNN])
+
+
+def plot_curves(
+    names: Sequence[str], folders: Mapping[str, SeedFolders]
+) -> UInt8[np.ndarray, "H W 3"] | None:
+    """Every metric over training steps, as the mean over seeds, with one line per variant.
 
     Args:
-      groups: [(title, compared with, names)]. described: {name: words}. folders: {name: {seed: folder}}, finished runs.
-      costs: {name: {metric: [value]}}, of training.
+      names: of the variants.
+      folders: {name: {seed: folder}}.
+
+    Returns:
+      The picture; None if no metric was logged.
+    """
+    panels = []
+    for metric, column in COLUMNS.items():
+        lines = {}
+        for name in names:
+            curve = _mean_curve(metric, folders[name])
+            if curve is not None:
+                lines[name] = curve
+        if lines:
+            panels.append((column.heading, lines, {}))
+    if not panels:
+        return None
+    return plotting.plot_curves(panels, "Mean over seeds", shared_legend=True)
+
+
+def _mean_curve(metric: str, folders: SeedFolders) -> tuple[list[int], list[float]] | None:
+    """The steps that all seeds have logged, and the means there; None if a seed has no values."""
+    seeds = []
+    for folder in folders.values():
+        values = {line["step"]: line[metric] for line in read_metrics(folder) if metric in line}
+        seeds.append(values)
+    if not seeds or not all(seeds):
+        return None
+    steps = set(seeds[0])
+    for values in seeds[1:]:
+        steps &= set(values)
+    common = sorted(steps)
+    means = [statistics.mean(values[step] for values in seeds) for step in common]
+    return common, means
+
+
+def publish(
+    out: str | pathlib.Path,
+    command: str,
+    groups: Sequence[Group],
+    descriptions: Mapping[str, str],
+    folders: Mapping[str, SeedFolders],
+    costs: Mapping[str, Values],
+) -> None:
+    """Write table.md, results.json, index.html and a picture of curves for each group.
+
+    Args:
+      out: the folder to write to.
+      command: that makes this study, for the page.
+      groups: the tables.
+      descriptions: {variant: what it is}.
+      folders: {variant: {seed: folder}} of finished runs.
+      costs: {variant: {metric: [value]}} of training, as far as they were measured.
     """
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    text, sections, results = [], [], {}
-    for title, against, names in groups:
-        rows = [
-            (name, described[name], figures(folders[name]) | costs.get(name, {})) for name in names
-        ]
-        said = conclusions(rows, against)
-        results[title] = {
-            name: {"what": what, "seeds": sorted(folders[name]), **values}
-            for name, what, values in rows
-        }
-        text += [f"## {title}", table(rows), "\n".join(f"- {sentence}." for sentence in said)]
-        content = [
-            _html_table(rows),
-            html.tag("ul", *(html.tag("li", f"{sentence}.") for sentence in said)),
-        ]
-        name = title.replace(" ", "_")
-        if (picture := curves(rows, folders)) is not None:
-            Image.fromarray(picture).save(out / f"{name}.png", optimize=True)
-            content.append(html.plot(picture, f"curves of {title}"))
-        sections.append(html.Section(name, title, html.join(*content)))
-    note = "Mean over seeds ± half their range. A change is called one only where the seeds of both do not overlap."
-    atomic_io.write(out / "table.md", "\n\n".join([*text, note]) + "\n")
-    atomic_io.write(
-        out / "results.json", json.dumps({"command": command, "groups": results}, indent=2) + "\n"
-    )
-    head = html.join(
+    markdown = []
+    sections = []
+    results = {}
+    for group in groups:
+        variants = []
+        for name in group.names:
+            values = {**collect_values(folders[name]), **costs.get(name, {})}
+            variants.append(Variant(name, descriptions[name], values))
+        sentences = [f"{text}." for text in conclusions(variants, group.reference)]
+        markdown.append(_group_markdown(group, variants, sentences))
+        sections.append(_group_section(group, variants, sentences, folders, out))
+        results[group.title] = _group_results(variants, folders)
+    atomic_io.write(out / "table.md", "\n\n".join(markdown + [NOTE]) + "\n")
+    text = json.dumps({"command": command, "groups": results}, indent=2)
+    atomic_io.write(out / "results.json", text + "\n")
+    header = html.join(
         html.tag("h1", out.name),
-        html.tag("p", html.tag("code", command)),
-        html.tag("p", note, class_="soft"),
+        html.tag("p", elements.code(command)),
+        html.tag("p", NOTE, class_="soft"),
     )
-    atomic_io.write(out / "index.html", html.document(out.name, head, sections))
+    atomic_io.write(out / "index.html", html.document(out.name, header, sections))
 
 
-def _html_table(rows):
-    """The Markdown table as HTML."""
-    head, _, *body = [row[2:-2].split(" | ") for row in table(rows).splitlines()]
-    return html.table(head, body, numbers=range(2, len(head)))
+def _group_markdown(group: Group, variants: Sequence[Variant], sentences: Sequence[str]) -> str:
+    """A group as Markdown: heading, table, conclusions."""
+    conclusion = "\n".join(f"- {sentence}" for sentence in sentences)
+    return "\n\n".join([f"## {group.title}", markdown_table(variants), conclusion])
+
+
+def _group_section(
+    group: Group,
+    variants: Sequence[Variant],
+    sentences: Sequence[str],
+    folders: Mapping[str, SeedFolders],
+    out: pathlib.Path,
+) -> Section:
+    """A group as a section of the page; its curves are also written as a PNG file."""
+    name = group.title.replace(" ", "_")
+    content = [html_table(variants), elements.bullet_list(sentences)]
+    picture = plot_curves(group.names, folders)
+    if picture is not None:
+        Image.fromarray(picture).save(out / f"{name}.png", optimize=True)
+        content.append(html.plot(picture, f"curves of {group.title}"))
+    return Section(name, group.title, elements.concatenate(content))
+
+
+def _group_results(
+    variants: Sequence[Variant], folders: Mapping[str, SeedFolders]
+) -> dict[str, dict[str, Any]]:
+    """A group as plain values for results.json."""
+    results = {}
+    for variant in variants:
+        results[variant.name] = {
+            "what": variant.description,
+            "seeds": sorted(folders[variant.name]),
+            **variant.values,
+        }
+    return results

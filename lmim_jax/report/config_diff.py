@@ -1,4 +1,4 @@
-"""Finds the recipe in configs/ that a run is closest to, what differs, and a command that reproduces its config."""
+"""Finds the recipe closest to a run, what differs, and the command that gives the run's config."""
 
 import dataclasses
 import importlib
@@ -39,7 +39,7 @@ def nearest_recipe(config: dict[str, Any]) -> RecipeMatch | None:
       config: nested dict, as in config.json.
 
     Returns:
-      The match, or None where there is no folder of recipes.
+      The match, or None if there are no recipes.
     """
     config = {key: value for key, value in config.items() if key != "training_images"}
     best_name = ""
@@ -53,24 +53,24 @@ def nearest_recipe(config: dict[str, Any]) -> RecipeMatch | None:
             best_differences = differences
     if best_recipe is None:
         return None
-    command = ["python", "main.py", f"--config={best_name}"]
+    command = ["lmim", "train", f"--config={best_name}"]
     command += _override_flags(best_recipe, config)
     return RecipeMatch(best_name, best_differences, shlex.join(command))
 
 
 def _all_recipes() -> Iterator[tuple[str, ConfigDict]]:
-    """Yield (name as for --config, config) of every training recipe; other configs have no method."""
-    for stem in recipes.names():
-        module = importlib.import_module(f"lmim_jax.configs.{stem}")
-        if stem == "small":
+    """Yield (name as for --config, config) of every recipe that trains, which has a method."""
+    for name in recipes.names():
+        module = importlib.import_module(f"lmim_jax.configs.{name}")
+        if name == "small":
             for method in module.METHODS:
                 for dataset in module.DATASETS:
                     variant = f"{method},{dataset}"
-                    yield f"configs/{stem}.py:{variant}", module.get_config(variant)
+                    yield f"small:{variant}", module.get_config(variant)
             continue
         recipe = module.get_config()
         if "method" in recipe:
-            yield f"configs/{stem}.py", recipe
+            yield name, recipe
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:

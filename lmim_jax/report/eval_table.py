@@ -1,98 +1,131 @@
-"""Figures of evaluators as a table for people."""
+"""Metrics of evaluators as a text table."""
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from lmim_jax.train.summary import ROWS
 
-WORDS = (  # (regex on a figure's name, what it is)
+DESCRIPTIONS = (  # (regular expression for the whole name of a metric, what the metric is)
     (r"nn1", "class of the nearest training image"),
     (r"knn(\d+)", r"vote of the \1 nearest training images"),
     (r"loo1", "class of the nearest other test image"),
     (r"accuracy", "accuracy on the test images"),
-    (r"held_out", "on held-out training images"),
-    (r"l2", "strength of l2 chosen by these"),
-    (r"shots1", "1 labelled image of each class"),
-    (r"shots(\d+)", r"\1 labelled images of each class"),
+    (r"held_out", "accuracy on held-out training images"),
+    (r"l2", "l2 regularization chosen on held-out images"),
+    (r"shots1", "1 labeled image per class"),
+    (r"shots(\d+)", r"\1 labeled images per class"),
     (r"labels(\d+)pct", r"\1 % of the labels"),
     (r"top1", "accuracy on the test images"),
-    (r"top(\d)", r"test images whose class is among the \1 likeliest"),
-    (r"miou(\d)", r"\1 clusters of patches per image, without training, against masks: mean IoU"),
-    (r"(knn|linear)_miou", r"patches told apart with labels: mean IoU"),
-    (r"(knn|linear)_accuracy", r"patches told apart with labels: accuracy"),
-    (r"J", "objects followed through a video: overlap"),
-    (r"F", "the same: contours"),
-    (r"JF", "the same: mean of both"),
-    (r"still_JF", "the same where nothing is followed"),
+    (r"top(\d)", r"test images whose class is among the \1 most likely"),
+    (r"miou(\d)", r"unsupervised segmentation into \1 clusters per image: mean IoU"),
+    (r"(knn|linear)_miou", r"segmentation with labeled patches: mean IoU"),
+    (r"(knn|linear)_accuracy", r"segmentation with labeled patches: accuracy"),
+    (r"J", "video object segmentation: region similarity"),
+    (r"F", "video object segmentation: contour accuracy"),
+    (r"JF", "video object segmentation: mean of J and F"),
+    (r"still_JF", "J&F if the first mask is kept for all frames"),
     (r"count", "number of objects"),
     (r"distance", "distance of the two nearest objects, in bins"),
     (r"\w+_chance", "the same by guessing"),
 )
-SPREAD = "_std"  # of the figure of the same name without it
+STD_SUFFIX = "_std"  # a metric of this name is the spread of the metric without the suffix
+
+Metrics = Mapping[str, Mapping[str, float]]  # {"title/name": {column: value}}
 
 
-def words(name):
-    """What a figure is, as far as it is known by its name, "title/name"."""
-    figure = name.partition("/")[2]
-    return next(
-        (re.sub(pattern, what, figure) for pattern, what in WORDS if re.fullmatch(pattern, figure)),
-        "",
-    )
+def describe(name: str) -> str:
+    """What a metric "title/name" is; "" if its name is not known."""
+    metric = name.partition("/")[2]
+    for pattern, description in DESCRIPTIONS:
+        if re.fullmatch(pattern, metric):
+            return re.sub(pattern, description, metric)
+    return ""
 
 
-def cell(value, spread=None):
-    """A number with one decimal, or three digits where it is small; with its spread, where there is one."""
+def format_value(value: float | None, spread: float | None = None) -> str:
+    """A number with one decimal, or three digits if it is small, and its spread if there is one."""
     if value is None:
         return ""
-    text = f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
-    return text if spread is None else f"{text} ± {spread:.1f}"
+    text = f"{value:.1f}"
+    if abs(value) < 1 and value != 0:
+        text = f"{value:.3g}"
+    if spread is None:
+        return text
+    return f"{text} ± {spread:.1f}"
 
 
-def with_spread(numbers):
-    """[(name, number, its spread or None)] of {name: number}, where spreads are not rows of their own."""
-    own = [
-        name
-        for name in numbers
-        if not (name.endswith(SPREAD) and name.removesuffix(SPREAD) in numbers)
-    ]
-    return [(name, numbers[name], numbers.get(name + SPREAD)) for name in own]
+def without_spreads(names: Iterable[str]) -> list[str]:
+    """The names of metrics, without those that are the spread of another one."""
+    known = list(names)
+    kept = []
+    for name in known:
+        is_spread = name.endswith(STD_SUFFIX) and name.removesuffix(STD_SUFFIX) in known
+        if not is_spread:
+            kept.append(name)
+    return kept
 
 
-def line(numbers):
-    """{name: number} in one line."""
-    return "  ".join(
-        f"{name} {cell(value, spread)}" for name, value, spread in with_spread(numbers)
-    )
+def line(metrics: Mapping[str, float]) -> str:
+    """The metrics {name: value} in one line."""
+    parts = []
+    for name in without_spreads(metrics):
+        spread = metrics.get(name + STD_SUFFIX)
+        parts.append(f"{name} {format_value(metrics[name], spread)}")
+    return "  ".join(parts)
 
 
-def table(what, figures):
-    """A text of several lines.
+def table(evaluated: Mapping[str, Any], metrics: Metrics) -> str:
+    """The metrics as a text of several lines, with a row per metric.
 
     Args:
-      what: that was evaluated, see tools/evaluate.py: run, step, checkpoint, weights, images, classes.
-      figures: {"title/name": {column: number}}, columns as in summary.ROWS.
+      evaluated: what was evaluated, with the keys run, step, checkpoint, weights, images and
+        classes; see cli/evaluate.py.
+      metrics: {"title/name": {column: value}}, columns as in `summary.ROWS`.
     """
-    columns = [name for name in ROWS if any(name in of_one for of_one in figures.values())]
-    rows = [["", *(ROWS[name] for name in columns), ""]]
-    for name, of_one, spread in with_spread(figures):
-        rows.append(
-            [name, *(cell(of_one.get(c), (spread or {}).get(c)) for c in columns), words(name)]
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    align = lambda row: [
-        row[0].ljust(widths[0]),
-        *(x.rjust(w) for x, w in zip(row[1:-1], widths[1:-1], strict=True)),
-    ]
-    images = " and ".join(f"{count:,} {split}" for split, count in what["images"].items())
-    chance = (
-        f", {what['classes']} classes: guessing gives {100 / what['classes']:.3g} %"
-        if what["classes"]
-        else ""
-    )
-    weights = " and ".join(sorted(set(what["weights"].values())))
-    head = [
-        f"{what['run']}: step {what['step']}, {weights} weights, checkpoint {what['checkpoint'][:12]}",
+    columns = []
+    for column in ROWS:
+        if any(column in values for values in metrics.values()):
+            columns.append(column)
+    rows = [[""] + [ROWS[column] for column in columns] + [""]]
+    for name in without_spreads(metrics):
+        rows.append(_row(name, metrics, columns))
+    lines = [""] + _heading(evaluated) + [""] + _align(rows) + [""]
+    return "\n".join(lines)
+
+
+def _row(name: str, metrics: Metrics, columns: Iterable[str]) -> list[str]:
+    """The cells of one metric: its name, a value for each column, and its description."""
+    values = metrics[name]
+    spreads = metrics.get(name + STD_SUFFIX, {})
+    cells = [format_value(values.get(column), spreads.get(column)) for column in columns]
+    return [name] + cells + [describe(name)]
+
+
+def _heading(evaluated: Mapping[str, Any]) -> list[str]:
+    """Two lines on what was evaluated."""
+    weights = " and ".join(sorted(set(evaluated["weights"].values())))
+    images = " and ".join(f"{count:,} {split}" for split, count in evaluated["images"].items())
+    classes = evaluated["classes"]
+    chance = ""
+    if classes:
+        chance = f", {classes} classes: guessing gives {100 / classes:.3g} %"
+    return [
+        f"{evaluated['run']}: step {evaluated['step']}, {weights} weights, "
+        f"checkpoint {evaluated['checkpoint'][:12]}",
         f"{images} images{chance}. Accuracies are in percent.",
     ]
-    return "\n".join(
-        ["", *head, "", *("  ".join([*align(row), row[-1]]).rstrip() for row in rows), ""]
-    )
+
+
+def _align(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines: the first and last cell aligned left, the others right."""
+    last = len(rows[0]) - 1
+    widths = [max(len(row[i]) for row in rows) for i in range(last)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        for i in range(1, last):
+            cells.append(row[i].rjust(widths[i]))
+        cells.append(row[last])
+        lines.append("  ".join(cells).rstrip())
+    return lines

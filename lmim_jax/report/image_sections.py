@@ -1,145 +1,192 @@
-"""Sections of a run's page that show images: what is given, rebuilt, seen, and which images are near.
+"""Sections of the report with images: model input, reconstructions, features, neighbors.
 
 Each has one or two sentences for a newcomer: what to look for, and what a collapse would look like.
+Letters: K images, H W C rows, columns and channels of an image, h w rows and columns of patches.
 """
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from lmim_jax.evaluators.visualization import pca_rgb
+from lmim_jax.report import elements
+from lmim_jax.report.run_features import (
+    EncodedImages,
+    LabeledImage,
+    Neighbor,
+    Query,
+    TrainingViews,
+    Windows,
+)
 from lmim_jax.utils import html, plotting
+from lmim_jax.utils.html import Html, Section
 
 
-def given(wholes, crops, windows, rebuilt):
-    """Image, crop with windows, visible and hidden part."""
-    rows, seen, total = [], sum(visible for *_, visible in windows[0]), len(windows[0])
-    for k, (whole, crop, of_image) in enumerate(zip(wholes, crops, windows, strict=True), 1):
-        visible, hidden = plotting.split_crop(crop, of_image)
-        rows.append(
-            [
-                html.figure(whole, f"training view {k}: whole image", "image"),
-                html.figure(
-                    crop, f"training view {k}: crop", "crop, windows", _frames(crop, of_image)
-                ),
-                html.figure(visible, f"training view {k}: visible patches", "visible"),
-                html.figure(hidden, f"training view {k}: hidden patches", "hidden"),
-            ]
-        )
+def input_section(views: TrainingViews) -> Section:
+    """Whole image, crop with its windows, visible and hidden patches."""
+    rows = []
+    for k, whole in enumerate(views.whole_images):
+        crop = views.crops[k]
+        windows = views.windows[k]
+        visible, hidden = plotting.split_crop(crop, windows)
+        name = f"training view {k + 1}"
+        row = [
+            html.figure(whole, f"{name}: whole image", "image"),
+            html.figure(crop, f"{name}: crop", "crop, windows", _window_frames(crop, windows)),
+            html.figure(visible, f"{name}: visible patches", "visible"),
+            html.figure(hidden, f"{name}: hidden patches", "hidden"),
+        ]
+        rows.append(row)
+    windows = views.windows[0]
+    number_visible = sum(visible for _, _, _, visible in windows)
+    predicted = "their pixels"
+    if views.reconstructions is None:
+        predicted = "not their pixels, but the features that the target encoder computes for them"
     look = (
-        f"Training shows a random crop, cut into {total} windows. The encoder gets the {seen} framed in green; from "
-        "them it must predict what is in the others"
-        + (
-            ": their pixels."
-            if rebuilt is not None
-            else ", not as pixels but as a second network sees them."
-        )
+        f"Training takes a random crop, divided into {len(windows)} windows. The encoder is given "
+        f"the {number_visible} windows framed in green and must predict the others: {predicted}."
     )
-    return html.explained_section("given", "What the model is given", look, "", html.cards(rows, 4, 24))
+    return html.explained_section("inputs", "Model input", look, "", html.cards(rows, 4, 24))
 
 
-def _frames(crop, windows):
-    """SVG frames of windows, over a crop: green visible, red hidden."""
+def _window_frames(crop: UInt8[np.ndarray, "H W C"], windows: Windows) -> Html:
+    """SVG frames of the windows of a crop: hidden in red, and visible in green on top of them."""
     height, width = crop.shape[:2]
-    frame = lambda top, left, side, visible: html.tag(
+    frames = []
+    for is_visible in (False, True):
+        for top, left, side, visible in windows:
+            if bool(visible) == is_visible:
+                frames.append(_frame(top, left, side, is_visible, width))
+    return html.tag(
+        "svg",
+        elements.concatenate(frames),
+        viewBox=f"0 0 {width} {height}",
+        aria_hidden="true",
+    )
+
+
+def _frame(top: int, left: int, side: int, visible: bool, image_width: int) -> Html:
+    """The SVG frame of one window."""
+    color = plotting.HIDDEN_COLOR
+    line_width = image_width / 200
+    if visible:
+        color = plotting.VISIBLE_COLOR
+        line_width = 1.6 * image_width / 100
+    return html.tag(
         "rect",
         x=left,
         y=top,
         width=side,
         height=side,
         fill="none",
-        stroke=plotting.VISIBLE_COLOR if visible else plotting.HIDDEN_COLOR,
-        stroke_width=1.6 * width / 100 if visible else width / 200,
-    )
-    ordered = sorted(windows, key=lambda window: bool(window[3]))
-    return html.tag(
-        "svg", *(frame(*w) for w in ordered), viewBox=f"0 0 {width} {height}", aria_hidden="true"
+        stroke=color,
+        stroke_width=line_width,
     )
 
 
-def reconstructions(crops, windows, rebuilt):
-    """Visible part, image as predicted, crop."""
+def reconstructions_section(views: TrainingViews) -> Section | None:
+    """Visible patches, prediction and crop; None if the method predicts no pixels."""
+    if views.reconstructions is None:
+        return None
     rows = []
-    for k, (crop, of_image, painted) in enumerate(zip(crops, windows, rebuilt, strict=True), 1):
-        rows.append(
-            [
-                html.figure(
-                    plotting.split_crop(crop, of_image)[0],
-                    f"reconstruction {k}: visible patches",
-                    "visible",
-                ),
-                html.figure(painted, f"reconstruction {k}: as predicted", "predicted"),
-                html.figure(crop, f"reconstruction {k}: the true crop", "truth"),
-            ]
-        )
-    look = (
-        "From the visible patches alone the model paints the hidden ones. Look for shapes that go on behind the mask; "
-        "fine texture cannot be known. Where each patch is predicted normalised to itself (MAE's norm_pix, BootMAE), "
-        "its mean and contrast are taken from the truth."
-    )
-    collapsed = (
-        "hidden patches are all alike, flat grey or of one mean colour, whatever is visible."
-    )
-    return html.explained_section(
-        "reconstructions", "What it paints", look, collapsed, html.cards(rows, 3, 20)
-    )
-
-
-def features(seen):
-    """Main components of patch features as colours, trained and untrained, and true masks."""
-    trained, fresh = (
-        pca_rgb(x.reshape(len(x), -1, x.shape[-1])).reshape(*x.shape[:3], 3)
-        for x in (seen.tokens, seen.untrained)
-    )
-    rows = []
-    for k, (image, name) in enumerate(zip(seen.images, seen.classes, strict=True)):
+    for k, crop in enumerate(views.crops):
+        visible, _ = plotting.split_crop(crop, views.windows[k])
+        name = f"reconstruction {k + 1}"
         row = [
-            html.figure(image, f"held-out image {k + 1}", name or "image"),
-            html.figure(
-                _levels(trained[k]), f"main components of its features, image {k + 1}", "trained"
-            ),
-            html.figure(
-                _levels(fresh[k]), f"the same of the untrained encoder, image {k + 1}", "untrained"
-            ),
+            html.figure(visible, f"{name}: visible patches", "visible"),
+            html.figure(views.reconstructions[k], f"{name}: as predicted", "predicted"),
+            html.figure(crop, f"{name}: the true crop", "truth"),
         ]
-        if seen.masks is not None:
-            mask = np.repeat(seen.masks[k][..., None], 3, -1) * np.uint8(255)
-            row.append(html.figure(mask, f"true mask of the object, image {k + 1}", "true mask"))
         rows.append(row)
     look = (
-        "Every patch has a feature of many numbers; its three main components are shown as red, green and blue, one "
-        "colour space for all images. Patches of one colour mean much the same to the encoder: look for parts and "
-        "objects that stand out in one colour, in one image and from image to image. Untrained: with random weights, "
-        "which let little more through than the colours of the pixels."
+        "From the visible patches alone the model predicts the pixels of the hidden ones. Look for "
+        "shapes that continue behind the mask; fine texture cannot be predicted. Where each patch "
+        "is normalized by itself (norm_pix in MAE, BootMAE), its mean and contrast are taken from "
+        "the true patch."
     )
-    collapsed = "colours follow the place in the image, whatever is there, the same in every image."
-    return html.explained_section(
-        "features", "What it sees", look, collapsed, html.cards(rows, len(rows[0]), 24)
-    )
-
-
-def _levels(shares):
-    return (np.clip(shares, 0, 1) * 255).round().astype(np.uint8)
-
-
-def neighbours(found, searched):
-    """Queries and their nearest training images."""
-    rows = []
-    for k, (picture, name, nearest) in enumerate(found, 1):
-        row = [html.figure(picture, f"query {k}", html.join("query", html.tag("br"), name))]
-        for rank, (other, its_name, cosine) in enumerate(nearest, 1):
-            same = dict(class_="good" if its_name == name else "bad") if name else {}
-            caption = html.join(f"{cosine:.3f}", html.tag("br"), html.tag("span", its_name, **same))
-            row.append(
-                html.figure(other, f"neighbour {rank} of query {k}, cosine {cosine:.3f}", caption)
-            )
-        rows.append(row)
-    look = (
-        f"A held-out image, and the nearest of {searched:,} training images by the cosine of their mean features. Look "
-        "for neighbours that show the same thing rather than the same colours"
-    )
-    look += " (green: the same class; labels are never trained on)." if found[0][1] else "."
     collapsed = (
-        "the same few images turn up for every query, and their classes are as if drawn by lot."
+        "all hidden patches are similar, flat gray or of one mean color, whatever is visible."
     )
-    return html.explained_section(
-        "neighbours", "What is near", look, collapsed, html.cards(rows, len(rows[0]), 28)
+    cards = html.cards(rows, 3, 20)
+    return html.explained_section("reconstructions", "Reconstructions", look, collapsed, cards)
+
+
+def features_section(encoded: EncodedImages) -> Section:
+    """Principal components of patch features as colors, trained and untrained, and true masks."""
+    trained = _pca_images(encoded.tokens)
+    untrained = _pca_images(encoded.untrained_tokens)
+    rows = []
+    for k, image in enumerate(encoded.images):
+        name = f"image {k + 1}"
+        row = [
+            html.figure(image, f"held-out {name}", encoded.class_names[k] or "image"),
+            html.figure(trained[k], f"principal components of its features, {name}", "trained"),
+            html.figure(untrained[k], f"the same for the untrained encoder, {name}", "untrained"),
+        ]
+        if encoded.masks is not None:
+            mask = np.repeat(encoded.masks[k][..., None], 3, -1) * np.uint8(255)
+            row.append(html.figure(mask, f"true mask of the object, {name}", "true mask"))
+        rows.append(row)
+    look = (
+        "The first three principal components of the patch features, shown as red, green and "
+        "blue, with one color space for all images. Patches of similar color have similar "
+        "features: look for parts and objects that stand out in one color, within an image and "
+        "from image to image. Untrained: with random weights, whose features carry little more "
+        "than the colors of the pixels."
     )
+    collapsed = (
+        "colors depend on the position in the image, not on its content, and are the same in "
+        "every image."
+    )
+    cards = html.cards(rows, len(rows[0]), 24)
+    return html.explained_section("features", "Patch features (PCA)", look, collapsed, cards)
+
+
+def _pca_images(tokens: Float[np.ndarray, "K h w D"]) -> UInt8[np.ndarray, "K h w 3"]:
+    """The three principal components of all patches of all images, as colors."""
+    images, height, width, dimensions = tokens.shape
+    shares = pca_rgb(tokens.reshape(images, height * width, dimensions))
+    colors = shares.reshape(images, height, width, 3)
+    return (np.clip(colors, 0, 1) * 255).round().astype(np.uint8)
+
+
+def neighbors_section(queries: list[Query], searched: int) -> Section:
+    """Held-out images and their nearest training images.
+
+    Args:
+      queries: the images, with their neighbors.
+      searched: number of training images that were searched.
+    """
+    rows = []
+    for k, query in enumerate(queries, 1):
+        row = [_query_figure(k, query.labeled_image)]
+        for rank, neighbor in enumerate(query.neighbors, 1):
+            alt = f"neighbor {rank} of query {k}, cosine {neighbor.cosine:.3f}"
+            row.append(_neighbor_figure(neighbor, query.labeled_image.class_name, alt))
+        rows.append(row)
+    look = (
+        f"A held-out image, and the nearest of {searched:,} training images by the cosine "
+        "similarity of their mean features. Look for neighbors that show the same thing rather "
+        "than the same colors"
+    )
+    if queries[0].labeled_image.class_name:
+        look += " (green: the same class; labels are not used in training)"
+    look += "."
+    collapsed = "the same few images appear for every query, and their classes look random."
+    cards = html.cards(rows, len(rows[0]), 28)
+    return html.explained_section("neighbors", "Nearest neighbors", look, collapsed, cards)
+
+
+def _query_figure(number: int, labeled_image: LabeledImage) -> Html:
+    caption = html.join("query", html.tag("br"), labeled_image.class_name)
+    return html.figure(labeled_image.image, f"query {number}", caption)
+
+
+def _neighbor_figure(neighbor: Neighbor, query_class: str, alt: str) -> Html:
+    """A neighbor with its cosine and its class, colored by whether that is the query's."""
+    name = neighbor.labeled_image.class_name
+    label = html.tag("span", name)
+    if query_class:
+        color = "good" if name == query_class else "bad"
+        label = html.tag("span", name, class_=color)
+    caption = html.join(f"{neighbor.cosine:.3f}", html.tag("br"), label)
+    return html.figure(neighbor.labeled_image.image, alt, caption)

@@ -1,178 +1,230 @@
-"""Sections of a run's page about patches of one image: how they group, where attention goes, which are alike."""
+"""Sections of the report about the patches of one image: clusters, attention, similarity.
+
+Letters: h w rows and columns of patches, N = h w, D width.
+"""
 
 import base64
 
 import matplotlib
 import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
 from sklearn.manifold import TSNE
 
 from lmim_jax.evaluators.common import clustering
+from lmim_jax.report import elements
+from lmim_jax.report.run_features import EncodedImages
 from lmim_jax.utils import html, plotting
+from lmim_jax.utils.html import Html, Section
 
-COUNTS = (3, 4, 5)  # K, clusters of the nested cuts
-MAX_COSINES = 1_300_000  # numbers in the page, over all images: bytes
+CLUSTER_COUNTS = (3, 4, 5)  # clusters in each cut of the tree, see `clustering.nested`
+MAX_COSINES = 1_300_000  # of all images together; each is one byte in the page
+MAX_COLUMNS = 7  # attention maps beside each other
 
 
-def colored(values, low, high):
-    """[h, w] -> uint8 [h, w, 3] by the colour map viridis: dark low, yellow high."""
+def apply_colormap(
+    values: Float[np.ndarray, "h w"], low: float, high: float
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Colors of the colormap viridis: dark for `low` and below, yellow for `high` and above."""
     shares = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
     return (matplotlib.colormaps["viridis"](shares)[..., :3] * 255).round().astype(np.uint8)
 
 
-def segmentations(seen, count):
-    """Nested cuts of one tree per image, and its t-SNE in the same colours."""
+def segmentation_section(encoded: EncodedImages, count: int) -> Section:
+    """Clusters of the patches of `count` images, and their t-SNE in the same colors."""
     rows = []
-    palette = (matplotlib.colors.to_rgba_array(plotting.CLUSTER_COLORS)[:, :3] * 255).round()
-    for k, (image, tokens) in enumerate(zip(seen.images[:count], seen.tokens, strict=False), 1):
-        flat = tokens.reshape(-1, tokens.shape[-1])
-        cuts = clustering.nested(flat, COUNTS)
-        places = TSNE(
-            perplexity=min(30, (len(flat) - 1) / 3), max_iter=500, random_state=0
-        ).fit_transform(flat)
-        side = [np.arange(n) * m // n for n, m in zip(image.shape, tokens.shape[:2], strict=False)]
-        row = [html.figure(image, f"image {k}, to be segmented", "image")]
-        for number, labels in cuts.items():
-            of_pixels = palette[labels.reshape(tokens.shape[:2])][np.ix_(*side)]
-            grey = image.mean(-1, keepdims=True)
-            mixed = (0.75 * of_pixels + 0.25 * grey).round().astype(np.uint8)
-            row.append(html.figure(mixed, f"image {k} in {number} segments", f"K = {number}"))
-        row.append(
-            html.tag(
-                "figure", html.tag("figcaption", "t-SNE: each point a patch, near those alike.")
-            )
-        )
-        row += [
-            _scatter(places, labels, f"t-SNE of the patches of image {k}, K = {n}")
-            for n, labels in cuts.items()
-        ]
-        rows.append(row)
+    for k, image in enumerate(encoded.images[:count]):
+        rows.append(_segmentation_row(image, encoded.tokens[k], f"image {k + 1}"))
     look = (
-        "Patches are grouped by their features alone, image by image: one tree of clusters, cut at 3, 4 and 5, so that "
-        "each picture divides a part of the one before. Below, every point is a patch, in the colour of its cluster. "
-        "Look for segments with the outline of things, and for points in separate clouds."
-    )
-    collapsed = "segments are stripes or blots that are much the same in every image, and all points are one cloud."
-    return html.explained_section(
-        "segmentations", "How it groups", look, collapsed, html.cards(rows, 1 + len(COUNTS), 30)
-    )
-
-
-def _scatter(places, labels, alt):
-    """Points [N, 2] in the colours of their labels, as SVG: a path per cluster."""
-    low, high = places.min(0), places.max(0)
-    x = 4 + 92 * (places - low) / np.maximum(high - low, 1e-9)
-    paths = []
-    for label in range(labels.max() + 1):
-        points = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in x[labels == label])
-        paths.append(
-            html.tag(
-                "path",
-                d=points,
-                stroke=plotting.CLUSTER_COLORS[label],
-                stroke_width=2.6,
-                fill="none",
-                stroke_linecap="round",
-            )
-        )
-    return html.tag(
-        "figure", html.tag("svg", *paths, viewBox="0 0 100 100", role="img", aria_label=alt)
-    )
-
-
-def attention(seen, count):
-    """Attention of the last block: mean over heads, and each head."""
-    rows = []
-    for k, (image, heads) in enumerate(zip(seen.images[:count], seen.attention, strict=False), 1):
-        show = lambda x: colored(x, 0, np.quantile(x, 0.995))
-        row = [html.figure(image, f"image {k}, to be attended to", "image")]
-        row.append(
-            html.figure(show(heads.mean(0)), f"attention, mean of all heads, image {k}", "mean")
-        )
-        row += [
-            html.figure(show(x), f"attention of head {i}, image {k}", f"head {i}")
-            for i, x in enumerate(heads, 1)
-        ]
-        rows.append(row)
-    who = (
-        "the CLS token, which sums the image up, looks at"
-        if seen.from_cls
-        else "all patches look at, on average,"
-    )
-    look = (
-        f"Where {who} in the last block: yellow much, dark little. Look for heads that pick out objects or parts, each "
-        "its own. Few methods here train CLS itself, so its attention may be rougher than the features are."
-    )
-    collapsed = "every head looks at the same places, whatever the image."
-    columns = min(len(rows[0]), 7)
-    return html.explained_section(
-        "attention", "Where it looks", look, collapsed, html.cards(rows, columns, 5.2 * columns)
-    )
-
-
-def similarities(seen, count):
-    """Cosines of a chosen patch with all others; the script of tools/report_script.py lets one choose."""
-    h, w = seen.tokens.shape[1:3]
-    upper = np.triu_indices(h * w)
-    count = max(1, min(count, MAX_COSINES // len(upper[0]), len(seen.images)))
-    made = []
-    for k in range(count):
-        x = seen.tokens[k].reshape(h * w, -1)
-        x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-        cosines = np.clip(x @ x.T, -1, 1)
-        chosen = _middle(seen.masks[k] if seen.masks is not None else None, h, w)
-        stored = base64.b64encode(
-            ((cosines[upper] + 1) * 127.5).round().astype(np.uint8).tobytes()
-        ).decode()
-        place = html.tag("rect", x=chosen % w, y=chosen // w, width=1, height=1, class_="mark")
-        mark = html.tag(
-            "svg", place, viewBox=f"0 0 {w} {h}", preserveAspectRatio="none", aria_hidden="true"
-        )
-        shown = colored(cosines[chosen].reshape(h, w), 0, 1)
-        row = html.tag(
-            "div",
-            html.figure(
-                seen.images[k],
-                f"image {k + 1}: the framed patch is compared",
-                "choose a patch here",
-                mark,
-            ),
-            html.figure(
-                shown, f"cosine with every patch of image {k + 1}", html.tag("output"), mark
-            ),
-            class_="row",
-            style="--columns:2",
-        )
-        made.append(
-            html.tag(
-                "div",
-                row,
-                class_="card",
-                data_grid=f"{h},{w}",
-                data_chosen=chosen,
-                data_cosines=stored,
-            )
-        )
-    look = (
-        "Choose a patch (click, touch, or arrow keys): the right-hand picture shows how similar every other patch of "
-        "the image is to it, from dark (cosine 0 or less) to yellow (1). Look for yellow that fills the same thing, or "
-        "the same kind of thing, and stops at its outline."
+        "Patches are clustered by their features alone, image by image: one tree of clusters, cut "
+        "at 3, 4 and 5, so that each picture divides a segment of the one before. Below, every "
+        "point is a patch, in the color of its cluster. Look for segments with the outline of "
+        "objects, and for points in separate clouds."
     )
     collapsed = (
-        "all is yellow, or only the patch itself and its neighbours are, whatever they show."
+        "segments are stripes or blobs that are similar in every image, and all points form one "
+        "cloud."
     )
-    return html.explained_section(
-        "similarities",
-        "What is alike",
-        look,
-        collapsed,
-        html.tag("div", *made, class_="cards", style="--card-width:18rem"),
+    cards = html.cards(rows, 1 + len(CLUSTER_COUNTS), 30)
+    title = "Unsupervised segmentation"
+    return html.explained_section("segmentations", title, look, collapsed, cards)
+
+
+def _segmentation_row(
+    image: UInt8[np.ndarray, "H W C"], tokens: Float[np.ndarray, "h w D"], name: str
+) -> list[Html]:
+    """An image and its segments, and below them the t-SNE of its patches."""
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    cuts = clustering.nested(flat, CLUSTER_COUNTS)
+    row = [html.figure(image, f"{name}, to be segmented", "image")]
+    for clusters, labels in cuts.items():
+        overlay = _color_segments(image, labels.reshape(tokens.shape[:2]))
+        row.append(html.figure(overlay, f"{name} in {clusters} segments", f"K = {clusters}"))
+    note = html.tag("figcaption", "t-SNE: each point is a patch; similar patches are close.")
+    row.append(html.tag("figure", note))
+    perplexity = min(30, (len(flat) - 1) / 3)
+    points = TSNE(perplexity=perplexity, max_iter=500, random_state=0).fit_transform(flat)
+    for clusters, labels in cuts.items():
+        row.append(_scatter(points, labels, f"t-SNE of the patches of {name}, K = {clusters}"))
+    return row
+
+
+def _color_segments(
+    image: UInt8[np.ndarray, "H W C"], labels: Int[np.ndarray, "h w"]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A gray image with the colors of the clusters of its patches laid over it."""
+    palette = (matplotlib.colors.to_rgba_array(plotting.CLUSTER_COLORS)[:, :3] * 255).round()
+    height, width = image.shape[:2]
+    rows = np.arange(height) * labels.shape[0] // height
+    columns = np.arange(width) * labels.shape[1] // width
+    colors = palette[labels][np.ix_(rows, columns)]
+    gray = image.mean(-1, keepdims=True)
+    return (0.75 * colors + 0.25 * gray).round().astype(np.uint8)
+
+
+def _scatter(points: Float[np.ndarray, "N 2"], labels: Int[np.ndarray, " N"], alt: str) -> Html:
+    """Points in the colors of their clusters, as SVG with one path per cluster."""
+    low = points.min(0)
+    high = points.max(0)
+    scaled = 4 + 92 * (points - low) / np.maximum(high - low, 1e-9)
+    paths = []
+    for label in range(labels.max() + 1):
+        dots = [f"M{x:.1f} {y:.1f}h0" for x, y in scaled[labels == label]]
+        path = html.tag(
+            "path",
+            d="".join(dots),
+            stroke=plotting.CLUSTER_COLORS[label],
+            stroke_width=2.6,
+            fill="none",
+            stroke_linecap="round",
+        )
+        paths.append(path)
+    drawing = html.tag(
+        "svg",
+        elements.concatenate(paths),
+        viewBox="0 0 100 100",
+        role="img",
+        aria_label=alt,
+    )
+    return html.tag("figure", drawing)
+
+
+def attention_section(encoded: EncodedImages, count: int) -> Section:
+    """Attention of the last block: the mean over heads, and each head."""
+    rows = []
+    for k, image in enumerate(encoded.images[:count]):
+        heads = encoded.attention[k]
+        name = f"image {k + 1}"
+        mean = _attention_map(heads.mean(0))
+        row = [
+            html.figure(image, f"{name}, input of the attention maps", "image"),
+            html.figure(mean, f"attention, mean of all heads, {name}", "mean"),
+        ]
+        for i, head in enumerate(heads, 1):
+            alt = f"attention of head {i}, {name}"
+            row.append(html.figure(_attention_map(head), alt, f"head {i}"))
+        rows.append(row)
+    query = "the mean over all patches"
+    if encoded.attention_from_cls:
+        query = "the CLS token"
+    look = (
+        f"Attention of {query} in the last block: yellow is high, dark is low. Look for heads that "
+        "select objects or parts, each its own. Few methods here train CLS itself, so its "
+        "attention can be less clean than the features are."
+    )
+    collapsed = "every head attends to the same positions, whatever the image."
+    columns = min(len(rows[0]), MAX_COLUMNS)
+    cards = html.cards(rows, columns, 5.2 * columns)
+    return html.explained_section("attention", "Attention maps", look, collapsed, cards)
+
+
+def _attention_map(attention: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Attention in colors; the few highest values are cut off, as they would hide the others."""
+    return apply_colormap(attention, 0, np.quantile(attention, 0.995))
+
+
+def similarity_section(encoded: EncodedImages, count: int) -> Section:
+    """Cosine similarity of one patch with all others; script.py lets the reader choose it."""
+    h, w = encoded.tokens.shape[1:3]
+    cosines_per_image = h * w * (h * w + 1) // 2
+    count = max(1, min(count, MAX_COSINES // cosines_per_image, len(encoded.images)))
+    cards = []
+    for k in range(count):
+        mask = None
+        if encoded.masks is not None:
+            mask = encoded.masks[k]
+        chosen = _initial_patch(mask, h, w)
+        name = f"image {k + 1}"
+        cards.append(_similarity_card(encoded.images[k], encoded.tokens[k], chosen, name))
+    look = (
+        "Choose a patch (click, touch, or arrow keys): the right-hand picture shows how similar "
+        "every other patch of the image is to it, from dark (cosine 0 or less) to yellow (1). "
+        "Look for yellow that covers the same object, or the same kind of object, and stops at "
+        "its outline."
+    )
+    collapsed = (
+        "everything is yellow, or only the patch itself and its neighbors are, whatever they show."
+    )
+    content = elements.container(cards, class_="cards", style="--card-width:18rem")
+    return html.explained_section("similarities", "Patch similarity", look, collapsed, content)
+
+
+def _similarity_card(
+    image: UInt8[np.ndarray, "H W C"], tokens: Float[np.ndarray, "h w D"], chosen: int, name: str
+) -> Html:
+    """An image with a frame around the chosen patch, and the cosines of all patches with it.
+
+    The attributes of the card hold all cosines for the script; see script.py.
+    """
+    h, w = tokens.shape[:2]
+    cosines = _cosines(tokens.reshape(h * w, -1))
+    marker = _patch_marker(chosen, h, w)
+    colors = apply_colormap(cosines[chosen].reshape(h, w), 0, 1)
+    input_figure = html.figure(
+        image, f"{name}: the framed patch is compared", "choose a patch here", marker
+    )
+    cosine_figure = html.figure(
+        colors, f"cosine with every patch of {name}", html.tag("output"), marker
+    )
+    row = elements.container([input_figure, cosine_figure], class_="row", style="--columns:2")
+    return elements.container(
+        [row],
+        class_="card",
+        data_grid=f"{h},{w}",
+        data_chosen=chosen,
+        data_cosines=_encode_cosines(cosines),
     )
 
 
-def _middle(mask, h, w):
-    """The patch to begin with: the one nearest to the centre of the object, in it; else the middle one."""
+def _cosines(tokens: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N N"]:
+    """Cosine similarity of all pairs."""
+    unit = tokens / np.maximum(np.linalg.norm(tokens, axis=1, keepdims=True), 1e-12)
+    return np.clip(unit @ unit.T, -1, 1)
+
+
+def _encode_cosines(cosines: Float[np.ndarray, "N N"]) -> str:
+    """The upper triangle, a byte each, in base64; see script.py."""
+    upper = cosines[np.triu_indices(len(cosines))]
+    levels = ((upper + 1) * 127.5).round().astype(np.uint8)
+    return base64.b64encode(levels.tobytes()).decode()
+
+
+def _patch_marker(chosen: int, h: int, w: int) -> Html:
+    """An SVG with a frame around one patch, to lie on a picture of the grid."""
+    frame = html.tag("rect", x=chosen % w, y=chosen // w, width=1, height=1, class_="mark")
+    return html.tag(
+        "svg",
+        frame,
+        viewBox=f"0 0 {w} {h}",
+        preserveAspectRatio="none",
+        aria_hidden="true",
+    )
+
+
+def _initial_patch(mask: Bool[np.ndarray, "H W"] | None, h: int, w: int) -> int:
+    """The patch shown first: the one at the center of the object, or of an image without mask."""
     if mask is None or not mask.any():
         return h // 2 * w + w // 2
     inside = np.argwhere(mask)
-    center = inside[np.square(inside - inside.mean(0)).sum(1).argmin()]
-    return int(center[0] * h // mask.shape[0] * w + center[1] * w // mask.shape[1])
+    distances = np.square(inside - inside.mean(0)).sum(1)
+    row, column = inside[distances.argmin()]
+    return int(row * h // mask.shape[0] * w + column * w // mask.shape[1])

@@ -1,195 +1,362 @@
-"""What a run's encoder makes of a few held-out images, as arrays: the material of tools/report_pictures.py.
+"""What a run's encoder computes for a few held-out images: the data behind the report's pictures.
 
-Letters: K images, R reference images, h w rows and columns of patches on the finer grid, N = h w, D width, A heads.
+Letters: K images, R reference images, h w rows and columns of patches, N = h w, D width, A heads,
+H W C rows, columns and channels of an image.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import EvaluationData, Subset
-from lmim_jax.evaluators import visualization as drawn
+from lmim_jax.evaluators import visualization
+from lmim_jax.train.runs import Run
 
-FEATURE = "patches_prenorm"  # the official feature: tokens of patches before the final norm
+FEATURE = "patches_prenorm"  # the official feature: patch tokens before the final norm
 REFERENCE = 32  # R: images whose mean feature at each position is subtracted
-CHUNK = 8  # images at a time
-FINE = 28  # images are enlarged to so many rows or columns of patches, as in the paper's figure
-BATCH = 64
+CHUNK = 8  # images encoded at a time
+FINE = 28  # images are enlarged to this many rows or columns of patches, as in the paper's figure
+BATCH = 64  # training images encoded at a time in the search for neighbors
+
+Params = dict[str, Any]
+Encode = Callable[[Params, dict[str, np.ndarray]], "Encoding"]
+Windows = list[tuple[int, int, int, bool]]  # (top, left, side, visible) of each patch, in pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """Of K held-out images.
+class Encoding:
+    """What one set of weights makes of R images.
 
-    images uint8 [K, H, W, C] as the encoder sees them; classes: their names, "" where unlabelled;
-    masks bool [K, H, W], or None; tokens [K, h, w, D], the mean over R images at each position subtracted;
-    untrained: the same of fresh weights; attention [K, A, h, w] of the last block, from CLS (`from_cls`) or else the
-    mean over all patches that look.
+    Attributes:
+      images: as the encoder sees them.
+      tokens: `FEATURE` of every patch, float32.
+      attention: of the last block: from CLS, or else the mean over all querying patches.
     """
 
-    images: np.ndarray
-    classes: list
-    masks: np.ndarray | None
-    tokens: np.ndarray
-    untrained: np.ndarray
-    attention: np.ndarray
-    from_cls: bool
+    images: UInt8[np.ndarray, "R H W C"]
+    tokens: Float[np.ndarray, "R N D"]
+    attention: Float[np.ndarray, "R A N"]
 
 
-def canvases(data, count):
-    """The same few held-out images each time: ({"image", "size", "label"}, indices), numpy."""
+@dataclasses.dataclass(frozen=True)
+class EncodedImages:
+    """Features and attention of K held-out images.
+
+    Attributes:
+      images: as the encoder sees them.
+      class_names: "" for unlabeled images.
+      masks: true where the object is; None if the dataset has no masks.
+      tokens: patch features; the mean over R images at each position is subtracted.
+      untrained_tokens: the same for freshly initialized weights.
+      attention: of the last block.
+      attention_from_cls: whether CLS attends; otherwise it is the mean over all querying patches.
+    """
+
+    images: UInt8[np.ndarray, "K H W C"]
+    class_names: list[str]
+    masks: Bool[np.ndarray, "K H W"] | None
+    tokens: Float[np.ndarray, "K h w D"]
+    untrained_tokens: Float[np.ndarray, "K h w D"]
+    attention: Float[np.ndarray, "K A h w"]
+    attention_from_cls: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingViews:
+    """What the model is given in training, for K images.
+
+    Attributes:
+      whole_images: without augmentation, each uint8 [H, W, C] of its own size.
+      crops: the augmented crops.
+      windows: of each crop.
+      reconstructions: the crops with predicted pixels; None if the method predicts no pixels.
+    """
+
+    whole_images: list[UInt8[np.ndarray, "_ _ C"]]
+    crops: UInt8[np.ndarray, "K H W C"]
+    windows: list[Windows]
+    reconstructions: UInt8[np.ndarray, "K H W C"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LabeledImage:
+    """An image as the encoder sees it, and the name of its class ("" if unlabeled)."""
+
+    image: UInt8[np.ndarray, "H W C"]
+    class_name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbor:
+    """A training image, and the cosine similarity of its mean feature to the query's."""
+
+    labeled_image: LabeledImage
+    cosine: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """A held-out image, and the training images nearest to it, the nearest first."""
+
+    labeled_image: LabeledImage
+    neighbors: list[Neighbor]
+
+
+def sample_canvases(
+    data: EvaluationData, count: int
+) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
+    """Some held-out images, the same ones at every call.
+
+    Returns:
+      {"image", "size", "label"} of each image, and their indices in the held-out split.
+    """
     batch, indices = data.sample(data.held_out, count)
-    return {
-        name: np.asarray(batch[name])[: len(indices)] for name in ("image", "size", "label")
-    }, indices
+    canvases = {}
+    for name in ("image", "size", "label"):
+        canvases[name] = np.asarray(batch[name])[: len(indices)]
+    return canvases, indices
 
 
-def look(run, count):
-    """The `Seen` of `count` held-out images."""
-    method, data = run.method, run.data
-    batch, indices = canvases(data, max(count, REFERENCE))
+def encode_images(run: Run, count: int) -> EncodedImages:
+    """Features and attention of `count` held-out images (or all, if there are fewer)."""
+    method = run.method
+    data = run.data
+    canvases, indices = sample_canvases(data, max(count, REFERENCE))
     count = min(count, len(indices))
+    augment, grid = _enlarged(run)
+    encode = _make_encoder(method, augment)
+    encoding = encode(run.placed_weights.params, canvases)
+    initial_params = jax.jit(method.init)(jax.random.key(run.config.seed))
+    untrained = encode(initial_params, canvases)
+    heads = encoding.attention.shape[1]
+    return EncodedImages(
+        images=encoding.images[:count],
+        class_names=[class_name(data, label) for label in canvases["label"][:count]],
+        masks=_object_masks(data, augment, indices[:count]),
+        tokens=_center_tokens(encoding.tokens, count, grid),
+        untrained_tokens=_center_tokens(untrained.tokens, count, grid),
+        attention=encoding.attention[:count].reshape((count, heads) + grid),
+        attention_from_cls=_has_cls(method, run.placed_weights.params),
+    )
+
+
+def _enlarged(run: Run) -> tuple[Augment, tuple[int, int]]:
+    """An augmentation that enlarges images to FINE patches a side, and that grid of patches."""
+    method = run.method
+    augment = run.data.augment
     zoom = max(1, FINE / max(method.grid))
-    grid = tuple(round(zoom * side) for side in method.grid)
-    augment = dataclasses.replace(
-        data.augment,
-        eval_resize=round(zoom * data.augment.eval_resize),
-        eval_size=tuple(side * method.patch_size for side in grid),
+    rows, columns = (round(zoom * side) for side in method.grid)
+    enlarged = dataclasses.replace(
+        augment,
+        eval_resize=round(zoom * augment.eval_resize),
+        eval_size=(rows * method.patch_size, columns * method.patch_size),
     )
-    encode = _encoding(method, augment)
-    fresh = jax.jit(method.init)(jax.random.key(run.config.seed))
-    images, tokens, attention = encode(run.params, batch, count)
-    _, untrained, _ = encode(fresh, batch, count)
-    masks = data.object_masks(data.held_out, indices[:count])
-    if masks is not None:
-        masks = np.asarray(augment.levels(augment.evaluation(masks))).mean(-1) > 127
-    centred = lambda x: (x - x.mean(axis=0))[:count].reshape(count, *grid, -1)
-    return Seen(
-        images,
-        [class_name(data, label) for label in batch["label"][:count]],
-        masks,
-        centred(tokens),
-        centred(untrained),
-        attention.reshape(*attention.shape[:2], *grid),
-        "cls"
-        in jax.eval_shape(
-            method.features, run.params, jnp.zeros((1, *method.feature_size, method.channels))
-        ),
-    )
+    return enlarged, (rows, columns)
 
 
-def class_name(data, label):
-    """The name of a class number; "" for none."""
-    return data.classes[label] if 0 <= label < len(data.classes) else ""
+def _center_tokens(
+    tokens: Float[np.ndarray, "R N D"], count: int, grid: tuple[int, int]
+) -> Float[np.ndarray, "K h w D"]:
+    """Tokens of the first `count` images, with the mean over all images subtracted per position."""
+    centered = tokens - tokens.mean(axis=0)
+    return centered[:count].reshape((count,) + grid + (-1,))
 
 
-def _encoding(method, augment):
-    """(params, canvases of R images, count K) -> (images uint8 [K, H, W, C], FEATURE [R, N, D], attention [K, A, N]).
+def _object_masks(
+    data: EvaluationData, augment: Augment, indices: tuple[int, ...]
+) -> Bool[np.ndarray, "K H W"] | None:
+    """Masks of held-out images, resized like the images; None if the dataset has none."""
+    masks = data.object_masks(data.held_out, indices)
+    if masks is None:
+        return None
+    levels = np.asarray(augment.levels(augment.evaluation(masks)))
+    return levels.mean(-1) > 127
 
-    A few images at a time: attention on a fine grid is large.
+
+def _has_cls(method: Any, params: Params) -> bool:
+    """Whether the encoder has a CLS token."""
+    images = jnp.zeros((1,) + tuple(method.feature_size) + (method.channels,))
+    return "cls" in jax.eval_shape(method.features, params, images)
+
+
+def class_name(data: EvaluationData, label: int) -> str:
+    """The name of a class index; "" for an unlabeled image."""
+    if 0 <= label < len(data.classes):
+        return data.classes[label]
+    return ""
+
+
+def _make_encoder(method: Any, augment: Augment) -> Encode:
+    """A function of (params, canvases) that encodes images, CHUNK at a time.
+
+    Attention on a fine grid needs too much memory for many images at once.
     """
 
     @jax.jit
-    def encode(params, chunk):
+    def encode_chunk(params, chunk):
         images = augment.evaluation(chunk)
         features = method.features(params, images)
-        attention = features[max(name for name in features if name.endswith("/attention"))]
-        attention = attention[:, :, 0, 1:] if "cls" in features else attention.mean(axis=2)
-        return augment.levels(images), features[FEATURE].astype(jnp.float32), attention
+        tokens = features[FEATURE].astype(jnp.float32)
+        return augment.levels(images), tokens, _last_attention(features)
 
-    def all_of(params, batch, count):
-        total, found = len(batch["image"]), []
+    def encode(params: Params, canvases: dict[str, np.ndarray]) -> Encoding:
+        total = len(canvases["image"])
+        images = []
+        tokens = []
+        attention = []
         for start in range(0, total, CHUNK):
-            rows = np.arange(start, start + CHUNK) % total  # one shape, one compilation
-            found.append(
-                jax.device_get(
-                    encode(params, {name: batch[name][rows] for name in ("image", "size")})
-                )
+            rows = np.arange(start, start + CHUNK) % total  # a full chunk: one compilation
+            chunk = {name: canvases[name][rows] for name in ("image", "size")}
+            chunk_images, chunk_tokens, chunk_attention = jax.device_get(
+                encode_chunk(params, chunk)
             )
-        images, tokens, attention = (
-            np.concatenate(part)[:total] for part in zip(*found, strict=True)
+            images.append(chunk_images)
+            tokens.append(chunk_tokens)
+            attention.append(chunk_attention)
+        return Encoding(
+            images=_to_uint8(np.concatenate(images)[:total]),
+            tokens=np.concatenate(tokens)[:total],
+            attention=np.concatenate(attention)[:total],
         )
-        return np.clip(images, 0, 255).astype(np.uint8)[:count], tokens, attention[:count]
 
-    return all_of
+    return encode
 
 
-def given(run, count):
-    """What training sees of some images: (whole images, crops, windows of each, reconstructions or None), uint8."""
-    method, augment = run.method, run.data.augment
-    batch, _ = canvases(run.data, count)
-    batch = {name: batch[name] for name in ("image", "size")}
-    crops, views = jax.device_get(drawn.drawing(method, augment, run.data.mesh)(batch))
-    windows = [drawn.windows_of(method, views, k) for k in range(len(crops))]
-    wholes = [canvas[:h, :w] for canvas, (h, w) in zip(batch["image"], batch["size"], strict=True)]
-    rebuilt = None
+def _last_attention(features: dict[str, Array]) -> Float[Array, "B A N"]:
+    """Attention of the last block to the patches, from CLS or else averaged over all patches."""
+    last_block = max(name for name in features if name.endswith("/attention"))
+    attention = features[last_block]
+    if "cls" in features:
+        return attention[:, :, 0, 1:]
+    return attention.mean(axis=2)
+
+
+def _to_uint8(levels: np.ndarray) -> np.ndarray:
+    """Pixel levels as uint8; values outside 0 .. 255 are clipped."""
+    return np.clip(levels, 0, 255).astype(np.uint8)
+
+
+def training_views(run: Run, count: int) -> TrainingViews:
+    """What the model is given in training for `count` held-out images."""
+    method = run.method
+    augment = run.data.augment
+    canvases, _ = sample_canvases(run.data, count)
+    batch = {name: canvases[name] for name in ("image", "size")}
+    draw = visualization.drawing(method, augment, run.data.mesh)
+    crops, views = jax.device_get(draw(batch))
+    whole_images = []
+    for canvas, (height, width) in zip(batch["image"], batch["size"], strict=True):
+        whole_images.append(canvas[:height, :width])
+    reconstructions = None
     if hasattr(method, "reconstruct"):
-        repaint = lambda params, crops, views: augment.levels(
-            method.reconstruct(params, augment.normalize(crops), views)
-        )
-        rebuilt = np.clip(
-            jax.device_get(jax.jit(repaint)(run.params, crops, views)), 0, 255
-        ).astype(np.uint8)
-    return wholes, np.clip(crops, 0, 255).astype(np.uint8), windows, rebuilt
+
+        @jax.jit
+        def reconstruct(params, crops, views):
+            return augment.levels(method.reconstruct(params, augment.normalize(crops), views))
+
+        painted = jax.device_get(reconstruct(run.placed_weights.params, crops, views))
+        reconstructions = _to_uint8(painted)
+    return TrainingViews(
+        whole_images=whole_images,
+        crops=_to_uint8(crops),
+        windows=[visualization.windows_of(method, views, k) for k in range(len(crops))],
+        reconstructions=reconstructions,
+    )
 
 
-def neighbours(run, queries, count, bank):
-    """The nearest of `bank` training images to some held-out ones, by cosine of mean features.
+def nearest_neighbors(run: Run, queries: int, count: int, bank: int) -> tuple[list[Query], int]:
+    """The training images nearest to some held-out ones, by cosine similarity of mean features.
+
+    Args:
+      run: the run.
+      queries: number of held-out images.
+      count: neighbors of each.
+      bank: at most this many training images, drawn at random, are searched.
 
     Returns:
-      [(picture, class, [(picture, class, cosine), ...]), ...], pictures uint8 [H, W, C] as the encoder sees them; and
-      the number of training images searched.
+      The queries with their neighbors, and the number of training images searched.
     """
-    data, train = run.data, run.data.sources["train"]
-    taken = np.sort(np.random.default_rng(0).permutation(len(train))[:bank])
-    among = Subset(train, tuple(taken.tolist()))
-    pooled = jax.jit(
-        lambda params, images: (
-            run.method.features(params, images)[FEATURE].astype(jnp.float32).mean(1)
-        )
-    )
-    batch, asked = data.sample(data.held_out, queries)
-    wanted = np.asarray(pooled(run.params, batch["images"]))[: len(asked)]
-    searched = EvaluationData({"train": among, "test": None}, data.config, data.augment, data.mesh)
-    rows = [
-        (np.asarray(pooled(run.params, x["images"])), x["index"])
-        for x in searched.batches("train", BATCH)
-    ]
-    found, index = (np.concatenate(column) for column in zip(*rows, strict=True))
-    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    cosines = unit(wanted) @ unit(found[index >= 0]).T
-    ids = taken[index[index >= 0]]
-    if data.held_out == "train":  # not the image itself
-        cosines[np.asarray(asked)[:, None] == ids[None]] = -np.inf
+    data = run.data
+    train = data.sources["train"]
+    searched = np.sort(np.random.default_rng(0).permutation(len(train))[:bank])
+    encode = jax.jit(functools.partial(_mean_features, run.method))
+    batch, query_indices = data.sample(data.held_out, queries)
+    query_features = np.asarray(encode(run.placed_weights.params, batch["images"]))
+    query_features = query_features[: len(query_indices)]
+    bank_features, bank_ids = _encode_bank(run, encode, searched)
+    cosines = _normalize(query_features) @ _normalize(bank_features).T
+    if data.held_out == "train":  # an image is not its own neighbor
+        cosines[np.asarray(query_indices)[:, None] == bank_ids[None]] = -np.inf
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
-    shown = _thumbnails(data, train, ids[order].ravel())
-    pictures, names = (
-        _levels(data, batch),
-        [class_name(data, label) for label in np.asarray(batch["label"])],
-    )
-    lists = [
-        [(*shown[ids[i]], float(row[i])) for i in best]
-        for row, best in zip(cosines, order, strict=True)
-    ]
-    return list(zip(pictures, names, lists, strict=False)), len(among)
+    thumbnails = _thumbnails(data, train, bank_ids[order].ravel())
+    images = _as_seen(data, batch)
+    labels = np.asarray(batch["label"])
+    found = []
+    for k, nearest in enumerate(order):
+        neighbors = []
+        for i in nearest:
+            neighbors.append(Neighbor(thumbnails[int(bank_ids[i])], float(cosines[k, i])))
+        found.append(Query(LabeledImage(images[k], class_name(data, labels[k])), neighbors))
+    return found, len(searched)
 
 
-def _levels(data, batch):
-    """Images of a batch as the encoder sees them, uint8 [B, H, W, C]."""
-    return np.clip(np.asarray(data.augment.levels(batch["images"])), 0, 255).astype(np.uint8)
+def _mean_features(
+    method: Any, params: Params, images: Float[Array, "B H W C"]
+) -> Float[Array, "B D"]:
+    """The mean patch feature of each image."""
+    return method.features(params, images)[FEATURE].astype(jnp.float32).mean(1)
 
 
-def _thumbnails(data, source, indices):
-    """{index: (picture uint8 [H, W, C], class)} of some images of a source."""
+def _encode_bank(
+    run: Run,
+    encode: Callable[[Params, Array], Array],
+    searched: Int[np.ndarray, " M"],
+) -> tuple[Float[np.ndarray, "M D"], Int[np.ndarray, " M"]]:
+    """Mean features of the readable ones of the training images `searched`, and their indices."""
+    selected = Subset(run.data.sources["train"], tuple(searched.tolist()))
+    data = _with_train_source(run.data, selected)
+    features = []
+    positions = []
+    for batch in data.batches("train", BATCH):
+        features.append(np.asarray(encode(run.placed_weights.params, batch["images"])))
+        positions.append(batch["index"])
+    position = np.concatenate(positions)
+    readable = position >= 0
+    return np.concatenate(features)[readable], searched[position[readable]]
+
+
+def _with_train_source(data: EvaluationData, source: Subset) -> EvaluationData:
+    """The same preprocessing for other training images."""
+    return EvaluationData({"train": source, "test": None}, data.config, data.augment, data.mesh)
+
+
+def _normalize(features: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M D"]:
+    """Rows scaled to unit length."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def _as_seen(data: EvaluationData, batch: dict[str, Any]) -> UInt8[np.ndarray, "B H W C"]:
+    """Images of a batch as the encoder sees them."""
+    return _to_uint8(np.asarray(data.augment.levels(batch["images"])))
+
+
+def _thumbnails(
+    data: EvaluationData, source: Any, indices: Int[np.ndarray, " M"]
+) -> dict[int, LabeledImage]:
+    """{index: image} of some images of a source, as the encoder sees them."""
     chosen = np.unique(indices)
-    few = EvaluationData(
-        {"train": Subset(source, tuple(chosen.tolist()))}, data.config, data.augment, data.mesh
-    )
-    batch, order = few.sample("train", len(chosen))
-    pictures, labels = _levels(data, batch), np.asarray(batch["label"])
-    return {
-        int(chosen[i]): (pictures[row], class_name(data, labels[row]))
-        for row, i in enumerate(order)
-    }
+    selected = Subset(source, tuple(chosen.tolist()))
+    batch, order = _with_train_source(data, selected).sample("train", len(chosen))
+    images = _as_seen(data, batch)
+    labels = np.asarray(batch["label"])
+    thumbnails = {}
+    for row, i in enumerate(order):
+        thumbnails[int(chosen[i])] = LabeledImage(images[row], class_name(data, labels[row]))
+    return thumbnails
