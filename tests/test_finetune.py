@@ -19,7 +19,7 @@ NEIGHBOUR = np.array([1, 0, 3, 2, 5, 4])
 
 
 def test_smooth_labels():
-    found = np.asarray(mixup.smooth(np.array([2, 0]), 4, 0.1))
+    found = np.asarray(mixup.smooth_labels(np.array([2, 0]), 4, 0.1))
     np.testing.assert_allclose(
         found, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]], rtol=1e-6
     )
@@ -42,7 +42,7 @@ def test_mixup_weighs_images_and_targets_alike():
     assert np.std(shares) == pytest.approx(0.31, abs=0.08)  # of Beta(0.8, 0.8)
 
 
-MIX = jax.jit(mixup.mix, static_argnums=(3, 4, 5))
+MIX = jax.jit(mixup.mix_batch, static_argnums=(3, 4, 5))
 
 
 def test_cutmix_weighs_targets_by_the_area_of_the_box():
@@ -68,12 +68,12 @@ def test_each_batch_is_mixed_or_cut():
         images, _ = MIX(jax.random.key(seed), IMAGES, TARGETS, 0.8, 1.0, 0.5)
         kinds.append(bool(np.asarray((images == IMAGES) | (images == IMAGES[NEIGHBOUR])).all()))
     assert 10 < sum(kinds) < 30
-    same = mixup.mix(jax.random.key(0), IMAGES, TARGETS, 0.0, 0.0, 0.5)
+    same = mixup.mix_batch(jax.random.key(0), IMAGES, TARGETS, 0.0, 0.0, 0.5)
     assert same[0] is IMAGES
 
 
 def test_random_erasing():
-    erase = jax.jit(jax.vmap(lambda key: mixup.erase(key, jnp.full((32, 40, 3), 7.0), 0.25)))
+    erase = jax.jit(jax.vmap(lambda key: mixup.random_erase(key, jnp.full((32, 40, 3), 7.0), 0.25)))
     images = np.asarray(erase(jax.random.split(jax.random.key(0), 400)))
     erased = (images != 7).all(-1)
     assert erased.any((1, 2)).mean() == pytest.approx(0.25, abs=0.07)
@@ -177,8 +177,7 @@ def test_stochastic_depth_drops_branches_of_images_and_keeps_the_mean():
 
 
 def test_kept_branches_are_divided_by_their_probability():
-    with layer_stack.stochastic_depth(jax.random.key(0), 0.4):
-        keep = np.asarray(layer_stack._kept(5, 4000))
+    keep = np.asarray(layer_stack._branch_scales(jax.random.key(0), 0.4, 5, 4000))
     assert (keep[0] == 1).all()
     for i, share in enumerate((1.0, 0.9, 0.8, 0.7, 0.6)):
         assert set(np.round(np.unique(keep[i]), 4)) <= {0.0, np.float32(round(1 / share, 4))}

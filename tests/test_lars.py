@@ -18,9 +18,15 @@ GRADIENTS = [
 for number, step in enumerate(GRADIENTS):
     step["still"][:] = 0
     step["zero"][:] *= number > 2  # both norms are 0 at first, then that of the weights only
-RATE = lambda step: (
-    0.5 * (1 + jnp.cos(step))
-)  # far from constant: the order of rate and momentum shows
+
+
+def learning_rate(step):
+    """Far from constant, so that the order of learning rate and momentum matters."""
+    return 0.5 * (1 + jnp.cos(step))
+
+
+def several_axes(tree):
+    return jax.tree.map(lambda x: x.ndim > 1, tree)
 
 
 def plain(decay, momentum=0.9, trust=0.001):
@@ -35,7 +41,7 @@ def plain(decay, momentum=0.9, trust=0.001):
                 norms = np.linalg.norm(w), np.linalg.norm(g)
                 g = g * (trust * norms[0] / norms[1] if min(norms) > 0 else 1.0)
             buffers[name] = momentum * buffers[name] + g
-            weights[name] = w - float(RATE(number)) * buffers[name]
+            weights[name] = w - float(learning_rate(number)) * buffers[name]
     return weights
 
 
@@ -49,14 +55,21 @@ def train(optimizer):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_lars_is_maes(decay):
-    ours = train(lars(RATE, weight_decay=decay))
+def test_lars_equals_that_of_mae(decay):
+    ours = train(lars(learning_rate, weight_decay=decay))
     for name, expected in plain(decay).items():
         np.testing.assert_allclose(ours[name], expected, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
-def test_optax_has_another_lars():
-    matrices = lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
-    masks = dict(weight_decay_mask=matrices, trust_ratio_mask=matrices)
-    other = train(optax.lars(RATE, momentum=0.9, trust_coefficient=0.001, **masks))
-    assert np.abs(other["bias"] - plain(0.0)["bias"]).max() > 0.1  # the rate before the momentum
+def test_lars_of_optax_differs():
+    optimizer = optax.lars(
+        learning_rate,
+        momentum=0.9,
+        trust_coefficient=0.001,
+        weight_decay_mask=several_axes,
+        trust_ratio_mask=several_axes,
+    )
+    other = train(optimizer)
+    assert (
+        np.abs(other["bias"] - plain(0.0)["bias"]).max() > 0.1
+    )  # the learning rate before the momentum

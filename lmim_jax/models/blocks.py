@@ -3,6 +3,8 @@
 Letters: B batch, T S tokens, D width, E width of the context, A attention heads.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -176,7 +178,7 @@ class CrossBlock(nn.Module, kw_only=True):
         self, x: Float[Array, "B T D"], context: Float[Array, "B S E"]
     ) -> Float[Array, "B T D"]:
         """Apply the block to the tokens x; the context does not change."""
-        attention = dict(
+        attention: dict[str, Any] = dict(
             heads=self.heads,
             dtype=self.dtype,
             implementation=self.attention,

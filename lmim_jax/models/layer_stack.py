@@ -96,10 +96,10 @@ def stochastic_depth(key: Array, rate: float) -> Iterator[None]:
         _stochastic_depth.reset(token)
 
 
-def _branch_scales(drop: _StochasticDepth, depth: int, batch: int) -> Float[Array, "depth B 2"]:
+def _branch_scales(key: Array, rate: float, depth: int, batch: int) -> Float[Array, "depth B 2"]:
     """Draw what the two branches of every block are multiplied by: 0 or 1 / (keep probability)."""
-    keep_probability = 1 - jnp.linspace(0, drop.rate, depth)[:, None, None]
-    kept = jax.random.bernoulli(drop.key, keep_probability, (depth, batch, 2))
+    keep_probability = 1 - jnp.linspace(0, rate, depth)[:, None, None]
+    kept = jax.random.bernoulli(key, keep_probability, (depth, batch, 2))
     return kept / keep_probability
 
 
@@ -124,7 +124,7 @@ def run_blocks(
     initializing = parent.is_initializing()
     names = [f"block{i:02d}" for i in range(depth)]
     if drop and not initializing:
-        scales = _branch_scales(drop, depth, len(x))
+        scales = _branch_scales(drop.key, drop.rate, depth, len(x))
         for name, block_scales in zip(names, scales, strict=True):
             x = make_block(name=name)(x, branch_scales=block_scales, **inputs)
         return x

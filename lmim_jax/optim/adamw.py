@@ -1,75 +1,94 @@
-"""Optimisers from config: schedule, AdamW, weight decay by parameter name."""
+"""The pretraining optimizer from its config: AdamW, schedules, weight decay by parameter name."""
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
+from ml_collections import ConfigDict
 
 from lmim_jax.optim import schedules
 from lmim_jax.utils.errors import UserError
 
+Rules = Sequence[tuple[str, Any]]
 
-def match_rules(rules, params, key):
-    """A value for every parameter from (regex, value) rules on its path, "encoder/block00/norm1/scale".
 
-    First full match wins; every parameter must match.
+def match_rules(rules: Rules, params: Any, key: str) -> Any:
+    """Choose a value for every parameter from rules on its path, "encoder/block00/norm1/scale".
+
+    The first full match wins; every parameter must match.
 
     Args:
-      rules: sequence of (regex, value).
-      params: nested dict.
-      key: the config key of the rules, for the error.
+      rules: pairs of (regex, value).
+      params: nested dict of parameters.
+      key: the config key of the rules, for the error message.
 
     Returns:
-      A tree like `params` of values.
+      A tree like `params`, of values.
 
     Raises:
-      UserError: listing parameters that no rule covers.
+      UserError: parameters that no rule matches, with their names.
     """
     compiled = [(re.compile(pattern), value) for pattern, value in rules]
-    uncovered = []
+    unmatched = []
 
-    def choose(path, _):
+    def choose(path: tuple[Any, ...], _: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        value = next((value for rule, value in compiled if rule.fullmatch(name)), None)
-        uncovered.extend([name] if value is None else [])
-        return value
+        for pattern, value in compiled:
+            if pattern.fullmatch(name):
+                return value
+        unmatched.append(name)
+        return None
 
-    values = jax.tree_util.tree_map_with_path(
-        choose, params
-    )  # keeps empty sub-trees, such as that of no projector
-    if uncovered:
+    # Unlike a loop over leaves, this keeps empty sub-trees, such as that of a missing projector.
+    values = jax.tree_util.tree_map_with_path(choose, params)
+    if unmatched:
         raise UserError(
-            f"{key}: no rule matches {', '.join(uncovered[:5])}; end the list with ('.*', value)"
+            f"{key}: no rule matches {', '.join(unmatched[:5])}; end the list with ('.*', value)"
         )
     return values
 
 
-def from_config(config, *, warmup_steps, total_steps):
-    """Build the optimiser and its learning-rate schedule.
+def from_config(
+    config: ConfigDict, *, warmup_steps: float, total_steps: int
+) -> tuple[optax.GradientTransformation, schedules.Schedule]:
+    """Build the optimizer and its learning-rate schedule.
 
     Args:
-      config: `config.optimizer`, see configs/vit_b.py. warmup_steps, total_steps: in optimiser steps.
+      config: `config.optimizer`, see configs/vit_b.py.
+      warmup_steps: length of the warm-up in optimizer steps.
+      total_steps: length of the run in optimizer steps.
 
     Returns:
-      (optax transformation, function of the step giving the learning rate).
+      (optax transformation, learning rate as a function of the step).
+
+    Raises:
+      UserError: unknown `config.name`; and, when the optimizer is initialized, parameters that no
+        rule of `config.decay_rules` matches.
     """
     if config.name != "adamw":
-        raise UserError(f"config.optimizer.name={config.name!r} is not known; there is: adamw")
-    start, floor = config.warmup_start * config.lr, config.floor * config.lr
-    rate = schedules.warmup_cosine(
-        start, config.lr, floor, warmup_steps, total_steps, config.rebased
-    )
-    decay = lambda step: schedules.cosine(
-        config.weight_decay, config.weight_decay_end, step / total_steps
+        raise UserError(f"config.optimizer.name={config.name!r} must be one of: adamw")
+    learning_rate = schedules.warmup_cosine(
+        config.warmup_start * config.lr,
+        config.lr,
+        config.floor * config.lr,
+        warmup_steps,
+        total_steps,
+        config.rebased,
     )
 
-    def decayed(params):
-        scale = match_rules(config.decay_rules, params, "config.optimizer.decay_rules")
-        return jax.tree.map(bool, scale)
+    def weight_decay(step: schedules.Step) -> schedules.Scalar:
+        return schedules.cosine(config.weight_decay, config.weight_decay_end, step / total_steps)
 
-    optimizer = optax.chain(  # AdamW, with a schedule for the decay too
+    def decay_mask(params: Any) -> Any:
+        values = match_rules(config.decay_rules, params, "config.optimizer.decay_rules")
+        return jax.tree.map(bool, values)
+
+    # This is optax.adamw, with a schedule for the weight decay too.
+    optimizer = optax.chain(
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(decay, mask=decayed),
-        optax.scale_by_learning_rate(rate),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
     )
-    return optimizer, rate
+    return optimizer, learning_rate

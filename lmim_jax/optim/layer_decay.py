@@ -1,44 +1,76 @@
-"""Layer-wise learning rates for fine-tuning: the deeper below the head, the smaller."""
+"""Layer-wise learning rates for fine-tuning: the further below the head, the smaller."""
 
 import re
+from typing import Any
 
 import jax
 import optax
 
-from lmim_jax.optim.adamw import match_rules
+from lmim_jax.optim.adamw import Rules, match_rules
+
+# Biases, scales of norms, position embeddings and CLS have no weight decay.
+DECAY_RULES: Rules = ((".*(bias|scale|positions|cls_token)", False), (".*", True))
 
 
-def learning_rate_factors(trained, decay):
-    """(regex on the path, factor of the learning rate) for {"encoder": ..., and anything above it}.
+def learning_rate_factors(params: dict[str, Any], decay: float) -> Rules:
+    """Build rules on parameter paths for the factors of the learning rate.
 
-    Of L blocks, block i has decay^(L - i), all below them (patch and position embeddings, CLS) decay^(L + 1), all above
-    them 1. Blocks have parameters of their own, whether or not they are run as a loop (models/stack.py).
+    Of L blocks, block i has decay^(L - i), all below them (patch and position embeddings, CLS)
+    decay^(L + 1), all above them 1.
+
+    Args:
+      params: {"encoder": ..., and anything above it}.
+      decay: ratio of the learning rates of a block and the next.
+
+    Returns:
+      Pairs of (regex, factor), see `adamw.match_rules`.
 
     Source: BEiT; MAE, `util/lr_decay.py`.
     """
-    blocks = [name for name in trained["encoder"] if re.fullmatch(r"block\d+", name)]
+    blocks = sorted(name for name in params["encoder"] if re.fullmatch(r"block\d+", name))
     depth = len(blocks)
-    return (
-        *((f"encoder/{name}/.*", decay ** (depth - i)) for i, name in enumerate(sorted(blocks))),
-        ("encoder/norm/.*", 1.0),
-        ("encoder/.*", decay ** (depth + 1)),
-        (".*", 1.0),
-    )
+    rules: list[tuple[str, float]] = []
+    for i, name in enumerate(blocks):
+        rules.append((f"encoder/{name}/.*", decay ** (depth - i)))
+    rules.append(("encoder/norm/.*", 1.0))
+    rules.append(("encoder/.*", decay ** (depth + 1)))
+    rules.append((".*", 1.0))
+    return rules
 
 
-# Biases, scales of norms, position vectors and CLS are spared.
-DECAYED = ((".*(bias|scale|positions|cls_token)", False), (".*", True))
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    params: dict[str, Any],
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    decay: float,
+) -> optax.GradientTransformation:
+    """Build AdamW with layer-wise learning rates.
 
+    The weight decay is multiplied by the learning rate of its layer, as in torch.
 
-def adamw(rate, trained, *, b1, b2, eps, weight_decay, decay):
-    """AdamW with `learning_rate_factors`; the weight decay follows the learning rate of its layer, as in torch."""
-    factors = match_rules(learning_rate_factors(trained, decay), trained, "layer_decay")
-    scaled = optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u, factor: u * factor, updates, factors)
-    )
+    Args:
+      learning_rate: of the head; number, or function of the step.
+      params: {"encoder": ..., and anything above it}.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: see DECAY_RULES for the parameters it applies to.
+      decay: ratio of the learning rates of a block and the next.
+    """
+    factors = match_rules(learning_rate_factors(params, decay), params, "layer_decay")
+
+    def scale_by_layer(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda update, factor: update * factor, updates, factors)
+
     return optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=match_rules(DECAYED, trained, "weight_decay")),
-        scaled,
-        optax.scale_by_learning_rate(rate),
+        optax.add_decayed_weights(
+            weight_decay, mask=match_rules(DECAY_RULES, params, "weight_decay")
+        ),
+        optax.stateless(scale_by_layer),
+        optax.scale_by_learning_rate(learning_rate),
     )

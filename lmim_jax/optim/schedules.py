@@ -1,39 +1,65 @@
-"""Scalar schedules. `progress` is training progress in [0, 1]; arrays or Python numbers alike."""
+"""Scalar schedules.
+
+`progress` is training progress in [0, 1]. Progress and steps may be arrays or Python numbers.
+"""
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Scalar = Float[Array, ""] | float
+Step = Int[Array, ""] | int
+Schedule = Callable[[Step], Scalar]
 
 
-def cosine(start, end, progress):
-    """From start to end along half a cosine.
+def cosine(start: float, end: float, progress: Scalar) -> Float[Array, ""]:
+    """Interpolate from start to end along half a cosine.
 
-    Written as end + (start - end) cos^2(pi x / 2), which does not cancel where start - end is small beside end.
+    It is computed as end + (start - end) cos^2(pi x / 2), which keeps its precision where
+    start - end is small beside end.
     """
     return end + (start - end) * jnp.cos(0.5 * jnp.pi * progress) ** 2
 
 
-def linear(start, end, progress):
-    """From start to end along a line."""
+def linear(start: float, end: float, progress: Scalar) -> Scalar:
+    """Interpolate from start to end along a line."""
     return end + (start - end) * (1 - progress)
 
 
-def warmup_cosine(start, peak, floor, warmup_steps, total_steps, rebased=True):
-    """Learning rate: linear from start to peak over the warm-up, then half a cosine to the floor.
+def warmup_cosine(
+    start: float,
+    peak: float,
+    floor: float,
+    warmup_steps: float,
+    total_steps: float,
+    rebased: bool = True,
+) -> Schedule:
+    """Build a learning rate: linear warm-up from start to peak, then half a cosine to the floor.
+
+    Latent MIM's warm-up starts at its floor, 25 % of the peak (official `adjust_learning_rate`),
+    MAE's at 0.
 
     Args:
-      rebased: the cosine begins at the peak, after the warm-up; False: with the run, and the smaller of the two counts
-        (PiLaMIM).
+      start: value at step 0.
+      peak: value after the warm-up.
+      floor: value after `total_steps`.
+      warmup_steps: length of the warm-up in optimizer steps.
+      total_steps: length of the run in optimizer steps, warm-up included.
+      rebased: the cosine begins at the peak, after the warm-up. False: it begins at step 0, and the
+        smaller of warm-up and cosine counts (PiLaMIM).
 
     Returns:
-      A function of the step (0-based). Latent MIM's warm-up starts at its floor, 25 % of the peak (official
-      `adjust_learning_rate`), MAE's at 0.
+      A function of the step, counted from 0.
     """
+    decay_start = warmup_steps if rebased else 0
 
-    def rate(step):
+    def learning_rate(step: Step) -> Float[Array, ""]:
         warmup = linear(start, peak, step / max(warmup_steps, 1))
-        begin = warmup_steps if rebased else 0
-        decay = cosine(peak, floor, (step - begin) / max(total_steps - begin, 1))
-        return jnp.where(
-            step < warmup_steps, warmup if rebased else jnp.minimum(warmup, decay), decay
-        )
+        progress = (step - decay_start) / max(total_steps - decay_start, 1)
+        decay = cosine(peak, floor, progress)
+        if not rebased:
+            warmup = jnp.minimum(warmup, decay)
+        return jnp.where(step < warmup_steps, warmup, decay)
 
-    return rate
+    return learning_rate
