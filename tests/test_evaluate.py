@@ -28,7 +28,7 @@ from lmim_jax.optim import adamw
 from lmim_jax.report import eval_table
 from lmim_jax.train import runs, workdir
 from lmim_jax.train.checkpoints import Checkpoints
-from lmim_jax.train.state import create
+from lmim_jax.train.state import create_state
 
 ROOT = pathlib.Path(conftest.ROOT)
 MESH = sharding.make_mesh(devices=jax.devices()[:1])  # compiles faster
@@ -42,7 +42,7 @@ def made(images, tmp_path_factory):
     config.data.path = str(images)
     method = methods.from_config(config.method, total_steps=10, steps_per_epoch=5)
     optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=1, total_steps=10)
-    state, _ = create(method, optimizer, config.seed, MESH)
+    state, _ = create_state(method, optimizer, config.seed, MESH)
     state = state.replace(params=jax.tree.map(lambda x: 0.9 * x + 0.01, state.params))
     with Checkpoints(folder, config) as checkpoints:
         checkpoints.save(state, 3)
@@ -55,8 +55,8 @@ def opened(folder, **options):
     run = runs.open_run(folder)
     return (
         run,
-        run.weights(MESH),
-        run.images(run.data_config(recipe.get_config("data").to_dict(), {}), MESH, **options),
+        run.weights.placed_on(MESH),
+        run.open_images(run.data_config(recipe.get_config("data").to_dict(), {}), MESH, **options),
     )
 
 
@@ -71,7 +71,7 @@ def test_a_run_opens_as_it_was_saved(made):
     jax.tree.map(np.testing.assert_array_equal, weights.params, jax.device_get(state.params))
     jax.tree.map(np.testing.assert_array_equal, weights.target, jax.device_get(state.target))
     assert (weights.step, len(weights.checkpoint)) == (3, 64)
-    untrained = run.untrained(MESH)  # the target of a fresh state is what it began with
+    untrained = run.initial_weights(MESH)  # the target of a fresh state is what it began with
     jax.tree.map(
         np.testing.assert_array_equal, untrained.params["encoder"], state.target["encoder"]
     )
@@ -85,7 +85,7 @@ def test_a_run_opens_as_it_was_saved(made):
 
 def test_features_come_from_the_cache_bit_by_bit(made, tmp_path, caplog):
     run, weights, data = opened(made[0], cache=FeatureCache(tmp_path / "cache"))
-    of = lambda params, feature="cls": base.split_features(
+    of = lambda params, feature="cls": image_features.split_features(
         run.method, params, data, "test", feature, 16
     )
     first = of(weights.params)
@@ -118,7 +118,7 @@ def test_other_images_of_the_same_names_are_not_taken_for_them(made, images, tmp
     for change in (False, True):
         if change:
             shutil.copy(copy / "test/dog/00.png", copy / "test/cat/00.png")
-        data = run.images(
+        data = run.open_images(
             run.data_config(recipe.get_config("data").to_dict(), {"path": str(copy)}), MESH
         )
         identities.append(FeatureCache(tmp_path)._identity(data, "test"))
@@ -130,7 +130,7 @@ def test_other_images_of_the_same_names_are_not_taken_for_them(made, images, tmp
 def test_every_column_is_measured_by_the_same_evaluator(made, images):
     run, weights, data = opened(made[0])
     section = recipe.get_config().knn.to_dict() | {"k": (3,), "batch_size": 16}
-    (scheduled,) = evaluate.schedule(run, ConfigDict({"near": section}), "", "cls")
+    (scheduled,) = evaluate.build_evaluators(run, ConfigDict({"near": section}), "", "cls")
     assert scheduled.evaluator.feature == "cls"
     columns = {"pixels": weights, "untrained": changed(weights), "trained": weights}
     *_, (figures, pictures) = evaluate.measure(run, [scheduled], data, columns)
@@ -142,7 +142,7 @@ def test_every_column_is_measured_by_the_same_evaluator(made, images):
         for column in columns
     }
     assert scheduled.evaluator.run(run.method, weights.params, data) == of["trained"]
-    pixels = base.split_features(run.method, {}, data, "test", "pixels", 16)
+    pixels = image_features.split_features(run.method, {}, data, "test", "pixels", 16)
     assert pixels[0].shape == (16, 16 * 16 * 3)
     assert scheduled.evaluator._accuracies(run.method, {}, data, "pixels") == of["pixels"]
 
@@ -207,7 +207,7 @@ def test_the_command_prints_a_table_and_writes_json(made, tmp_path):
     assert (
         told.stderr.count(f"from {folder}/evaluations/cache") == 2
     )  # the second time, both splits
-    first, again = told.stdout.split("Figures: ")[:2]
+    first, again = told.stdout.split("Metrics: ")[:2]
     assert "raw pixels  colour histogram  untrained encoder  trained encoder" in first
     assert re.search(r"knn/knn3 +\d+\.\d +\d+\.\d +\d+\.\d +\d+\.\d  vote of the 3 nearest", first)
     assert re.search(r"knn/knn3 +\d+\.\d  vote of the 3 nearest", again)
@@ -240,7 +240,7 @@ def test_bad_input_is_one_line_and_exit_code_2(made, images, tmp_path):
         f"--workdir={unsaved}": "unsaved: no checkpoints here",
         f"--workdir={broken}": "broken/config.json cannot be read",
         "--evaluators=kn": "--evaluators=kn: no such evaluator; did you mean knn?",
-        "--evaluators=zzzz": "--evaluators=zzzz: no such evaluator; there are: .*knn, .*logistic_regression",
+        "--evaluators=zzzz": "--evaluators=zzzz: no such evaluator .choices: .*knn, .*logistic_regression",
         "--config.knn.kk=3": "unknown config key config.knn.kk",
         "--data.pth=x": "unknown config key data.pth",
         f"--data.path={texts}": "texts/train: no images in this folder",

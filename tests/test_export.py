@@ -18,7 +18,7 @@ from lmim_jax.cli import export
 from lmim_jax.convert import hf, parity_check, timm, torch_encoder
 from lmim_jax.methods import base
 from lmim_jax.models.layers import sincos_positions
-from lmim_jax.train import saved
+from lmim_jax.train import runs
 from lmim_jax.utils import array_io
 from lmim_jax.utils.errors import UserError
 
@@ -116,7 +116,7 @@ def test_what_a_library_cannot_hold_is_said(changes, library, message):
 
 
 def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
-    model = saved.open_model(run)
+    model = runs.open_run(run)
     export.export(model, "hf", "online", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"}
@@ -142,26 +142,26 @@ def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
         '"num_visible": 4',
     ):
         assert line in card
-    with pytest.raises(UserError, match="holds something already"):
+    with pytest.raises(UserError, match="is not empty"):
         export.export(model, "hf", "online", tmp_path / "out")
 
 
 @pytest.mark.parametrize("which", ["online", "target"])
 def test_an_exported_flax_folder_opens_like_a_run(run, tmp_path, which):
-    export.export(saved.open_model(run), "flax", which, tmp_path / "out")
-    again = saved.open_model(tmp_path / "out")
-    for params in (lmim_jax.load(tmp_path / "out")[1], again.weights(which)):
-        jax.tree.map(np.testing.assert_array_equal, params, saved.open_model(run).weights(which))
-    assert again.step == 0 and again.choose(None) == which
+    export.export(runs.open_run(run), "flax", which, tmp_path / "out")
+    again = runs.open_run(tmp_path / "out")
+    for params in (lmim_jax.load(tmp_path / "out")[1], again.encoder_params(which)):
+        jax.tree.map(np.testing.assert_array_equal, params, runs.open_run(run).encoder_params(which))
+    assert again.step == 0 and again.choose_weights(None) == which
     if which == "online":
         with pytest.raises(UserError, match="holds the online weights"):
             lmim_jax.load(tmp_path / "out", target=True)
     with pytest.raises(UserError, match=f"holds the {which} weights"):
-        again.choose({"online": "target", "target": "online"}[which])
+        again.choose_weights({"online": "target", "target": "online"}[which])
 
 
 def test_there_is_no_export_without_official_names_or_a_teacher(tmp_path):
-    model = saved.Model(tmp_path, recipe("bootmae"), *interop.case("bootmae"), {}, 0)
+    model = in_memory(tmp_path, recipe("bootmae"), *interop.case("bootmae"))
     with pytest.raises(UserError, match="names in bootmae's official code are not known"):
         export.export(model, "safetensors", "both", tmp_path / "out")
     with pytest.raises(UserError, match=r"decoder=self is not in the official code"):
@@ -197,7 +197,7 @@ def test_a_check_without_the_library_says_so(run, images, tmp_path):
 @pytest.mark.parametrize("name", interop.METHODS)
 def test_both_libraries_make_the_same_features_of_jpegs(name, library, tmp_path):
     method, params = interop.case(name)
-    model = saved.Model(tmp_path, recipe(name), method, params, {}, 0)
+    model = in_memory(tmp_path, recipe(name), method, params)
     export.export(model, library, "online", tmp_path / "out")
     jpegs = [
         interop.jpeg(height, width, i)
@@ -227,7 +227,7 @@ def test_published_sizes_agree_on_photographs(size, library, tmp_path):
             jpegs = [file.read(name) for name in names]
     else:
         jpegs = [interop.jpeg(300, 400, 0), interop.jpeg(500, 333, 1)]
-    model = saved.Model(tmp_path, config, method, params, {}, 0)
+    model = in_memory(tmp_path, config, method, params)
     export.export(model, library, "online", tmp_path / "out")
     found = parity_check.compare(library, tmp_path / "out", model, params, jpegs)
     assert found["features"] <= 1e-4, found
@@ -240,7 +240,7 @@ def test_transformers_misses_nothing_and_takes_other_sizes(tmp_path):
 
     method, params = interop.case("latent_mim")
     export.export(
-        saved.Model(tmp_path, recipe(), method, params, {}, 0), "hf", "online", tmp_path / "out"
+        in_memory(tmp_path, recipe(), method, params), "hf", "online", tmp_path / "out"
     )
     options = dict(add_pooling_layer=False, output_loading_info=True)
     model, told = AutoModel.from_pretrained(tmp_path / "out", **options)
@@ -256,7 +256,7 @@ def test_timm_takes_other_sizes_and_pools_patches(tmp_path):
 
     method, params = interop.case("latent_mim")
     export.export(
-        saved.Model(tmp_path, recipe(), method, params, {}, 0), "timm", "online", tmp_path / "out"
+        in_memory(tmp_path, recipe(), method, params), "timm", "online", tmp_path / "out"
     )
     library = importlib.import_module("timm")
     model = library.create_model(

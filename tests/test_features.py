@@ -13,10 +13,10 @@ import tiny
 from PIL import Image
 
 from lmim_jax.cli import extract_features
-from lmim_jax.data.augment import device
+from lmim_jax.data.augment.device import Augment
 from lmim_jax.evaluators.common import feature_io
 from lmim_jax.evaluators.common.feature_extraction import Extractor, extract
-from lmim_jax.train import saved
+from lmim_jax.train import runs
 from lmim_jax.utils.errors import UserError
 
 
@@ -31,8 +31,8 @@ def extractor(run):
 
 
 def make(run, **options):
-    model = saved.open_model(run)
-    transform = device.from_config(model.config.augment, image_size=(20, 20), eval_size=(16, 16))
+    model = runs.open_run(run)
+    transform = Augment.from_config(model.config.augment, image_size=(20, 20), eval_size=(16, 16))
     options = dict(size=16, kinds=extract_features.KINDS, norm=True, batch_size=8) | options
     return Extractor(model.method, model.params, transform, **options)
 
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 
 def test_features_of_every_image_are_the_methods_own(extractor, folder):
-    root, names, others = extract_features.files_of(folder)
+    root, names, others = extract_features.list_images(folder)
     assert others == ["notes.txt"]
     names, grids, found, bad = extract(extractor, root, names, lambda count: None)
     assert names == ["a.jpg", "d.jpg", "deep/b.jpg", "deep/er/c.jpg"]
@@ -110,7 +110,7 @@ def test_every_kind_of_file_gives_back_names_and_features(tmp_path, suffix):
         "patches": [rng.random((n, 4), np.float32) for n in (6, 2)],
     }
     path = tmp_path / f"f{suffix}"
-    feature_io.writer(path)(names, grids, given)
+    feature_io.make_writer(path)(names, grids, given)
     assert list(tmp_path.iterdir()) == [path]
     if suffix == ".parquet":
         table = parquet.read_table(path).to_pydict()
@@ -143,20 +143,20 @@ def test_every_kind_of_file_gives_back_names_and_features(tmp_path, suffix):
 
 def test_what_cannot_be_written_is_said_before_anything_is_computed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"must end in \.npz"):
-        feature_io.writer(tmp_path / "f.csv")
+        feature_io.make_writer(tmp_path / "f.csv")
     with pytest.raises(UserError, match="no folder"):
-        feature_io.writer(tmp_path / "absent" / "f.npz")
+        feature_io.make_writer(tmp_path / "absent" / "f.npz")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
-        feature_io.writer(tmp_path / "f.parquet")
+        feature_io.make_writer(tmp_path / "f.parquet")
 
 
 def test_folders_without_images_and_too_many_images_are_refused(tmp_path, extractor):
     (tmp_path / "notes.txt").write_text("a text")
     with pytest.raises(UserError, match="no images in this folder, only 1 other files"):
-        extract_features.files_of(tmp_path)
+        extract_features.list_images(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
-        extract_features.files_of(tmp_path / "absent")
+        extract_features.list_images(tmp_path / "absent")
     with pytest.raises(UserError, match=r"take at least .* GB"):
         extract_features.check_memory(10**10, extractor)
 
@@ -180,7 +180,7 @@ app.run(extract_features, argv)
     done = subprocess.run([sys.executable, "-c", script], cwd=conftest.ROOT, **pipes)
     assert (
         "left out: deep/cut.jpg: " in done.stdout
-        and "1 files that are no images: notes.txt" in done.stdout
+        and "1 files that are not images: notes.txt" in done.stdout
     ), done
     with np.load(tmp_path / "f.npz") as file:
         assert file["grid"].tolist() == [[6, 6], [6, 6], [6, 12], [12, 6]] and file[

@@ -18,9 +18,9 @@ from lmim_jax.cli import export, import_weights
 from lmim_jax.convert.official import base as official
 from lmim_jax.data import sources
 from lmim_jax.distributed import sharding
-from lmim_jax.train import saved, workdir
+from lmim_jax.train import runs, workdir
 from lmim_jax.train.checkpoints import Checkpoints
-from lmim_jax.train.state import create
+from lmim_jax.train.state import create_state
 from lmim_jax.utils import array_io
 from lmim_jax.utils.errors import UserError
 
@@ -77,9 +77,9 @@ def test_reference_weights_go_in_and_out_and_back_unchanged(stem, tmp_path):
     lines = import_weights.import_weights(
         tmp_path / "official.npz", config, tmp_path / "run", None, drop
     )
-    assert "every array has its place" in lines[0]
+    assert "all belong to the model" in lines[0]
 
-    model = saved.open_model(tmp_path / "run")
+    model = runs.open_run(tmp_path / "run")
     export.export(model, "safetensors", "both", tmp_path / "out")
     again, _ = array_io.read(tmp_path / "out" / "model.safetensors")
     assert again.keys() == arrays.keys()
@@ -93,8 +93,8 @@ def test_reference_weights_go_in_and_out_and_back_unchanged(stem, tmp_path):
     tree, *rest = import_weights.read(tmp_path / "out" / "model.safetensors", model.method)
     assert rest == [[], [], []]
     expected = {"params": model.params, "target": model.target}
-    assert saved.flat(tree).keys() == saved.flat(expected).keys()
-    jax.tree.map(np.testing.assert_array_equal, saved.flat(tree), saved.flat(expected))
+    assert runs.flatten_params(tree).keys() == runs.flatten_params(expected).keys()
+    jax.tree.map(np.testing.assert_array_equal, runs.flatten_params(tree), runs.flatten_params(expected))
 
 
 def test_an_imported_run_goes_on_training(file, images, tmp_path):
@@ -111,8 +111,8 @@ def test_an_imported_run_goes_on_training(file, images, tmp_path):
     )  # as training does: from now on, these are its images
     with pytest.raises(UserError, match="training_images"):
         workdir.check(tmp_path / "run", config.to_dict(), {**identity, "images": 7})
-    optimizer, _ = import_weights.optim.from_config(config.optimizer, warmup_steps=1, total_steps=9)
-    state, shardings = create(method_of(config), optimizer, config.seed, sharding.make_mesh())
+    optimizer, _ = import_weights.adamw.from_config(config.optimizer, warmup_steps=1, total_steps=9)
+    state, shardings = create_state(method_of(config), optimizer, config.seed, sharding.make_mesh())
     with Checkpoints(tmp_path / "run", config) as checkpoints:
         restored = checkpoints.restore(state, shardings)
     assert int(restored.step) == 0
@@ -154,7 +154,7 @@ def test_a_missing_teacher_starts_as_a_copy(tmp_path):
         None,
         fresh=[r"target_encoder\..*"],
     )
-    model = saved.open_model(tmp_path / "run")
+    model = runs.open_run(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, model.params["encoder"], model.target["encoder"])
 
 

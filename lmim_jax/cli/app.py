@@ -221,6 +221,21 @@ def define_processes() -> None:
     )
 
 
+def run_folder(arguments: Sequence[str]) -> str:
+    """The run of --workdir, for a command without positional arguments.
+
+    Args:
+      arguments: the positional arguments.
+
+    Raises:
+      UserError: no run, or an argument.
+    """
+    no_arguments(arguments, "--workdir=RUN")
+    if flags.FLAGS.workdir is None:
+        raise UserError("give the run: --workdir=RUN")
+    return flags.FLAGS.workdir
+
+
 def run_and_arguments(arguments: Sequence[str], *names: str) -> tuple[str, list[str]]:
     """The run (of --workdir or the first positional argument) and the other positional arguments.
 

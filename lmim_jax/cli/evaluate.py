@@ -1,17 +1,18 @@
-"""What the frozen features of a run are worth: evaluators on its newest checkpoint, one table, one JSON file.
+"""Evaluates the frozen features of a run: evaluators on its newest checkpoint.
 
+    lmim evaluate --workdir=RUN
     lmim evaluate --workdir=RUN --evaluators=knn,logistic_regression,fewshot --baselines
     lmim evaluate --workdir=RUN --evaluators=knn --config.knn.feature=cls --weights=target
     lmim evaluate --workdir=RUN --evaluators=all --data.source=folder --data.path=IMAGES
 
-Evaluators and their knobs are the sections of configs/evaluate.py; images are those of the run, or what
---data.KEY=VALUE says instead. Columns of the table: raw pixels, colours and the encoder before training (these with
---baselines), the encoder after it. The JSON file is RUN/evaluations/STEP-EVALUATORS.json, with a suffix where anything
-was changed by a flag; it says what was evaluated. Features are kept in RUN/evaluations/cache, which may be deleted.
+Evaluators and their options are the sections of configs/evaluate.py; images are those of the run
+unless --data.KEY=VALUE names others. The table has a column for the trained encoder and, with
+--baselines, columns for the untrained encoder, raw pixels and color histograms. The JSON file is
+RUN/evaluations/STEP-EVALUATORS.json, with a suffix if flags changed anything. Features are cached
+in RUN/evaluations/cache, which may be deleted.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import logging
@@ -19,12 +20,17 @@ import pathlib
 import shlex
 import sys
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import tqdm
 from absl import flags
-from ml_collections import config_flags
+from jaxtyping import UInt8
+from ml_collections import ConfigDict, config_flags
 
+from lmim_jax.cli import app
+from lmim_jax.data.eval.eval_data import Batch, EvaluationData
 from lmim_jax.distributed import multihost, sharding
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.evaluators.common import image_features
@@ -33,246 +39,364 @@ from lmim_jax.report.eval_table import line, table
 from lmim_jax.train import runs
 from lmim_jax.train.metric_writer import write_picture
 from lmim_jax.utils import atomic_io
-from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import duration, log_to_console
 
-log = logging.getLogger("lmim_jax.cli.evaluate")
-TELL = 20.0  # seconds between lines of progress
-
 RECIPES: dict[str, str | None] = {"config": "evaluate", "data": "evaluate:data"}
+PROGRESS_SECONDS = 20.0  # between lines of progress in the log
+TRAINED = "trained"  # the column of the trained encoder
+
+log = logging.getLogger(__name__)
 
 
-def choose(titles, config):
-    """The sections of `config` that --evaluators names, {title: section}.
+class Measured(NamedTuple):
+    """What has been measured so far.
+
+    Attributes:
+      metrics: {"title/name": {column: value}}.
+      pictures: {"title/name": picture} of the trained encoder.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    pictures: dict[str, UInt8[Any, "H W 3"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is evaluated.
+
+    Attributes:
+      data: the images.
+      columns: {column of the table: weights}.
+      description: the same in plain values, for the JSON file.
+    """
+
+    data: EvaluationData
+    columns: dict[str, runs.Weights]
+    description: dict[str, Any]
+
+
+def choose_sections(titles: Sequence[str], config: ConfigDict) -> dict[str, ConfigDict]:
+    """The sections of `config` that --evaluators names, by title.
+
+    Args:
+      titles: of sections; "all" stands for all of them.
+      config: sections by title, see configs/evaluate.py.
 
     Raises:
-      UserError: there is none of a name, with the nearest one.
+      UserError: there is no section of a name, or no name.
     """
     for title in titles:
-        if title not in (*config, "all"):
-            near = difflib.get_close_matches(title, config, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(config)}"
-            raise UserError(f"--evaluators={title}: no such evaluator; {hint}")
+        if title != "all" and title not in config:
+            hint = did_you_mean(title, config)
+            raise UserError(f"--evaluators={title}: no such evaluator{hint}")
     if not titles:
         raise UserError(f"--evaluators is empty; give all, or some of: {', '.join(config)}")
-    return {
-        title: config[title] for title in (config if "all" in titles else dict.fromkeys(titles))
-    }
+    if "all" in titles:
+        return dict(config.items())
+    return {title: config[title] for title in titles}
 
 
-def schedule(run, sections, weights, feature):
-    """The evaluators of {title: section}, with --weights and --feature in place of what the sections say.
+def build_evaluators(
+    run: runs.Run, sections: Mapping[str, ConfigDict], weights: str | None, feature: str | None
+) -> list[evaluators.Scheduled]:
+    """The evaluators of some sections.
+
+    Args:
+      run: the run.
+      sections: by title.
+      weights: "online" or "target", instead of `params` of the sections.
+      feature: instead of `feature` of the sections, where any feature can be evaluated.
 
     Raises:
       UserError: see `evaluators.from_config`.
     """
-    sections = {title: dict(section) for title, section in sections.items()}
-    for section in sections.values():
-        section["params"] = weights or section["params"]
+    fields = {}
+    for title, section in sections.items():
+        fields[title] = dict(section)
+        if weights:
+            fields[title]["params"] = weights
     target = run.method.target_of(jax.eval_shape(run.method.init, jax.random.key(0)))
-    found = evaluators.from_config(
-        sections, steps_per_epoch=1, has_target="encoder" in target, where="config"
+    scheduled = evaluators.from_config(
+        fields, steps_per_epoch=1, has_target="encoder" in target, where="config"
     )
-    return [_on(one, feature) if feature else one for one in found]
+    if feature:
+        scheduled = [_with_feature(one, feature) for one in scheduled]
+    return scheduled
 
 
-def _on(scheduled, feature):
-    """A scheduled evaluator on another feature, where it takes any."""
-    if not hasattr(scheduled.evaluator, "takes_pixels"):
+def _with_feature(scheduled: evaluators.Scheduled, feature: str) -> evaluators.Scheduled:
+    """An evaluator with another feature, if it can evaluate any."""
+    evaluator: Any = scheduled.evaluator
+    if not evaluator.supports_pixel_baselines:
         return scheduled
-    return dataclasses.replace(
-        scheduled, evaluator=dataclasses.replace(scheduled.evaluator, feature=feature)
-    )
+    evaluator = dataclasses.replace(evaluator, feature=feature)
+    return dataclasses.replace(scheduled, evaluator=evaluator)
 
 
-def allowed(scheduled, data, everything):
-    """The evaluators that the images allow: those that need labels and a test split have them.
+def select_supported(
+    scheduled: Sequence[evaluators.Scheduled], data: EvaluationData, skip: bool
+) -> list[evaluators.Scheduled]:
+    """The evaluators for which the images have the labels and the test split that they need.
 
     Args:
-      everything: leave out the others, and say so.
+      scheduled: all evaluators.
+      data: the images.
+      skip: leave out the others with a line in the log.
 
     Raises:
-      UserError: one does not, and was asked for by name.
+      UserError: an evaluator lacks something, and `skip` is False.
     """
-    blind = [
-        one.title
-        for one in scheduled
-        if hasattr(one.evaluator, "labelled") and not evaluators.labelled(data)
-    ]
-    if blind:
-        what = "no classes" if not data.classes else "no test split"
-        advice = (
-            "give images in train/CLASS/ and test/CLASS/ with --data.source=folder --data.path=DIR"
-        )
-        if not everything:
-            raise UserError(f"--evaluators={','.join(blind)}: the images have {what}; {advice}")
-        log.info("left out, as the images have %s: %s", what, ", ".join(blind))
-    return [one for one in scheduled if one.title not in blind]
+    if evaluators.has_labels(data):
+        return list(scheduled)
+    lacking = [one.title for one in scheduled if one.evaluator.needs_labels]
+    if lacking:
+        reason = "no test split"
+        if not data.classes:
+            reason = "no classes"
+        if not skip:
+            raise UserError(
+                f"--evaluators={','.join(lacking)}: the images have {reason}; give images in "
+                "train/CLASS/ and test/CLASS/ with --data.source=folder --data.path=DIR"
+            )
+        log.info("left out, as the images have %s: %s", reason, ", ".join(lacking))
+    return [one for one in scheduled if one.title not in lacking]
 
 
-def measure(run, scheduled, data, weights, everything=False):
-    """Run evaluators on each of some weights.
+def measure(
+    run: runs.Run,
+    scheduled: Sequence[evaluators.Scheduled],
+    data: EvaluationData,
+    columns: Mapping[str, runs.Weights],
+    skip: bool = False,
+) -> Iterator[Measured]:
+    """Run evaluators on several weights.
 
     Args:
-      weights: {column: Weights}; a column that is in pooling.FIXED needs no encoder.
-      everything: leave out an evaluator that something is missing for, and say so.
+      run: the run.
+      scheduled: the evaluators.
+      data: the images.
+      columns: {column of the table: weights}; the columns in `image_features.ENCODER_FREE` need no
+        weights.
+      skip: leave out an evaluator that lacks something, with a warning.
 
     Yields:
-      After each evaluator, what has been found so far: ({"title/name": {column: number}}, pictures of the column
-      "trained" {"title/name": uint8 [H, W, 3]}).
+      After each evaluation, all that has been measured so far.
 
     Raises:
-      UserError: an evaluator had nothing to measure, or lacks something.
+      UserError: an evaluator has nothing to measure or lacks something.
     """
-    jobs = [(one, column) for one in scheduled for column in weights if _has(one, column)]
-    figures, pictures, began = {}, {}, time.perf_counter()
-    for done, (one, column) in enumerate(jobs):
-        log.info("[%d/%d] %s, %s", done + 1, len(jobs), one.title, column)
-        start = time.perf_counter()
+    jobs = _list_jobs(scheduled, columns)
+    measured = Measured({}, {})
+    start = time.perf_counter()
+    for done, (one, column) in enumerate(jobs, 1):
+        log.info("[%d/%d] %s, %s", done, len(jobs), one.title, column)
+        job_start = time.perf_counter()
         try:
-            on = _on(one, column) if column in image_features.FIXED else one
-            numbers, drawn = on.run(run.method, weights[column], data)
-            if not numbers and not drawn:
+            metrics, pictures = one.run(run.method, columns[column], data)
+            if not metrics and not pictures:
                 raise UserError(
                     f"{one.title} has nothing to measure on these images: they lack what it needs"
                 )
         except UserError as error:
-            if not everything:
+            if not skip:
                 raise
             log.warning("%s is left out: %s", one.title, error)
             continue
-        for name, value in numbers.items():
-            figures.setdefault(name, {})[column] = value
-        if column == "trained":
-            pictures |= drawn
-        left = (time.perf_counter() - began) / (done + 1) * (len(jobs) - done - 1)
-        listed = line({name.partition("/")[2]: value for name, value in numbers.items()})
-        took = duration(time.perf_counter() - start)
-        log.info("        %s  (%s, ETA of all %s)", listed or "pictures", took, duration(left))
-        yield figures, pictures
+        for name, value in metrics.items():
+            measured.metrics.setdefault(name, {})[column] = value
+        if column == TRAINED:
+            measured.pictures.update(pictures)
+        left = (time.perf_counter() - start) / done * (len(jobs) - done)
+        _log_metrics(metrics, time.perf_counter() - job_start, left)
+        yield measured
 
 
-def _has(scheduled, column):
-    return column not in image_features.FIXED or hasattr(scheduled.evaluator, "takes_pixels")
+def _list_jobs(
+    scheduled: Sequence[evaluators.Scheduled], columns: Iterable[str]
+) -> list[tuple[evaluators.Scheduled, str]]:
+    """The (evaluator, column) to run, where pixels and histograms are features of the evaluator."""
+    jobs = []
+    for one in scheduled:
+        for column in columns:
+            if column not in image_features.ENCODER_FREE:
+                jobs.append((one, column))
+            elif one.evaluator.supports_pixel_baselines:
+                jobs.append((_with_feature(one, column), column))
+    return jobs
 
 
-def progress(batches, split, total):
-    """Batches as they come, shown with their number, speed and ETA: a bar on a terminal, else lines in the log."""
+def _log_metrics(metrics: Mapping[str, float], seconds: float, left: float) -> None:
+    """Log the metrics of one evaluation in a line."""
+    listed = line({name.partition("/")[2]: value for name, value in metrics.items()})
+    log.info(
+        "        %s  (%s, ETA of all %s)", listed or "pictures", duration(seconds), duration(left)
+    )
+
+
+def show_progress(batches: Iterable[Batch], split: str, total: int) -> Iterator[Batch]:
+    """Yield batches, with their number, speed and ETA in a bar on a terminal, else in the log.
+
+    Args:
+      batches: of images.
+      split: whose images they are.
+      total: how many batches there are.
+    """
     title = f"images of {split}"
     if sys.stderr.isatty():
-        yield from tqdm.tqdm(
-            batches, title, total, leave=False, unit=" batches", disable=jax.process_index() > 0
-        )
+        hidden = jax.process_index() > 0
+        yield from tqdm.tqdm(batches, title, total, leave=False, unit=" batches", disable=hidden)
         return
-    began = told = time.perf_counter()
+    start = time.perf_counter()
+    logged = start
     for done, batch in enumerate(batches, 1):
         yield batch
         now = time.perf_counter()
-        if now - told > TELL:
-            left, told = (now - began) / done * (total - done), now
+        if now - logged > PROGRESS_SECONDS:
+            logged = now
+            left = (now - start) / done * (total - done)
             log.info("        %s: %d of %d batches, ETA %s", title, done, total, duration(left))
 
 
-def prepare(run, knobs, baselines, folder):
-    """(images, columns as `measure` takes them, what is evaluated); the arguments are what the flags say."""
+def open_inputs(
+    run: runs.Run, data_config: ConfigDict, baselines: bool, folder: pathlib.Path
+) -> Inputs:
+    """Open the images and place the weights on all devices.
+
+    Args:
+      run: the run.
+      data_config: options of the images.
+      baselines: also evaluate the untrained encoder, pixels and color histograms.
+      folder: of evaluations, for the cache of features.
+    """
     mesh = sharding.make_mesh()
-    trained = run.weights(mesh)
-    data = run.images(knobs, mesh, progress=progress, cache=FeatureCache(folder / "cache"))
-    identities = {split: source.identity() for split, source in data.sources.items() if source}
-    multihost.check_consistent(config=run.config, data=identities)
-    columns = {name: trained for name in image_features.FIXED if baselines}
-    columns |= {"untrained": run.untrained(mesh)} if baselines else {}
-    what = {
-        "run": str(run.workdir),
+    trained = run.weights.placed_on(mesh)
+    cache = FeatureCache(folder / "cache")
+    data = run.open_images(data_config, mesh, progress=show_progress, cache=cache)
+    identities = {}
+    counts = {}
+    for split, source in data.sources.items():
+        if source:
+            identities[split] = source.identity()
+            counts[split] = len(source)
+    multihost.check_consistent(config=run.config.to_dict(), data=identities)
+    columns = {}
+    if baselines:
+        columns.update(dict.fromkeys(image_features.ENCODER_FREE, trained))
+        columns["untrained"] = run.initial_weights(mesh)
+    columns[TRAINED] = trained
+    description = {
+        "run": str(run.folder),
         "step": trained.step,
         "checkpoint": trained.checkpoint,
         "data": identities,
-        "images": {split: len(source) for split, source in data.sources.items() if source},
+        "images": counts,
         "classes": len(data.classes),
         "devices": f"{mesh.size} {jax.devices()[0].device_kind}",
         "version": multihost.versions(),
     }
-    return data, {**columns, "trained": trained}, what
+    return Inputs(data, columns, description)
 
 
-def file_name(flag, step, titles):
-    """The name of the JSON file: another one for every set of evaluators, and for whatever flags change."""
-    changed = {name: config_flags.get_override_values(flag[name]) for name in ("config", "data")}
-    changed |= {"weights": flag.weights, "feature": flag.feature, "baselines": flag.baselines}
-    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
-    suffix = f"-{digest}" if any(changed.values()) else ""
+def file_name(step: int, titles: Sequence[str]) -> str:
+    """The name of the JSON file, which depends on the evaluators and on all flags that change them.
+
+    Args:
+      step: of the checkpoint.
+      titles: of the evaluators.
+    """
+    given = flags.FLAGS
+    changed: dict[str, Any] = {}
+    for name in ("config", "data"):
+        changed[name] = config_flags.get_override_values(given[name])
+    for name in ("weights", "feature", "baselines"):
+        changed[name] = given[name].value
+    suffix = ""
+    if any(changed.values()):
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+        suffix = f"-{digest[:8]}"
     return f"{step}-{'-'.join(titles)}{suffix}.json"
 
 
-def main(arguments):
-    """Run the command."""
-    flag = flags.FLAGS
-    multihost.initialize(flag.coordinator, flag.num_processes, flag.process_id)
+def main(arguments: list[str]) -> None:
+    """Evaluate, print the table and write the files."""
+    given = flags.FLAGS
+    multihost.initialize(given.coordinator, given.num_processes, given.process_id)
     log_to_console()
-    if arguments:
-        raise UserError(
-            f"unknown argument {arguments[0]!r}; give the run as --workdir={arguments[0]}"
-        )
-    run, folder = runs.open_run(flag.workdir), pathlib.Path(flag.workdir, "evaluations")
-    sections, everything = choose(flag.evaluators, flag.config), "all" in flag.evaluators
-    scheduled = schedule(run, sections, flag.weights, flag.feature)
-    knobs = run.data_config(flag.data.to_dict(), config_flags.get_override_values(flag["data"]))
-    data, columns, what = prepare(run, knobs, flag.baselines, folder)
-    scheduled = allowed(scheduled, data, everything)
-    what["weights"] = {one.title: one.weights for one in scheduled}
-    name = file_name(flag, what["step"], ["all"] if everything else list(sections))
-    out = pathlib.Path(flag.out) if flag.out else folder / name
-    started_by = shlex.join(["python", "-m", "lmim_jax.cli", "evaluate", *sys.argv[1:]])
-    head = {"command": started_by, "evaluated": what}
-    head["config"] = {title: section.to_dict() for title, section in sections.items()}
-    found = {}, {}
+    workdir = app.run_folder(arguments)
+    run = runs.open_run(workdir)
+    folder = pathlib.Path(workdir, "evaluations")
+    sections = choose_sections(given.evaluators, given.config)
+    everything = "all" in given.evaluators
+    scheduled = build_evaluators(run, sections, given.weights, given.feature)
+    changes = config_flags.get_override_values(given["data"])
+    data_config = run.data_config(given.data.to_dict(), changes)
+    inputs = open_inputs(run, data_config, given.baselines, folder)
+    scheduled = select_supported(scheduled, inputs.data, skip=everything)
+    inputs.description["weights"] = {one.title: one.weights for one in scheduled}
+    titles = list(sections)
+    if everything:
+        titles = ["all"]
+    out = folder / file_name(run.step, titles)
+    if given.out:
+        out = pathlib.Path(given.out)
+    head = {
+        "command": shlex.join(["lmim", *sys.argv[1:]]),
+        "evaluated": inputs.description,
+        "config": {title: section.to_dict() for title, section in sections.items()},
+    }
+    measured = Measured({}, {})
     try:
-        for found in measure(run, scheduled, data, columns, everything):
-            if not jax.process_index():
-                atomic_io.write(out, json.dumps({**head, "figures": found[0]}, indent=2) + "\n")
-    finally:  # what was measured before a mistake counts
-        figures, pictures = found
-        if (figures or pictures) and not jax.process_index():
-            for title, picture in pictures.items():
-                write_picture(out.parent, title.replace("/", "_"), picture)
-            print(table(what, figures))
-            print(
-                f"Figures: {out}" + (f"; pictures: {out.parent / 'pictures'}" if pictures else ""),
-                flush=True,
-            )
+        for measured in measure(run, scheduled, inputs.data, inputs.columns, skip=everything):
+            if jax.process_index() == 0:
+                contents = {**head, "figures": measured.metrics}
+                atomic_io.write(out, json.dumps(contents, indent=2) + "\n")
+    finally:  # what was measured before an error is kept
+        if any(measured) and jax.process_index() == 0:
+            _show(measured, inputs.description, out)
 
 
-def define_flags():
+def _show(measured: Measured, description: Mapping[str, Any], out: pathlib.Path) -> None:
+    """Write the pictures and print the table."""
+    for title, picture in measured.pictures.items():
+        write_picture(out.parent, title.replace("/", "_"), picture)
+    print(table(description, measured.metrics))
+    written = f"Metrics: {out}"
+    if measured.pictures:
+        written += f"; pictures: {out.parent / 'pictures'}"
+    print(written, flush=True)
+
+
+def define_flags() -> None:
     """Define the flags of the command."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Evaluators; default: configs/evaluate.py.", lock_config=True
-    )
-    config_flags.DEFINE_config_file(
-        "data", None, "Images; default: those of the run.", lock_config=True
-    )
-    flags.DEFINE_string("workdir", None, "The --workdir of a training run.", required=True)
+    app.define_workdir()
     flags.DEFINE_list(
         "evaluators",
         ["knn", "logistic_regression", "fewshot"],
-        "Titles of sections in configs/evaluate.py, or all.",
+        "Titles of sections of configs/evaluate.py, or all. Example: --evaluators=knn,finetune",
     )
     flags.DEFINE_bool(
         "baselines",
         False,
-        "Also the encoder before training, and pixels and colours where it can be.",
+        "Also evaluate the untrained encoder, raw pixels and color histograms. "
+        "Example: --baselines",
+    )
+    app.define_recipe("config", "The options of the evaluators. Example: --config.knn.feature=cls")
+    app.define_recipe(
+        "data", "The images, by default those of the run. Example: --data.path=photos"
     )
     flags.DEFINE_enum(
         "weights",
         None,
         ["online", "target"],
-        "Weights to evaluate; default: `params` of each section.",
+        "The weights to evaluate, by default `params` of each section. Example: --weights=target",
     )
     flags.DEFINE_string(
         "feature",
         None,
-        "Feature to evaluate, where any will do; default: `feature` of each section.",
+        "The feature to evaluate, by default `feature` of each section. Example: --feature=cls",
     )
-    flags.DEFINE_string("out", None, "The JSON file; default: in RUN/evaluations.")
-    flags.DEFINE_string("coordinator", "", "Several processes: as in main.py.")
-    flags.DEFINE_integer("num_processes", 0, "Several processes: as in main.py.")
-    flags.DEFINE_integer("process_id", -1, "Several processes: as in main.py.")
+    flags.DEFINE_string(
+        "out", None, "The JSON file, by default in RUN/evaluations. Example: --out=knn.json"
+    )
+    app.define_processes()

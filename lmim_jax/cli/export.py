@@ -1,145 +1,198 @@
-"""A trained encoder for other libraries: a folder that they open, with a model card.
+"""Exports a trained encoder for other libraries: a folder that they open, with a model card.
 
-    lmim export RUN --format=timm --out=DIR [--weights=online|target] [--check]
+    lmim export --workdir=RUN --format=timm --out=DIR
+    lmim export --workdir=RUN --format=hf --out=DIR --weights=target --check
 
 --format:
   timm         timm.create_model("local-dir:DIR", pretrained=True)
   hf           transformers.AutoModel.from_pretrained("DIR")
-  flax         lmim_jax.load("DIR"): all networks, with `--weights` for the encoder
-  safetensors  the whole model, teacher included, under the names of the method's official PyTorch code;
-               lmim import-weights reads it back, to the bit
+  flax         lmim_jax.load("DIR"): all networks, with --weights for the encoder
+  safetensors  the whole model, teacher included, under the names of the method's official PyTorch
+               code; lmim import-weights reads it back without any change
 
---weights: default, those that the run's own evaluators measured. --check runs the other library on images of the run,
-or of --images=FOLDER, and prints the largest difference of features: exit code 1 where it is above 1e-4, 2 where that
-library is not installed.
+--check runs the other library on images of the run, or of --images=FOLDER, and prints the largest
+difference of features: exit code 1 if it is above 1e-4, 2 if that library is not installed.
 """
 
 import json
 import pathlib
 import shutil
 import sys
+from typing import Any
 
 from absl import flags
 
+from lmim_jax.cli import app
 from lmim_jax.convert import hf, model_card, parity_check, timm, torch_encoder
 from lmim_jax.convert.official import base as official
 from lmim_jax.data import sources
-from lmim_jax.train import saved
+from lmim_jax.train import runs
 from lmim_jax.utils import array_io, atomic_io
-from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import log_to_console
 
-LIBRARIES = {"timm": timm, "hf": hf}
-FORMATS = (*LIBRARIES, "flax", "safetensors")
-LIMIT = 1e-4  # of the largest difference of any feature, float32 on a CPU
-CHECKED = 16  # images
-
 RECIPES: dict[str, str | None] = {}
+LIBRARIES = {"timm": timm, "hf": hf}
+FORMATS = ("timm", "hf", "flax", "safetensors")
+TOLERANCE = 1e-4  # of the largest difference of any feature, float32 on a CPU
+CHECKED_IMAGES = 16
+
+# (arrays, {file name: content as JSON})
+Contents = tuple[dict[str, Any], dict[str, Any]]
 
 
-def export(model, kind, which, folder):
+def export(run: runs.Run, kind: str, which: str, folder: str | pathlib.Path) -> None:
     """Write the folder.
 
     Args:
-      model: a `saved.Model`. kind: one of FORMATS. which: "online", "target", or "both" for safetensors.
+      run: an opened run or exported folder.
+      kind: one of FORMATS.
+      which: "online", "target", or "both" for safetensors.
+      folder: must be empty or not exist.
 
     Raises:
-      UserError: the folder holds something, or the format cannot hold this encoder.
+      UserError: the folder is not empty, or the format cannot hold this encoder.
     """
     folder = pathlib.Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out={folder} holds something already; give another folder")
-    if kind in LIBRARIES:
-        knobs = model.config.augment
-        images = dict(
-            mean=knobs.mean,
-            std=knobs.std,
-            interpolation=knobs.interpolation,
-            resize=knobs.eval_resize,
-        )
-        arrays, texts = LIBRARIES[kind].contents(
-            torch_encoder.of(model.method, model.weights(which)), images
-        )
-    elif kind == "flax":
-        arrays = saved.flat(model.weights(which))
-        texts = {
-            "config.json": {
-                **model_card.public(model.config),
-                "exported": {"step": model.step, "weights": which},
-            }
-        }
-    else:
-        arrays, texts = official.to_official(model.method, model.params, model.target), {}
+        raise UserError(f"--out={folder} is not empty; give another folder")
+    arrays, texts = _contents(run, kind, which)
     draft = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     for name, content in texts.items():
         atomic_io.write(draft / name, json.dumps(content, indent=2) + "\n")
-    array_io.write(draft / saved.WEIGHTS, arrays, {"format": "pt"})
-    atomic_io.write(draft / "README.md", model_card.write(model, kind, which, folder))
+    array_io.write(draft / runs.WEIGHTS_FILE, arrays, {"format": "pt"})
+    atomic_io.write(draft / "README.md", model_card.write(run, kind, which, folder))
     if folder.exists():
         folder.rmdir()
     draft.rename(folder)
 
 
-def some_images(model, folder):
-    """The bytes of a few images: of `folder`, or of the run.
+def _contents(run: runs.Run, kind: str, which: str) -> Contents:
+    """What an exported folder holds besides the model card."""
+    if kind == "safetensors":
+        return official.to_official(run.method, run.params, run.target), {}
+    params = run.encoder_params(which)
+    if kind == "flax":
+        config = model_card.public(run.config)
+        config["exported"] = {"step": run.step, "weights": which}
+        return runs.flatten_params(params), {"config.json": config}
+    augment = run.config.augment
+    preprocessing = {
+        "mean": augment.mean,
+        "std": augment.std,
+        "interpolation": augment.interpolation,
+        "resize": augment.eval_resize,
+    }
+    return LIBRARIES[kind].contents(torch_encoder.of(run.method, params), preprocessing)
+
+
+def read_some_images(run: runs.Run, folder: str | None) -> list[bytes]:
+    """The files of a few images.
+
+    Args:
+      run: whose test images, or else training images, are read.
+      folder: images to read instead; None: those of the run.
 
     Raises:
-      UserError: they are not there.
+      UserError: there are no images.
     """
-    data = model.config.data
+    data = run.config.data
     try:
-        source = (
-            sources.open_folder(folder, "train") if folder else sources.from_config(data, "test")
-        )
-        source = source or sources.from_config(data, "train")
+        if folder:
+            source = sources.open_folder(folder, "train")
+        else:
+            source = sources.from_config(data, "test")
+        if source is None:
+            source = sources.from_config(data, "train")
     except UserError as error:
-        raise UserError(f"{error}; images for --check: --images=FOLDER") from error
-    return [source.record(i)[0] for i in range(0, len(source), max(1, len(source) // CHECKED))][
-        :CHECKED
-    ]
+        raise UserError(f"{error}; give images for --check with --images=FOLDER") from error
+    assert source is not None
+    every = max(1, len(source) // CHECKED_IMAGES)
+    indices = range(0, len(source), every)[:CHECKED_IMAGES]
+    return [source.record(i)[0] for i in indices]
 
 
-def main(arguments):
-    """Run the command."""
+def main(arguments: list[str]) -> None:
+    """Export and check."""
     given = flags.FLAGS
     log_to_console()
-    if len(arguments) != 1 or not given.out:
-        raise UserError("give a run, a format and a folder: RUN --format=timm --out=DIR")
+    workdir, _ = app.run_and_arguments(arguments)
+    _check_flags()
+    run = runs.open_run(workdir)
+    which = "both"
+    if given.format != "safetensors":
+        which = run.choose_weights(given.weights)
+    images = []
+    if given.check:
+        images = read_some_images(run, given.images)
+    export(run, given.format, which, given.out)
+    folder = pathlib.Path(given.out).expanduser()
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(
+        f"{given.out}: {which} weights of step {run.step}, {size / 1e6:.1f} MB; "
+        f"how to use them: {given.out}/README.md"
+    )
+    if given.check:
+        _check(run, which, folder, images)
+
+
+def _check_flags() -> None:
+    """Raise a UserError for flags that do not go together."""
+    given = flags.FLAGS
+    if not given.out or not given.format:
+        raise UserError("give a format and a folder, such as --format=timm --out=DIR")
     if given.format not in FORMATS:
-        raise UserError(f"--format={given.format} is none of: {' | '.join(FORMATS)}")
+        hint = did_you_mean(given.format, FORMATS)
+        raise UserError(f"--format={given.format} must be one of: {' | '.join(FORMATS)}{hint}")
     if given.check and given.format not in LIBRARIES:
         raise UserError(
-            f"--check compares with another library, and --format={given.format} is for none"
+            f"--check compares with another library, which --format={given.format} does not need"
         )
     if given.format == "safetensors" and given.weights:
         raise UserError(
             "--weights: a file of --format=safetensors holds all networks, the teacher too"
         )
-    model = saved.open_model(arguments[0])
-    which = "both" if given.format == "safetensors" else model.choose(given.weights)
-    images = some_images(model, given.images) if given.check else []
-    export(model, given.format, which, given.out)
-    size = sum(path.stat().st_size for path in pathlib.Path(given.out).expanduser().iterdir())
-    told = f"{which} weights of step {model.step}, {size / 1e6:.1f} MB"
-    print(f"{given.out}: {told}; how to use them: {given.out}/README.md")
-    if given.check:
-        folder = pathlib.Path(given.out).expanduser()
-        found = parity_check.compare(given.format, folder, model, model.weights(which), images)
-        print(
-            f"{given.format} on {len(images)} images: features differ by at most {found['features']:.1e} "
-            f"(the largest is {found['size']:.1f}); its preprocessing by {found['pixels']:.1f} levels of 255 on average"
-        )
-        sys.exit(found["features"] > LIMIT)
 
 
-def define_flags():
-    """Define the flags of the command."""
-    flags.DEFINE_string("format", None, f"Whom the folder is for: {' | '.join(FORMATS)}.")
-    flags.DEFINE_string("out", None, "The folder to make.")
-    flags.DEFINE_enum(
-        "weights", None, ["online", "target"], "Default: those that the run's evaluators measured."
+def _check(run: runs.Run, which: str, folder: pathlib.Path, images: list[bytes]) -> None:
+    """Compare with the other library; exit with code 1 if features differ."""
+    kind = flags.FLAGS.format
+    found = parity_check.compare(kind, folder, run, run.encoder_params(which), images)
+    print(
+        f"{kind} on {len(images)} images: features differ by at most {found['features']:.1e} "
+        f"(the largest is {found['size']:.1f}); its preprocessing differs by {found['pixels']:.1f} "
+        "levels of 255 on average"
     )
-    flags.DEFINE_bool("check", False, "Open the folder in the other library, and compare.")
-    flags.DEFINE_string("images", None, "check: a folder of images; default: those of the run.")
+    sys.exit(found["features"] > TOLERANCE)
+
+
+def define_flags() -> None:
+    """Define the flags of the command."""
+    app.define_workdir(
+        "The folder of a run, or an exported folder; may be given without --workdir."
+    )
+    flags.DEFINE_string(
+        "format",
+        None,
+        f"The library to export for: {' | '.join(FORMATS)}. Example: --format=timm",
+    )
+    flags.DEFINE_string("out", None, "The folder to write. Example: --out=exported")
+    flags.DEFINE_enum(
+        "weights",
+        None,
+        ["online", "target"],
+        "The encoder's weights; by default those that the run's evaluators measured. "
+        "Example: --weights=target",
+    )
+    flags.DEFINE_bool(
+        "check",
+        False,
+        "Open the folder in the other library and compare features. Example: --check",
+    )
+    flags.DEFINE_string(
+        "images",
+        None,
+        "With --check: a folder of images; by default those of the run. Example: --images=photos",
+    )

@@ -1,196 +1,291 @@
-"""Official checkpoints into a run directory, which then evaluates, exports and goes on training.
+"""Makes a run of an official checkpoint, which can then be evaluated, exported and trained further.
 
-    lmim import-weights FILE --format=mae --config=configs/mae_vit_b.py --workdir=RUN \\
-        --config.data.path=IMAGES
-    lmim import-weights FILE --format=mae --config=configs/mae_vit_b.py --workdir=RUN --nodata
+    lmim import-weights FILE --format=mae --config=mae_vit_b --workdir=RUN --config.data.path=IMAGES
+    lmim import-weights FILE --format=mae --config=mae_vit_b --workdir=RUN --nodata
 
-FILE: a state dict as .safetensors or .npz, or a PyTorch file (.pth, .pt, .pth.tar; needs torch >= 2.6, and only
-tensors are read). --format: latent_mim | pilamim | mae | ijepa, whose names it has. --config: the recipe, with the
-sizes of that model; the optimiser starts afresh, at step 0.
+FILE: a state dict as .safetensors or .npz, or a PyTorch file (.pth, .pt, .pth.tar; needs torch >=
+2.6, and only tensors are read). --format: the method whose official code wrote it: latent_mim |
+pilamim | mae | ijepa. --config: the recipe, with the sizes of that model; the optimizer starts
+afresh at step 0.
 
-Every array must find its place, and every place its array: what is missing, unexpected or of another shape is listed,
-and is an error. Of a file with an encoder alone, the rest can start as in a new run, where you say so:
---fresh='decoder.*|mask_token'. --drop=REGEX leaves arrays of the file out. Both can be given several times.
+Every array of the file must belong to the model, and every array of the model must be in the file:
+missing, unexpected and differently shaped arrays are listed and are an error. If a file holds only
+an encoder, the rest can be initialized as in a new run: --fresh='decoder.*|mask_token'.
+--drop=REGEX leaves arrays of the file out. Both can be given several times.
 
---nodata: without the training images of the recipe; the run gets them when it is first trained.
+--nodata: without the training images of the recipe; they are recorded when training starts.
 """
 
 import hashlib
 import json
 import pathlib
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
+from lmim_jax.cli import app
 from lmim_jax.convert.official import base as official
 from lmim_jax.data import loader, sources
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
+from lmim_jax.methods.base import Method
 from lmim_jax.optim import adamw
 from lmim_jax.train import checkpoint_manifest, lock, workdir
-from lmim_jax.train import checkpoints as checkpoint
-from lmim_jax.train.state import init
+from lmim_jax.train.checkpoints import Checkpoints
+from lmim_jax.train.state import TrainState, init_state
 from lmim_jax.utils import array_io, atomic_io
-from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import log_to_console
 
 RECIPES: dict[str, str | None] = {"config": None}
 
 
-def read(path, method, drop=(), fresh=()):
-    """Read a checkpoint's arrays, all of which have a place in the method.
+class CheckpointContents(NamedTuple):
+    """What was read from an official checkpoint.
+
+    Attributes:
+      tree: arrays as in a `TrainState`: {"params": ...}, and "target" if the file has a teacher.
+      dropped: names of arrays that were left out on request.
+      fresh: official names that the file lacks, to be initialized as in a new run.
+      not_read: what else the file holds.
+    """
+
+    tree: dict[str, Any]
+    dropped: list[str]
+    fresh: list[str]
+    not_read: list[str]
+
+
+def read(
+    path: str | pathlib.Path, method: Method, drop: Sequence[str] = (), fresh: Sequence[str] = ()
+) -> CheckpointContents:
+    """Read the arrays of a checkpoint, all of which must belong to the method.
 
     Args:
-      path: see `tensors.read`. drop: regexes on names in the file. fresh: on official names that it may lack.
-
-    Returns:
-      (our tree of them, names of what was dropped, of what starts afresh, of what else the file holds).
+      path: see `array_io.read`.
+      method: of the recipe.
+      drop: regexes on whole names in the file, which are left out.
+      fresh: regexes on whole official names that the file may lack.
 
     Raises:
-      UserError: naming the file, and what is missing, unexpected or different.
+      UserError: naming the file and what is missing, unexpected or different.
     """
     trained = official.entries(method)
     needed = trained | official.describe(method).fixed
-    arrays, rest = array_io.read(path, roots={name.split(".")[0] for name in needed})
-    dropped = [name for name in arrays if _matches(drop, name)]
-    arrays = {name: x for name, x in arrays.items() if name not in dropped}
-    absent = [
-        name for name in needed if name not in arrays and (_matches(fresh, name) or name in dropped)
-    ]
-    for flag, patterns, found in (("drop", drop, dropped), ("fresh", fresh, absent)):
-        for pattern in patterns:
-            if not any(re.fullmatch(pattern, name) for name in found):
-                raise UserError(
-                    f"--{flag}={pattern} fits no name; it must fit a whole one, such as {min(needed)}"
-                )
+    arrays, not_read = array_io.read(path, roots={name.split(".")[0] for name in needed})
+    dropped = [name for name in arrays if _matches_any(drop, name)]
+    arrays = {name: array for name, array in arrays.items() if name not in dropped}
+    absent = []
+    for name in needed:
+        if name not in arrays and (name in dropped or _matches_any(fresh, name)):
+            absent.append(name)
+    _check_used("drop", drop, dropped, min(needed))
+    _check_used("fresh", fresh, absent, min(needed))
     try:
-        official.check(method, arrays, missing_ok=lambda name: name in absent)
+        official.check(method, arrays, missing_ok=absent.__contains__)
     except UserError as error:
-        hint = "--fresh=REGEX: what may start as in a new run; --drop=REGEX: what to leave out"
+        hint = "--fresh=REGEX initializes what is missing; --drop=REGEX leaves arrays out"
         raise UserError(f"{path} does not fit the recipe: {error}; {hint}") from error
-    return (
-        official.from_official(method, arrays),
-        dropped,
-        [name for name in absent if name in trained],
-        rest,
+    return CheckpointContents(
+        tree=official.from_official(method, arrays),
+        dropped=dropped,
+        fresh=[name for name in absent if name in trained],
+        not_read=not_read,
     )
 
 
-def import_weights(path, config, folder, identity, drop=(), fresh=()):
-    """Make a run of a checkpoint; what happened, for people: lines.
+def _matches_any(patterns: Iterable[str], name: str) -> bool:
+    """Whether a regex matches the whole name."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _check_used(flag: str, patterns: Sequence[str], found: Sequence[str], example: str) -> None:
+    """Raise a UserError for a regex that matches none of the names found."""
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in found):
+            raise UserError(
+                f"--{flag}={pattern} fits no name; it must fit a whole one, such as {example}"
+            )
+
+
+def import_weights(
+    path: str | pathlib.Path,
+    config: ConfigDict,
+    folder: str | pathlib.Path,
+    identity: dict[str, Any] | None,
+    drop: Sequence[str] = (),
+    fresh: Sequence[str] = (),
+) -> list[str]:
+    """Make a run of a checkpoint.
 
     Args:
-      path: the checkpoint. config: ConfigDict of the recipe. folder: of the run. identity: of its training images, see
-      `workdir.claim`; None: not known yet. drop, fresh: see `read`.
+      path: the checkpoint.
+      config: the recipe.
+      folder: of the run.
+      identity: of its training images, see `workdir.claim`; None: not known yet.
+      drop: see `read`.
+      fresh: see `read`.
+
+    Returns:
+      Lines that say what was imported.
 
     Raises:
-      UserError: see `read`; or there is something in the folder.
+      UserError: see `read`; or the folder holds a run.
     """
     folder = pathlib.Path(folder).expanduser()
     if (folder / "config.json").exists() or checkpoint_manifest.steps(folder):
         raise UserError(f"--workdir={folder} holds a run already; give another folder")
     method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
-    tree, dropped, absent, rest = read(path, method, drop, fresh)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=0, total_steps=1)
-    begin = lambda tree: _begin(method, optimizer, config.seed, tree)
-    layout = dict(rules=config.mesh.rules, min_size=config.mesh.min_size)
-    shardings = sharding.state_sharding(jax.eval_shape(begin, tree), mesh, **layout)
-    state = jax.jit(begin, out_shardings=shardings)(tree)
-    origin = {"file": pathlib.Path(path).name, "sha256": _checksum(path)}
-    origin |= {"dropped": dropped, "fresh": absent, "not_read": rest}
+    contents = read(path, method, drop, fresh)
+    state = _create_state(config, method, contents.tree)
+    origin = {
+        "file": pathlib.Path(path).name,
+        "sha256": _checksum(path),
+        "dropped": contents.dropped,
+        "fresh": contents.fresh,
+        "not_read": contents.not_read,
+    }
     with lock.Lock(folder):
-        with checkpoint.Checkpoints(folder, config) as checkpoints:
+        with Checkpoints(folder, config) as checkpoints:
             checkpoints.save(state, 0)
         atomic_io.write(folder / "imported.json", json.dumps(origin, indent=2) + "\n")
         workdir.claim(folder, config.to_dict(), identity)
-    leaves = jax.tree.leaves(tree)
-    count = sum(x.size for x in leaves)
-    lines = [f"{len(leaves)} arrays, {count:,} numbers: every array has its place"]
-    told = (
-        ("left out (--drop)", dropped),
-        ("start afresh", absent),
-        ("no part of the model, not read", rest),
+    leaves = jax.tree.leaves(contents.tree)
+    count = sum(leaf.size for leaf in leaves)
+    lines = [f"{len(leaves)} arrays, {count:,} numbers: all belong to the model"]
+    if contents.dropped:
+        lines.append(f"left out (--drop): {', '.join(contents.dropped)}")
+    if contents.fresh:
+        lines.append(f"initialized as in a new run: {', '.join(contents.fresh)}")
+    if contents.not_read:
+        lines.append(f"not part of the model, not read: {', '.join(contents.not_read)}")
+    return lines
+
+
+def _create_state(config: ConfigDict, method: Method, tree: dict[str, Any]) -> TrainState:
+    """A state at step 0 with imported arrays, on the devices of the recipe's mesh."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=0, total_steps=1)
+
+    def create(arrays: dict[str, Any]) -> TrainState:
+        return _merge_into_fresh_state(method, optimizer, config.seed, arrays)
+
+    shardings = sharding.state_sharding(
+        jax.eval_shape(create, tree),
+        mesh,
+        rules=config.mesh.rules,
+        min_size=config.mesh.min_size,
     )
-    return lines + [f"{what}: {', '.join(names)}" for what, names in told if names]
+    return jax.jit(create, out_shardings=shardings)(tree)
 
 
-def _begin(method, optimizer, seed, tree):
-    """A fresh state with the arrays of `tree` in it; a teacher that is not there begins as a copy. Pure."""
-    fresh = init(method, optimizer, jax.random.key(seed))
-    flat = lambda tree: flatten_dict(tree, keep_empty_nodes=True)
-    merge = lambda old, new: unflatten_dict(flat(old) | flat(new))
-    params = merge(fresh.params, tree["params"])
-    target = merge(jax.tree.map(jnp.copy, method.target_of(params)), tree.get("target", {}))
+def _merge_into_fresh_state(
+    method: Method, optimizer: optax.GradientTransformation, seed: int, tree: dict[str, Any]
+) -> TrainState:
+    """A fresh state with the arrays of `tree`; a missing teacher starts as a copy. Pure."""
+    fresh = init_state(method, optimizer, jax.random.key(seed))
+    params = _merge(fresh.params, tree["params"])
+    copied = jax.tree.map(jnp.copy, method.target_of(params))
+    target = _merge(copied, tree.get("target", {}))
     return fresh.replace(params=params, target=target, opt_state=optimizer.init(params))
 
 
-def _checksum(path):
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The nested dict `old` with the leaves of `new` in place of its own."""
+    leaves = flatten_dict(old, keep_empty_nodes=True)
+    leaves.update(flatten_dict(new, keep_empty_nodes=True))
+    return unflatten_dict(leaves)
+
+
+def _checksum(path: str | pathlib.Path) -> str:
+    """The SHA-256 of a file."""
     with pathlib.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _matches(patterns, name):
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
-
-
-def main(arguments):
-    """Run the command."""
+def main(arguments: list[str]) -> None:
+    """Import, and print what can be done with the run."""
     given = flags.FLAGS
     log_to_console()
     if len(arguments) != 1 or not given.config or not given.workdir:
         raise UserError(
-            "give a file, a recipe and a folder: FILE --format=mae --config=... --workdir=..."
+            "give a file, a recipe and a folder: FILE --format=mae --config=mae_vit_b --workdir=RUN"
         )
-    if given.format not in official.names():
-        raise UserError(f"--format={given.format} is none of: {' | '.join(official.names())}")
-    config = given.config
-    if config.method.name != given.format:
-        raise UserError(
-            f"--format={given.format}, but the recipe is one of {config.method.name}; give another"
-        )
+    _check_flags()
+    identity = None
+    if given.data:
+        identity = _identify_images(given.config)
+    run = given.workdir
+    lines = import_weights(arguments[0], given.config, run, identity, given.drop, given.fresh)
+    print("\n".join(lines))
+    print(f"\n{run} is a run now, at step 0:\n")
+    print(f"  lmim features --workdir={run} IMAGES --out=features.npz")
+    print(f"  lmim export --workdir={run} --format=timm --out=DIR")
+    print(f"  lmim train --config=THE_SAME_RECIPE --workdir={run}")
+
+
+def _check_flags() -> None:
+    """Raise a UserError for a wrong --format or regex."""
+    given = flags.FLAGS
+    formats = official.names()
+    if given.format not in formats:
+        hint = did_you_mean(given.format, formats)
+        raise UserError(f"--format={given.format} must be one of: {' | '.join(formats)}{hint}")
+    name = given.config.method.name
+    if name != given.format:
+        raise UserError(f"--format={given.format}, but the recipe is one of {name}; give another")
     for pattern in given.drop + given.fresh:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"{pattern!r} is no regular expression: {error}") from error
-    identity = None
-    if given.data:
-        try:
-            source = sources.from_config(config.data, "train")
-            loader.steps_per_epoch(source, config.batch_size)
-        except UserError as error:
-            raise UserError(f"{error}; or import without training images: --nodata") from error
-        identity = source.identity()
-    lines = import_weights(arguments[0], config, given.workdir, identity, given.drop, given.fresh)
-    run = given.workdir
-    print("\n".join(lines))
-    print(f"\n{run} is a run now, at step 0:\n")
-    for command_line in (
-        f"lmim features {run} IMAGES --out=features.npz",
-        f"lmim export {run} --format=timm --out=DIR",
-        f"python main.py --config=THE_SAME_RECIPE --workdir={run}",
-    ):
-        print(f"  {command_line}")
+            raise UserError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
-def define_flags():
+def _identify_images(config: ConfigDict) -> dict[str, Any]:
+    """What identifies the training images of a recipe.
+
+    Raises:
+      UserError: there are none, or fewer than a batch.
+    """
+    try:
+        source = sources.from_config(config.data, "train")
+        assert source is not None
+        loader.steps_per_epoch(source, config.batch_size)
+    except UserError as error:
+        raise UserError(f"{error}; or import without training images: --nodata") from error
+    return source.identity()
+
+
+def define_flags() -> None:
     """Define the flags of the command."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Recipe with the sizes of the model.", lock_config=True
+    app.define_recipe(
+        "config",
+        "The recipe with the sizes of the model: a name or a file. "
+        "Examples: --config=mae_vit_b, --config.data.path=photos",
     )
-    flags.DEFINE_string("workdir", None, "Folder of the run to make.")
+    app.define_workdir("The folder of the run to make.")
     flags.DEFINE_string(
-        "format", None, "Whose names the file has: latent_mim | pilamim | mae | ijepa."
+        "format",
+        None,
+        "The method whose official code wrote the file: latent_mim | pilamim | mae | ijepa. "
+        "Example: --format=mae",
     )
-    flags.DEFINE_multi_string("drop", [], "Regex on whole names in the file that are left out.")
     flags.DEFINE_multi_string(
-        "fresh", [], "Regex on whole official names that the file lacks, and that start afresh."
+        "drop",
+        [],
+        "A regex on whole names in the file that are left out. Example: --drop='head.*'",
     )
-    flags.DEFINE_bool(
-        "data", True, "The training images of the recipe are there, and the run is one on them."
+    flags.DEFINE_multi_string(
+        "fresh",
+        [],
+        "A regex on whole official names that the file lacks and that are initialized as in a new "
+        "run. Example: --fresh='decoder.*|mask_token'",
     )
+    flags.DEFINE_bool("data", True, "The training images of the recipe are here. Example: --nodata")

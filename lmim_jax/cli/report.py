@@ -1,9 +1,10 @@
-"""A page about a run: curves, what is given and seen, segments, attention, neighbours, figures, config, commands.
+"""Writes an HTML report of a run.
 
-    lmim report RUN [--out=FILE.html] [--path=IMAGES]
+    lmim report --workdir=RUN
+    lmim report --workdir=RUN --out=FILE.html --path=IMAGES
 
-RUN is the --workdir of a run with a checkpoint. The page is one HTML file that needs no network, RUN/report.html unless
-`--out` says otherwise. --path: where the images are now, if they were moved.
+The report shows the curves, the input of the model, features, segmentations, attention, nearest
+neighbors, evaluations, the configuration and the commands. It is one file that needs no network.
 """
 
 import logging
@@ -12,30 +13,35 @@ import time
 
 from absl import flags
 
+from lmim_jax.cli import app
 from lmim_jax.report import image_sections, log_sections, patch_sections, run_features
 from lmim_jax.report.script import SCRIPT
-from lmim_jax.train.runs import open_run
+from lmim_jax.train.runs import Run, open_run
 from lmim_jax.utils import atomic_io, html
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
 
-log = logging.getLogger("lmim_jax.cli.report")
-
-IMAGES, SEGMENTED, QUERIES, NEAREST = 6, 4, 6, 5  # how many are shown
-
 RECIPES: dict[str, str | None] = {}
+# How many are shown
+IMAGES = 6
+SEGMENTED = 4
+QUERIES = 6
+NEIGHBORS = 5  # of each query
+
+log = logging.getLogger(__name__)
 
 
-def report(run, bank):
-    """The page of a run, as text.
+def report(run: Run, bank: int) -> str:
+    """The report of a run, as HTML.
 
     Args:
-      run: a `runs.Run`. bank: training images among which neighbours are searched.
+      run: an opened run.
+      bank: how many training images are searched for neighbors.
     """
-    log = log_sections.read_metric_log(run.folder)
+    metric_log = log_sections.read_metric_log(run.folder)
     views = run_features.training_views(run, IMAGES)
     encoded = run_features.encode_images(run, IMAGES)
-    queries, searched = run_features.nearest_neighbors(run, QUERIES, NEAREST, bank)
+    queries, searched = run_features.nearest_neighbors(run, QUERIES, NEIGHBORS, bank)
     sections = [
         image_sections.input_section(views),
         image_sections.reconstructions_section(views),
@@ -44,44 +50,47 @@ def report(run, bank):
         patch_sections.attention_section(encoded, IMAGES),
         patch_sections.similarity_section(encoded, IMAGES),
         image_sections.neighbors_section(queries, searched),
-        log_sections.curves_section(log),
-        log_sections.evaluations_section(run.folder, log),
+        log_sections.curves_section(metric_log),
+        log_sections.evaluations_section(run.folder, metric_log),
         log_sections.provenance_section(run),
     ]
     title = f"Run {run.folder.resolve().name}"
-    header = log_sections.page_header(run, log)
+    header = log_sections.page_header(run, metric_log)
     present = [section for section in sections if section is not None]
     return html.document(title, header, present, SCRIPT)
 
 
-def main(arguments):
-    """Run the command."""
-    began = time.perf_counter()
-    if len(arguments) != 1:
-        raise UserError("give one folder: lmim report RUN [--out=FILE.html] [--path=IMAGES]")
+def main(arguments: list[str]) -> None:
+    """Write the report."""
+    start = time.perf_counter()
     log_to_console()
-    flag = flags.FLAGS
-    run = open_run(arguments[0], flag.path)
-    out = pathlib.Path(flag.out or run.folder / "report.html")
-    text = report(run, flag.bank)
+    given = flags.FLAGS
+    workdir, _ = app.run_and_arguments(arguments)
+    run = open_run(workdir, given.path)
+    out = pathlib.Path(given.out or run.folder / "report.html")
+    text = report(run, given.bank)
     try:
         atomic_io.write(out, text)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
-    log.info(
-        "%s: %.1f MB, in %s", out, len(text.encode()) / 1e6, duration(time.perf_counter() - began)
-    )
+    seconds = time.perf_counter() - start
+    log.info("%s: %.1f MB, in %s", out, len(text.encode()) / 1e6, duration(seconds))
 
 
-def define_flags():
+def define_flags() -> None:
     """Define the flags of the command."""
-    flags.DEFINE_string("out", "", "The page; default: RUN/report.html.")
+    app.define_workdir("The folder of a run with a checkpoint; may be given without --workdir.")
     flags.DEFINE_string(
-        "path", "", "Where the images are now, if they were moved (config.data.path)."
+        "out", "", "The file to write; by default RUN/report.html. Example: --out=report.html"
+    )
+    flags.DEFINE_string(
+        "path",
+        "",
+        "Where the images are now, if they were moved (config.data.path). Example: --path=photos",
     )
     flags.DEFINE_integer(
         "bank",
         8192,
-        "Nearest neighbours are searched among so many training images.",
+        "How many training images are searched for nearest neighbors. Example: --bank=1000",
         lower_bound=1,
     )

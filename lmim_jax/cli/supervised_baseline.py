@@ -1,13 +1,16 @@
-"""The ceiling of a dataset: what the encoder of a recipe reaches when it is trained *with* labels.
+"""Trains the encoder of a recipe with labels, as an upper bound for a dataset.
 
-    lmim supervised-baseline --config=configs/quickstart.py [--epochs=20] [--config.KEY=VALUE ...]
+    lmim supervised-baseline --config=quickstart
+    lmim supervised-baseline --config=quickstart --epochs=12 --config.seed=1
 
-Trains the recipe's encoder and a linear layer on the mean of its patch features, by cross-entropy, with the recipe's
-crops and data, and prints the accuracy on the test images. Nothing is saved.
+Trains the encoder and a linear layer on the mean of its patch features by cross-entropy, with the
+crops and the data of the recipe, and prints the accuracy on the test images. Nothing is saved.
 """
 
+import functools
 import logging
 import time
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,70 +18,147 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from ml_collections import config_flags
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
+from lmim_jax.cli import app
 from lmim_jax.data import loader, sources
-from lmim_jax.data.augment import device
+from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
+from lmim_jax.methods.base import Method
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
 from lmim_jax.utils.prng import image_keys
 
-log = logging.getLogger("lmim_jax.cli.supervised_baseline")
-
 RECIPES: dict[str, str | None] = {"config": "quickstart"}
+WEIGHT_DECAY = 0.05
+B2 = 0.95  # of AdamW
+
+log = logging.getLogger(__name__)
 
 
-def train(config, epochs, learning_rate):
-    """Accuracy on the test images, in percent, of the recipe's encoder trained with labels."""
-    mesh = sharding.make_mesh()
-    source = {split: sources.from_config(config.data, split) for split in ("train", "test")}
-    if not source["train"].classes or source["test"] is None:
-        raise UserError(
-            "this dataset has no labels, or no test images: it has no ceiling to measure"
-        )
-    per_epoch = loader.steps_per_epoch(source["train"], config.batch_size)
-    steps = epochs * per_epoch
-    method = methods.from_config(config.method, total_steps=steps, steps_per_epoch=per_epoch)
-    # Crops as in training, at the size of evaluation: whole images, without the gap between patches
-    augmentation = device.from_config(
-        config.augment, image_size=method.feature_size, eval_size=method.feature_size
-    )
-    head = nn.Dense(len(source["train"].classes))
-    optimizer = optax.adamw(
-        optax.cosine_onecycle_schedule(steps, learning_rate), b2=0.95, weight_decay=0.05
-    )
+class Classifier:
+    """An encoder with a linear layer on the mean of its patch features, and its training step."""
 
-    def logits(params, images):
-        patches = method.features(params, images)["patches"]
-        return head.apply({"params": params["head"]}, patches.mean(axis=1))
+    def __init__(
+        self,
+        method: Method,
+        classes: int,
+        optimizer: optax.GradientTransformation,
+        augmentation: Augment,
+        seed: int,
+    ) -> None:
+        """Store the parts.
 
-    @jax.jit
-    def init(rng):
-        params = method.init(rng)
-        params["head"] = head.init(rng, jnp.zeros((1, method.width)))["params"]
-        return params, optimizer.init(params)
+        Args:
+          method: whose encoder is trained.
+          classes: how many there are.
+          optimizer: an optax transformation.
+          augmentation: crops images to `method.feature_size`.
+          seed: of weights and crops.
+        """
+        self.method = method
+        self.optimizer = optimizer
+        self.augmentation = augmentation
+        self.seed = seed
+        self._head = nn.Dense(classes)
 
-    @jax.jit
-    def step(params, opt_state, i, batch):
-        _, keys = image_keys(jax.random.key(config.seed), i, jnp.arange(len(batch["image"])))
-        images = augmentation(keys, batch)
+    def logits(self, params: Any, images: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
+        """Scores of the K classes."""
+        patches = self.method.features(params, images)["patches"]
+        return self._head.apply({"params": params["head"]}, patches.mean(axis=1))
 
-        def loss(params):
-            entropy = optax.softmax_cross_entropy_with_integer_labels(
-                logits(params, images), batch["label"]
-            )
-            return entropy.mean()
+    @functools.partial(jax.jit, static_argnums=0)
+    def init(self) -> tuple[Any, Any]:
+        """Fresh parameters and state of the optimizer."""
+        rng = jax.random.key(self.seed)
+        params = self.method.init(rng)
+        params["head"] = self._head.init(rng, jnp.zeros((1, self.method.width)))["params"]
+        return params, self.optimizer.init(params)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(
+        self, params: Any, opt_state: Any, step: Int[Array, ""], batch: dict[str, Array]
+    ) -> tuple[Any, Any, Float[Array, ""]]:
+        """One optimizer step.
+
+        Args:
+          params: of the encoder and the linear layer.
+          opt_state: of the optimizer.
+          step: number of the step.
+          batch: canvases and labels, see `loader.training_batches`.
+
+        Returns:
+          (params, opt_state, cross-entropy before the step).
+        """
+        rows = jnp.arange(len(batch["image"]))
+        _, keys = image_keys(jax.random.key(self.seed), step, rows)
+        images = self.augmentation(keys, batch)
+
+        def loss(params: Any) -> Float[Array, ""]:
+            logits = self.logits(params, images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
         value, grads = jax.value_and_grad(loss)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates, opt_state = self.optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
-    params, opt_state = init(jax.random.key(config.seed))
+    @functools.partial(jax.jit, static_argnums=0)
+    def predict(self, params: Any, images: Float[Array, "B H W C"]) -> Int[Array, " B"]:
+        """The most likely class of each image."""
+        return self.logits(params, images).argmax(axis=-1)
+
+
+def train(config: ConfigDict, epochs: int, learning_rate: float) -> float:
+    """Train the encoder of a recipe with labels.
+
+    Args:
+      config: the recipe.
+      epochs: passes over the training images.
+      learning_rate: the peak of the one-cycle schedule.
+
+    Returns:
+      The accuracy on the test images, in percent.
+
+    Raises:
+      UserError: the dataset has no labels or no test images.
+    """
+    mesh = sharding.make_mesh()
+    splits = {split: sources.from_config(config.data, split) for split in ("train", "test")}
+    source = splits["train"]
+    if source is None or not source.classes or splits["test"] is None:
+        raise UserError("this dataset has no labels or no test images, so nothing can be measured")
+    per_epoch = loader.steps_per_epoch(source, config.batch_size)
+    steps = epochs * per_epoch
+    method = methods.from_config(config.method, total_steps=steps, steps_per_epoch=per_epoch)
+    # Crops as in training, at the size of evaluation: whole images, no gap between patches
+    augmentation = Augment.from_config(
+        config.augment, image_size=method.feature_size, eval_size=method.feature_size
+    )
+    schedule = optax.cosine_onecycle_schedule(steps, learning_rate)
+    optimizer = optax.adamw(schedule, b2=B2, weight_decay=WEIGHT_DECAY)
+    classifier = Classifier(method, len(source.classes), optimizer, augmentation, config.seed)
+    params = _fit(classifier, source, config, epochs, per_epoch, mesh)
+    data = EvaluationData(splits, config.data, augmentation, mesh)
+    return _accuracy(classifier, params, data, config.batch_size)
+
+
+def _fit(
+    classifier: Classifier,
+    source: sources.Source,
+    config: ConfigDict,
+    epochs: int,
+    per_epoch: int,
+    mesh: Mesh,
+) -> Any:
+    """Train, with a line of the log per epoch; returns the parameters."""
+    steps = epochs * per_epoch
+    params, opt_state = classifier.init()
     batches = loader.training_batches(
-        source["train"],
+        source,
         config.data,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -86,41 +166,46 @@ def train(config, epochs, learning_rate):
         start=0,
         mesh=mesh,
     )
-    began = time.perf_counter()
+    start = time.perf_counter()
     for i, batch in enumerate(batches):
-        params, opt_state, value = step(params, opt_state, jnp.int32(i), batch)
-        if (i + 1) % per_epoch == 0:
-            left = (time.perf_counter() - began) / (i + 1) * (steps - i - 1)
+        params, opt_state, loss = classifier.step(params, opt_state, jnp.int32(i), batch)
+        done = i + 1
+        if done % per_epoch == 0:
+            left = (time.perf_counter() - start) / done * (steps - done)
             log.info(
-                "epoch %d/%d  loss %.4f  ETA %s",
-                (i + 1) // per_epoch,
-                epochs,
-                value,
-                duration(left),
+                "epoch %d/%d  loss %.4f  ETA %s", done // per_epoch, epochs, loss, duration(left)
             )
-
-    data = EvaluationData(source, config.data, augmentation, mesh)
-    predict = jax.jit(lambda params, images: logits(params, images).argmax(axis=-1))
-    right = [
-        (np.asarray(predict(params, batch["images"])) == batch["label"])[
-            np.asarray(batch["index"]) >= 0
-        ]
-        for batch in data.batches("test", config.batch_size)
-    ]
-    return 100 * float(np.concatenate(right).mean())
+    return params
 
 
-def main(arguments):
-    """Run the command."""
+def _accuracy(classifier: Classifier, params: Any, data: EvaluationData, batch_size: int) -> float:
+    """The accuracy on the test images, in percent."""
+    correct = []
+    for batch in data.batches("test", batch_size):
+        predicted = np.asarray(classifier.predict(params, batch["images"]))
+        not_padding = np.asarray(batch["index"]) >= 0
+        correct.append((predicted == batch["label"])[not_padding])
+    return 100 * float(np.concatenate(correct).mean())
+
+
+def main(arguments: list[str]) -> None:
+    """Train and print the accuracy."""
+    app.no_arguments(arguments, "--epochs=20")
     log_to_console()
-    accuracy = train(flags.FLAGS.config, flags.FLAGS.epochs, flags.FLAGS.learning_rate)
-    log.info("trained with labels: %.1f %% of the test images are classified right", accuracy)
+    given = flags.FLAGS
+    accuracy = train(given.config, given.epochs, given.learning_rate)
+    log.info("trained with labels: %.1f %% of the test images are classified correctly", accuracy)
 
 
-def define_flags():
+def define_flags() -> None:
     """Define the flags of the command."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Recipe; default: configs/quickstart.py.", lock_config=True
+    app.define_recipe(
+        "config",
+        "The recipe: a name or a file. Examples: --config=quickstart, --config.batch_size=64",
     )
-    flags.DEFINE_integer("epochs", 20, "Epochs of supervised training.")
-    flags.DEFINE_float("learning_rate", 1e-3, "Peak of the one-cycle learning rate.")
+    flags.DEFINE_integer("epochs", 20, "Epochs of supervised training. Example: --epochs=12")
+    flags.DEFINE_float(
+        "learning_rate",
+        1e-3,
+        "Peak of the one-cycle learning rate. Example: --learning_rate=5e-4",
+    )
