@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lmim_jax.configs import evaluate, vit_b
-from lmim_jax.data.augment import device
+from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base
@@ -54,7 +54,7 @@ def evaluation(sources=None, grid=(8, 8), patch_size=4):
     config.augment.update(
         eval_resize=min(size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear"
     )
-    augmentation = device.from_config(config.augment, image_size=size, eval_size=size)
+    augmentation = Augment.from_config(config.augment, image_size=size, eval_size=size)
     sources = sources or {"train": types.SimpleNamespace(mask=lambda index: None), "test": None}
     return EvaluationData(sources, config.data, augmentation, sharding.make_mesh())
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmim_jax.data.augment import device
+from lmim_jax.data.augment.device import Augment, KERNELS, crop_resize, draw_crop, fit_crop
 
-RESIZE = jax.jit(device.crop_resize, static_argnames=("size", "kernel"))
+RESIZE = jax.jit(crop_resize, static_argnames=("size", "kernel"))
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 RNG = np.random.default_rng(0)
 
@@ -49,7 +49,7 @@ def test_crops_equal_pillow_within_one_level(kernel, size):
             box_h, box_w = RNG.integers(2, height + 1), RNG.integers(2, width + 1)
             top, left = RNG.integers(0, height - box_h + 1), RNG.integers(0, width - box_w + 1)
             box = np.array([top, left, box_h, box_w], np.int32)
-            ours = RESIZE(canvas, box, size=size, kernel=device.KERNELS[kernel])
+            ours = RESIZE(canvas, box, size=size, kernel=KERNELS[kernel])
             assert (
                 np.abs(np.asarray(ours).astype(int) - reference(image, box, size, kernel)).max()
                 <= 1
@@ -60,7 +60,7 @@ def make(**change):
     options = dict(
         scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=True, interpolation="bicubic", mean=(0.5,) * 3
     )
-    return device.Augment(
+    return Augment(
         **{
             **options,
             "std": (0.25,) * 3,
@@ -109,7 +109,7 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
     count, rng = 4000, np.random.default_rng(1)
     size, scale, ratio = np.array([height, width], np.int32), (0.2, 1.0), (0.75, 4 / 3)
     sample = jax.vmap(
-        lambda key: device.fit_crop(device.draw_crop(key, scale, ratio), size, 300, ratio)
+        lambda key: fit_crop(draw_crop(key, scale, ratio), size, 300, ratio)
     )
     ours = np.asarray(sample(jax.random.split(jax.random.key(0), count)), float)
     theirs = np.array([torchvision_box(rng, height, width) for _ in range(count)], float)

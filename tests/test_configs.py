@@ -8,7 +8,7 @@ import pytest
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from lmim_jax.data.augment import device
+from lmim_jax.data.augment.device import Augment
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.optim import adamw
@@ -46,7 +46,7 @@ def test_recipe_builds(name):
     jax.eval_shape(optimizer.init, params)
     close = 1e-6 if config.optimizer.rebased else 0.03  # PiLaMIM's cosine has begun to fall by then
     assert 0 <= rate(0) < rate(10) == pytest.approx(config.optimizer.lr, rel=close)
-    device.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    Augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
     evaluators.from_config(
         config.evaluators, steps_per_epoch=10, has_target="encoder" in method.target_of(params)
     )

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from lmim_jax.data import decode, loader, sources
-from lmim_jax.data.augment import device as augment
-from lmim_jax.data.augment import host
+from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.augment.host import HostCrop
 
 REAL = pathlib.Path(conftest.ROOT).parent / "shared" / "data" / "imagenet_jpegs_125.zip"
 needs_real = pytest.mark.skipif(not REAL.is_file(), reason=f"no real ImageNet files at {REAL}")
@@ -212,7 +212,7 @@ def augmentation(**change):
     options |= dict(
         std=(1 / 255,) * 3, image_size=(280, 280), eval_resize=256, eval_size=(224, 224)
     )
-    return augment.Augment(**options | change)
+    return Augment(**options | change)
 
 
 @needs_real
@@ -222,7 +222,7 @@ def test_real_crops_and_evaluation_images_equal_pillows_within_a_level():
     keys = lambda step, positions: jax.vmap(lambda i: jax.random.fold_in(jax.random.key(step), i))(
         positions
     )
-    crop = host.HostCrop(ours, keys, 512)
+    crop = HostCrop(ours, keys, 512)
     train, evaluate = jax.jit(lambda keys, batch: ours(keys, batch)), jax.jit(ours.evaluation)
     draws = crop.draws(0, np.arange(len(small())))
     for i, data in enumerate(small()):

@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from lmim_jax.data.augment import randaugment
 
 FILL = (124, 116, 104)
-APPLY = jax.jit(randaugment.apply)
+APPLY = jax.jit(randaugment.apply_operation)
 
 
 def picture(seed, size=(40, 33)):

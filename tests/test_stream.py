@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lmim_jax.data import loader, prefetch
-from lmim_jax.data.augment import device as augment
-from lmim_jax.data.augment import host as host_crop
+from lmim_jax.data.augment.device import Augment, fit_crop
+from lmim_jax.data.augment.host import make_host_crop
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.train.step import draw
@@ -65,7 +65,7 @@ def parts():
     """(method, augmentation) of the tiny recipe."""
     config = tiny.get_config()
     method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
-    return method, augment.from_config(
+    return method, Augment.from_config(
         config.augment, image_size=method.image_size, eval_size=method.feature_size
     )
 
@@ -79,7 +79,7 @@ def drawn():
         _, rng = jax.random.split(jax.random.key(SEED))
         rng, keys = image_keys(rng, step, positions)
         draws = jax.vmap(augmentation.draw)(augment_keys(SEED, step, positions))
-        boxes = jax.vmap(lambda one, size: augment.fit_crop(one, size, 40, augmentation.ratio))(
+        boxes = jax.vmap(lambda one, size: fit_crop(one, size, 40, augmentation.ratio))(
             draws, sizes
         )
         marker = {"image": np.zeros((len(positions), *method.image_size, 3), np.uint8)}
@@ -151,7 +151,7 @@ def batches(source, crop=None, steps=4, start=0, **change):
 
 def crop_on_host():
     keys = functools.partial(augment_keys, SEED)
-    return host_crop.from_config(config_of(resize_on="host"), parts()[1], keys)
+    return make_host_crop(config_of(resize_on="host"), parts()[1], keys)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -166,7 +166,7 @@ def test_crops_on_the_host_are_those_of_the_device(workers):
         assert host.keys() == {"image", "label"}
         assert host["image"].shape == (BATCH, *method.image_size, 3)
         theirs, ours = (
-            np.asarray(augmentation.levels(prepare_step(step, x))) for x in (device, host)
+            np.asarray(augmentation.denormalize(prepare_step(step, x))) for x in (device, host)
         )
         assert np.abs(theirs - ours).max() <= 1
         draws = crop.draws(step, np.arange(BATCH))
@@ -179,8 +179,8 @@ def test_crops_on_the_host_are_those_of_the_device(workers):
 
 
 def test_where_to_crop_is_checked():
-    with pytest.raises(errors.UserError, match=r"resize_on='gpu' is none of: device | host"):
-        host_crop.from_config(config_of(resize_on="gpu"), None, None)
+    with pytest.raises(errors.UserError, match=r"resize_on='gpu' must be one of: device | host"):
+        make_host_crop(config_of(resize_on="gpu"), None, None)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 import logging
 import os
 import pathlib
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 
 from lmim_jax.data import tfds_source
 from lmim_jax.data.decode import SUFFIXES
+from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -178,11 +178,10 @@ class FolderSource:
 
     def identity(self) -> dict[str, Any]:
         """The number of images and a checksum of their names."""
-        names = "\n".join(self.files).encode("utf-8", "surrogateescape")
         return {
             "source": "folder",
             "images": len(self),
-            "names": hashlib.sha256(names).hexdigest(),
+            "names": names_checksum(self.files),
         }
 
 

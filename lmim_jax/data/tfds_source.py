@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from lmim_jax.utils import atomic_io
+from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,8 +100,7 @@ class TfdsSource:
         """The title and number of images; with a choice of classes, a checksum of their names."""
         identity = {"source": self.title, "images": len(self)}
         if self.kept is not None:
-            classes = "\n".join(self.classes).encode()
-            identity["classes"] = hashlib.sha256(classes).hexdigest()
+            identity["classes"] = names_checksum(self.classes)
         return identity
 
     def _position(self, index: int) -> int:

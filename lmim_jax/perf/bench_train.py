@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lmim_jax.data import loader, sources
-from lmim_jax.data.augment import host
+from lmim_jax.data.augment.host import make_host_crop
 from lmim_jax.perf import bench_step
 from lmim_jax.perf import profile as bench_profile
 from lmim_jax.train import workdir
@@ -47,7 +47,7 @@ def measure_loop(config, steps=20, rounds=3, warmup=3):
     source = sources.from_config(config.data, "train")
     per_epoch = loader.steps_per_epoch(source, config.batch_size)
     step = bench_step.Step(config, per_epoch)
-    crop = host.from_config(
+    crop = make_host_crop(
         config.data, step.recipe.augmentation, functools.partial(augment_keys, config.seed)
     )
     batches = loader.training_batches(

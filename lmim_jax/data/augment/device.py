@@ -1,25 +1,36 @@
-"""Image augmentation on the device: crop, antialiased resize, flip, normalise, as pure JAX on uint8 canvases.
+"""Image augmentation on the device: crop, antialiased resize, flip, normalize, in pure JAX.
 
-The host only decodes. An image lies at the top left of a fixed canvas [K, K, C] uint8 with its true size; a crop is
-resized by two matrix products, columns then rows, equal to Pillow's antialiased resize within 1 level.
+The host only decodes. An image lies at the top left of a fixed uint8 canvas [K, K, C], beside its
+true size; a crop is resized by two matrix products, columns then rows, equal to Pillow's
+antialiased resize within one level.
 
-Letters: B batch, K canvas side, C channels, S output side.
+Letters: B batch, K side of the canvas, C channels, S T rows and columns of the output.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Shaped, UInt8
+from ml_collections import ConfigDict
 
-from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.errors import UserError, did_you_mean
 
-TABLE_BITS = 12
+CROP_TRIES = 10
+TABLE_BITS = 12  # crop shapes are drawn from tables of this many bits
 PRECISION = jax.lax.Precision.HIGH  # pixel values need more than bfloat16's 8 bits
 
+Kernel = Callable[[Array], Array]
+AxisGrid = tuple[Any, Any, Any, Any]  # see `resize_weights`
+CropDraw = dict[str, Shaped[Any, "..."]]  # see `draw_crop`
 
-def bicubic(x):
+
+def bicubic(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Keys' cubic convolution kernel with a = -0.5, Pillow's BICUBIC; support 2."""
     x = jnp.abs(x)
     inner = (1.5 * x - 2.5) * x * x + 1
@@ -27,112 +38,182 @@ def bicubic(x):
     return jnp.where(x < 1, inner, jnp.where(x < 2, outer, 0.0))
 
 
-def bilinear(x):
+def bilinear(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Triangle kernel, Pillow's BILINEAR; support 1."""
     return jnp.maximum(1 - jnp.abs(x), 0.0)
 
 
-KERNELS = {"bicubic": bicubic, "bilinear": bilinear}
+KERNELS: dict[str, Kernel] = {"bicubic": bicubic, "bilinear": bilinear}
 
 
-def resize_weights(grid, low, high, canvas, size, kernel):
-    """The matrix [S, K] that resamples an axis of the canvas.
+def resize_weights(
+    grid: AxisGrid,
+    low: Int[Array, ""] | int,
+    high: Int[Array, ""] | int,
+    canvas: int,
+    size: int,
+    kernel: Kernel,
+) -> Float[Array, "S K"]:
+    """The matrix that resamples an axis of the canvas.
 
-    Where the axis is shrunk the kernel is widened by the scale (antialiasing); weights outside [low, high), the samples
-    that may be read, are 0, and each row sums to 1, as in Pillow.
+    Where the axis is shrunk, the kernel is widened by the scale (antialiasing). Weights outside
+    [low, high), the samples that may be read, are 0, and each row sums to 1, as in Pillow.
 
     Args:
-      grid: int32 (start, first, numerator, denominator): output i lies at start + (first + i + 1/2) numerator /
-        denominator. Distances are divided once, as whole numbers: float32 positions would be off by 3e-5 of a pixel.
-      low, high: valid range: the box itself when the image is cropped first (training), the image otherwise.
-      canvas: K. size: S. kernel: function of the distance in source samples.
+      grid: int32 (start, first, numerator, denominator): output i lies at
+        start + (first + i + 1/2) numerator / denominator. Distances are divided once, as whole
+        numbers: float32 positions would be off by 3e-5 of a pixel.
+      low, high: the valid range: the box itself when the image is cropped first (training), the
+        image otherwise.
+      canvas: K.
+      size: S.
+      kernel: function of the distance in source samples.
     """
     start, first, numerator, denominator = grid
     samples = jnp.arange(canvas)
     sources = (2 * samples - 2 * start + 1) * denominator
     targets = (2 * (first + jnp.arange(size)) + 1) * numerator
-    weights = kernel(
-        (sources[None, :] - targets[:, None]) / (2 * jnp.maximum(numerator, denominator))
-    )
+    distances = sources[None, :] - targets[:, None]
+    weights = kernel(distances / (2 * jnp.maximum(numerator, denominator)))
     weights = jnp.where((samples >= low) & (samples < high), weights, 0.0)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def resample(image, grids, valid, size, kernel):
-    """Resample the rows and columns of one canvas, rounded to whole levels after each axis, as Pillow does.
+def resample(
+    image: UInt8[Array, "K K C"],
+    grids: tuple[AxisGrid, AxisGrid],
+    valid: tuple[Any, Any, Any, Any],
+    size: tuple[int, int],
+    kernel: Kernel,
+) -> Float[Array, "S T C"]:
+    """Resample the rows and columns of one canvas, rounded to whole levels after each axis.
 
     Args:
-      image: [K, K, C] uint8. grids: of rows and columns, see `resize_weights`. valid: (top, left, bottom, right), what
-      may be read. size: (S, S'), rows and columns. kernel: a value of KERNELS.
+      image: the canvas.
+      grids: of rows and columns, see `resize_weights`.
+      valid: (top, left, bottom, right), the pixels that may be read.
+      size: (S, T), rows and columns of the output.
+      kernel: a value of KERNELS.
 
     Returns:
-      float32 [S, S', C] of whole numbers in 0 .. 255.
+      float32 [S, T, C] of whole numbers in 0 .. 255.
     """
     canvas = image.shape[0]
-    rows = resize_weights(grids[0], valid[0], valid[2], canvas, size[0], kernel)
-    columns = resize_weights(grids[1], valid[1], valid[3], canvas, size[1], kernel)
-    level = lambda x: jnp.clip(jnp.floor(x + 0.5), 0, 255)
-    x = level(jnp.einsum("sj,ijc->isc", columns, image.astype(jnp.float32), precision=PRECISION))
-    return level(jnp.einsum("ti,isc->tsc", rows, x, precision=PRECISION))
+    top, left, bottom, right = valid
+    row_weights = resize_weights(grids[0], top, bottom, canvas, size[0], kernel)
+    column_weights = resize_weights(grids[1], left, right, canvas, size[1], kernel)
+    pixels = image.astype(jnp.float32)
+    pixels = _round_levels(jnp.einsum("tj,ijc->itc", column_weights, pixels, precision=PRECISION))
+    return _round_levels(jnp.einsum("si,itc->stc", row_weights, pixels, precision=PRECISION))
 
 
-def crop_resize(image, box, size, kernel):
-    """Crop a box (top, left, height, width), int32, out of one canvas and resize it; see `resample`."""
+def _round_levels(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Round to whole levels 0 .. 255, halves up, as Pillow does."""
+    return jnp.clip(jnp.floor(x + 0.5), 0, 255)
+
+
+def crop_resize(
+    image: UInt8[Array, "K K C"],
+    box: Int[Array, "4"],
+    size: tuple[int, int],
+    kernel: Kernel,
+) -> Float[Array, "S T C"]:
+    """Crop a box (top, left, height, width), int32, out of one canvas and resize it.
+
+    See `resample`.
+    """
     top, left, height, width = box
-    grids = (top, 0, height, size[0]), (left, 0, width, size[1])
+    grids = ((top, 0, height, size[0]), (left, 0, width, size[1]))
     return resample(image, grids, (top, left, top + height, left + width), size, kernel)
 
 
-def draw_crop(key, scale, ratio):
-    """The random part of a random-resized crop, as torchvision's `RandomResizedCrop` draws it: ten tries and a place.
+def draw_crop(key: Array, scale: tuple[float, float], ratio: tuple[float, float]) -> CropDraw:
+    """The random numbers of a random-resized crop: ten shapes to try, and a position.
 
-    A try has an area share uniform on `scale` and an aspect log-uniform on `ratio`. All numbers are looked up in tables
-    (of 4096 values) or made of random bits, so that every backend draws the same to the bit.
+    A shape has a share of the area uniform on `scale` and an aspect ratio log-uniform on `ratio`,
+    as in torchvision's `RandomResizedCrop`. All numbers are looked up in tables of 4,096 values or
+    made of random bits, so that every backend draws the same to the bit.
 
     Returns:
-      {"sides": float32 [2, 10], heights and widths over the square root of the image's area; "place": float32 [2]}.
+      {"sides": float32 [2, 10], heights and widths divided by the square root of the image's area;
+      "place": float32 [2] in [0, 1), the position}.
     """
     middles = (np.arange(1 << TABLE_BITS) + 0.5) / (1 << TABLE_BITS)
-    shares = np.sqrt(scale[0] + (scale[1] - scale[0]) * middles)
-    aspects = np.sqrt(ratio[0] * (ratio[1] / ratio[0]) ** middles)
+    side_table = np.sqrt(scale[0] + (scale[1] - scale[0]) * middles)
+    aspect_table = np.sqrt(ratio[0] * (ratio[1] / ratio[0]) ** middles)
     share_key, aspect_key, place_key = jax.random.split(key, 3)
-    index = lambda key: jax.random.bits(key, (10,), "uint32") >> (32 - TABLE_BITS)
-    share, aspect = jnp.asarray(shares, jnp.float32)[index(share_key)], index(aspect_key)
-    heights, widths = (
-        share * jnp.asarray(table, jnp.float32)[aspect] for table in (1 / aspects, aspects)
-    )
-    return {"sides": jnp.stack([heights, widths]), "place": jax.random.uniform(place_key, (2,))}
+    sides = jnp.asarray(side_table, jnp.float32)[_draw_table_index(share_key)]
+    aspect = _draw_table_index(aspect_key)
+    heights = sides * jnp.asarray(1 / aspect_table, jnp.float32)[aspect]
+    widths = sides * jnp.asarray(aspect_table, jnp.float32)[aspect]
+    return {
+        "sides": jnp.stack([heights, widths]),
+        "place": jax.random.uniform(place_key, (2,)),
+    }
 
 
-def fit_crop(draw, size, longest, ratio, xp=jnp):
-    """The crop box (top, left, height, width) that a draw gives in an image, int32 [4].
+def _draw_table_index(key: Array) -> Int[Array, "10"]:
+    """Uniform random indices of a table of TABLE_BITS bits, one per try."""
+    return jax.random.bits(key, (CROP_TRIES,), "uint32") >> (32 - TABLE_BITS)
 
-    The first of the tries that fits; if none does, the centre with the nearest allowed aspect. Only whole numbers,
-    looked-up square roots and single float32 products: numpy (`xp=np`) and every backend get the same box.
+
+def fit_crop(
+    draw: CropDraw,
+    size: Int[Any, "2"],
+    longest: int,
+    ratio: tuple[float, float],
+    xp: ModuleType = jnp,
+) -> Int[Any, "4"]:
+    """The crop box (top, left, height, width) for an image of a given size, int32.
+
+    The first of the drawn shapes that fits; if none does, the center with the nearest allowed
+    aspect ratio. Only whole numbers, looked-up square roots and single float32 products: numpy
+    (`xp=np`) and every backend get the same box.
 
     Args:
-      draw: of `draw_crop`. size: int32 [2], (height, width). longest: no side is longer (the canvas).
+      draw: the result of `draw_crop`.
+      size: int32 (height, width).
+      longest: no side is longer (the side of the canvas).
+      ratio: the range of aspect ratios that was drawn from.
+      xp: jax.numpy or numpy.
     """
-    root = xp.asarray(_roots(longest))[size]
-    sides = xp.rint(draw["sides"] * (root[0] * root[1])).astype(np.int32)
+    roots = xp.asarray(_square_roots(longest))[size]
+    sides = xp.rint(draw["sides"] * (roots[0] * roots[1])).astype(np.int32)
     fits = ((sides > 0) & (sides <= size[:, None])).all(0)
     crop = sides[:, xp.argmax(fits)]
     corner = xp.floor(draw["place"] * (size - crop + 1).astype(np.float32)).astype(np.int32)
+    drawn_box = xp.concatenate([xp.minimum(corner, size - crop), crop])
+
     limits = xp.rint(size[::-1] * np.array([1 / ratio[0], ratio[1]], np.float32)).astype(np.int32)
     center = xp.minimum(size, limits)
-    found = xp.concatenate([xp.minimum(corner, size - crop), crop])
-    return xp.where(fits.any(), found, xp.concatenate([(size - center) // 2, center]))
+    center_box = xp.concatenate([(size - center) // 2, center])
+    return xp.where(fits.any(), drawn_box, center_box)
 
 
 @functools.cache
-def _roots(longest):
+def _square_roots(longest: int) -> Float[np.ndarray, " n"]:
     """Square roots of 0 .. longest, float32."""
     return np.sqrt(np.arange(longest + 1)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """The fields are `config.augment`. Called on a batch it gives training images, `evaluation` gives test images."""
+    """The augmentation of training images, and the transform of test images (`evaluation`).
+
+    Attributes:
+      scale: range of the crop's share of the image area.
+      ratio: range of the crop's aspect ratio, width over height.
+      flip: mirror half of the training images.
+      interpolation: one of KERNELS.
+      mean: per channel, of pixel values in 0 .. 1.
+      std: per channel.
+      image_size: (height, width) of training images.
+      eval_resize: test images are resized to this short side.
+      eval_size: (height, width) of the center crop of test images.
+
+    Raises:
+      UserError: unknown interpolation.
+    """
 
     scale: tuple[float, float]
     ratio: tuple[float, float]
@@ -144,87 +225,114 @@ class Augment:
     eval_resize: int
     eval_size: tuple[int, int]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.interpolation not in KERNELS:
             raise UserError(
-                f"config.augment.interpolation={self.interpolation!r} is none of: {' | '.join(KERNELS)}"
+                f"config.augment.interpolation={self.interpolation!r} must be one of: "
+                f"{' | '.join(KERNELS)}{did_you_mean(self.interpolation, KERNELS)}"
             )
 
-    def _constants(self, images):
-        shape = (1,) * (images.ndim - 1) + (-1,)
-        return (jnp.asarray(x, jnp.float32).reshape(shape) for x in (self.mean, self.std))
+    @classmethod
+    def from_config(
+        cls, config: ConfigDict, *, image_size: tuple[int, int], eval_size: tuple[int, int]
+    ) -> "Augment":
+        """The augmentation of `config.augment`; the sizes come from the method."""
+        return cls(**config, image_size=tuple(image_size), eval_size=tuple(eval_size))
 
-    def normalize(self, images):
-        """Levels 0 .. 255 [..., C] -> (x / 255 - mean) / std, float32."""
-        mean, std = self._constants(images)
+    @property
+    def kernel(self) -> Kernel:
+        """The interpolation kernel."""
+        return KERNELS[self.interpolation]
+
+    def normalize(self, images: Shaped[Array, "... C"]) -> Float[Array, "... C"]:
+        """Levels 0 .. 255 -> (x / 255 - mean) / std, float32."""
+        mean = _per_channel(self.mean, images.ndim)
+        std = _per_channel(self.std, images.ndim)
         return (images / 255 - mean) / std
 
-    def levels(self, images):
+    def denormalize(self, images: Float[Array, "... C"]) -> Float[Array, "... C"]:
         """The inverse of `normalize`: whole levels 0 .. 255, float32."""
-        mean, std = self._constants(images)
+        mean = _per_channel(self.mean, images.ndim)
+        std = _per_channel(self.std, images.ndim)
         return jnp.round((images * std + mean) * 255)
 
-    def draw(self, key):
+    def draw(self, key: Array) -> CropDraw:
         """All random numbers of one image: those of `draw_crop`, and "flip", a bool."""
         crop_key, flip_key = jax.random.split(key)
-        flip = jax.random.bernoulli(flip_key) & self.flip
-        return {**draw_crop(crop_key, self.scale, self.ratio), "flip": flip}
+        draw = draw_crop(crop_key, self.scale, self.ratio)
+        draw["flip"] = jax.random.bernoulli(flip_key) & self.flip
+        return draw
 
-    def __call__(self, keys, batch):
-        """Random-resized crop, flip, normalise.
+    def __call__(
+        self, keys: Shaped[Array, " B"], batch: dict[str, Array]
+    ) -> Float[Array, "B S T C"]:
+        """Random-resized crop, flip, normalize.
 
         Args:
-          keys: [B], one key per image.
-          batch: image [B, K, K, C] uint8, size [B, 2] int32 (height, width); or crops without "size", which are only
-            normalised.
+          keys: one key per image.
+          batch: "image" [B, K, K, C] uint8 and "size" [B, 2] int32 (height, width); or, without
+            "size", crops [B, S, T, C] made on the host, which are only normalized.
 
         Returns:
           float32 [B, *image_size, C].
         """
-        kernel = KERNELS[self.interpolation]
+        if "size" not in batch:
+            return self.normalize(batch["image"])
 
-        def one(key, image, size):
+        def augment_image(key, image, size):
             draw = self.draw(key)
             box = fit_crop(draw, size, image.shape[0], self.ratio)
-            x = crop_resize(image, box, self.image_size, kernel)
-            return jnp.where(draw["flip"], x[:, ::-1], x)
+            crop = crop_resize(image, box, self.image_size, self.kernel)
+            return jnp.where(draw["flip"], crop[:, ::-1], crop)
 
-        if "size" not in batch:  # cropped on the host
-            return self.normalize(batch["image"])
-        return self.normalize(jax.vmap(one)(keys, batch["image"], batch["size"]))
+        return self.normalize(jax.vmap(augment_image)(keys, batch["image"], batch["size"]))
 
-    def evaluation(self, batch):
-        """Short side to `eval_resize`, centre crop of `eval_size`, normalise: float32 [B, *eval_size, C].
+    def evaluation(self, batch: dict[str, Array]) -> Float[Array, "B S T C"]:
+        """Resize the short side to `eval_resize`, center-crop to `eval_size`, normalize.
 
         The resize may read the whole image, so it equals resizing first and cropping afterwards.
+
+        Args:
+          batch: "image" [B, K, K, C] uint8 and "size" [B, 2] int32 (height, width).
+
+        Returns:
+          float32 [B, *eval_size, C].
         """
-        kernel = KERNELS[self.interpolation]
 
-        def one(image, size):
-            # torchvision: the long side is int(resize * long / short); centre crop offsets round half to even.
-            resized = self.eval_resize * size // jnp.min(size)
-            first = jnp.round((resized - jnp.asarray(self.eval_size)) / 2).astype(jnp.int32)
-            grids = [(0, first[axis], size[axis], resized[axis]) for axis in (0, 1)]
-            return resample(image, grids, (0, 0, size[0], size[1]), self.eval_size, kernel)
+        def transform_image(image, size):
+            return resample(
+                image,
+                grids=self._evaluation_grids(size),
+                valid=(0, 0, size[0], size[1]),
+                size=self.eval_size,
+                kernel=self.kernel,
+            )
 
-        return self.normalize(jax.vmap(one)(batch["image"], batch["size"]))
+        return self.normalize(jax.vmap(transform_image)(batch["image"], batch["size"]))
+
+    def _evaluation_grids(self, size: Int[Array, "2"]) -> tuple[AxisGrid, AxisGrid]:
+        """The grids of `evaluation`, of rows and columns, see `resize_weights`."""
+        # torchvision: the long side is int(resize * long / short), and the offsets of the center
+        # crop are rounded half to even
+        resized = self.eval_resize * size // jnp.min(size)
+        first = jnp.round((resized - jnp.asarray(self.eval_size)) / 2).astype(jnp.int32)
+        return ((0, first[0], size[0], resized[0]), (0, first[1], size[1], resized[1]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Squash(Augment):
-    """At evaluation the whole image, whatever its aspect, as where objects at the border count, too."""
+    """Resizes the whole test image to `eval_size`, whatever its aspect ratio.
 
-    def evaluation(self, batch):
-        """Resized to `eval_size` and normalised: float32 [B, *eval_size, C]."""
-        kernel = KERNELS[self.interpolation]
+    For tasks in which objects at the border of the image count, too.
+    """
 
-        def one(image, size):
-            grids = [(0, 0, size[axis], self.eval_size[axis]) for axis in (0, 1)]
-            return resample(image, grids, (0, 0, size[0], size[1]), self.eval_size, kernel)
-
-        return self.normalize(jax.vmap(one)(batch["image"], batch["size"]))
+    def _evaluation_grids(self, size: Int[Array, "2"]) -> tuple[AxisGrid, AxisGrid]:
+        height, width = self.eval_size
+        return ((0, 0, size[0], height), (0, 0, size[1], width))
 
 
-def from_config(config, *, image_size, eval_size):
-    """Build the augmentation from `config.augment`; sizes come from the method."""
-    return Augment(**config, image_size=tuple(image_size), eval_size=tuple(eval_size))
+def _per_channel(values: tuple[float, ...], ndim: int) -> Float[Array, "... C"]:
+    """Constants of the channels, to be broadcast against an array of `ndim` axes."""
+    shape = [1] * ndim
+    shape[-1] = -1
+    return jnp.asarray(values, jnp.float32).reshape(shape)

@@ -1,85 +1,132 @@
-"""Mixup, cutmix, random erasing and smooth labels for supervised training, on normalised images.
+"""Mixup, cutmix, random erasing and label smoothing for supervised training, on normalized images.
 
 Letters: B batch, H W height and width, C channels, K classes.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+# Of erased boxes, as in timm
+ERASE_TRIES = 10
+ERASE_AREA = (0.02, 1 / 3)  # share of the image
+ERASE_ASPECT = 0.3  # least height over width; the largest is its inverse
 
 
-def smooth(labels, classes, smoothing):
-    """Classes [B] -> probabilities [B, K]: smoothing is spread over all classes, the true one gets the rest."""
+def smooth_labels(labels: Int[Array, " B"], classes: int, smoothing: float) -> Float[Array, "B K"]:
+    """Class labels -> probabilities, of which `smoothing` is spread evenly over all classes."""
     return jax.nn.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
 
 
-def _neighbours(x):
-    """The rows of a batch with those at 2i and 2i + 1 exchanged: no device needs rows of another."""
-    return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
+def mix_batch(
+    key: Array,
+    images: Float[Array, "B H W C"],
+    targets: Float[Array, "B K"],
+    mixup: float,
+    cutmix: float,
+    switch: float,
+) -> tuple[Float[Array, "B H W C"], Float[Array, "B K"]]:
+    """Mix each image with its neighbor in the batch, by one draw for the whole batch.
 
-
-def mix(key, images, targets, mixup, cutmix, switch):
-    """Mix each image with its neighbour in the batch, by one draw for the whole batch.
-
-    mixup: the weighted mean of both images. cutmix: a box of the other image in this one. Targets are mixed in
-    proportion; in cutmix by the area that the box has in the end, cut off at the border.
+    Mixup takes the weighted mean of both images, cutmix puts a box of the other image into this
+    one. Targets are mixed in proportion; in cutmix, by the area of the box after it was clipped at
+    the border.
 
     Args:
-      images: [B, H, W, C], B even. targets: [B, K] probabilities. mixup, cutmix: parameter of the Beta distribution
-        of the weight; 0: off. switch: probability of cutmix where both are on.
+      key: random key.
+      images: B must be even.
+      targets: probabilities.
+      mixup: parameter of the Beta distribution of the weight in mixup; 0: off.
+      cutmix: the same for cutmix.
+      switch: probability of cutmix where both are on.
 
-    Source: timm's `Mixup` in mode "batch" with probability 1, as in DeiT and MAE; it takes the image at the other end
-    of the batch where this takes the neighbour: in random order, any other.
+    Returns:
+      (images, targets), mixed.
+
+    Source: timm's `Mixup` in mode "batch" with probability 1, as in DeiT and MAE. It takes the
+    image at the opposite end of the batch where this takes the neighbor: in random order, any other
+    image.
     """
     if not mixup and not cutmix:
         return images, targets
     which_key, mixup_key, cutmix_key, place_key = jax.random.split(key, 4)
-    cut = jax.random.bernoulli(which_key, switch) if mixup and cutmix else jnp.bool_(cutmix > 0)
+    use_cutmix = jnp.bool_(cutmix > 0)
+    if mixup and cutmix:
+        use_cutmix = jax.random.bernoulli(which_key, switch)
     share = jax.random.beta(mixup_key, mixup or 1.0, mixup or 1.0)
-    inside = _box(cutmix_key, place_key, images.shape[1:3], cutmix or 1.0)
-    weight = jnp.where(
-        cut, 1 - inside.astype(jnp.float32)[None, :, :, None], share
-    )  # of the image itself
-    images = images * weight + _neighbours(images) * (1 - weight)
-    own = weight.mean()
-    return images, targets * own + _neighbours(targets) * (1 - own)
+    in_box = _draw_box(cutmix_key, place_key, images.shape[1:3], cutmix or 1.0)
+    outside = 1 - in_box.astype(jnp.float32)[None, :, :, None]
+    weight = jnp.where(use_cutmix, outside, share)  # of the image itself
+    images = images * weight + _swap_neighbors(images) * (1 - weight)
+    target_weight = weight.mean()
+    targets = targets * target_weight + _swap_neighbors(targets) * (1 - target_weight)
+    return images, targets
 
 
-def _box(key, place_key, size, alpha):
-    """A box with a centre anywhere and 1 - Beta(alpha, alpha) of the area, cut off at the border: bool [H, W]."""
-    side = jnp.sqrt(1 - jax.random.beta(key, alpha, alpha))
-    along = []
-    for length, place in zip(size, jax.random.uniform(place_key, (2,)), strict=True):
-        half = jnp.floor(length * side).astype(jnp.int32) // 2
-        centre = jnp.floor(place * length).astype(jnp.int32)
-        along.append((jnp.arange(length) >= centre - half) & (jnp.arange(length) < centre + half))
-    return along[0][:, None] & along[1][None]
+def _swap_neighbors(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+    """Exchange rows 2i and 2i + 1 of a batch: no device needs rows of another."""
+    pairs = x.reshape(-1, 2, *x.shape[1:])
+    return pairs[:, ::-1].reshape(x.shape)
 
 
-AREA, ASPECT = (
-    (0.02, 1 / 3),
-    0.3,
-)  # of erased boxes: share of the image; height over width, down from its inverse
+def _draw_box(
+    key: Array, place_key: Array, size: tuple[int, int], alpha: float
+) -> Bool[Array, "H W"]:
+    """The inside of a box with a uniform center and 1 - Beta(alpha, alpha) of the area.
 
-
-def erase(key, image, probability):
-    """With this probability, fill a box of one image [H, W, C] with normal noise, drawn for each value.
-
-    Ten tries at a box; the first that fits into the image is taken, none where none does.
-    Source: timm's `RandomErasing` in mode "pixel" with one box (Zhong et al. 2020), as in DeiT and MAE.
+    It is clipped at the border of the image.
     """
-    keys = jax.random.split(key, 5)
-    size = jnp.asarray(image.shape[:2], jnp.float32)
-    area = jax.random.uniform(keys[0], (10,), minval=AREA[0], maxval=AREA[1]) * size.prod()
-    limit = -jnp.log(ASPECT)
-    aspect = jnp.exp(jax.random.uniform(keys[1], (10,), minval=-limit, maxval=limit))
+    height, width = size
+    side = jnp.sqrt(1 - jax.random.beta(key, alpha, alpha))
+    place = jax.random.uniform(place_key, (2,))
+    rows = _centered_interval(height, side, place[0])
+    columns = _centered_interval(width, side, place[1])
+    return rows[:, None] & columns[None]
+
+
+def _centered_interval(
+    length: int, side: Float[Array, ""], place: Float[Array, ""]
+) -> Bool[Array, " length"]:
+    """The inside of an interval; `side` and its center `place` are in units of the length."""
+    half = jnp.floor(length * side).astype(jnp.int32) // 2
+    center = jnp.floor(place * length).astype(jnp.int32)
+    samples = jnp.arange(length)
+    return (samples >= center - half) & (samples < center + half)
+
+
+def random_erase(
+    key: Array, image: Float[Array, "H W C"], probability: float
+) -> Float[Array, "H W C"]:
+    """With some probability, fill a box of one image with normal noise, drawn for each value.
+
+    Ten boxes are drawn, and the first that fits into the image is taken; if none fits, nothing is
+    erased.
+
+    Source: timm's `RandomErasing` in mode "pixel" with one box (Zhong et al. 2020), as in DeiT and
+    MAE.
+    """
+    height, width = image.shape[:2]
+    area_key, aspect_key, place_key, apply_key, noise_key = jax.random.split(key, 5)
+    size = jnp.asarray([height, width], jnp.float32)
+    least, most = ERASE_AREA
+    area = jax.random.uniform(area_key, (ERASE_TRIES,), minval=least, maxval=most) * size.prod()
+    limit = -jnp.log(ERASE_ASPECT)
+    log_aspect = jax.random.uniform(aspect_key, (ERASE_TRIES,), minval=-limit, maxval=limit)
+    aspect = jnp.exp(log_aspect)
     sides = jnp.round(jnp.stack([jnp.sqrt(area * aspect), jnp.sqrt(area / aspect)], axis=1))
     fits = (sides < size[None]).all(axis=1)
     side = sides[jnp.argmax(fits)]
-    first = jnp.floor(jax.random.uniform(keys[2], (2,)) * (size - side + 1))
-    rows, columns = (
-        (jnp.arange(image.shape[axis]) >= first[axis])
-        & (jnp.arange(image.shape[axis]) < first[axis] + side[axis])
-        for axis in (0, 1)
-    )
-    box = rows[:, None] & columns[None] & fits.any() & jax.random.bernoulli(keys[3], probability)
-    return jnp.where(box[..., None], jax.random.normal(keys[4], image.shape), image)
+    first = jnp.floor(jax.random.uniform(place_key, (2,)) * (size - side + 1))
+    rows = _interval(height, first[0], side[0])
+    columns = _interval(width, first[1], side[1])
+    erased = rows[:, None] & columns[None]
+    erased = erased & fits.any() & jax.random.bernoulli(apply_key, probability)
+    return jnp.where(erased[..., None], jax.random.normal(noise_key, image.shape), image)
+
+
+def _interval(
+    length: int, first: Float[Array, ""], side: Float[Array, ""]
+) -> Bool[Array, " length"]:
+    """The inside of the interval [first, first + side)."""
+    samples = jnp.arange(length)
+    return (samples >= first) & (samples < first + side)
