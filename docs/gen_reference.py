@@ -278,12 +278,18 @@ def api_page(package: str) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def package_page() -> str:
+    """The page of the top-level package."""
+    return EDIT_NOTE + "# lmim_jax\n\n::: lmim_jax\n\n::: lmim_jax.train.runs\n"
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to the site."""
     pages = {
         "reference/config.md": config_page(),
         "reference/evaluators.md": evaluators_page(),
         "reference/recipes.md": recipes_page(),
+        "reference/api/lmim_jax.md": package_page(),
     }
     for package in API_PACKAGES:
         pages[f"reference/api/{package}.md"] = api_page(package)
