@@ -1,8 +1,13 @@
-"""Attentive probe: one learned query reads the frozen patch tokens by attention, and a linear layer classifies.
+"""Attentive probe: one learned query attends to the frozen patch tokens, then a linear layer.
 
-Keys and values are linear in the tokens, which are normalised to mean 0 and deviation 1 each, so that a learning rate
-means the same for every method; query and output have no layer of their own. Trained with AdamW on crops and flips.
-Source: CAPI (Darcet et al. 2025), classification probe; it tries ten learning rates where this takes one.
+Keys and values are linear in the tokens. Each token is first standardized, so that a learning rate
+has the same meaning for every method. Query and output have no projection. Trained with AdamW on
+random crops and flips.
+
+Source: CAPI (Darcet et al. 2025), classification probe, which tries ten learning rates; one is
+used here.
+
+Letters: B batch, N patches, D width, A heads, K classes, H W image height and width, C channels.
 """
 
 import dataclasses
@@ -10,81 +15,97 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
-from lmim_jax.evaluators.common import probe_layers, probe_training
+from lmim_jax.evaluators.base import Params
+from lmim_jax.evaluators.common import probe_layers
+from lmim_jax.evaluators.common.probe_training import Probe, Schedule, Task, TrainingBatch, Weights
 from lmim_jax.models import normalization
 from lmim_jax.models.attention import attend
 from lmim_jax.utils.errors import UserError
 
 HEAD_WIDTH = 64
 DEVIATION = 0.02  # of all initial weights
+EPSILON = 1e-6  # of the standardization
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """A trainer, see supervised.py; the fields are explained in configs/evaluate.py."""
+class Evaluator(Probe):
+    """Attentive probe on one feature; the fields are explained in configs/evaluate.py."""
 
     feature: str
-    batch_size: int
-    epochs: float
-    warmup_epochs: float
-    base_lr: float
-    min_lr: float
     b1: float
     b2: float
-    weight_decay: float
-    scale: tuple[float, float]
-    seed: int
 
-    def run(self, method, params, data):
-        """{"top1", "top5"} in percent; {} where there are no labels or no test images."""
-        return probe_training.accuracy(self, method, params, data)
+    def init(
+        self, task: Task, pretrained: Params, image: jax.ShapeDtypeStruct, rng: Array
+    ) -> tuple[Params, Params]:
+        """Query [A, D / A], the layer of keys and values, and the classifier; no buffers.
 
-    def init(self, task, params, images, rng):
-        """Query [A, D / A] of A heads, keys and values, the linear layer."""
-        shape = jax.eval_shape(
-            lambda x: probe_layers.frozen(task.method, params, x, self.feature), images
-        ).shape
+        Raises:
+          UserError: the feature has no vector per patch.
+        """
+
+        def encode(images: Array) -> Array:
+            return probe_layers.frozen_feature(task.method, pretrained, images, self.feature)
+
+        shape = jax.eval_shape(encode, image).shape
         if len(shape) != 3:
             raise UserError(
-                f"evaluator attentive: feature={self.feature!r} has no patches; take one such as 'patches'"
+                f"evaluator {self.name}: feature={self.feature!r} has no patches; use a feature "
+                "such as 'patches'"
             )
         width = shape[-1]
-        heads = next(
-            heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0
-        )
+        heads = number_of_heads(width)
         keys = jax.random.split(rng, 3)
-        return {
+        trained = {
             "query": DEVIATION * jax.random.normal(keys[0], (heads, width // heads)),
             "key_value": probe_layers.linear_init(keys[1], width, 2 * width, DEVIATION),
             "head": probe_layers.linear_init(keys[2], width, task.classes, DEVIATION),
-        }, {}
+        }
+        return trained, {}
 
-    def optimizer(self, rate, trained):
-        """AdamW; biases are not decayed."""
-        decayed = jax.tree.map(lambda x: x.ndim > 1, trained)
-        return optax.adamw(rate, self.b1, self.b2, weight_decay=self.weight_decay, mask=decayed)
+    def optimizer(self, learning_rate: Schedule, trained: Params) -> optax.GradientTransformation:
+        """AdamW without weight decay of biases."""
 
-    def loss(self, task, params, trained, buffers, images, labels, rng, keys):
+        def is_decayed(x: Array) -> bool:
+            return x.ndim > 1
+
+        return optax.adamw(
+            learning_rate,
+            self.b1,
+            self.b2,
+            weight_decay=self.weight_decay,
+            mask=jax.tree.map(is_decayed, trained),
+        )
+
+    def loss(
+        self, task: Task, weights: Weights, batch: TrainingBatch
+    ) -> tuple[Float[Array, ""], Params]:
         """Cross-entropy."""
-        del rng, keys
-        return probe_layers.cross_entropy(
-            self.logits(task, params, trained, buffers, images), labels
-        ), buffers
+        logits = self.logits(task, weights, batch.images)
+        return probe_layers.cross_entropy(logits, batch.labels), weights.buffers
 
-    def logits(self, task, params, trained, buffers, images):
-        """[B, K]."""
-        del buffers
-        x = normalization.standardize_tokens(
-            probe_layers.frozen(task.method, params, images, self.feature), 1e-6
-        )
+    def logits(
+        self, task: Task, weights: Weights, images: Float[Array, "B H W C"]
+    ) -> Float[Array, "B K"]:
+        """Logits of test images."""
+        trained = weights.trained
+        x = probe_layers.frozen_feature(task.method, weights.pretrained, images, self.feature)
+        x = normalization.standardize_tokens(x, EPSILON)
         batch, tokens, width = x.shape
-        heads, of_head = trained["query"].shape
-        both = probe_layers.linear(trained["key_value"], x.reshape(-1, width)).reshape(
-            batch, tokens, 2 * heads, of_head
-        )
-        key, value = jnp.split(both, 2, axis=2)
-        query = jnp.broadcast_to(trained["query"][None, None], (batch, 1, heads, of_head))
-        return probe_layers.linear(
-            trained["head"], attend(query, key, value, "xla").reshape(batch, width)
-        )
+        heads, head_width = trained["query"].shape
+        key_value = probe_layers.linear(trained["key_value"], x.reshape(-1, width))
+        key_value = key_value.reshape(batch, tokens, 2 * heads, head_width)
+        key, value = jnp.split(key_value, 2, axis=2)
+        query = jnp.broadcast_to(trained["query"][None, None], (batch, 1, heads, head_width))
+        pooled = attend(query, key, value, "xla").reshape(batch, width)
+        return probe_layers.linear(trained["head"], pooled)
+
+
+def number_of_heads(width: int) -> int:
+    """The largest number of heads that divides the width, at most one per HEAD_WIDTH channels."""
+    heads = max(1, width // HEAD_WIDTH)
+    while width % heads:
+        heads -= 1
+    return heads

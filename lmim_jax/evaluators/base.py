@@ -1,30 +1,26 @@
-"""The contract of an evaluator, its lookup by module name, and features of a whole split.
+"""The contract of an evaluator, and its lookup by module name.
 
-An evaluator is a frozen dataclass whose fields are its config, without defaults, and
+A file in this folder *is* a registered evaluator: its class `Evaluator` is a frozen dataclass that
+derives from the protocol below. Its fields are its config section, without default values.
 
-  run(method, params, data) -> {name: number or picture}
-
-A picture is a uint8 array [H, W, 3]; the run writes it as PNG and to TensorBoard.
-method: see methods/base.py. params: online weights, or with the target's in their place (`params: target`).
-data: an `EvaluationData`. A file in this folder *is* a registered evaluator.
-
-A class attribute `labelled = True` says that there is nothing to measure without classes and a test split: run gives
-{} then. A class attribute `takes_pixels = True` says that its field `feature` may be any that `split_features` takes,
-those of pooling.FIXED among them: what it comes to on raw pixels can stand beside.
+Letters: B batch, H W image height and width, C channels.
 """
 
 import dataclasses
-import difflib
-import functools
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
-import jax
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
-from lmim_jax.distributed import sharding
-from lmim_jax.evaluators.common import image_features
-from lmim_jax.utils.errors import UserError
+from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.utils.errors import UserError, did_you_mean
+
+Params = dict[str, Any]
+Picture = UInt8[np.ndarray, "H W 3"]
+Results = dict[str, float | Picture]
 
 # `type` of an evaluator in the config.json of runs made before version 0.2 -> its module now
 FORMER_NAMES = {
@@ -34,133 +30,197 @@ FORMER_NAMES = {
     "attributes": "clevr",
     "pictures": "visualization",
 }
+WEIGHTS = ("online", "target")
 
 
-def _registered(module):
-    """Whether a module of this folder is an entry: any file but this one; the folder common/ is shared code."""
-    return not module.ispkg and module.name != "base"
+class EvaluatedMethod(Protocol):
+    """What evaluators use of a method; methods/base.py has the complete contract."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of training images in pixels."""
+
+    def features(self, params: Params, images: Float[Array, "B H W C"]) -> dict[str, Array]:
+        """Features of normalized images, by name."""
+
+    def sample(self, rng: Array, keys: Array) -> dict[str, Array]:
+        """The random choices of the loss, such as the masks."""
 
 
-def names():
-    """The evaluators there are: the modules of this folder."""
+class Evaluator(Protocol):
+    """Measures the features of an encoder.
+
+    Attributes:
+      needs_labels: nothing can be measured without classes and a test split; `run` returns {} then.
+      supports_pixel_baselines: the field `feature` may also be one of
+        `image_features.ENCODER_FREE`, so that raw pixels can be measured for comparison.
+    """
+
+    needs_labels: ClassVar[bool] = False
+    supports_pixel_baselines: ClassVar[bool] = False
+
+    def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
+        """Evaluate.
+
+        Args:
+          method: the pretraining method, see methods/base.py.
+          params: its online weights, or with the weights of the target encoder in their place.
+          data: images of the run.
+
+        Returns:
+          Metrics by name, as numbers, and pictures, uint8 [H, W, 3], which the run saves as PNG and
+          writes to TensorBoard.
+
+        Raises:
+          UserError: a field does not fit the images or the method.
+        """
+
+
+def names() -> list[str]:
+    """The names of all evaluators: the modules of this folder, without base and common/."""
     import lmim_jax.evaluators as package
 
-    return sorted(
-        module.name for module in pkgutil.iter_modules(package.__path__) if _registered(module)
-    )
+    found = []
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.ispkg and module.name != "base":
+            found.append(module.name)
+    return sorted(found)
+
+
+def current_name(name: str) -> str:
+    """The present name of an evaluator, given the present name or the one before version 0.2."""
+    return FORMER_NAMES.get(name, name)
+
+
+def has_labels(data: EvaluationData) -> bool:
+    """Whether there are classes, and test images to measure accuracies on."""
+    return bool(data.classes) and data.sources["test"] is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """An evaluator of a run: its name in logs, when it runs and on which weights."""
+    """An evaluator of a run.
+
+    Attributes:
+      title: its name in logs.
+      every: optimizer steps between two evaluations; 0: only at the end of training.
+      weights: "online" or "target".
+      evaluator: the evaluator itself.
+    """
 
     title: str
     every: int
     weights: str
-    evaluator: object
+    evaluator: Evaluator
 
-    def due(self, step, total_steps):
-        """Whether to run after `step` optimiser steps: on schedule, at the start and at the end.
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether to run after `step` optimizer steps: at the start, on schedule and at the end.
 
-        A run shorter than the interval is not evaluated: a smoke test of two steps need not embed a whole dataset.
+        A run shorter than the interval is not evaluated: a smoke test of two steps should not
+        encode a whole dataset.
         """
         if not self.every:
             return step == total_steps
-        return total_steps >= self.every and (step % self.every == 0 or step == total_steps)
+        if total_steps < self.every:
+            return False
+        return step % self.every == 0 or step == total_steps
 
-    def run(self, method, state, data):
-        """({"title/name": number}, {"title/name": picture})."""
-        params = state.params if self.weights == "online" else {**state.params, **state.target}
-        result = self.evaluator.run(method, params, data)
-        split = {True: {}, False: {}}
-        for name, value in result.items():
-            split[isinstance(value, np.ndarray)][f"{self.title}/{name}"] = value
-        return split[False], split[True]
+    def run(
+        self, method: EvaluatedMethod, state: Any, data: EvaluationData
+    ) -> tuple[dict[str, float], dict[str, Picture]]:
+        """Evaluate.
+
+        Args:
+          method: the pretraining method.
+          state: an object with the parameter trees `params` and `target`.
+          data: images of the run.
+
+        Returns:
+          Metrics and pictures, both with the keys "title/name".
+        """
+        params = state.params
+        if self.weights == "target":
+            params = {**state.params, **state.target}
+        metrics: dict[str, float] = {}
+        pictures: dict[str, Picture] = {}
+        for name, value in self.evaluator.run(method, params, data).items():
+            key = f"{self.title}/{name}"
+            if isinstance(value, np.ndarray):
+                pictures[key] = value
+            else:
+                metrics[key] = value
+        return metrics, pictures
 
 
-def from_config(config, *, steps_per_epoch, has_target, where="config.evaluators"):
-    """Build the evaluators of `config.evaluators`, a mapping of titles to sections; `where` is its name in errors.
+def from_config(
+    config: Mapping[str, Mapping[str, Any]],
+    *,
+    steps_per_epoch: int,
+    has_target: bool,
+    where: str = "config.evaluators",
+) -> list[Scheduled]:
+    """Build the evaluators of `config.evaluators`.
 
-    A section has `type` (a module of this folder), `every` (epochs; 0: at the end only), `params` (online | target),
-    and the evaluator's own fields.
+    Args:
+      config: a section by title. A section has `type` (a module of this folder), `every` (epochs;
+        0: only at the end), `params` ("online" or "target"), and the fields of the evaluator.
+      steps_per_epoch: optimizer steps in an epoch.
+      has_target: whether the method has a target encoder.
+      where: name of `config` in error messages.
 
     Raises:
-      UserError: unknown type, missing or unknown key, or `params: target` for a method without a target encoder.
+      UserError: unknown type, missing or unknown key, or `params: target` for a method without a
+        target encoder.
     """
     scheduled = []
     for title, section in config.items():
-        here, fields = f"{where}.{title}", dict(section)
-        kind, every, weights = (_pop(fields, key, here) for key in ("type", "every", "params"))
-        kind = FORMER_NAMES.get(kind, kind)
-        if kind not in names():
-            near = difflib.get_close_matches(str(kind), names(), n=1)
-            hint = f"; did you mean {near[0]}?" if near else f" (there are: {', '.join(names())})"
-            raise UserError(f"{here}.type={kind!r} is no evaluator{hint}")
-        if weights not in ("online", "target") or (weights == "target" and not has_target):
-            why = (
-                "the method has no target encoder"
-                if weights == "target"
-                else "choose online or target"
-            )
-            raise UserError(f"{here}.params={weights!r}: {why}")
-        cls = importlib.import_module(f"lmim_jax.evaluators.{kind}").Evaluator
-        known = {field.name for field in dataclasses.fields(cls)}
-        if known != fields.keys():
-            wrong = ", ".join(sorted(known ^ fields.keys()))
-            raise UserError(
-                f"{here}: unknown or missing keys {wrong}; {kind} takes {', '.join(sorted(known))}"
-            )
-        scheduled.append(Scheduled(title, round(every * steps_per_epoch), weights, cls(**fields)))
+        here = f"{where}.{title}"
+        fields = dict(section)
+        kind = current_name(_pop(fields, "type", here))
+        every = _pop(fields, "every", here)
+        weights = _pop(fields, "params", here)
+        _check_weights(weights, has_target, here)
+        evaluator = _build(kind, fields, here)
+        scheduled.append(Scheduled(title, round(every * steps_per_epoch), weights, evaluator))
     return scheduled
 
 
-def _pop(fields, key, where):
-    """Take a key every evaluator has out of its section."""
+def _pop(fields: dict[str, Any], key: str, where: str) -> Any:
+    """Remove a key that every evaluator needs from its section, and return its value."""
     if key not in fields:
         raise UserError(f"{where} lacks {key!r}")
     return fields.pop(key)
 
 
-@functools.lru_cache(maxsize=8)
-def _pooled(method, augment, mesh, feature):
-    """Jitted (params, batch) -> (feature of each image [B, D], label [B], index [B]), equal on all devices."""
+def _check_weights(weights: str, has_target: bool, where: str) -> None:
+    """Raise a UserError unless these weights exist."""
+    if weights not in WEIGHTS:
+        raise UserError(f"{where}.params={weights!r} must be one of: {' | '.join(WEIGHTS)}")
+    if weights == "target" and not has_target:
+        raise UserError(f"{where}.params={weights!r}: the method has no target encoder")
 
-    def pooled(params, batch):
-        return (
-            image_features.vectors(method, augment, params, batch["images"], feature),
-            batch["label"],
-            batch["index"],
+
+def _build(kind: str, fields: dict[str, Any], where: str) -> Evaluator:
+    """An evaluator from the name of its module and its fields."""
+    if kind not in names():
+        hint = did_you_mean(kind, names())
+        raise UserError(f"{where}.type={kind!r} is not an evaluator{hint}")
+    evaluator_class = importlib.import_module(f"lmim_jax.evaluators.{kind}").Evaluator
+    known = {field.name for field in dataclasses.fields(evaluator_class)}
+    if known != fields.keys():
+        wrong = ", ".join(sorted(known ^ fields.keys()))
+        raise UserError(
+            f"{where}: unknown or missing keys {wrong}; {kind} has {', '.join(sorted(known))}"
         )
-
-    return jax.jit(pooled, out_shardings=sharding.replicated(mesh))
-
-
-def split_features(method, params, data, split, feature, batch_size):
-    """A feature of every readable image of a split.
-
-    Args:
-      feature: such as "cls" or "cls+patches_prenorm", see `pooling.parse` and configs/evaluate.py.
-
-    Returns:
-      (float32 [N, D], labels int32 [N]), numpy, in order; from `data.cache`, where there is one, if they are there.
-
-    Raises:
-      UserError: the method has no such feature.
-    """
-
-    def compute():
-        pooled = _pooled(method, data.augment, data.mesh, feature)
-        rows = [jax.device_get(pooled(params, batch)) for batch in data.batches(split, batch_size)]
-        x, labels, index = (np.concatenate(column) for column in zip(*rows, strict=True))
-        return x[index >= 0], labels[index >= 0]
-
-    if data.cache is None or not image_features.needs_encoder(
-        feature
-    ):  # pixels take more room than time
-        return compute()
-    return data.cache.get(method, params, data, split, feature, compute)
-
-
-def labelled(data):
-    """Whether there are classes to tell apart, and test images to do it on."""
-    return bool(data.classes) and data.sources["test"] is not None
+    for key, value in fields.items():
+        if isinstance(value, list):  # a config from JSON; fields must be hashable
+            fields[key] = tuple(value)
+    return evaluator_class(**fields)

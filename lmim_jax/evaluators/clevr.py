@@ -1,20 +1,26 @@
-"""How many objects there are and how far: logistic regression on a frozen feature of the whole image (CLEVR's tasks).
+"""Number of objects and distance (tasks of CLEVR): logistic regression on a frozen image feature.
 
-Two accuracies in percent of the test images, `count` and `distance`, and beside each that of always saying the most
-frequent class, `count_chance` and `distance_chance`. What is counted and what is far: lmim_jax/data/eval/clevr.py.
+Two accuracies in percent of the test images, `count` and `distance`, and for comparison those of
+always predicting the most frequent class, `count_chance` and `distance_chance`. The classes are
+defined in lmim_jax/data/eval/clevr.py.
 """
 
 import dataclasses
 
 import numpy as np
+from jax.sharding import Mesh
 
-from lmim_jax.evaluators.base import split_features
+from lmim_jax.data.eval import clevr
+from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.evaluators import base
+from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers
+from lmim_jax.evaluators.common.image_features import Labeled, split_features
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """Two probes on one feature; the fields are explained in configs/evaluate.py."""
+class Evaluator(base.Evaluator):
+    """Two classifiers on one feature; the fields are explained in configs/evaluate.py."""
 
     name: str
     dir: str
@@ -25,24 +31,45 @@ class Evaluator:
     iterations: int
     batch_size: int
 
-    takes_pixels = True
+    supports_pixel_baselines = True
 
-    def run(self, method, params, data):
+    def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"count", "count_chance", "distance", "distance_chance"} in percent."""
-        data, bins = data.attributed(self.name, self.dir, (self.train_split, self.test_split))
-        (x, x_labels), (y, y_labels) = (
-            split_features(method, params, data, split, self.feature, self.batch_size)
-            for split in ("train", "test")
+        data = clevr.open_data(
+            data,
+            name=self.name,
+            folder=self.dir,
+            train_split=self.train_split,
+            test_split=self.test_split,
         )
-        result = {}
-        for task, of in (("count", np.floor_divide), ("distance", np.mod)):
-            classes, labels = np.unique(of(x_labels, bins), return_inverse=True)
-            truth = of(y_labels, bins)
-            found = classifiers.linear(
-                x, labels, y, len(classes), self.l2, self.iterations, data.mesh
+        train = split_features(method, params, data, "train", self.feature, self.batch_size)
+        test = split_features(method, params, data, "test", self.feature, self.batch_size)
+        train_labels = clevr.split_label(train.labels)
+        test_labels = clevr.split_label(test.labels)
+        results: Results = {}
+        for task in ("count", "distance"):
+            accuracy, chance = self._accuracy(
+                Labeled(train.features, train_labels[task]),
+                Labeled(test.features, test_labels[task]),
+                data.mesh,
             )
-            result[task] = 100 * float(np.mean(classes[found.classes] == truth))
-            result[f"{task}_chance"] = 100 * float(
-                np.mean(classes[np.bincount(labels).argmax()] == truth)
-            )
-        return result
+            results[task] = accuracy
+            results[f"{task}_chance"] = chance
+        return results
+
+    def _accuracy(self, train: Labeled, test: Labeled, mesh: Mesh) -> tuple[float, float]:
+        """Accuracies of the classifier and of the most frequent class, in percent."""
+        classes, labels = np.unique(train.labels, return_inverse=True)
+        predicted = classifiers.predict_by_regression(
+            train.features,
+            labels,
+            test.features,
+            num_classes=len(classes),
+            l2=self.l2,
+            iterations=self.iterations,
+            mesh=mesh,
+        )
+        most_frequent = classes[np.bincount(labels).argmax()]
+        accuracy = 100 * float(np.mean(classes[predicted.classes] == test.labels))
+        chance = 100 * float(np.mean(most_frequent == test.labels))
+        return accuracy, chance

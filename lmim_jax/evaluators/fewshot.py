@@ -1,9 +1,9 @@
-"""A linear classifier from few labels: logistic regression on the frozen features of a few images of each class.
+"""Few-shot classification: logistic regression on the frozen features of a few images per class.
 
-Features are standardised by all training images, which takes no labels. Which images are labelled is drawn several
-times, the same ones for every encoder. Nothing is chosen by test images: the strength of l2 follows from a rule.
-Shares of the labels are drawn class by class (at least one image each); the lists in use for 1 % and 10 % of ImageNet
-are not taken.
+Features are standardized by all training images, which needs no labels. The labeled images are
+drawn several times, the same ones for every encoder. Nothing is chosen on the test images: the
+strength of l2 follows from a rule. Percentages of the labels are drawn class by class, at least one
+image each; they are not the published lists of 1 % and 10 % of ImageNet.
 """
 
 import dataclasses
@@ -11,16 +11,20 @@ import logging
 import statistics
 
 import numpy as np
+from jaxtyping import Int
 
-from lmim_jax.evaluators.base import labelled, split_features
+from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.evaluators import base
+from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import lbfgs_logistic
+from lmim_jax.evaluators.common.image_features import Labeled, split_features
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
+class Evaluator(base.Evaluator):
     """Logistic regression with few labels; the fields are explained in configs/evaluate.py."""
 
     feature: str
@@ -32,59 +36,93 @@ class Evaluator:
     iterations: int
     seed: int
 
-    labelled = takes_pixels = True
+    needs_labels = True
+    supports_pixel_baselines = True
 
-    def __post_init__(self):
-        if self.draws < 1 or self.prior <= 0 or min((*self.shots, *self.percent, 1)) <= 0:
+    def __post_init__(self) -> None:
+        smallest = min(self.shots + self.percent, default=1)
+        if self.draws < 1 or self.prior <= 0 or smallest <= 0:
             raise UserError(
-                f"draws={self.draws}, prior={self.prior}, shots={self.shots}, percent={self.percent}: must be above 0"
+                f"draws={self.draws}, prior={self.prior}, shots={self.shots}, "
+                f"percent={self.percent}: must be above 0"
             )
 
-    def run(self, method, params, data):
-        """{"shots<n>", "shots<n>_std", "labels<p>pct", "labels<p>pct_std"}, percent of the test images over the draws.
+    def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
+        """{"shots<n>", "shots<n>_std", "labels<p>pct", "labels<p>pct_std"}; see `accuracies`.
 
-        {} where there are no labels or no test images; a class with too few images for n of them leaves shots<n> out.
+        {} without classes or test images.
         """
-        if not labelled(data):
+        if not base.has_labels(data):
             return {}
-        train, test = (
-            split_features(method, params, data, split, self.feature, self.batch_size)
-            for split in ("train", "test")
-        )
-        return self.accuracies(train, test, len(data.classes))
+        train = split_features(method, params, data, "train", self.feature, self.batch_size)
+        test = split_features(method, params, data, "test", self.feature, self.batch_size)
+        results: Results = {}
+        results.update(self.accuracies(train, test, len(data.classes)))
+        return results
 
-    def accuracies(self, train, test, num_classes):
-        """The figures from (features [N, D], labels [N]) of both splits."""
-        mean, deviation = lbfgs_logistic.statistics(train[0])
-        x, test_x = ((x - mean) / deviation for x, _ in (train, test))
-        of_class = [np.flatnonzero(train[1] == label) for label in range(num_classes)]
-        smallest = min(map(len, of_class))
-        if not smallest:
-            raise UserError(
-                "a class has no training image that can be read; leave it out (config.data.classes)"
-            )
-        counts = {f"shots{n}": [n] * num_classes for n in self.shots if n <= smallest}
-        if left_out := [n for n in self.shots if n > smallest]:
-            log.warning(
-                "a class has %d training images: no figure for %s shots", smallest, left_out
-            )
-        share = lambda p: [max(1, round(p / 100 * len(members))) for members in of_class]
-        counts |= {f"labels{p}pct": share(p) for p in self.percent}
-        result = {}
-        for name, of_each in counts.items():
-            found = []
+    def accuracies(self, train: Labeled, test: Labeled, num_classes: int) -> dict[str, float]:
+        """Mean and standard deviation of the accuracy over the draws, in percent.
+
+        shots<n> is left out if a class has fewer than n images.
+
+        Raises:
+          UserError: a class has no readable training image.
+        """
+        mean, deviation = lbfgs_logistic.mean_and_deviation(train.features)
+        train = Labeled((train.features - mean) / deviation, train.labels)
+        test = Labeled((test.features - mean) / deviation, test.labels)
+        members = [np.flatnonzero(train.labels == label) for label in range(num_classes)]
+        metrics = {}
+        for name, counts in self._labels_per_class(members).items():
+            drawn = []
             for draw in range(self.draws):
                 rng = np.random.default_rng([self.seed, draw])
-                chosen = [
-                    rng.permutation(members)[:n]
-                    for members, n in zip(of_class, of_each, strict=True)
-                ]
-                chosen = np.concatenate(chosen)
-                l2 = 1 / (self.prior**2 * len(chosen))
-                fit = lbfgs_logistic.fit(
-                    x[chosen], train[1][chosen], num_classes, (l2,), self.iterations
-                )
-                found.append(100 * float(np.mean(fit.predict(test_x)[0] == test[1])))
-            result[name] = statistics.mean(found)
-            result[f"{name}_std"] = statistics.stdev(found) if len(found) > 1 else 0.0
-        return result
+                chosen = _draw_labeled(rng, members, counts)
+                drawn.append(self._accuracy(train, test, chosen, num_classes))
+            metrics[name] = statistics.mean(drawn)
+            metrics[f"{name}_std"] = statistics.stdev(drawn) if len(drawn) > 1 else 0.0
+        return metrics
+
+    def _labels_per_class(self, members: list[Int[np.ndarray, " n"]]) -> dict[str, list[int]]:
+        """For each metric, how many images of each class are labeled."""
+        smallest = min(len(indices) for indices in members)
+        if not smallest:
+            raise UserError(
+                "a class has no readable training image; leave it out (config.data.classes)"
+            )
+        counts = {}
+        too_many = []
+        for shots in self.shots:
+            if shots <= smallest:
+                counts[f"shots{shots}"] = [shots] * len(members)
+            else:
+                too_many.append(shots)
+        if too_many:
+            log.warning(
+                "a class has %d training images: no accuracy for %s shots", smallest, too_many
+            )
+        for percent in self.percent:
+            counts[f"labels{percent}pct"] = [
+                max(1, round(percent / 100 * len(indices))) for indices in members
+            ]
+        return counts
+
+    def _accuracy(
+        self, train: Labeled, test: Labeled, chosen: Int[np.ndarray, " n"], num_classes: int
+    ) -> float:
+        """Percent of the test images, with labels of the chosen training images."""
+        l2 = 1 / (self.prior**2 * len(chosen))
+        x = train.features[chosen]
+        fit = lbfgs_logistic.fit(x, train.labels[chosen], num_classes, (l2,), self.iterations)
+        predicted = fit.predict(test.features)[0]
+        return 100 * float(np.mean(predicted == test.labels))
+
+
+def _draw_labeled(
+    rng: np.random.Generator, members: list[Int[np.ndarray, " n"]], counts: list[int]
+) -> Int[np.ndarray, " m"]:
+    """Indices of randomly chosen images, so many of each class."""
+    chosen = []
+    for indices, count in zip(members, counts, strict=True):
+        chosen.append(rng.permutation(indices)[:count])
+    return np.concatenate(chosen)

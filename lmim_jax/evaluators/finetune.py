@@ -1,8 +1,12 @@
-"""Fine-tuning as MAE's: all weights of the encoder are trained with labels, under strong regularisation.
+"""Fine-tuning: all weights of the encoder are trained with labels, with strong regularization.
 
-Mean of the patch tokens before the final norm, a norm of its own, a linear layer. RandAugment, random erasing, mixup
-or cutmix, smooth labels, stochastic depth; AdamW with learning rates that fall by layer.
-Source: MAE, appendix A; official `main_finetune.py`.
+The mean of the patch tokens before the final norm, a norm of its own, and a linear layer.
+RandAugment, random erasing, mixup or cutmix, label smoothing, stochastic depth; AdamW with
+layer-wise learning rate decay.
+
+Source: MAE (He et al. 2022), appendix A; official `main_finetune.py`.
+
+Letters: B batch, H W image height and width, C channels, D width, K classes.
 """
 
 import dataclasses
@@ -10,31 +14,32 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from lmim_jax.data.augment import mixup as mixing
+from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.augment.randaugment import randaugment
-from lmim_jax.evaluators.common import probe_layers, probe_training
+from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
+from lmim_jax.evaluators.common import probe_layers
+from lmim_jax.evaluators.common.probe_training import Probe, Schedule, Task, TrainingBatch, Weights
 from lmim_jax.models import normalization
 from lmim_jax.models.layer_stack import POLICIES, stochastic_depth
 from lmim_jax.optim import layer_decay
 from lmim_jax.utils.errors import UserError
 
 FEATURE = "patches_prenorm"
+DEVIATION = 2e-5  # of the initial weights of the linear layer
+EPSILON = 1e-6  # of the norm
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """A trainer, see supervised.py; the fields are explained in configs/evaluate.py."""
+class Evaluator(Probe):
+    """Fine-tuning; the fields are explained in configs/evaluate.py."""
 
-    batch_size: int
-    epochs: float
-    warmup_epochs: float
-    base_lr: float
-    min_lr: float
     layer_decay: float
     b1: float
     b2: float
-    weight_decay: float
     drop_path: float
     randaugment: tuple[int, float, float]
     erasing: float
@@ -42,71 +47,99 @@ class Evaluator:
     cutmix: float
     switch: float
     label_smoothing: float
-    scale: tuple[float, float]
     remat: str
-    seed: int
 
-    def run(self, method, params, data):
-        """{"top1", "top5"} in percent; {} where there are no labels or no test images."""
+    def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
+        """Check the fields that depend on each other, then see `Probe.run`."""
         if self.remat not in POLICIES:
             raise UserError(
-                f"evaluator finetune: remat={self.remat!r} is none of: {' | '.join(POLICIES)}"
+                f"evaluator {self.name}: remat={self.remat!r} must be one of: "
+                f"{' | '.join(POLICIES)}"
             )
-        if self.batch_size % (2 * data.mesh.size) and (self.mixup or self.cutmix):
+        mixes_images = bool(self.mixup or self.cutmix)
+        if mixes_images and self.batch_size % (2 * data.mesh.size):
             raise UserError(
-                f"evaluator finetune: batch_size={self.batch_size}: every device mixes pairs of images"
+                f"evaluator {self.name}: batch_size={self.batch_size} must be a multiple of "
+                f"{2 * data.mesh.size}: every device mixes pairs of images"
             )
-        return probe_training.accuracy(self, method, params, data)
+        return super().run(method, params, data)
 
-    def init(self, task, params, images, rng):
-        """The pretrained encoder; norm and linear layer."""
-        width = jax.eval_shape(lambda x: task.method.features(params, x)[FEATURE], images).shape[-1]
-        return {
-            "encoder": params["encoder"],
+    def init(
+        self, task: Task, pretrained: Params, image: jax.ShapeDtypeStruct, rng: Array
+    ) -> tuple[Params, Params]:
+        """The pretrained encoder, a norm and a linear layer; no buffers."""
+
+        def encode(images: Array) -> Array:
+            return task.method.features(pretrained, images)[FEATURE]
+
+        width = jax.eval_shape(encode, image).shape[-1]
+        trained = {
+            "encoder": pretrained["encoder"],
             "fc_norm": {"scale": jnp.ones(width), "bias": jnp.zeros(width)},
-            "head": probe_layers.linear_init(rng, width, task.classes, 2e-5),
-        }, {}
+            "head": probe_layers.linear_init(rng, width, task.classes, DEVIATION),
+        }
+        return trained, {}
 
-    def optimizer(self, rate, trained):
-        """AdamW with falling learning rates."""
-        constants = dict(
-            b1=self.b1, b2=self.b2, eps=1e-8, weight_decay=self.weight_decay, decay=self.layer_decay
+    def optimizer(self, learning_rate: Schedule, trained: Params) -> optax.GradientTransformation:
+        """AdamW with layer-wise learning rate decay."""
+        return layer_decay.adamw(
+            learning_rate,
+            trained,
+            b1=self.b1,
+            b2=self.b2,
+            eps=1e-8,
+            weight_decay=self.weight_decay,
+            decay=self.layer_decay,
         )
-        return layer_decay.adamw(rate, trained, **constants)
 
-    def loss(self, task, params, trained, buffers, images, labels, rng, keys):
-        """Cross-entropy with mixed, smooth targets."""
-        images = self._disturbed(task.augment, images, keys)
-        targets = mixing.smooth(labels, task.classes, self.label_smoothing)
-        mix_key, depth_key = jax.random.split(rng)
-        images, targets = mixing.mix(mix_key, images, targets, self.mixup, self.cutmix, self.switch)
+    def loss(
+        self, task: Task, weights: Weights, batch: TrainingBatch
+    ) -> tuple[Float[Array, ""], Params]:
+        """Cross-entropy with mixed and smoothed targets."""
+        images = self._augment_colors_and_erase(task.augment, batch.images, batch.keys)
+        targets = mixing.smooth_labels(batch.labels, task.classes, self.label_smoothing)
+        mix_key, depth_key = jax.random.split(batch.rng)
+        images, targets = mixing.mix_batch(
+            mix_key, images, targets, self.mixup, self.cutmix, self.switch
+        )
 
-        def logits(trained):
+        def compute_logits(trained: Params) -> Array:
             with stochastic_depth(depth_key, self.drop_path):
-                return self.logits(task, params, trained, buffers, images)
+                return self.logits(task, weights._replace(trained=trained), images)
 
         if self.remat != "none":
-            logits = jax.checkpoint(logits, policy=POLICIES[self.remat])
-        return optax.softmax_cross_entropy(logits(trained), targets).mean(), buffers
+            compute_logits = jax.checkpoint(compute_logits, policy=POLICIES[self.remat])
+        logits = compute_logits(weights.trained)
+        return optax.softmax_cross_entropy(logits, targets).mean(), weights.buffers
 
-    def logits(self, task, params, trained, buffers, images):
-        """[B, K]."""
-        del buffers
-        x = task.method.features({**params, "encoder": trained["encoder"]}, images)[FEATURE]
-        x = normalization.standardize_tokens(probe_layers.pooled(x), 1e-6)
+    def logits(
+        self, task: Task, weights: Weights, images: Float[Array, "B H W C"]
+    ) -> Float[Array, "B K"]:
+        """Logits of test images."""
+        trained = weights.trained
+        params = {**weights.pretrained, "encoder": trained["encoder"]}
+        x = task.method.features(params, images)[FEATURE]
+        x = probe_layers.mean_over_patches(x)
+        x = normalization.standardize_tokens(x, EPSILON)
         x = x * trained["fc_norm"]["scale"][None] + trained["fc_norm"]["bias"][None]
         return probe_layers.linear(trained["head"], x)
 
-    def _disturbed(self, augment, images, keys):
-        """RandAugment, on levels, and random erasing of normalised images [B, H, W, C]."""
+    def _augment_colors_and_erase(
+        self, augment: Augment, images: Float[Array, "B H W C"], keys: Array
+    ) -> Float[Array, "B H W C"]:
+        """RandAugment, which works on levels, and random erasing of normalized images."""
+        operations, magnitude, deviation = self.randaugment
 
-        def one(key, image):
+        def augment_one(key: Array, image: Array) -> Array:
             color_key, erase_key = jax.random.split(key)
-            if self.randaugment[0]:
+            if operations:
                 fill = jnp.round(255 * jnp.asarray(augment.mean, jnp.float32))
-                image = augment.normalize(
-                    randaugment(color_key, augment.levels(image), fill, *self.randaugment)
+                levels = randaugment(
+                    color_key, augment.denormalize(image), fill, operations, magnitude, deviation
                 )
-            return mixing.erase(erase_key, image, self.erasing) if self.erasing else image
+                image = augment.normalize(levels)
+            if self.erasing:
+                image = mixing.random_erase(erase_key, image, self.erasing)
+            return image
 
-        return jax.vmap(one)(keys, images)
+        return jax.vmap(augment_one)(keys, images)

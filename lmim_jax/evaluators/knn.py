@@ -1,24 +1,31 @@
-"""Nearest neighbours by cosine similarity of frozen features.
+"""k-NN classification: nearest neighbors by cosine similarity of frozen features.
 
-Figures, in percent of the test images:
+Metrics, in percent of the test images:
   nn1        the class of the nearest training image
-  knn<k>     k nearest training images vote with weight exp(cosine / temperature) (Wu et al. 2018; DINO)
-  loo1       the nearest *other test image* (the official Latent MIM figure; much harsher than the others)
-and all but the last on what needs no encoder, where asked for: pixels_nn1, pixels_knn<k>, histogram_nn1, ...
+  knn<k>     k nearest training images vote with weight exp(cosine / temperature) (Wu et al. 2018;
+             DINO, Caron et al. 2021)
+  loo1       the nearest *other test image*, leave-one-out (the official k-NN of Latent MIM; much
+             lower than the others)
+On request, all but the last for features that need no encoder: pixels_nn1, histogram_knn<k>, ...
 """
 
 import dataclasses
 import functools
 
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
 
-from lmim_jax.evaluators.base import labelled, split_features
-from lmim_jax.evaluators.common import classifiers, image_features
+from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.evaluators import base
+from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
+from lmim_jax.evaluators.common import classifiers
+from lmim_jax.evaluators.common.image_features import ENCODER_FREE, Labeled, split_features
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """k-NN on one feature; the fields are explained in configs/vit_b.py."""
+class Evaluator(base.Evaluator):
+    """k-NN on one feature; the fields are explained in configs/evaluate.py."""
 
     feature: str
     k: tuple[int, ...]
@@ -26,48 +33,86 @@ class Evaluator:
     batch_size: int
     baselines: bool
 
-    labelled = takes_pixels = True
+    needs_labels = True
+    supports_pixel_baselines = True
 
-    def run(self, method, params, data):
-        """{"nn1", "knn<k>", "loo1", ...} in percent; {} where there are no labels or no test images."""
-        if not labelled(data):
+    def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
+        """{"nn1", "knn<k>", "loo1", ...} in percent; {} without classes or test images."""
+        if not base.has_labels(data):
             return {}
-        result = self._accuracies(method, params, data, self.feature)
-        for name in image_features.FIXED if self.baselines else ():
-            found = _baseline(self, method, data, name)
-            result |= {
-                f"{name}_{figure}": value for figure, value in found.items() if figure != "loo1"
-            }
-        return result
+        results: Results = {}
+        results.update(self.evaluate_feature(method, params, data, self.feature))
+        if self.baselines:
+            for feature in ENCODER_FREE:
+                for metric, value in _baseline(self, method, data, feature).items():
+                    if metric != "loo1":
+                        results[f"{feature}_{metric}"] = value
+        return results
 
-    def _accuracies(self, method, params, data, feature):
-        train, test = (
-            split_features(method, params, data, split, feature, self.batch_size)
-            for split in ("train", "test")
+    def evaluate_feature(
+        self, method: EvaluatedMethod, params: Params, data: EvaluationData, feature: str
+    ) -> dict[str, float]:
+        """The metrics of any image feature."""
+        train = split_features(method, params, data, "train", feature, self.batch_size)
+        test = split_features(method, params, data, "test", feature, self.batch_size)
+        return accuracies(
+            train,
+            test,
+            ks=self.k,
+            temperature=self.temperature,
+            num_classes=len(data.classes),
+            mesh=data.mesh,
         )
-        return accuracies(train, test, self.k, self.temperature, len(data.classes), data.mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def _baseline(evaluator, method, data, name):
-    """The figures of a fixed feature: they never change, so they are computed once."""
-    return evaluator._accuracies(method, {}, data, name)
+def _baseline(
+    evaluator: Evaluator, method: EvaluatedMethod, data: EvaluationData, feature: str
+) -> dict[str, float]:
+    """The metrics of a feature without an encoder, which never change: computed once."""
+    return evaluator.evaluate_feature(method, {}, data, feature)
 
 
-def accuracies(train, test, ks, temperature, num_classes, mesh):
-    """The figures from (features [N, D], labels [N]) of both splits. Each of `ks` is cut to the size of the bank."""
-    bank, queries = classifiers.unit(train[0]), classifiers.unit(test[0])
-    ks = sorted({min(k, len(bank)) for k in ks})
-    scores, index = classifiers.nearest(queries, bank, ks[-1], mesh)
-    nearest, weights = train[1][index], np.exp(scores / temperature)
-    _, others = classifiers.nearest(queries, queries, min(2, len(queries)), mesh)
-    own = np.arange(len(queries))
-    other = np.where(
-        others[:, 0] == own, others[:, -1], others[:, 0]
-    )  # a duplicate may come before the image itself
-    percent = lambda predicted: 100 * float(np.mean(predicted == test[1]))
-    voted = {
-        f"knn{k}": percent(classifiers.vote(nearest[:, :k], weights[:, :k], num_classes))
-        for k in ks
-    }
-    return {"nn1": percent(nearest[:, 0]), **voted, "loo1": percent(test[1][other])}
+def accuracies(
+    train: Labeled,
+    test: Labeled,
+    *,
+    ks: tuple[int, ...],
+    temperature: float,
+    num_classes: int,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """The metrics "nn1", "knn<k>" and "loo1" in percent.
+
+    Args:
+      train: features and classes of the training images.
+      test: features and classes of the test images.
+      ks: numbers of neighbors, each limited to the number of training images.
+      temperature: of the weights of the votes.
+      num_classes: number of classes.
+      mesh: devices that the test images are divided over.
+    """
+
+    def percent(predicted: Int[np.ndarray, " Q"]) -> float:
+        return 100 * float(np.mean(predicted == test.labels))
+
+    bank = classifiers.l2_normalize_rows(train.features)
+    queries = classifiers.l2_normalize_rows(test.features)
+    ks_in_bank = sorted({min(k, len(bank)) for k in ks})
+    scores, index = classifiers.nearest_neighbors(queries, bank, ks_in_bank[-1], mesh)
+    neighbor_labels = train.labels[index]
+    weights = np.exp(scores / temperature)
+    metrics = {"nn1": percent(neighbor_labels[:, 0])}
+    for k in ks_in_bank:
+        voted = classifiers.weighted_vote(neighbor_labels[:, :k], weights[:, :k], num_classes)
+        metrics[f"knn{k}"] = percent(voted)
+    metrics["loo1"] = percent(test.labels[_nearest_other(queries, mesh)])
+    return metrics
+
+
+def _nearest_other(queries: np.ndarray, mesh: Mesh) -> Int[np.ndarray, " Q"]:
+    """Index of the most similar other row of each row."""
+    _, index = classifiers.nearest_neighbors(queries, queries, min(2, len(queries)), mesh)
+    # The first neighbor is the row itself, unless a duplicate comes before it
+    is_itself = index[:, 0] == np.arange(len(queries))
+    return np.where(is_itself, index[:, -1], index[:, 0])

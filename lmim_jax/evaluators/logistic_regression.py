@@ -1,22 +1,28 @@
-"""A linear classifier on frozen features, in seconds: logistic regression on features computed once, unaugmented.
+"""Logistic regression on frozen features, which are computed once, without augmentation.
 
-Features are standardised by the training images. The strength of l2 is chosen on a held-out part of the *training*
-images, each candidate being solved on the rest, all of them at once; the best one (of equals the strongest) is then
-solved on all training images, and only that solution sees the test images, once. The minimum is unique: there is no
-learning rate and no number of epochs to choose. MAE's protocol, with augmentation and LARS, is another evaluator.
+Features are standardized by the training images. The strength of l2 is chosen on a held-out part
+of the *training* images: all candidates are solved on the other training images at once. The best
+one (of equally good ones, the largest) is solved again on all training images, and only this
+solution is evaluated on the test images, once. The minimum is unique, so there is neither a
+learning rate nor a number of epochs to choose. The protocol of MAE, with augmentation and LARS, is
+the evaluator linear_probe.
 """
 
 import dataclasses
 
 import numpy as np
+from jax.sharding import Mesh
 
-from lmim_jax.evaluators.base import labelled, split_features
+from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.evaluators import base
+from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers
+from lmim_jax.evaluators.common.image_features import Labeled, split_features
 from lmim_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
+class Evaluator(base.Evaluator):
     """Logistic regression on one feature; the fields are explained in configs/evaluate.py."""
 
     feature: str
@@ -26,31 +32,47 @@ class Evaluator:
     iterations: int
     seed: int
 
-    labelled = takes_pixels = True
+    needs_labels = True
+    supports_pixel_baselines = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.held_out < 1 or not self.l2 or min(self.l2) <= 0:
             raise UserError(
                 f"held_out={self.held_out} must be in 0 .. 1, and each of l2={self.l2} above 0"
             )
 
-    def run(self, method, params, data):
-        """{"accuracy": percent of the test images, "held_out": percent of the held-out images, "l2": the chosen one}.
-
-        {} where there are no labels or no test images.
-        """
-        if not labelled(data):
+    def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
+        """{"accuracy", "held_out", "l2"}, see `accuracies`; {} without classes or test images."""
+        if not base.has_labels(data):
             return {}
-        train, test = (
-            split_features(method, params, data, split, self.feature, self.batch_size)
-            for split in ("train", "test")
-        )
-        return self.accuracies(train, test, len(data.classes), data.mesh)
+        train = split_features(method, params, data, "train", self.feature, self.batch_size)
+        test = split_features(method, params, data, "test", self.feature, self.batch_size)
+        results: Results = {}
+        results.update(self.accuracies(train, test, len(data.classes), data.mesh))
+        return results
 
-    def accuracies(self, train, test, num_classes, mesh):
-        """The figures from (features [N, D], labels [N]) of both splits."""
-        found = classifiers.linear(
-            *train, test[0], num_classes, self.l2, self.iterations, mesh, self.held_out, self.seed
+    def accuracies(
+        self, train: Labeled, test: Labeled, num_classes: int, mesh: Mesh
+    ) -> dict[str, float]:
+        """The metrics from features and classes of both splits.
+
+        Returns:
+          {"accuracy": percent of the test images, "held_out": percent of the held-out training
+          images, "l2": the chosen strength}.
+        """
+        found = classifiers.predict_by_regression(
+            train.features,
+            train.labels,
+            test.features,
+            num_classes=num_classes,
+            l2=self.l2,
+            iterations=self.iterations,
+            mesh=mesh,
+            held_out=self.held_out,
+            seed=self.seed,
         )
-        accuracy = 100 * float(np.mean(found.classes == test[1]))
-        return {"accuracy": accuracy, "held_out": 100 * found.held_out, "l2": found.l2}
+        return {
+            "accuracy": 100 * float(np.mean(found.classes == test.labels)),
+            "held_out": 100 * found.held_out,
+            "l2": found.l2,
+        }

@@ -1,31 +1,43 @@
-"""Objects of the first frame followed through a video by nearest patches alone (DINO, Caron et al. 2021).
+"""Video object segmentation by label propagation from nearest patches (DINO, Caron et al. 2021).
 
-The label of a patch is the mean of those of its `topk` most similar patches, weighted by exp(cosine / temperature), in
-the first frame and the `past` frames before, not farther than `radius` patches away (a square). Then J and F as DAVIS
-2017 measures them, of every object, and their mean; `still_JF` is that of the first mask, kept: what a tracker has to
-beat. Source: the official DINO `eval_video_segmentation.py` (but for bicubic, antialiased resizing of frames).
+The objects of the first frame are followed through the video without training. The label of a patch
+is the mean of the labels of its `topk` most similar patches, weighted by exp(cosine / temperature),
+in the first frame and the `past` previous frames, within a square of `radius` patches. The metrics
+are J and F as defined by DAVIS 2017, averaged over all objects, and their mean; `still_JF` is the
+mean for the unchanged mask of the first frame, which a tracker must exceed.
 
-Letters: T frames, F frames in the context, h w grid rows and columns, N = h w patches, D width, C labels (0: none).
+Source: the official DINO `eval_video_segmentation.py`, but frames are resized with antialiased
+bicubic interpolation.
+
+Letters: T frames, F frames in the context, h w grid rows and columns, N = h w patches, D width,
+L labels (0: background), H W height and width of a frame, C channels.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 
-from lmim_jax.evaluators.common import davis_metrics, patch_features
+from lmim_jax.data.eval import video_clips
+from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.evaluators import base
+from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
+from lmim_jax.evaluators.common import classifiers, davis_metrics, patch_features
 from lmim_jax.utils.errors import UserError
 
-STEP = (
-    4  # the long side is a multiple of so many patches: of DINO's 64 pixels, where patches have 16
-)
+# The long side of frames is a multiple of this many patches (in DINO 64 pixels, 4 patches of 16)
+LONG_SIDE_UNIT = 4
+
+Grid = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
+class Evaluator(base.Evaluator):
     """Label propagation on one feature; the fields are explained in configs/evaluate.py."""
 
     path: str
@@ -38,121 +50,179 @@ class Evaluator:
     temperature: float
     batch_size: int
 
-    takes_pixels = True
+    supports_pixel_baselines = True
 
-    def run(self, method, params, data):
+    def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"J", "F", "JF", "still_JF"} in percent, means over all objects of all clips."""
         side = self.side or 2 * min(data.augment.eval_size)
         if side % method.patch_size:
             raise UserError(
-                f"video: side={side} is no multiple of the patch size, {method.patch_size}"
+                f"video_segmentation: side={side} is not a multiple of the patch size, "
+                f"{method.patch_size}"
             )
-        followed, still = [], []
-        for clip in data.clips(self.path, self.listed):
+        tracked = []
+        still = []
+        for clip in video_clips.open_clips(self.path, self.listed):
             data.check()
             truth = np.stack([clip.mask(time) for time in range(len(clip))])
-            if not truth[0].any():
+            first = truth[0]
+            if not first.any():
                 raise UserError(
                     f"clip {clip.name}: the mask of its first frame shows no object to follow"
                 )
-            found = self._follow(method, params, data, clip, truth[0], side)
-            followed.append(davis_metrics.scores(truth, found))
-            still.append(davis_metrics.scores(truth, np.broadcast_to(truth[0], truth.shape)))
-        j, f = 100 * np.concatenate(followed).mean(axis=0)
+            found = self._track(method, params, data, clip, first, side)
+            tracked.append(davis_metrics.object_scores(truth, found))
+            unchanged = np.broadcast_to(first, truth.shape)
+            still.append(davis_metrics.object_scores(truth, unchanged))
+        region, contour = 100 * np.concatenate(tracked).mean(axis=0)
         return {
-            "J": float(j),
-            "F": float(f),
-            "JF": float(j + f) / 2,
+            "J": float(region),
+            "F": float(contour),
+            "JF": float(region + contour) / 2,
             "still_JF": float(100 * np.concatenate(still).mean()),
         }
 
-    def _follow(self, method, params, data, clip, first, side):
-        """Masks of all frames, int [T, H, W], from the first one."""
+    def _track(
+        self,
+        method: EvaluatedMethod,
+        params: Params,
+        data: EvaluationData,
+        clip: video_clips.Clip,
+        first: Int[np.ndarray, "H W"],
+        side: int,
+    ) -> Int[np.ndarray, "T H W"]:
+        """Masks of all frames, given the first one."""
         frames = np.stack([clip.frame(time, data.config.channels) for time in range(len(clip))])
-        images = _resized(frames, side, STEP * method.patch_size)
-        grid = tuple(side // method.patch_size for side in images.shape[1:3])
-        tokens = self._features(method, params, data, images)
-        labels = np.eye(first.max() + 1, dtype=np.float32)
-        small = np.asarray(
-            Image.fromarray(first.astype(np.uint8)).resize(grid[::-1], Image.Resampling.NEAREST)
-        )
-        known = [labels[small].reshape(-1, len(labels))]
-        step = _propagate(grid, self.topk, self.radius, self.temperature, self.past + 1)
-        found = [first]
+        images = resize_frames(frames, side, LONG_SIDE_UNIT * method.patch_size)
+        height, width = images.shape[1:3]
+        grid = (height // method.patch_size, width // method.patch_size)
+        tokens = self._encode(method, params, data, images)
+        known = [_one_hot_labels(first, grid)]
+        masks = [first]
+        propagate = jit_propagate(grid, self.topk, self.radius, self.temperature, self.past + 1)
         for time in range(1, len(clip)):
-            context = [0, *range(max(1, time - self.past), time)]
-            rows = np.pad(context, (0, self.past + 1 - len(context)))  # one shape, one compilation
-            there = np.arange(self.past + 1) < len(context)
-            known.append(
-                np.asarray(
-                    step(tokens[time], tokens[rows], np.stack([known[i] for i in rows]), there)
-                )
-            )
-            found.append(_drawn(known[-1].reshape(*grid, -1), images.shape[1:3], first.shape))
-        return np.stack(found)
+            context, valid = self._context(time)
+            context_labels = np.stack([known[i] for i in context])
+            labels = np.asarray(propagate(tokens[time], tokens[context], context_labels, valid))
+            known.append(labels)
+            label_map = labels.reshape(grid[0], grid[1], -1)
+            masks.append(_labels_to_mask(label_map, (height, width), first.shape))
+        return np.stack(masks)
 
-    def _features(self, method, params, data, images):
-        """Patch features of all frames, of length 1: float32 [T, N, D]."""
-        encode = patch_features.encoder(method, data.augment, data.mesh, self.feature)
+    def _context(self, time: int) -> tuple[Int[np.ndarray, " F"], Bool[np.ndarray, " F"]]:
+        """Indices of the frames that labels are propagated from, and which of them are valid.
+
+        There are always past + 1 frames, so that only one shape is compiled for.
+        """
+        size = self.past + 1
+        frames = [0, *range(max(1, time - self.past), time)]
+        return np.pad(frames, (0, size - len(frames))), np.arange(size) < len(frames)
+
+    def _encode(
+        self,
+        method: EvaluatedMethod,
+        params: Params,
+        data: EvaluationData,
+        images: UInt8[np.ndarray, "T H W C"],
+    ) -> Float[np.ndarray, "T N D"]:
+        """Patch features of all frames, scaled to length 1."""
+        encode = patch_features.jit_patch_vectors(method, data.augment, data.mesh, self.feature)
         size = -(-self.batch_size // data.mesh.size) * data.mesh.size
-        rows = []
+        tokens = []
         for start in range(0, len(images), size):
-            part = np.asarray(
-                data.augment.normalize(images[start : start + size].astype(np.float32))
-            )
-            padded = np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
-            rows.append(np.asarray(jax.device_get(encode(params, padded)))[: len(part)])
-        tokens = np.concatenate(rows)
-        return tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
+            levels = images[start : start + size].astype(np.float32)
+            batch = np.asarray(data.augment.normalize(levels))
+            padded = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
+            found = np.asarray(jax.device_get(encode(params, padded)))
+            tokens.append(found[: len(batch)])
+        return classifiers.l2_normalize_rows(np.concatenate(tokens))
 
 
-def _resized(frames, side, unit):
-    """Frames [T, H, W, C] with a short side of `side` and a long one that is a multiple of `unit`, or `side` too."""
+def resize_frames(
+    frames: UInt8[np.ndarray, "T H W C"], side: int, unit: int
+) -> UInt8[np.ndarray, "T H2 W2 C"]:
+    """Frames with a short side of `side`, and a long side of `side` or a multiple of `unit`."""
     height, width = frames.shape[1:3]
-    long = max(side, side * max(height, width) // min(height, width) // unit * unit)
-    size = (long, side) if width >= height else (side, long)
-    resized = [
-        Image.fromarray(frame.squeeze()).resize(size, Image.Resampling.BICUBIC) for frame in frames
-    ]
-    return np.stack([np.asarray(frame).reshape(*size[::-1], -1) for frame in resized])
+    long_side = side * max(height, width) // min(height, width) // unit * unit
+    long_side = max(side, long_side)
+    size = (long_side, side) if width >= height else (side, long_side)
+    resized = []
+    for frame in frames:
+        image = Image.fromarray(frame.squeeze()).resize(size, Image.Resampling.BICUBIC)
+        resized.append(np.asarray(image).reshape(size[1], size[0], -1))
+    return np.stack(resized)
+
+
+def _one_hot_labels(mask: Int[np.ndarray, "H W"], grid: Grid) -> Float[np.ndarray, "N L"]:
+    """One-hot labels of patches from a mask, by nearest pixels."""
+    one_hot = np.eye(mask.max() + 1, dtype=np.float32)
+    rows, columns = grid
+    image = Image.fromarray(mask.astype(np.uint8))
+    small = np.asarray(image.resize((columns, rows), Image.Resampling.NEAREST))
+    return one_hot[small].reshape(-1, len(one_hot))
 
 
 @functools.lru_cache(maxsize=8)
-def _propagate(grid, topk, radius, temperature, context):
-    """Jitted (frame [N, D], context [F, N, D], its labels [F, N, C], there bool [F]) -> labels of the frame [N, C]."""
-    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    apart = lambda x: np.abs(x[:, None] - x[None, :])
-    near = (apart(row) <= radius) & (apart(column) <= radius)  # [N, N]
-    topk = min(topk, context * len(row))
+def jit_propagate(
+    grid: Grid, topk: int, radius: int, temperature: float, context: int
+) -> Callable[..., Float[Array, "N L"]]:
+    """Compile the propagation of labels to a frame.
 
-    def step(frame, tokens, labels, there):
-        cosine = jnp.einsum("nd,fmd->nfm", frame, tokens, precision=jax.lax.Precision.HIGHEST)
-        weight = jnp.where(near[:, None] & there[None, :, None], jnp.exp(cosine / temperature), 0.0)
-        weight = weight.reshape(len(row), -1)
-        least = jax.lax.top_k(weight, topk)[0][:, -1:]
-        weight = jnp.where(weight < least, 0.0, weight)
-        weight /= weight.sum(axis=1, keepdims=True)
-        return jnp.matmul(
-            weight, labels.reshape(-1, labels.shape[-1]), precision=jax.lax.Precision.HIGHEST
-        )
+    Args:
+      grid: rows and columns of patches.
+      topk: number of similar patches.
+      radius: the largest distance of similar patches, along either axis.
+      temperature: of the weights.
+      context: F, number of frames that labels are propagated from.
 
-    return jax.jit(step)
-
-
-def _drawn(labels, size, out):
-    """Soft labels [h, w, C] -> the largest at every pixel, int32 of shape `out`.
-
-    Enlarged bilinearly to `size`, each label stretched to 0 .. 1, then the nearest pixels of the frame's own size.
+    Returns:
+      Jitted (features of the frame [N, D], features of the context [F, N, D], labels of the
+      context [F, N, L], which frames of the context are valid [F]) -> labels of the frame [N, L].
     """
-    planes = [np.asarray(_enlarged(labels[..., c], size)) for c in range(labels.shape[-1])]
-    stretched = [
-        (plane - plane.min()) / (np.ptp(plane) or 1.0) if plane.max() > 0 else plane
-        for plane in planes
-    ]
-    winner = Image.fromarray(np.argmax(stretched, axis=0).astype(np.uint8))
-    return np.asarray(winner.resize(out[::-1], Image.Resampling.NEAREST)).astype(np.int32)
+    rows, columns = grid
+    number_of_patches = rows * columns
+    row, column = np.divmod(np.arange(number_of_patches), columns)
+    near_rows = np.abs(row[:, None] - row[None, :]) <= radius
+    near_columns = np.abs(column[:, None] - column[None, :]) <= radius
+    near = near_rows & near_columns  # [N, N]
+    topk = min(topk, context * number_of_patches)
+
+    def propagate(frame: Array, tokens: Array, labels: Array, valid: Array) -> Array:
+        cosine = jnp.einsum("nd,fmd->nfm", frame, tokens, precision=jax.lax.Precision.HIGHEST)
+        allowed = near[:, None] & valid[None, :, None]
+        weight = jnp.where(allowed, jnp.exp(cosine / temperature), 0.0)
+        weight = weight.reshape(number_of_patches, -1)
+        smallest = jax.lax.top_k(weight, topk)[0][:, -1:]
+        weight = jnp.where(weight < smallest, 0.0, weight)
+        weight /= weight.sum(axis=1, keepdims=True)
+        labels = labels.reshape(-1, labels.shape[-1])
+        return jnp.matmul(weight, labels, precision=jax.lax.Precision.HIGHEST)
+
+    return jax.jit(propagate)
 
 
-def _enlarged(plane, size):
-    """A plane [h, w] at another size, bilinearly, half-pixel centres."""
-    return Image.fromarray(plane.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR)
+def _labels_to_mask(
+    labels: Float[np.ndarray, "h w L"], size: tuple[int, int], out: tuple[int, ...]
+) -> Int[np.ndarray, "H W"]:
+    """The label with the largest value at each pixel.
+
+    Labels are enlarged bilinearly to `size`, and each is stretched to 0 .. 1; then the mask is
+    resized to the size of the frame, `out`, by nearest pixels.
+    """
+    planes = []
+    for label in range(labels.shape[-1]):
+        plane = np.asarray(_resize_bilinear(labels[..., label], size))
+        if plane.max() > 0:
+            spread = np.ptp(plane) or 1.0
+            plane = (plane - plane.min()) / spread
+        planes.append(plane)
+    mask = Image.fromarray(np.argmax(planes, axis=0).astype(np.uint8))
+    height, width = out
+    return np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)).astype(np.int32)
+
+
+def _resize_bilinear(plane: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Image.Image:
+    """A plane at another size (height, width), with half-pixel centers."""
+    height, width = size
+    image = Image.fromarray(plane.astype(np.float32))
+    return image.resize((width, height), Image.Resampling.BILINEAR)

@@ -245,9 +245,7 @@ class EvaluationData:
         batch["images"] = self._transform(batch)
         return batch, indices
 
-    def object_masks(
-        self, split: str, indices: Iterable[int]
-    ) -> dict[str, np.ndarray] | None:
+    def object_masks(self, split: str, indices: Iterable[int]) -> dict[str, np.ndarray] | None:
         """Segmentation masks of some images as canvases, in which 255 is an object and 0 is not.
 
         Returns:
@@ -275,7 +273,9 @@ class EvaluationData:
             source, self.config.canvas, self.config.channels, threads, replace=False
         )
 
-    def _crew(self, images: loader.BatchDecoder, batch_size: int, workers: int) -> prefetch.WorkerPool:
+    def _crew(
+        self, images: loader.BatchDecoder, batch_size: int, workers: int
+    ) -> prefetch.WorkerPool:
         """An iterator over the rows of this process in each batch, numpy."""
         batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
         first, rows = loader.process_rows(batch_size)

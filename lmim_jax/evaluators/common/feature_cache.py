@@ -1,7 +1,7 @@
-"""Features of whole splits on disk, so that the next evaluator, or the next command, need not compute them.
+"""Features of whole splits on disk, for the next evaluator or the next command.
 
-A file is found by all that its features follow from: weights, method, images and how they are read, the feature, this
-code and its libraries. Nothing else can be in it, so nothing in it is ever out of date.
+A file is identified by everything that its features depend on: weights, method, images and how they
+are read, the feature, this code and its libraries. So a file can never be out of date.
 """
 
 import hashlib
@@ -10,112 +10,140 @@ import json
 import logging
 import pathlib
 import zipfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
+from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost
+from lmim_jax.evaluators.base import EvaluatedMethod, Params
+from lmim_jax.evaluators.common.image_features import Labeled
 from lmim_jax.utils import atomic_io
 
 log = logging.getLogger(__name__)
 
-SAMPLE = 64  # images whose bytes are looked at: sources know their images by name only
+SAMPLE = 64  # images whose bytes are part of the identity; sources identify images by name only
 
 
 class FeatureCache:
-    """Features in a folder, as .npz files with "x" [N, D] float32, "labels" [N] int32, and "key", JSON text.
+    """Features in a folder of .npz files.
 
-    hits, misses: how many were asked for, and were or were not there.
+    A file has "x", float32 [N, D], "labels", int32 [N], and "key", JSON text.
+
+    Attributes:
+      hits: how many requested features were read from a file.
+      misses: how many were computed.
     """
 
-    def __init__(self, folder):
-        self._folder, self._digests, self._images = pathlib.Path(folder), {}, {}
-        self.hits = self.misses = 0
+    def __init__(self, folder: str | pathlib.Path) -> None:
+        """Set the folder, which is created with the first file."""
+        self.hits = 0
+        self.misses = 0
+        self._folder = pathlib.Path(folder)
+        # By id; the objects are kept as well, as an id is only unique while its object exists
+        self._checksums: dict[int, tuple[str, Params]] = {}
+        self._identities: dict[int, tuple[dict[str, Any], Any]] = {}
 
-    def get(self, method, params, data, split, feature, compute):
-        """Features (x, labels) of a split, read, or else computed by `compute()` and written, by process 0.
+    def get(
+        self,
+        method: EvaluatedMethod,
+        params: Params,
+        data: EvaluationData,
+        split: str,
+        feature: str,
+        compute: Callable[[], Labeled],
+    ) -> Labeled:
+        """Features of a split: read from a file, or else computed and written by process 0.
 
         Args:
-          method, params, data, split, feature: see `evaluators.base.split_features`.
+          method: see `image_features.split_features`, also for `params`, `data`, `split` and
+            `feature`.
+          compute: computes the features.
         """
         key = json.dumps(self._key(method, params, data, split, feature), sort_keys=True)
         path = self._folder / f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
         found = _read(path, key)
-        if all(
-            multihost.gather_json(found is not None)
-        ):  # the folder of process 0 need not be there on other hosts
+        # Other hosts may not see the folder of process 0
+        if all(multihost.gather_json(found is not None)) and found is not None:
             self.hits += 1
             log.info("%s of %s: from %s", feature, split, path)
             return found
         self.misses += 1
-        x, labels = compute()
+        computed = compute()
         if jax.process_index() == 0:
-            _write(path, key, x, labels)
-        return x, labels
+            _write(path, key, computed)
+        return computed
 
-    def _key(self, method, params, data, split, feature):
-        """All that features follow from, as JSON knows it."""
+    def _key(
+        self,
+        method: EvaluatedMethod,
+        params: Params,
+        data: EvaluationData,
+        split: str,
+        feature: str,
+    ) -> dict[str, Any]:
+        """Everything that features depend on, as JSON values."""
         return {
-            "weights": self._digest(params),
+            "weights": self._checksum(params),
             "method": repr(method),
             "images": self._identity(data, split),
-            "read": {name: data.config[name] for name in ("canvas", "channels")},
+            "read": {"canvas": data.config.canvas, "channels": data.config.channels},
             "augment": repr(data.augment),
             "feature": feature,
             "version": multihost.versions(),
         }
 
-    def _digest(self, params):
-        """Checksum of weights: whatever they are called, they are these."""
-        if id(params) not in self._digests:
+    def _checksum(self, params: Params) -> str:
+        """SHA-256 of all names and values of a parameter tree."""
+        if id(params) not in self._checksums:
             digest = hashlib.sha256()
             for path, leaf in jax.tree_util.tree_leaves_with_path(params):
                 leaf = np.ascontiguousarray(jax.device_get(leaf))
-                digest.update(
-                    f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode()
-                    + leaf.tobytes()
-                )
-            self._digests[id(params)] = (
-                digest.hexdigest(),
-                params,
-            )  # which must live as long as its id is used
-        return self._digests[id(params)][0]
+                name = jax.tree_util.keystr(path)
+                digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+                digest.update(leaf.tobytes())
+            self._checksums[id(params)] = (digest.hexdigest(), params)
+        return self._checksums[id(params)][0]
 
-    def _identity(self, data, split):
-        """What tells these images and labels from others: their names, their classes, and the bytes of a few."""
+    def _identity(self, data: EvaluationData, split: str) -> dict[str, Any]:
+        """What distinguishes images and labels: names, classes, and the bytes of a sample."""
         source = data.sources[split]
-        if id(source) not in self._images:
+        if id(source) not in self._identities:
             digest = hashlib.sha256("\n".join(data.classes).encode())
             for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)):
                 try:
                     record, label = source.record(index)
-                except OSError:  # it will be named when it is read
-                    record, label = b"", -1
-                digest.update(hashlib.sha256(record).digest() + str(label).encode())
-            self._images[id(source)] = {**source.identity(), "sample": digest.hexdigest()}, source
-        return self._images[id(source)][0]
+                except OSError:  # reported when the image is read for its features
+                    record = b""
+                    label = -1
+                digest.update(hashlib.sha256(record).digest())
+                digest.update(str(label).encode())
+            identity = {**source.identity(), "sample": digest.hexdigest()}
+            self._identities[id(source)] = (identity, source)
+        return self._identities[id(source)][0]
 
 
-def _read(path, key):
-    """(x, labels), or None where there is no such file, or a damaged one."""
+def _read(path: pathlib.Path, key: str) -> Labeled | None:
+    """The features of a file; None if it does not exist or is damaged."""
     if not path.exists():
         return None
     try:
         with np.load(path) as stored:  # a zip archive: every member has a checksum
-            known, x, labels = (stored[name] for name in ("key", "x", "labels"))
-        if str(known) != key:
-            raise ValueError("it holds something else")
-        return x, labels
+            if str(stored["key"]) != key:
+                raise ValueError("it has another key")
+            return Labeled(stored["x"], stored["labels"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("%s is damaged (%s): computed again", path, error)
         return None
 
 
-def _write(path, key, x, labels):
-    """Write the file at once, or say why not."""
+def _write(path: pathlib.Path, key: str, found: Labeled) -> None:
+    """Write a file atomically, or log why it cannot be written."""
     stream = io.BytesIO()
-    np.savez(stream, key=np.array(key), x=x, labels=labels)
+    np.savez(stream, key=np.array(key), x=found.features, labels=found.labels)
     try:
         atomic_io.write(path, stream.getbuffer())
     except OSError as error:
-        log.warning("features are not kept, %s cannot be written: %s", path, error)
+        log.warning("features are not cached, %s cannot be written: %s", path, error)

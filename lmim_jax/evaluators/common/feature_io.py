@@ -1,19 +1,36 @@
-"""Features of images in one file, by name of the image: .npz, .safetensors or .parquet; see tools/features.py."""
+"""Features of images in one file: .npz, .safetensors or .parquet; see cli/extract_features.py.
+
+Letters: I images, P patches of all images, D width.
+"""
 
 import json
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Float32, Int
 
 from lmim_jax.utils import array_io
 from lmim_jax.utils.errors import UserError
 
+# By kind of feature, an array per image: [D], and for "patches" [patches of the image, D]
+Features = dict[str, list[Float32[np.ndarray, "..."]]]
+Grids = Int[np.ndarray, "I 2"]
+Write = Callable[[list[str], Grids, Features], None]
 
-def writer(path):
-    """The function that writes such a file: called with (names, grids [n, 2], {kind: list of an array per image}).
+
+def make_writer(path: str | pathlib.Path) -> Write:
+    """A function that writes a file of features.
+
+    Args:
+      path: the file; its suffix is a key of WRITERS.
+
+    Returns:
+      A function of the names of the images, their grids (rows and columns of patches), and their
+      features, which writes the file atomically.
 
     Raises:
-      UserError: another suffix, no such folder, or a package that is missing for it.
+      UserError: unknown suffix, no such folder, or a missing package.
     """
     path = pathlib.Path(path).expanduser()
     if path.suffix not in WRITERS:
@@ -25,10 +42,10 @@ def writer(path):
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
             raise UserError(
-                f"--out={path} needs pyarrow: pip install pyarrow; or give .npz"
+                f"--out={path} needs pyarrow: pip install pyarrow; or write .npz"
             ) from error
 
-    def write(names, grids, features):
+    def write(names: list[str], grids: Grids, features: Features) -> None:
         draft = path.with_name(f"{path.name}.part")
         WRITERS[path.suffix](draft, names, grids, features)
         draft.replace(path)
@@ -36,36 +53,46 @@ def writer(path):
     return write
 
 
-def _joined(grids, features):
-    """Arrays of all images: rows of patches one image after the other, with `first`, where each begins."""
-    out = {"grid": grids}
-    for name, values in features.items():
-        out[name] = np.concatenate(values) if name == "patches" else np.stack(values)
+def _concatenate(grids: Grids, features: Features) -> dict[str, np.ndarray]:
+    """Arrays of all images: "grid", a row per image, and the patches of one image after the other.
+
+    "first" gives the row at which the patches of each image begin, and their total number.
+    """
+    arrays = {"grid": grids}
+    for kind, values in features.items():
+        if kind == "patches":
+            arrays[kind] = np.concatenate(values)
+        else:
+            arrays[kind] = np.stack(values)
     if "patches" in features:
-        out["first"] = np.concatenate([[0], np.cumsum(grids.prod(axis=1, dtype=np.int64))])
-    return out
+        ends = np.cumsum(grids.prod(axis=1, dtype=np.int64))
+        arrays["first"] = np.concatenate([[0], ends])
+    return arrays
 
 
-def _npz(path, names, grids, features):
+def _write_npz(path: pathlib.Path, names: list[str], grids: Grids, features: Features) -> None:
+    arrays = _concatenate(grids, features)
     with path.open("wb") as file:
-        np.savez(file, name=np.array(names), **_joined(grids, features))
+        np.savez(file, name=np.array(names), **arrays)
 
 
-def _safetensors(path, names, grids, features):
-    array_io.write(path, _joined(grids, features), {"name": json.dumps(names)})
+def _write_safetensors(
+    path: pathlib.Path, names: list[str], grids: Grids, features: Features
+) -> None:
+    array_io.write(path, _concatenate(grids, features), {"name": json.dumps(names)})
 
 
-def _parquet(path, names, grids, features):
+def _write_parquet(path: pathlib.Path, names: list[str], grids: Grids, features: Features) -> None:
     import pyarrow
     from pyarrow import parquet
 
     text = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
     columns = {"name": pyarrow.array(text), "rows": grids[:, 0], "columns": grids[:, 1]}
-    for name, values in features.items():
-        columns[name] = pyarrow.array(
-            [x.reshape(-1) for x in values], pyarrow.list_(pyarrow.float32())
-        )
+    number_list = pyarrow.list_(pyarrow.float32())
+    for kind, values in features.items():
+        rows = [value.reshape(-1) for value in values]
+        columns[kind] = pyarrow.array(rows, number_list)
     parquet.write_table(pyarrow.table(columns), path)
 
 
-WRITERS = {".npz": _npz, ".safetensors": _safetensors, ".parquet": _parquet}
+WRITERS = {".npz": _write_npz, ".safetensors": _write_safetensors, ".parquet": _write_parquet}

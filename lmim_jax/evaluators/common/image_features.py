@@ -1,101 +1,225 @@
-"""What stands for an image: a feature of a method, by its name, as one vector; or what needs no encoder.
+"""The representation of an image: a feature of a method, by its name, as one vector.
 
-Letters: B batch, H W image height and width, C channels, D width of a feature.
+"pixels" and "histogram" are features that need no encoder; configs/evaluate.py has the syntax.
+
+Letters: B batch, N images of a split, H W image height and width, C channels, D width of a feature.
 """
 
-import difflib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32
 
-from lmim_jax.utils.errors import UserError
+from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.eval.eval_data import Batch, EvaluationData
+from lmim_jax.distributed import sharding
+from lmim_jax.evaluators.base import EvaluatedMethod, Params
+from lmim_jax.utils.errors import UserError, did_you_mean
 
-FIXED = ("pixels", "histogram")  # these need no encoder
+ENCODER_FREE = ("pixels", "histogram")
 POOLS = ("mean", "cls", "both")
+HISTOGRAM_LEVELS = 6  # per channel
 
 
-def vectors(method, augment, params, images, feature):
-    """What `feature` names, side by side: images [B, H, W, C], normalised by `augment` -> float32 [B, D].
+class Labeled(NamedTuple):
+    """Features of the images of a split, float32 [N, D], and their classes, int32 [N]; numpy."""
 
-    feature: such as "cls" or "cls+patches_prenorm", see `parse` and configs/evaluate.py.
+    features: Float[np.ndarray, "N D"]
+    labels: Int32[np.ndarray, " N"]
+
+
+class FeaturePart(NamedTuple):
+    """One of the features that are concatenated: its name and how it is pooled, one of POOLS."""
+
+    name: str
+    pool: str
+
+
+def split_features(
+    method: EvaluatedMethod,
+    params: Params,
+    data: EvaluationData,
+    split: str,
+    feature: str,
+    batch_size: int,
+) -> Labeled:
+    """A feature of every readable image of a split.
+
+    Args:
+      method: the pretraining method.
+      params: its weights.
+      data: the images.
+      split: "train" or "test".
+      feature: such as "cls" or "cls+patches_prenorm", see `parse_feature`.
+      batch_size: images encoded at a time.
+
+    Returns:
+      Features and labels in the order of the images; from `data.cache` if they are there.
 
     Raises:
       UserError: the method has no such feature.
     """
-    parts = parse(feature)
-    known = {
-        name: fixed(images, augment.levels(images), name) for name, _ in parts if name in FIXED
-    }
-    if needs_encoder(feature):
-        known |= method.features(params, images)
-    return jnp.concatenate([_pool(known, name, pool) for name, pool in parts], axis=-1)
+
+    def compute() -> Labeled:
+        return _compute_split_features(method, params, data, split, feature, batch_size)
+
+    # Pixels are not cached: they take more room on disk than time to compute
+    if data.cache is None or not needs_encoder(feature):
+        return compute()
+    return data.cache.get(method, params, data, split, feature, compute)
 
 
-def fixed(images, levels, name):
-    """What needs no encoder, one vector per image.
+def _compute_split_features(
+    method: EvaluatedMethod,
+    params: Params,
+    data: EvaluationData,
+    split: str,
+    feature: str,
+    batch_size: int,
+) -> Labeled:
+    encode = _jit_image_vectors(method, data.augment, data.mesh, feature)
+    features = []
+    labels = []
+    for batch in data.batches(split, batch_size):
+        found = jax.device_get(encode(params, batch))
+        valid = found["index"] >= 0
+        features.append(found["features"][valid])
+        labels.append(found["label"][valid])
+    return Labeled(np.concatenate(features), np.concatenate(labels))
+
+
+@functools.lru_cache(maxsize=8)
+def _jit_image_vectors(
+    method: EvaluatedMethod, augment: Augment, mesh: Mesh, feature: str
+) -> Callable[[Params, Batch], Batch]:
+    """Jitted (params, batch) -> {"features": [B, D], "label": [B], "index": [B]}, replicated."""
+
+    def encode(params: Params, batch: Batch) -> Batch:
+        return {
+            "features": image_vectors(method, augment, params, batch["images"], feature),
+            "label": batch["label"],
+            "index": batch["index"],
+        }
+
+    return jax.jit(encode, out_shardings=sharding.replicated(mesh))
+
+
+def image_vectors(
+    method: EvaluatedMethod,
+    augment: Augment,
+    params: Params,
+    images: Float[Array, "B H W C"],
+    feature: str,
+) -> Float[Array, "B D"]:
+    """The vectors that `feature` names, concatenated.
 
     Args:
-      images: [B, H, W, C] as the encoder sees them. levels: the same as levels 0 .. 255.
-      name: "pixels": the image itself. "histogram": square root of the share of pixels in each of 6^C colours (so that
-        the cosine is Bhattacharyya's coefficient).
+      method: the pretraining method.
+      augment: the augmentation that normalized the images.
+      params: weights of the method.
+      images: normalized images.
+      feature: such as "cls" or "cls+patches_prenorm", see `parse_feature`.
+
+    Returns:
+      float32 [B, D].
+
+    Raises:
+      UserError: the method has no such feature.
+    """
+    parts = parse_feature(feature)
+    known: dict[str, Any] = {}
+    for part in parts:
+        if part.name in ENCODER_FREE:
+            known[part.name] = encoder_free_feature(images, augment.denormalize(images), part.name)
+    if needs_encoder(feature):
+        known.update(method.features(params, images))
+    vectors = [_pool(known, part) for part in parts]
+    return jnp.concatenate(vectors, axis=-1)
+
+
+def encoder_free_feature(
+    images: Float[Array, "B H W C"], levels: Float[Array, "B H W C"], name: str
+) -> Float[Array, "B D"]:
+    """A feature that needs no encoder, one vector per image.
+
+    Args:
+      images: normalized images.
+      levels: the same images as levels 0 .. 255.
+      name: "pixels": the image itself. "histogram": the square root of the share of pixels in each
+        of 6^C colors, so that the cosine of two images is the Bhattacharyya coefficient.
     """
     if name == "pixels":
         return images.reshape(len(images), -1)
     channels = images.shape[-1]
-    color = jnp.minimum((levels * (6 / 256)).astype(jnp.int32), 5) @ 6 ** jnp.arange(channels)
-    count = lambda row: jnp.bincount(row, length=6**channels)
-    return jnp.sqrt(jax.vmap(count)(color.reshape(len(images), -1)) / color[0].size)
+    colors = HISTOGRAM_LEVELS**channels
+    level = (levels * (HISTOGRAM_LEVELS / 256)).astype(jnp.int32)
+    level = jnp.minimum(level, HISTOGRAM_LEVELS - 1)
+    color = level @ HISTOGRAM_LEVELS ** jnp.arange(channels)
+
+    def count_colors(row: Array) -> Array:
+        return jnp.bincount(row, length=colors)
+
+    counts = jax.vmap(count_colors)(color.reshape(len(images), -1))
+    return jnp.sqrt(counts / color[0].size)
 
 
-def parse(feature):
-    """[(name, pool)] of what `feature` puts side by side: "cls+block07/tokens:both"; see configs/evaluate.py.
+def parse_feature(feature: str) -> list[FeaturePart]:
+    """The parts of a feature: "cls+block07/tokens:both" concatenates two; see configs/evaluate.py.
 
     Raises:
-      UserError: no such pool.
+      UserError: there is no such pool.
     """
     parts = []
     for part in feature.split("+"):
         name, _, pool = part.strip().partition(":")
-        if (pool or POOLS[0]) not in POOLS:
-            raise UserError(f"feature {feature!r}: {pool!r} is none of: {' | '.join(POOLS)}")
-        parts.append((name, pool or POOLS[0]))
+        pool = pool or "mean"
+        if pool not in POOLS:
+            raise UserError(f"feature {feature!r}: {pool!r} must be one of: {' | '.join(POOLS)}")
+        parts.append(FeaturePart(name, pool))
     return parts
 
 
-def needs_encoder(feature):
-    """Whether `feature` holds more than what is in FIXED."""
-    return any(name not in FIXED for name, _ in parse(feature))
+def needs_encoder(feature: str) -> bool:
+    """Whether `feature` has a part that is not in ENCODER_FREE."""
+    return any(part.name not in ENCODER_FREE for part in parse_feature(feature))
 
 
-def _pool(features, name, pool):
-    """One vector per image of what a method calls `name`: [B, D], with pool "both" [B, 2 D].
+def _pool(features: dict[str, Array], part: FeaturePart) -> Float[Array, "B D"]:
+    """One vector per image of a feature of a method.
 
-    Args:
-      features: of a method, see `methods.base`. name: a key of it. pool: one of POOLS; for "blockNN/tokens", whose
-        first row is CLS where the method has one; anything else has but one pool, the mean over its rows (or itself).
+    In "blockNN/tokens" the first row is the CLS token, where the method has one: it can be chosen
+    ("cls"), left out ("mean") or concatenated with the mean of the others ("both"). Any other
+    feature only has the mean over its rows, or itself where it is one vector per image.
 
     Raises:
-      UserError: there is no such feature, it is not one of tokens, or it has no such pool.
+      UserError: there is no such feature, it has no vectors, or it has no CLS token to choose.
     """
+    name, pool = part
     if name not in features:
-        near = difflib.get_close_matches(name, [*features, *FIXED], n=1)
-        usual = ", ".join(
-            [*sorted(key for key in features if "/" not in key), "block00/tokens, ...", *FIXED]
+        raise UserError(
+            f"feature {name!r}: the method has no feature of that name"
+            f"{did_you_mean(name, [*features, *ENCODER_FREE])}"
         )
-        hint = f"; did you mean {near[0]}?" if near else f" (there are: {usual})"
-        raise UserError(f"feature {name!r}: the method has none of that name{hint}")
     x = features[name].astype(jnp.float32)
     if x.ndim not in (2, 3):
         raise UserError(f"feature {name!r} has no vectors for images or patches to evaluate")
-    with_cls = name.endswith("/tokens") and "cls" in features
-    if pool != "mean" and not with_cls:
+    has_cls = name.endswith("/tokens") and "cls" in features
+    if pool != "mean" and not has_cls:
         raise UserError(
-            f"feature {name!r} has no CLS token for :{pool}; join features instead: cls+{name}"
+            f"feature {name!r} has no CLS token for :{pool}; "
+            f"concatenate features instead: cls+{name}"
         )
-    tokens = {
-        "mean": lambda: x[:, int(with_cls) :].mean(axis=1) if x.ndim == 3 else x,
-        "cls": lambda: x[:, 0],
-    }
-    return jnp.concatenate(
-        [tokens[one]() for one in (("cls", "mean") if pool == "both" else (pool,))], axis=-1
-    )
+    if x.ndim == 2:
+        return x
+    if not has_cls:
+        return x.mean(axis=1)
+    cls = x[:, 0]
+    mean = x[:, 1:].mean(axis=1)
+    if pool == "both":
+        return jnp.concatenate([cls, mean], axis=-1)
+    return cls if pool == "cls" else mean

@@ -1,188 +1,334 @@
-"""Multinomial logistic regression on frozen features, solved to the minimum: no learning rate, no epochs to choose.
+"""Multinomial logistic regression on frozen features, solved to its minimum by L-BFGS.
 
   mean over images of the cross-entropy  +  l2 / 2 x the sum of squared weights (not biases)
 
-In scikit-learn's terms C = 1 / (l2 N). Letters: N images, D width of a feature, K classes, G strengths of l2 at once.
+There is neither a learning rate nor a number of epochs to choose. In terms of scikit-learn,
+C = 1 / (l2 N).
+
+Letters: N images, D width of a feature, R coordinates on principal axes, K classes, G strengths of
+l2 that are solved for at once, S chunks of images, P unknowns of one problem, M L-BFGS memory.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from lmim_jax.distributed import sharding
 
 CHUNK = 16384  # images whose G x K logits are in memory at a time
-SMALL = (16, 64, 256, 1024, 4096)  # to which fewer images are padded: few shapes to compile for
-TOLERANCE = (
-    1e-6  # largest entry of the gradient, in the units of `fit`, at which the minimum is reached
-)
+PADDED_SIZES = (16, 64, 256, 1024, 4096)  # small problems are padded to these: few compilations
+TOLERANCE = 1e-6  # the minimum is reached at this largest gradient entry, in the units of `fit`
 MEMORY = 10  # steps that L-BFGS remembers
 EXACT = jax.lax.Precision.HIGHEST  # the line search compares values that differ little
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """G solutions: weights [G, D, K] and biases [G, K], float32; gradient [G], its largest entry at the end,
-    in units in which the curvature is about 1."""
+    """G solutions.
 
-    weights: np.ndarray
-    biases: np.ndarray
-    gradient: np.ndarray
+    Attributes:
+      weights: float32 [G, D, K].
+      biases: float32 [G, K].
+      gradient: largest entry of the final gradient, in units in which the curvature is about 1.
+    """
 
-    def predict(self, x):
-        """Classes [G, N] int of features [N, D], standardised as those of the fit."""
-        return np.stack(
-            [(x @ w + b).argmax(axis=1) for w, b in zip(self.weights, self.biases, strict=True)]
-        )
+    weights: Float[np.ndarray, "G D K"]
+    biases: Float[np.ndarray, "G K"]
+    gradient: Float[np.ndarray, " G"]
+
+    def predict(self, x: Float[np.ndarray, "N D"]) -> Int[np.ndarray, "G N"]:
+        """Classes of features that are standardized like those of the fit."""
+        classes = []
+        for weights, biases in zip(self.weights, self.biases, strict=True):
+            classes.append((x @ weights + biases).argmax(axis=1))
+        return np.stack(classes)
 
 
-def statistics(x):
-    """(mean, deviation) [D] of features; a feature that is constant has deviation 1, so that it becomes 0."""
-    mean, deviation = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-    return mean.astype(np.float32), np.where(deviation > 1e-6, deviation, 1).astype(np.float32)
+class Rotated(NamedTuple):
+    """Features along their principal axes.
+
+    Attributes:
+      coordinates: float32 [N, R].
+      axes: float32 [D, R]; None if the features were not rotated.
+      mean_squares: mean square of each coordinate, float32 [R].
+    """
+
+    coordinates: Float[np.ndarray, "N R"]
+    axes: Float[np.ndarray, "D R"] | None
+    mean_squares: Float[np.ndarray, " R"]
 
 
-def fit(x, labels, num_classes, l2, iterations, mesh=None):
+def mean_and_deviation(
+    x: Float[np.ndarray, "N D"],
+) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, " D"]]:
+    """Mean and standard deviation of features, to standardize them.
+
+    The deviation of a constant feature is set to 1, so that the standardized feature is 0.
+    """
+    mean = x.mean(axis=0, dtype=np.float64)
+    deviation = x.std(axis=0, dtype=np.float64)
+    deviation = np.where(deviation > 1e-6, deviation, 1)
+    return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def fit(
+    x: Float[np.ndarray, "N D"],
+    labels: Int[np.ndarray, " N"],
+    num_classes: int,
+    l2: Sequence[float],
+    iterations: int,
+    mesh: Mesh | None = None,
+) -> Fit:
     """Solve for each strength.
 
     Args:
-      x: float32 [N, D], the same on all processes. labels: int [N]. l2: G numbers. iterations: of L-BFGS, at most.
+      x: features, the same on all processes.
+      labels: their classes.
+      num_classes: K.
+      l2: G strengths.
+      iterations: the largest number of L-BFGS iterations.
       mesh: divide the images over its devices; None: each process solves the same on one device.
-
-    Returns:
-      A Fit.
     """
-    x, basis, variances = principal(np.asarray(x, np.float32))
-    # Where the curvature of the cross-entropy is about 1 / K of the variance, these units make it 1 in all directions
-    units = np.sqrt(variances[None] / num_classes + np.asarray(l2, np.float32)[:, None])
-    parts = mesh.size if mesh else 1
-    chunks = -(-len(x) // (CHUNK * parts))
-    rows = -(-len(x) // (chunks * parts)) * parts
-    rows = next((size for size in SMALL if size >= rows and size % parts == 0), rows)
-    split = NamedSharding(mesh, PartitionSpec(None, sharding.AXES)) if mesh else None
+    coordinates, axes, mean_squares = rotate_to_principal_axes(np.asarray(x, np.float32))
+    strengths = np.asarray(l2, np.float32)
+    # The curvature of the cross-entropy is about 1 / K of the variance; these units make it 1
+    units = np.sqrt(mean_squares[None] / num_classes + strengths[:, None])
+    count = len(coordinates)
+    chunks, rows = _chunk_shape(count, mesh)
 
-    def place(array):
-        padding = [(0, chunks * rows - len(x))] + [(0, 0)] * (array.ndim - 1)
-        array = np.pad(array, padding).reshape(chunks, rows, *array.shape[1:])
-        return jnp.asarray(array) if mesh is None else sharding.place_array(array, split)
+    def place(array: np.ndarray) -> Array:
+        """[N, ...] -> [S, rows, ...], padded with zeros, on the devices."""
+        padding = [(0, 0)] * array.ndim
+        padding[0] = (0, chunks * rows - count)
+        array = np.pad(array, padding)
+        array = array.reshape(chunks, rows, *array.shape[1:])
+        if mesh is None:
+            return jnp.asarray(array)
+        return sharding.place_array(array, NamedSharding(mesh, PartitionSpec(None, sharding.AXES)))
 
-    share = np.full(len(x), 1 / len(x), np.float32)
-    placed = (place(array) for array in (x, np.asarray(labels, np.int32), share))
-    solve = _solver(num_classes, iterations, sharding.replicated(mesh) if mesh else None)
-    weights, biases, gradient = jax.device_get(solve(*placed, np.asarray(l2, np.float32), units))
-    return Fit(weights if basis is None else basis @ weights, biases, gradient)
+    solve = _jit_solve(num_classes, iterations, mesh)
+    solution = solve(
+        x=place(coordinates),
+        labels=place(np.asarray(labels, np.int32)),
+        share=place(np.full(count, 1 / count, np.float32)),
+        l2=strengths,
+        units=units,
+    )
+    weights, biases, gradient = jax.device_get(solution)
+    if axes is not None:
+        weights = axes @ weights
+    return Fit(weights, biases, gradient)
 
 
-def principal(x):
-    """Features [N, D] along their principal axes: (coordinates [N, R], axes [D, R] or None, mean squares [R]), float32.
+def _chunk_shape(count: int, mesh: Mesh | None) -> tuple[int, int]:
+    """Number of chunks that images are divided into, and of rows of each chunk."""
+    devices = mesh.size if mesh else 1
+    chunks = -(-count // (CHUNK * devices))
+    rows = -(-count // (chunks * devices)) * devices
+    for size in PADDED_SIZES:
+        if size >= rows and size % devices == 0:
+            return chunks, size
+    return chunks, rows
 
-    A rotation changes neither the minimum nor l2, and where there are fewer images than dimensions, weights lie in the
-    span of the images; but along these axes it is known how curved the loss is, so that far fewer turns are needed. R
-    is a size out of SMALL, or D. Left as they are where neither side is small enough to be decomposed in seconds.
+
+def rotate_to_principal_axes(x: Float[np.ndarray, "N D"]) -> Rotated:
+    """Features in the coordinates of their principal axes.
+
+    A rotation changes neither the minimum nor the penalty, and with fewer images than dimensions
+    the weights lie in the span of the images. But along these axes the curvature of the loss is
+    known, so that far fewer iterations are needed. R is one of PADDED_SIZES, or D. Features are
+    not rotated if neither N nor D is small enough for a decomposition within seconds.
     """
-    rank = next((size for size in SMALL if size >= len(x)), len(x))
-    if min(rank, x.shape[1]) > SMALL[-1]:
-        return x, None, np.zeros(x.shape[1], np.float32)
-    span = np.linalg.qr(x.T)[0] if rank < x.shape[1] else np.eye(x.shape[1], dtype=np.float32)
-    inside = x @ span if rank < x.shape[1] else x
-    squares, axes = np.linalg.eigh((inside.T @ inside / len(x)).astype(np.float64))
-    axes, squares = axes.astype(np.float32), np.maximum(squares, 0).astype(np.float32)
-    missing = max(0, min(rank, x.shape[1]) - len(squares))
-    coordinates = np.pad(inside @ axes, ((0, 0), (0, missing)))
-    return coordinates, np.pad(span @ axes, ((0, 0), (0, missing))), np.pad(squares, (0, missing))
+    count, width = x.shape
+    rank = count
+    for size in PADDED_SIZES:
+        if size >= count:
+            rank = size
+            break
+    if min(rank, width) > PADDED_SIZES[-1]:
+        return Rotated(x, None, np.zeros(width, np.float32))
+    if rank < width:
+        span = np.linalg.qr(x.T)[0]
+        inside = x @ span
+    else:
+        span = np.eye(width, dtype=np.float32)
+        inside = x
+    squares, axes = np.linalg.eigh((inside.T @ inside / count).astype(np.float64))
+    axes = axes.astype(np.float32)
+    squares = np.maximum(squares, 0).astype(np.float32)
+    missing = max(0, min(rank, width) - len(squares))
+    return Rotated(
+        coordinates=np.pad(inside @ axes, ((0, 0), (0, missing))),
+        axes=np.pad(span @ axes, ((0, 0), (0, missing))),
+        mean_squares=np.pad(squares, (0, missing)),
+    )
 
 
 @functools.lru_cache(maxsize=8)
-def _solver(num_classes, iterations, out):
-    """Jitted (x [S, R, D], labels and share in the mean [S, R], l2 [G], units [G, D]) -> what a Fit holds."""
+def _jit_solve(
+    num_classes: int, iterations: int, mesh: Mesh | None
+) -> Callable[..., tuple[Array, Array, Array]]:
+    """Jitted (x [S, rows, R], labels, share [S, rows], l2 [G], units [G, R]) -> fields of a Fit.
 
-    def solve(x, labels, share, l2, units):
-        def split(theta, units):
-            weights = theta[:-num_classes].reshape(-1, num_classes) / units[:, None]
-            return weights, theta[-num_classes:] * num_classes**0.5
+    `share` is the share of each image in the mean: 0 for padding.
+    """
 
-        def loss(theta, l2, units):
+    def split(theta: Array, units: Array) -> tuple[Array, Array]:
+        """Unknowns [P] -> weights [R, K] and biases [K]."""
+        weights = theta[:-num_classes].reshape(-1, num_classes) / units[:, None]
+        return weights, theta[-num_classes:] * num_classes**0.5
+
+    def solve(x: Array, labels: Array, share: Array, l2: Array, units: Array) -> Any:
+        def loss(theta: Array, l2: Array, units: Array) -> Array:
             weights, biases = split(theta, units)
 
-            def of_chunk(total, chunk):
+            def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
                 x, labels, share = chunk
                 logits = jnp.matmul(x, weights, precision=EXACT) + biases[None]
                 entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
                 return total + jnp.vdot(share, entropy), None
 
-            data, _ = jax.lax.scan(jax.checkpoint(of_chunk), 0.0, (x, labels, share))
-            return data + l2 / 2 * jnp.vdot(weights, weights)
+            chunks = (x, labels, share)
+            cross_entropy, _ = jax.lax.scan(jax.checkpoint(add_chunk), 0.0, chunks)
+            return cross_entropy + l2 / 2 * jnp.vdot(weights, weights)
 
-        def one(l2, units):
+        def solve_one(l2: Array, units: Array) -> tuple[Array, Array, Array]:
+            def loss_of_unknowns(theta: Array) -> Array:
+                return loss(theta, l2, units)
+
             size = (x.shape[-1] + 1) * num_classes
-            theta, gradient = lbfgs(
-                jax.value_and_grad(lambda theta: loss(theta, l2, units)), size, iterations
-            )
-            return *split(theta, units), gradient
+            value_and_grad = jax.value_and_grad(loss_of_unknowns)
+            theta, gradient = minimize_lbfgs(value_and_grad, size, iterations)
+            weights, biases = split(theta, units)
+            return weights, biases, gradient
 
-        return jax.vmap(one)(l2, units)
+        return jax.vmap(solve_one)(l2, units)
 
-    return jax.jit(solve, out_shardings=out)
+    return jax.jit(solve, out_shardings=sharding.replicated(mesh) if mesh else None)
 
 
-def lbfgs(value_and_grad, size, iterations):
-    """Minimise a smooth convex function from 0 by L-BFGS: (argument [size], largest entry of its gradient).
+class _State(NamedTuple):
+    """The state of L-BFGS: the current point, the direction of search, and the last changes."""
 
-    Every turn is one evaluation, accepted where it goes down enough (Armijo), else tried again at half the length: the
-    function is compiled once. (optax.lbfgs holds several copies of it, and takes 2.5 times as long to compile.)
+    theta: Float[Array, " P"]
+    value: Float[Array, ""]
+    grad: Float[Array, " P"]
+    direction: Float[Array, " P"]
+    length: Float[Array, ""]
+    steps: Float[Array, "M P"]
+    changes: Float[Array, "M P"]
+    iteration: Int[Array, ""]
+
+
+def minimize_lbfgs(
+    value_and_grad: Callable[[Float[Array, " P"]], tuple[Array, Array]], size: int, iterations: int
+) -> tuple[Float[Array, " P"], Float[Array, ""]]:
+    """Minimize a smooth convex function by L-BFGS, starting at 0.
+
+    Each iteration evaluates the function once. The new point is accepted if the value decreases
+    sufficiently (Armijo), or else half the step length is tried: the function is compiled once.
+    (optax.lbfgs contains several copies of it, and takes 2.5 times as long to compile.)
+
+    Args:
+      value_and_grad: the function with its gradient.
+      size: P, number of unknowns.
+      iterations: the largest number of iterations.
+
+    Returns:
+      The argument, and the largest entry of its gradient.
     """
-    dot = lambda a, b: jnp.vdot(a, b, precision=EXACT)
 
-    def direction(grad, steps, changes):
-        """-H grad, from the last changes of the argument and of the gradient, newest first [M, size]; 0: unused."""
-        curvature = jax.vmap(dot)(steps, changes)
-        rho = jnp.where(curvature > 0, 1 / jnp.where(curvature > 0, curvature, 1), 0)
+    def unfinished(state: _State) -> Array:
+        return (jnp.abs(state.grad).max() > TOLERANCE) & (state.iteration < iterations)
 
-        def first(q, pair):
-            step, change, rho = pair
-            alpha = rho * dot(step, q)
-            return q - alpha * change, alpha
-
-        def second(q, pair):
-            step, change, rho, alpha = pair
-            return q + (alpha - rho * dot(change, q)) * step, None
-
-        q, alpha = jax.lax.scan(first, grad, (steps, changes, rho))
-        scale = jnp.where(
-            rho[0] > 0, curvature[0] / jnp.maximum(dot(changes[0], changes[0]), 1e-30), 1
+    def iterate(state: _State) -> _State:
+        theta = state.theta + state.length * state.direction
+        value, grad = value_and_grad(theta)
+        limit = state.value + 1e-4 * state.length * _dot(state.grad, state.direction)
+        # Smaller differences than the last term are lost in float32
+        accepted = value <= limit + 1e-7 * jnp.abs(state.value)
+        step = theta - state.theta
+        change = grad - state.grad
+        curved = _dot(step, change) > 1e-12 * _dot(change, change)
+        steps = jnp.where(curved, _push(state.steps, step), state.steps)
+        changes = jnp.where(curved, _push(state.changes, change), state.changes)
+        moved = _State(
+            theta=theta,
+            value=value,
+            grad=grad,
+            direction=_direction(grad, steps, changes),
+            length=jnp.ones_like(state.length),
+            steps=steps,
+            changes=changes,
+            iteration=state.iteration + 1,
         )
-        q, _ = jax.lax.scan(second, scale * q, (steps, changes, rho, alpha), reverse=True)
-        return -q
+        shortened = state._replace(length=state.length / 2, iteration=state.iteration + 1)
 
-    def turn(now):
-        trial = now["theta"] + now["length"] * now["direction"]
-        value, grad = value_and_grad(trial)
-        enough = now["value"] + 1e-4 * now["length"] * dot(now["grad"], now["direction"])
-        accepted = value <= enough + 1e-7 * jnp.abs(
-            now["value"]
-        )  # float32 knows no smaller difference
-        step, change = trial - now["theta"], grad - now["grad"]
-        push = lambda memory, row: jnp.concatenate([row[None], memory[:-1]])
-        curved = dot(step, change) > 1e-12 * dot(change, change)
-        remember = lambda memory, row: jnp.where(curved, push(memory, row), memory)
-        steps, changes = remember(now["steps"], step), remember(now["changes"], change)
-        after = dict(theta=trial, value=value, grad=grad, length=1.0, steps=steps, changes=changes)
-        after["direction"] = direction(grad, steps, changes)
-        shorter = {**now, "length": now["length"] / 2}
-        after["turns"] = shorter["turns"] = now["turns"] + 1
-        return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), after, shorter)
+        def select(a: Array, b: Array) -> Array:
+            return jnp.where(accepted, a, b)
 
-    value, grad = value_and_grad(jnp.zeros(size))
-    memory = jnp.zeros((MEMORY, size))
-    start = dict(
-        theta=jnp.zeros(size), value=value, grad=grad, direction=-grad, steps=memory, changes=memory
+        return jax.tree.map(select, moved, shortened)
+
+    theta = jnp.zeros(size)
+    value, grad = value_and_grad(theta)
+    start = _State(
+        theta=theta,
+        value=value,
+        grad=grad,
+        direction=-grad,
+        length=jnp.float32(1),
+        steps=jnp.zeros((MEMORY, size)),
+        changes=jnp.zeros((MEMORY, size)),
+        iteration=jnp.int32(0),
     )
-    start |= dict(length=jnp.float32(1), turns=0)
-    unfinished = lambda now: (jnp.abs(now["grad"]).max() > TOLERANCE) & (now["turns"] < iterations)
-    end = jax.lax.while_loop(unfinished, turn, start)
-    return end["theta"], jnp.abs(end["grad"]).max()
+    end = jax.lax.while_loop(unfinished, iterate, start)
+    return end.theta, jnp.abs(end.grad).max()
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.vdot(a, b, precision=EXACT)
+
+
+def _push(memory: Float[Array, "M P"], row: Float[Array, " P"]) -> Float[Array, "M P"]:
+    """Add a row at the front and drop the last one."""
+    return jnp.concatenate([row[None], memory[:-1]])
+
+
+def _direction(
+    grad: Float[Array, " P"], steps: Float[Array, "M P"], changes: Float[Array, "M P"]
+) -> Float[Array, " P"]:
+    """-H grad by the two-loop recursion, with H from the last steps and changes of the gradient.
+
+    Args:
+      grad: the gradient.
+      steps: the last changes of the argument, newest first; 0: unused.
+      changes: the changes of the gradient.
+
+    Source: Nocedal and Wright, Numerical Optimization, algorithm 7.4.
+    """
+    curvature = jax.vmap(_dot)(steps, changes)
+    rho = jnp.where(curvature > 0, 1 / jnp.where(curvature > 0, curvature, 1), 0)
+
+    def first_loop(q: Array, memory: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        step, change, rho = memory
+        alpha = rho * _dot(step, q)
+        return q - alpha * change, alpha
+
+    def second_loop(q: Array, memory: tuple[Array, Array, Array, Array]) -> tuple[Array, None]:
+        step, change, rho, alpha = memory
+        return q + (alpha - rho * _dot(change, q)) * step, None
+
+    q, alpha = jax.lax.scan(first_loop, grad, (steps, changes, rho))
+    newest = jnp.maximum(_dot(changes[0], changes[0]), 1e-30)
+    scale = jnp.where(rho[0] > 0, curvature[0] / newest, 1)
+    memory = (steps, changes, rho, alpha)
+    q, _ = jax.lax.scan(second_loop, scale * q, memory, reverse=True)
+    return -q
