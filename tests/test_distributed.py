@@ -1,4 +1,4 @@
-"""Clusters are found by what they leave in the environment, and unlike processes are named. Stand-ins for clusters."""
+"""Clusters are detected from (mock) environments, and processes that differ are named."""
 
 import collections
 import importlib.util
@@ -19,6 +19,7 @@ SLURM = {
     "SLURM_PROCID": "9",
     "SLURM_LOCALID": "1",
 }
+NOT_IN_SRUN = {key: value for key, value in SLURM.items() if key != "SLURM_STEP_NODELIST"}
 OMPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 ORTE = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
 GKE_TPU = {"TPU_WORKER_HOSTNAMES": "pod-0.set,pod-1.set", "TPU_WORKER_ID": "1"}
@@ -32,12 +33,7 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
         ({}, (), 0, None),
         (SLURM, (), 0, ("Slurm", {"cluster_detection_method": "slurm"})),
         (SLURM | {"SLURM_NTASKS": "1"}, (), 0, None),
-        (
-            {key: value for key, value in SLURM.items() if key != "SLURM_STEP_NODELIST"},
-            (),
-            0,
-            None,
-        ),  # not in srun
+        (NOT_IN_SRUN, (), 0, None),
         (OMPI | ORTE, (), 0, ("Open MPI", {"cluster_detection_method": "ompi"})),
         (OMPI, ("mpi4py",), 0, ("Open MPI", {"cluster_detection_method": "mpi4py"})),
         (OMPI | {"OMPI_COMM_WORLD_SIZE": "1"}, (), 0, None),
@@ -53,7 +49,7 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
         ({}, (), 4, None),  # devices handed through to something else
         ({"TPU_SKIP_MDS_QUERY": "1"}, ("libtpu",), 4, None),
         (POD, ("kubernetes",), 0, ("Kubernetes", {"cluster_detection_method": "k8s"})),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ("kubernetes",), 0, None),  # one pod for itself
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ("kubernetes",), 0, None),  # a single pod
     ],
 )
 def test_clusters_are_detected(environment, packages, chips, expected, monkeypatch, tmp_path):
@@ -65,7 +61,7 @@ def test_clusters_are_detected(environment, packages, chips, expected, monkeypat
 
 
 @pytest.mark.parametrize(("environment", "package"), [(OMPI, "mpi4py"), (POD, "jax.k8s.")])
-def test_what_a_cluster_does_not_say_is_asked_for(environment, package, monkeypatch, tmp_path):
+def test_a_missing_package_for_detection_is_named(environment, package, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install '?{package}.*--coordinator"):
         multihost.detect(environment, tmp_path)
@@ -79,7 +75,7 @@ def test_what_a_cluster_does_not_say_is_asked_for(environment, package, monkeypa
         (cloud_tpu_cluster.GkeTpuCluster, GKE_TPU | ONE_SLICE, "", 2, 1, 0),
     ],
 )
-def test_jax_makes_of_the_same_variables(
+def test_jax_reads_the_same_variables(
     cluster, environment, address, count, index, local, monkeypatch
 ):
     for name, value in environment.items():
@@ -90,7 +86,7 @@ def test_jax_makes_of_the_same_variables(
         assert cluster.get_local_process_id() == local  # one GPU per process
 
 
-def test_it_joins_with_a_heartbeat_when_told_or_detected_and_not_otherwise(monkeypatch):
+def test_it_joins_given_or_detected_processes_with_a_heartbeat_and_otherwise_none(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **how: calls.append(how))
     monkeypatch.setattr(multihost, "detect", lambda environment: None)
@@ -117,7 +113,7 @@ def process(host="a", used=1, visible=1, **facts):
     [
         ([process(x=1), process(x=1)], None),
         ([process("a", 8, 8), process("b", 8, 8)], None),
-        ([process("a", 1, 2), process("a", 1, 2)], None),  # each its own of two
+        ([process("a", 1, 2), process("a", 1, 2)], None),  # each uses its own of two
         (
             [process("a", 1, 8), process("b", 1, 8)],
             r"host a has 8 accelerators, of which this run uses 1: .*ntasks",
@@ -129,7 +125,7 @@ def process(host="a", used=1, visible=1, **facts):
         ),
     ],
 )
-def test_unlike_processes_are_named(processes, message, monkeypatch):
+def test_differing_processes_are_named(processes, message, monkeypatch):
     monkeypatch.setattr(multihost, "gather_json", lambda mine: processes)
     if message is None:
         multihost.check_consistent(x=1)
@@ -169,7 +165,7 @@ def test_config_code_and_data_are_what_is_compared(monkeypatch):
 )
 def test_accelerators_are_counted(cuda, files, count, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu" or None)
-    monkeypatch.setattr(multihost, "_told_to_use_the_cpu", lambda: False)
+    monkeypatch.setattr(multihost, "_is_configured_for_cpu", lambda: False)
     if cuda is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -180,8 +176,8 @@ def test_accelerators_are_counted(cuda, files, count, monkeypatch, tmp_path):
     assert multihost.visible_accelerators(tmp_path) == count
 
 
-def test_a_folder_that_is_not_shared_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(workdir, "UNSEEN", 0)
+def test_a_folder_that_is_not_shared_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(workdir, "VISIBILITY_TIMEOUT", 0)
     monkeypatch.setattr(multihost, "gather_json", lambda mine: [["a", True], ["b", False]])
     with pytest.raises(
         UserError, match=r"is not the same folder on all hosts: process 1 \(host b\)"

@@ -1,222 +1,284 @@
-"""Several processes as one run: found from the environment or told by flags, and checked to be alike."""
+"""Several processes as one run: cluster detection, start-up, consistency checks, messages."""
 
 import collections
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import os
 import pathlib
 import platform
 import socket
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax._src.distributed import (
-    global_state,  # its key-value store, for which there is no public way
-)
+from jax._src.distributed import global_state  # its key-value store has no public interface
 from jax.experimental import multihost_utils
 
 from lmim_jax.utils.errors import UserError
 
-log = logging.getLogger(__name__)
-
-LIBRARIES = "jax", "jaxlib", "flax", "optax", "grain", "numpy"
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
 
 
-def detect(environment, dev="/dev"):
-    """Which cluster this process was started in as one of several, and what jax needs to be told of it.
+def detect(
+    environment: Mapping[str, str], dev: str | os.PathLike[str] = "/dev"
+) -> tuple[str, dict[str, str]] | None:
+    """Detect the cluster in which this process was started as one of several.
 
     Args:
-      environment: such as os.environ. dev: the folder of device files.
+      environment: such as os.environ.
+      dev: the folder of device files.
 
     Returns:
-      (name, keyword arguments of `jax.distributed.initialize`); None where there are no others.
+      (name of the cluster, keyword arguments of `jax.distributed.initialize`); None: there is only
+      this process.
 
     Raises:
-      UserError: the cluster does not say enough.
+      UserError: the environment does not say enough, and a package is missing that would help.
     """
-    number = lambda name: int(environment.get(name) or 1)
-    # Kubernetes tells TPU slices by variables; virtual machines ask Google's metadata server, one host or many
-    if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or number("MEGASCALE_NUM_SLICES") > 1:
+    if _is_cloud_tpu(environment, pathlib.Path(dev)):
         return "Cloud TPU", {}
-    chips = [*pathlib.Path(dev).glob("accel[0-9]*"), *pathlib.Path(dev).glob("vfio/[0-9]*")]
-    if chips and importlib.util.find_spec("libtpu") and "TPU_SKIP_MDS_QUERY" not in environment:
-        return "Cloud TPU", {}
-    if (
-        "SLURM_STEP_NODELIST" in environment and number("SLURM_NTASKS") > 1
-    ):  # inside srun, not in the batch script
+    # SLURM_STEP_NODELIST is set inside srun, and not in the batch script.
+    if "SLURM_STEP_NODELIST" in environment and _number(environment, "SLURM_NTASKS") > 1:
         return "Slurm", {"cluster_detection_method": "slurm"}
-    if number("OMPI_COMM_WORLD_SIZE") > 1:
-        if "OMPI_MCA_orte_hnp_uri" in environment:
-            return "Open MPI", {"cluster_detection_method": "ompi"}
-        if importlib.util.find_spec(
-            "mpi4py"
-        ):  # from version 5 on, mpirun does not say where process 0 is
-            return "Open MPI", {"cluster_detection_method": "mpi4py"}
-        raise UserError(
-            "Open MPI does not say where process 0 is: pip install mpi4py, or give --coordinator"
-        )
+    if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
+        return "Open MPI", {"cluster_detection_method": _open_mpi_method(environment)}
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        if importlib.util.find_spec("kubernetes"):
-            return "Kubernetes", {"cluster_detection_method": "k8s"}
-        raise UserError(
-            "this is an indexed Kubernetes job: pip install 'jax[k8s]', or give --coordinator"
-        )
+        if not importlib.util.find_spec("kubernetes"):
+            raise UserError(
+                "this is an indexed Kubernetes job: pip install 'jax[k8s]', or give --coordinator"
+            )
+        return "Kubernetes", {"cluster_detection_method": "k8s"}
     return None
 
 
-def initialize(coordinator="", num_processes=0, process_id=-1, heartbeat=30):
-    """Join the other processes of this run; nothing to do where there are none. Before any other use of jax.
+def _number(environment: Mapping[str, str], name: str) -> int:
+    """An integer variable; 1 where it is missing or empty."""
+    return int(environment.get(name) or 1)
+
+
+def _is_cloud_tpu(environment: Mapping[str, str], dev: pathlib.Path) -> bool:
+    # Kubernetes describes TPU slices in variables.
+    if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        return True
+    if _number(environment, "MEGASCALE_NUM_SLICES") > 1:
+        return True
+    # On virtual machines, jax asks Google's metadata server, for one host or many.
+    if "TPU_SKIP_MDS_QUERY" in environment or not importlib.util.find_spec("libtpu"):
+        return False
+    return any(dev.glob("accel[0-9]*")) or any(dev.glob("vfio/[0-9]*"))
+
+
+def _open_mpi_method(environment: Mapping[str, str]) -> str:
+    if "OMPI_MCA_orte_hnp_uri" in environment:
+        return "ompi"
+    # From version 5 on, mpirun does not say where process 0 is.
+    if importlib.util.find_spec("mpi4py"):
+        return "mpi4py"
+    raise UserError(
+        "Open MPI does not say where process 0 is: pip install mpi4py, or give --coordinator"
+    )
+
+
+def initialize(
+    coordinator: str = "", num_processes: int = 0, process_id: int = -1, heartbeat: int = 30
+) -> None:
+    """Join the other processes of this run, if there are any. Call it before any other use of jax.
 
     Args:
-      coordinator: "host:port" of process 0; "" finds the processes from the environment, if there are any.
-      num_processes, process_id: how many there are, and which one this is; with `coordinator` only.
-      heartbeat: seconds without a sign of life after which a process counts as lost, and the run ends.
+      coordinator: "host:port" of process 0; "": detect the processes from the environment.
+      num_processes: how many there are; only with `coordinator`.
+      process_id: which one this is; only with `coordinator`.
+      heartbeat: seconds without a sign of life after which a process counts as lost and the run
+        ends.
+
+    Raises:
+      UserError: a coordinator without the other two, or see `detect`.
     """
     if coordinator:
         if not 0 <= process_id < num_processes:
             raise UserError(
-                f"--coordinator needs --num_processes and --process_id, not {num_processes} and {process_id}"
+                "--coordinator needs --num_processes and --process_id, not "
+                f"{num_processes} and {process_id}"
             )
-        where = dict(
+        cluster: dict[str, Any] = dict(
             coordinator_address=coordinator, num_processes=num_processes, process_id=process_id
         )
-    elif found := detect(os.environ):
-        where = found[1]
     else:
-        return
-    jax.config.update(
-        "jax_cpu_collectives_implementation", "gloo"
-    )  # for runs on CPUs; others ignore it
-    timeouts = dict(heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat)
-    jax.distributed.initialize(**where, **timeouts)
+        detected = detect(os.environ)
+        if detected is None:
+            return
+        _, cluster = detected
+    # The collectives of CPUs; other devices ignore it.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat, **cluster
+    )
 
 
-def check_consistent(**facts):
-    """Check that the processes use all accelerators and were started alike; to be called by all of them.
+def check_consistent(**facts: Any) -> None:
+    """Check that all processes were started alike and use all accelerators. All must call it.
 
     Args:
-      facts: what must be equal, such as config and data: nested dicts of plain values. Versions are added.
+      **facts: what must be equal, such as config and data: nested dicts of plain values. The
+        versions of code and libraries are added.
 
     Raises:
-      UserError: on every process, naming the first process that differs from process 0 and in what, or the host with
-        idle accelerators.
+      UserError: on every process; it names the first process that differs from process 0 and in
+        what, or the host with idle accelerators.
     """
-    devices = collections.Counter(device.process_index for device in jax.devices())
-    if len(set(devices.values())) > 1:
-        counts = ", ".join(
-            f"process {process} has {count}" for process, count in sorted(devices.items())
-        )
-        raise UserError(f"all processes need equally many devices: {counts}")
-    facts = flatten_dict({**facts, "version": versions()}, sep=".")
-    mine = dict(
+    _check_device_counts()
+    flat = flatten_dict({**facts, "version": versions()}, sep=".")
+    own = dict(
         host=socket.gethostname(),
         used=jax.local_device_count(),
         visible=visible_accelerators(),
-        facts=facts,
+        facts=json.loads(json.dumps(flat)),
     )
-    all_of_them = gather_json(json.loads(json.dumps(mine)))
-    _check_used(all_of_them)
-    first = all_of_them[0]["facts"]
-    for process, other in enumerate(all_of_them):
-        keys = sorted(first.keys() | other["facts"].keys())
-        pairs = [(key, other["facts"].get(key, "absent"), first.get(key, "absent")) for key in keys]
-        same = lambda a, b: json.dumps(a) == json.dumps(b)  # as text: nan does not equal itself
-        if differing := [
-            f"{key} is {theirs}, not {ours}"
-            for key, theirs, ours in pairs
-            if not same(theirs, ours)
-        ]:
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    processes = gather_json(own)
+    _check_used(processes)
+    first = processes[0]
+    for index, process in enumerate(processes):
+        differences = _differences(process["facts"], first["facts"])
+        if differences:
+            listed = "; ".join(differences[:3])
+            if len(differences) > 3:
+                listed += f" and {len(differences) - 3} more"
             raise UserError(
-                f"process {process} (host {other['host']}) differs from process 0 (host {all_of_them[0]['host']}): "
-                f"{'; '.join(differing[:3])}{more}. Start all of them with the same command, code and data"
+                f"process {index} (host {process['host']}) differs from process 0 "
+                f"(host {first['host']}): {listed}. Start all of them with the same command, code "
+                "and data"
             )
 
 
-def _check_used(processes):
+def _check_device_counts() -> None:
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(
+            f"process {index} has {count}" for index, count in sorted(counts.items())
+        )
+        raise UserError(f"all processes need equally many devices: {listed}")
+
+
+def _check_used(processes: Sequence[Mapping[str, Any]]) -> None:
     """Raise a UserError for a host whose processes use fewer accelerators than one of them sees."""
-    used, visible = collections.Counter(), collections.Counter()
+    used: collections.Counter[str] = collections.Counter()
+    visible: collections.Counter[str] = collections.Counter()
     for process in processes:
-        used[process["host"]] += process["used"]
-        visible[process["host"]] = max(visible[process["host"]], process["visible"])
+        host = process["host"]
+        used[host] += process["used"]
+        visible[host] = max(visible[host], process["visible"])
     for host, count in visible.items():
         if used[host] < count:
             raise UserError(
-                f"host {host} has {count} accelerators, of which this run uses {used[host]}: start one process for "
-                "each (Slurm: --ntasks-per-node), or hide the others (CUDA_VISIBLE_DEVICES)"
+                f"host {host} has {count} accelerators, of which this run uses {used[host]}: start "
+                "one process for each (Slurm: --ntasks-per-node), or hide the others "
+                "(CUDA_VISIBLE_DEVICES)"
             )
 
 
-def visible_accelerators(dev="/dev"):
-    """How many accelerators this process could use; 0 where jax was told to use the CPU (JAX_PLATFORMS=cpu)."""
-    if _told_to_use_the_cpu():
+def _differences(facts: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Describe every fact that is not as expected."""
+    described = []
+    for key in sorted(facts.keys() | expected.keys()):
+        value = facts.get(key, "absent")
+        wanted = expected.get(key, "absent")
+        if json.dumps(value) != json.dumps(wanted):  # as text, because NaN does not equal itself
+            described.append(f"{key} is {value}, not {wanted}")
+    return described
+
+
+def visible_accelerators(dev: str | os.PathLike[str] = "/dev") -> int:
+    """Count the accelerators that this process could use; 0 where jax is configured for the CPU.
+
+    Args:
+      dev: the folder of device files.
+    """
+    if _is_configured_for_cpu():
         return 0
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return len(
-            [
-                one
-                for one in os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-                if one.strip() not in ("", "-1")
-            ]
-        )
-    chips = "accel[0-9]*", "vfio/[0-9]*"  # TPUs
-    patterns = ["nvidia[0-9]*", *(chips if importlib.util.find_spec("libtpu") else ())]
-    return sum(len([*pathlib.Path(dev).glob(pattern)]) for pattern in patterns)
+        devices = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        return sum(device.strip() not in ("", "-1") for device in devices)
+    patterns = ["nvidia[0-9]*"]
+    if importlib.util.find_spec("libtpu"):
+        patterns += ["accel[0-9]*", "vfio/[0-9]*"]
+    return sum(len(list(pathlib.Path(dev).glob(pattern))) for pattern in patterns)
 
 
-def _told_to_use_the_cpu():
+def _is_configured_for_cpu() -> bool:
     return (jax.config.jax_platforms or "").split(",")[0] == "cpu"
 
 
-def versions():
-    """What computes: a checksum of this package's code, and the versions of what it is built on."""
-    code, root = hashlib.sha256(), pathlib.Path(__file__).parents[1]
+def versions() -> dict[str, str]:
+    """A checksum of this package's code, and the versions of Python and the main libraries."""
+    root = pathlib.Path(__file__).parents[1]
+    code = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         code.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"code": code.hexdigest()[:16], "python": platform.python_version(), **libraries}
+    found = {"code": code.hexdigest()[:16], "python": platform.python_version()}
+    for name in LIBRARIES:
+        found[name] = importlib.metadata.version(name)
+    return found
 
 
-def gather_json(value):
-    """A JSON value of every process, in order; to be called by all of them."""
+def gather_json(value: Any) -> list[Any]:
+    """Gather a JSON value of every process, in the order of processes. All must call it."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(text))).reshape(-1)
-    rows = multihost_utils.process_allgather(np.pad(text, (0, max(lengths) - len(text))))
-    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+    padded = np.pad(text, (0, max(lengths) - len(text)))
+    rows = multihost_utils.process_allgather(padded)
+    values = []
+    for row, length in zip(rows, lengths, strict=True):
+        values.append(json.loads(row[:length].tobytes()))
+    return values
 
 
-def barrier(place, failure, timeout):
-    """Wait in the background until all processes have come to `place`, a name used once.
+def barrier(name: str, abort_key: str, timeout: float) -> None:
+    """Wait, in a background thread, until all processes have reached the barrier.
+
+    Args:
+      name: of the barrier; each is used once.
+      abort_key: the key under which a process may `abort` instead.
+      timeout: seconds to wait.
 
     Raises:
-      OSError: one of them has called `abort(failure, ...)` instead. TimeoutError: `timeout` seconds have passed.
+      OSError: a process has aborted; the message gives its reason.
+      TimeoutError: not all processes arrived in time.
     """
-    store, count = global_state.client, jax.process_count()
+    store = global_state.client
+    count = jax.process_count()
     if count == 1:
         return
-    store.key_value_set(f"{place}/{jax.process_index()}", "here")
-    began = time.monotonic()
-    while len(store.key_value_dir_get(f"{place}/")) < count:
-        if given_up := store.key_value_dir_get(f"{failure}/"):
-            raise OSError(
-                "; ".join(f"process {key.rpartition('/')[2]}: {why}" for key, why in given_up)
-            )
-        if time.monotonic() - began > timeout:
-            raise TimeoutError(f"not all processes have come to {place} in {timeout:.0f} s")
-        time.sleep(0.02 if time.monotonic() - began < 1 else 0.2)
+    store.key_value_set(f"{name}/{jax.process_index()}", "here")
+    start = time.monotonic()
+    while len(store.key_value_dir_get(f"{name}/")) < count:
+        aborted = store.key_value_dir_get(f"{abort_key}/")
+        if aborted:
+            reasons = [f"process {key.rpartition('/')[2]}: {reason}" for key, reason in aborted]
+            raise OSError("; ".join(reasons))
+        waited = time.monotonic() - start
+        if waited > timeout:
+            raise TimeoutError(f"not all processes reached {name} within {timeout:.0f} s")
+        time.sleep(0.02 if waited < 1 else 0.2)
 
 
-def abort(failure, why):
-    """Tell the processes in `barrier` that this one will not come."""
-    if jax.process_count() > 1:
-        name = f"{failure}/{jax.process_index()}"
-        global_state.client.key_value_set(
-            name, f"{socket.gethostname()}: {why}", allow_overwrite=True
-        )
+def abort(abort_key: str, reason: Any) -> None:
+    """Make every `barrier` with this key fail: this process will not reach it.
+
+    Args:
+      abort_key: as in `barrier`.
+      reason: for the message of the others' error.
+    """
+    if jax.process_count() == 1:
+        return
+    global_state.client.key_value_set(
+        f"{abort_key}/{jax.process_index()}",
+        f"{socket.gethostname()}: {reason}",
+        allow_overwrite=True,
+    )

@@ -1,68 +1,87 @@
-"""SIGTERM and SIGUSR1: the machine is about to be taken away. Save, and end with exit code 75."""
+"""Preemption: on SIGTERM or SIGUSR1 a run saves a checkpoint and exits with code 75."""
 
 import logging
 import os
 import signal
 import threading
+from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
 
 log = logging.getLogger(__name__)
 
-EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on later
+EXIT_CODE = 75  # EX_TEMPFAIL: running the same command later resumes
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(RuntimeError):
-    """The run was asked to stop, and has saved its state; the message names the step."""
+    """A run was asked to stop and has saved its state; the message names the step."""
 
 
 class EvaluationInterrupted(RuntimeError):
-    """An evaluation was cut short by a signal; the run saves and stops."""
+    """A signal arrived during an evaluation, which is cut short for the run to save and stop."""
 
 
 class PreemptionHandler:
-    """Listens for the signals, in a `with` block.
+    """Listens for the signals, as a context manager.
 
-    One process: a flag. Several: whichever hears SIGTERM tells jax's coordination service, which chooses a step that
-    all processes can still reach; SIGUSR1 is passed on as SIGTERM, whose handler is the service's own.
+    A single process sets a flag. Of several, whichever receives SIGTERM notifies jax's coordination
+    service, which chooses a step that all processes can still reach. SIGUSR1 is passed on as
+    SIGTERM, whose handler is that of the service.
     """
 
-    def __init__(self):
-        self._name, self._old = None, {}
+    def __init__(self) -> None:
+        """Create a handler that does not listen yet."""
+        self._signal_name: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
+        """Start listening, if this is the main thread: Python delivers signals to no other."""
         if threading.current_thread() is not threading.main_thread():
-            return self  # a notebook's or a test's thread: Python hands signals to the main thread only
+            return self  # in a notebook or a test
         if jax.process_count() == 1:
-            self._old = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            for number in SIGNALS:
+                self._previous[number] = signal.signal(number, self._receive)
         else:
-            pass_on = lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)
-            self._old = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, pass_on)}
+            self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, _forward_as_sigterm)
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self._old.items():
+    def __exit__(self, *_: object) -> None:
+        """Restore the previous handlers."""
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _hear(self, number, frame):
+    def _receive(self, number: int, frame: Any) -> None:
         del frame
-        self._name = signal.Signals(number).name
-        log.warning("%s received: saving, then stopping with exit code %d", self._name, EXIT_CODE)
+        self._signal_name = signal.Signals(number).name
+        log.warning(
+            "%s received: saving, then stopping with exit code %d", self._signal_name, EXIT_CODE
+        )
 
-    def should_stop(self, step):
-        """Whether to stop after `step`; to be asked after every step, by every process."""
+    def should_stop(self, step: int) -> bool:
+        """Whether to stop after `step`; every process must call this after every step."""
         if jax.process_count() == 1:
-            return self._name is not None
+            return self.received
         return multihost_utils.reached_preemption_sync_point(step)
 
     @property
-    def received(self):
+    def received(self) -> bool:
         """Whether this process itself has received a signal."""
-        return self._name is not None
+        return self._signal_name is not None
 
-    def raise_if_received(self):
-        """Raise EvaluationInterrupted during an evaluation (one process; several must first agree, at the next step)."""
-        if self._name:
-            raise EvaluationInterrupted(self._name)
+    def raise_if_received(self) -> None:
+        """Cut an evaluation short when a signal has arrived.
+
+        This is for a single process: several must first agree on a step, see `should_stop`.
+
+        Raises:
+          EvaluationInterrupted: a signal has arrived.
+        """
+        if self._signal_name:
+            raise EvaluationInterrupted(self._signal_name)
+
+
+def _forward_as_sigterm(number: int, frame: Any) -> None:
+    del number, frame
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -87,7 +87,7 @@ def test_a_process_that_was_started_otherwise_is_named(images, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
-MEETING = """
+BARRIERS = """
 import sys
 from lmim_jax.distributed import multihost
 me = int(sys.argv[2])
@@ -99,30 +99,30 @@ else:
     try:
         multihost.barrier("save/1/written", "failed/1", 60)
     except OSError as error:
-        print("told:", error)
+        print("failed:", error)
 multihost.barrier("save/2/folder", "failed/2", 60)
 if me == 0:
     try:
         multihost.barrier("save/2/written", "failed/2", 1)
     except TimeoutError as error:
-        print("told:", error)
+        print("failed:", error)
 print("all:", multihost.gather_json({"me": me}))
 """
 
 
-def test_processes_wait_for_each_other_and_hear_who_failed():
+def test_processes_wait_for_each_other_and_learn_who_failed():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = {**os.environ, "PYTHONPATH": str(processes.ROOT), "JAX_PLATFORMS": "cpu"}
     both = [
-        processes.Process([sys.executable, "-c", MEETING, address, str(me)], env=environment)
+        processes.Process([sys.executable, "-c", BARRIERS, address, str(me)], env=environment)
         for me in (0, 1)
     ]
     ended = processes.finish(both)
     assert [code for code, _ in ended] == [0, 0], ended
     assert re.search(
-        r"told: process 1: .*: disk full\ntold: not all processes have come to save/2/written",
+        r"failed: process 1: .*: disk full\nfailed: not all processes reached save/2/written",
         ended[0][1],
     )
     assert all("all: [{'me': 0}, {'me': 1}]" in output for _, output in ended)
