@@ -71,7 +71,7 @@ def run(command: Command, argv: Sequence[str]) -> None:
 
 
 @functools.cache
-def _define(command: Command) -> tuple[str, ...]:
+def _define(command: Any) -> tuple[str, ...]:
     """Define the flags of a command, once; their names, in order."""
     before = set(flags.FLAGS)
     command.define_flags()

@@ -100,6 +100,7 @@ def read_some_images(run: runs.Run, folder: str | None) -> list[bytes]:
     """
     data = run.config.data
     try:
+        source: sources.Source | None
         if folder:
             source = sources.open_folder(folder, "train")
         else:

@@ -1,11 +1,13 @@
-"""What a recipe needs on a TPU slice or on GPUs, without having any.
+"""Estimates what a recipe needs on a TPU slice or on GPUs that are not at hand.
 
-    lmim plan --config=configs/vit_b.py --topology=v5e:4x4 [--sweep] [--json=FILE]
+    lmim plan --config=vit_b --topology=h200:8
+    lmim plan --config=vit_b --topology=v5e:4x4 --sweep --json=plan.json
 
-TPUs (v5e, v5p, v6e): the train step is compiled for the real topology by libtpu, which needs no TPU; memory, FLOPs and
-messages are the compiler's. It takes minutes. GPUs (h200:8, h100:8x4 = GPUs of a node x nodes, a100, b200): from the
-traced program alone. Times are floors from the figures in lmim_jax/perf/accelerators.py, and what a utilisation would make of
-them; none is measured.
+TPUs (v5e, v5p, v6e): libtpu, which needs no TPU, compiles the train step for the real topology, and
+reports memory, FLOPs and collectives; this takes minutes. GPUs (h200:8, a100, b200, and h100:8x4:
+GPUs per node x nodes): estimated from the traced program. Times are lower bounds from the chips'
+specifications (lmim_jax/perf/accelerators.py), and an estimate at an assumed utilization; none is
+measured.
 """
 
 import dataclasses
@@ -13,21 +15,24 @@ import json
 import logging
 import pathlib
 import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from lmim_jax.cli import app
 from lmim_jax.perf import accelerators, aot
+from lmim_jax.train.build import TrainingParts
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
 
-log = logging.getLogger("lmim_jax.cli.plan")
-
-HOST_LINK = (
-    8e9  # bytes a second from a host to each of its chips (half of PCIe 3 x 16): an assumption
-)
-CHOICES = (  # of --sweep: changes to the config
+RECIPES: dict[str, str | None] = {"config": "vit_b"}
+IMAGENET_IMAGES = 1_281_167
+# Bytes per second from a host to each of its chips: an assumption, half of PCIe 3 x 16
+HOST_BANDWIDTH = 8e9
+CHOICES: tuple[dict[str, Any], ...] = (  # of --sweep: changes to the config
     {},
     {"micro_batches": 2},
     {"micro_batches": 4},
@@ -35,235 +40,351 @@ CHOICES = (  # of --sweep: changes to the config
     {"remat": "full"},
     {"mesh.fsdp": 4, "mesh.data": -1},
 )
+HOST_TOO_SLOW = "neither: the host is too slow"
 
-RECIPES: dict[str, str | None] = {"config": "vit_b"}
+Settings = dict[str, Any]  # values of the flags images, utilization, decode_rate, resize_rate
+Plan = dict[str, Any]  # plain values, as in the JSON file
+
+log = logging.getLogger(__name__)
 
 
-def plan(config, topology, settings):
-    """The plan of one config, a dict of plain values; `feasible` says whether it fits.
+class Sweep(NamedTuple):
+    """Several plans, and the recommended one: the fastest of those that fit, or None."""
+
+    plans: list[Plan]
+    best: Plan | None
+
+
+def plan(config: ConfigDict, topology: str, settings: Settings) -> Plan:
+    """The plan of one config.
 
     Args:
-      topology: "v5e:4x4", "h200:8". settings: images, utilization, decode_rate, resize_rate; see the flags.
+      config: the recipe.
+      topology: such as "v5e:4x4" or "h200:8".
+      settings: see the flags.
+
+    Returns:
+      Plain values; "feasible" says whether the memory suffices.
     """
-    kind, chip, count, hosts = accelerators.topology(topology)
-    recipe = aot.Recipe.of(config, settings["images"])
-    tpu = kind in accelerators.TPUS
-    found = aot.compile_for_tpu(recipe, topology) if tpu else aot.analyse(recipe, count)
-    memory = {"limit": chip.memory, **found["memory"]}
-    moved, work = found.get("collectives", []), recipe.flops()
-    state, (_, further), images = (
-        recipe.state_bytes(),
-        recipe.saved_bytes(),
-        config.batch_size / count,
-    )
-    # The state is read and written once, with the gradients; what is kept for the backward pass is written and read
-    touched = (
-        2 * sum(state.values()) / found["mesh"]["fsdp"] + 2 * state["params"] + 2 * images * further
-    )
-    seconds = {
-        "compute": (work["executed"] + work["augmentation"]) * images / chip.flops,
-        "memory": touched / chip.bandwidth,
-        "network": accelerators.network_seconds(chip, count, sum(one.wire_bytes for one in moved)),
-    }
-    at_utilization = work["executed"] * images / chip.flops / settings["utilization"]
-    seconds["step"] = max(at_utilization, *seconds.values())
-    rate, total = config.batch_size / seconds["step"], (config.total_steps or 0) * config.batch_size
-    hours = (total or config.epochs * settings["images"]) / rate / 3600
+    kind, chip, chips, hosts = accelerators.parse_topology(topology)
+    parts = aot.build_for_images(config, settings["images"])
+    is_tpu = kind in accelerators.TPUS
+    if is_tpu:
+        source = "compiler"
+        analysis = aot.compile_for_tpu(parts, topology)
+    else:
+        source = "trace"
+        analysis = aot.analyze(parts, chips)
+    memory = {"limit": chip.memory, **analysis.memory}
+    flops = aot.flops_per_image(parts)
+    seconds = _step_seconds(parts, analysis, chip, chips, flops, settings["utilization"])
+    images_per_second = config.batch_size / seconds["step"]
+    total_images = (config.total_steps or 0) * config.batch_size
+    if not total_images:
+        total_images = config.epochs * settings["images"]
+    hours = total_images / images_per_second / 3600
+    collectives = []
+    for collective in analysis.collectives:
+        fields = dataclasses.asdict(collective)
+        fields["wire_bytes"] = collective.wire_bytes
+        collectives.append(fields)
     return {
         "topology": topology,
-        "chips": count,
+        "chips": chips,
         "hosts": hosts,
-        "from": "compiler" if tpu else "trace",
-        "mesh": found["mesh"],
+        "from": source,
+        "mesh": analysis.mesh,
         "batch_size": config.batch_size,
-        "images_per_chip": images,
-        **{name: config[name] for name in ("micro_batches", "remat", "scan_layers")},
+        "images_per_chip": config.batch_size / chips,
+        "micro_batches": config.micro_batches,
+        "remat": config.remat,
+        "scan_layers": config.scan_layers,
         "feasible": memory["needed"] <= memory["limit"],
         "memory": memory,
-        "flops_per_image": work | {"compiled": found.get("compiled_flops_per_image")},
-        "collectives": [dataclasses.asdict(one) | {"wire_bytes": one.wire_bytes} for one in moved],
+        "flops_per_image": {**flops, "compiled": analysis.compiled_flops_per_image},
+        "collectives": collectives,
         "seconds": seconds,
         "utilization": settings["utilization"],
-        "images_per_second": rate,
+        "images_per_second": images_per_second,
         "hours": hours,
-        "chip_hours": hours * count,
-        "input": inputs(recipe, rate / hosts, chip, settings),
-        "compile_seconds": found.get("compile_seconds"),
+        "chip_hours": hours * chips,
+        "input": plan_input(parts, images_per_second / hosts, chip, settings),
+        "compile_seconds": analysis.compile_seconds,
     }
 
 
-def inputs(recipe, rate, chip, settings):
-    """What a host must deliver at so many images a second, with images resized on the device or on the host."""
-    canvas = recipe.config.data.canvas, recipe.config.data.canvas
-    sides = {
-        "device": (canvas, settings["decode_rate"]),
-        "host": (recipe.method.image_size, settings["resize_rate"]),
+def _step_seconds(
+    parts: TrainingParts,
+    analysis: aot.StepAnalysis,
+    chip: accelerators.Chip,
+    chips: int,
+    flops: dict[str, float],
+    utilization: float,
+) -> dict[str, float]:
+    """Lower bounds on the time of a step, "compute", "memory" and "network", and its estimate."""
+    images = parts.config.batch_size / chips
+    state = aot.state_bytes(parts)
+    _, activations = aot.activation_bytes(parts)
+    # The state is read and written once, with the gradients; activations are written and read
+    state_traffic = 2 * sum(state.values()) / analysis.mesh["fsdp"] + 2 * state["params"]
+    wire_bytes = sum(collective.wire_bytes for collective in analysis.collectives)
+    seconds = {
+        "compute": (flops["executed"] + flops["augmentation"]) * images / chip.flops,
+        "memory": (state_traffic + 2 * images * activations) / chip.bandwidth,
+        "network": accelerators.network_seconds(chip, chips, wire_bytes),
     }
-    found = {
-        where: {
-            "decode_cores": rate / per_core,
-            "gigabytes_per_second": rate * size[0] * size[1] * recipe.config.data.channels / 1e9,
-        }
-        for where, (size, per_core) in sides.items()
-    }
-    cores = chip.cores / 2 or float("inf")  # two virtual cores share a real one
-    fits = {
-        where: need["decode_cores"] <= cores
-        and need["gigabytes_per_second"] * 1e9 <= HOST_LINK * chip.host
-        for where, need in found.items()
-    }
-    best = (
-        "device" if fits["device"] else "host" if fits["host"] else "neither: the host is too slow"
-    )
-    host = {
-        "host_cores": chip.cores // 2 or None,
-        "host_gigabytes_per_second": HOST_LINK * chip.host / 1e9,
-    }
-    return {"images_per_second": rate, **found, "resize_on": best, **host}
+    at_utilization = flops["executed"] * images / chip.flops / utilization
+    seconds["step"] = max(at_utilization, max(seconds.values()))
+    return seconds
 
 
-def table(planned):
+def plan_input(
+    parts: TrainingParts, images_per_second: float, chip: accelerators.Chip, settings: Settings
+) -> dict[str, Any]:
+    """What a host must deliver, with images resized on the device or on the host.
+
+    Args:
+      parts: of the recipe.
+      images_per_second: that each host must deliver.
+      chip: the specification of its chips.
+      settings: see the flags.
+
+    Returns:
+      {"images_per_second", "device": needs, "host": needs, "resize_on": the recommendation,
+      "host_cores", "host_gigabytes_per_second"}.
+    """
+    data = parts.config.data
+    available_cores = chip.host_cores / 2 or float("inf")  # two virtual cores share a real one
+    available_bandwidth = HOST_BANDWIDTH * chip.chips_per_host
+    height, width = parts.method.image_size
+    pixels = {"device": data.canvas * data.canvas, "host": height * width}
+    images_per_core = {"device": settings["decode_rate"], "host": settings["resize_rate"]}
+    needs = {}
+    resize_on = HOST_TOO_SLOW
+    for where in ("host", "device"):  # resizing on the device is preferred
+        cores = images_per_second / images_per_core[where]
+        gigabytes = images_per_second * pixels[where] * data.channels / 1e9
+        needs[where] = {"decode_cores": cores, "gigabytes_per_second": gigabytes}
+        if cores <= available_cores and gigabytes * 1e9 <= available_bandwidth:
+            resize_on = where
+    return {
+        "images_per_second": images_per_second,
+        "device": needs["device"],
+        "host": needs["host"],
+        "resize_on": resize_on,
+        "host_cores": chip.host_cores // 2 or None,
+        "host_gigabytes_per_second": available_bandwidth / 1e9,
+    }
+
+
+def table(planned: Plan) -> list[str]:
     """A plan as lines of text."""
-    giga = lambda number: f"{number / 1e9:.2f} GB"
-    mesh = " x ".join(f"{name} {size}" for name, size in planned["mesh"].items())
-    memory, work, seconds = planned["memory"], planned["flops_per_image"], planned["seconds"]
-    spare = memory["limit"] - memory["needed"]
-    detail = ", ".join(
-        f"{name} {giga(memory[name])}" for name in ("arguments", "temporaries") if name in memory
-    )
-    detail = f" ({detail})" if detail else ""
-    verdict = (
-        f"fits, {giga(spare)} left"
-        if planned["feasible"]
-        else f"DOES NOT FIT, {giga(-spare)} too much"
-    )
-    lines = [
-        f"{planned['topology']}: {planned['chips']} chips on {planned['hosts']} host(s), mesh {mesh}, "
-        f"{planned['images_per_chip']:g} images per chip in {planned['micro_batches']} micro-batch(es), "
-        f"remat {planned['remat']}, scan_layers {planned['scan_layers']}",
-        f"memory      {giga(memory['needed'])} of {giga(memory['limit'])}{detail}: {verdict}",
-        f"GFLOP/image {work['method'] / 1e9:.1f} of the method"
-        + (
-            f", {work['executed'] / 1e9:.1f} with what is computed again"
-            if work["executed"] != work["method"]
-            else ""
-        )
-        + f"; augmentation {work['augmentation'] / 1e9:.2f}"
-        + (
-            f"; the compiler counts {work['compiled'] / 1e9:.1f} in all" if work["compiled"] else ""
-        ),
+    seconds = planned["seconds"]
+    bounds = []
+    for name in ("compute", "memory", "network"):
+        bounds.append(f"{name} {1e3 * seconds[name]:.1f} ms")
+    return [
+        _device_line(planned),
+        _memory_line(planned),
+        _flops_line(planned["flops_per_image"]),
+        *_collective_lines(planned["collectives"]),
+        f"bounds      {', '.join(bounds)} a step",
+        f"expected    {planned['images_per_second']:,.0f} images/s at "
+        f"{planned['utilization']:.0%} of the peak: {planned['hours']:.1f} hours, "
+        f"{planned['chip_hours']:,.0f} chip-hours",
+        *_input_lines(planned["input"]),
     ]
-    for kind, group, scalar in sorted(
-        {(c["kind"], c["group"], _scalar(c)) for c in planned["collectives"]}
-    ):
-        equal = [
-            c
-            for c in planned["collectives"]
-            if (c["kind"], c["group"], _scalar(c)) == (kind, group, scalar)
-        ]
-        times, size = sum(c["times"] for c in equal), sum(c["times"] * c["size"] for c in equal)
-        what = "scalars" if scalar else f"{sum(len(c['shapes']) for c in equal)} arrays"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _device_line(planned: Plan) -> str:
+    mesh = " x ".join(f"{name} {size}" for name, size in planned["mesh"].items())
+    return (
+        f"{planned['topology']}: {planned['chips']} chips on {planned['hosts']} host(s), "
+        f"mesh {mesh}, {planned['images_per_chip']:g} images per chip in "
+        f"{planned['micro_batches']} micro-batch(es), remat {planned['remat']}, "
+        f"scan_layers {planned['scan_layers']}"
+    )
+
+
+def _memory_line(planned: Plan) -> str:
+    memory = planned["memory"]
+    known = []
+    for name in ("arguments", "temporaries"):
+        if name in memory:
+            known.append(f"{name} {_gigabytes(memory[name])}")
+    detail = ""
+    if known:
+        detail = f" ({', '.join(known)})"
+    spare = memory["limit"] - memory["needed"]
+    result = f"fits, {_gigabytes(spare)} left"
+    if not planned["feasible"]:
+        result = f"DOES NOT FIT, {_gigabytes(-spare)} too much"
+    needed = _gigabytes(memory["needed"])
+    return f"memory      {needed} of {_gigabytes(memory['limit'])}{detail}: {result}"
+
+
+def _flops_line(flops: dict[str, float | None]) -> str:
+    giga = {name: (count or 0) / 1e9 for name, count in flops.items()}
+    text = f"GFLOP/image {giga['method']:.1f} of the method"
+    if flops["executed"] != flops["method"]:
+        text += f", {giga['executed']:.1f} with recomputation"
+    text += f"; augmentation {giga['augmentation']:.2f}"
+    if flops["compiled"]:
+        text += f"; the compiler counts {giga['compiled']:.1f} in all"
+    return text
+
+
+def _collective_lines(collectives: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for all collectives of a kind, sorted."""
+    groups: dict[tuple[str, int, bool], list[dict[str, Any]]] = {}
+    for collective in collectives:
+        scalar = all(shape.endswith("[]") for shape in collective["shapes"])
+        groups.setdefault((collective["kind"], collective["group"], scalar), []).append(collective)
+    lines = []
+    for (kind, group, scalar), alike in sorted(groups.items()):
+        times = sum(collective["times"] for collective in alike)
+        size = sum(collective["times"] * collective["size"] for collective in alike)
+        what = "scalars"
+        if not scalar:
+            what = f"{sum(len(collective['shapes']) for collective in alike)} arrays"
         lines.append(
             f"messages    {times} x {kind} among {group}: {what}, {size / 1e6:.3f} MB a step"
         )
-    floors = ", ".join(
-        f"{name} {1e3 * seconds[name]:.1f} ms" for name in ("compute", "memory", "network")
-    )
-    lines += [
-        f"floors      {floors} a step",
-        f"expected    {planned['images_per_second']:,.0f} images/s at {planned['utilization']:.0%} of the peak: "
-        f"{planned['hours']:.1f} hours, {planned['chip_hours']:,.0f} chip-hours",
-    ]
-    need = planned["input"]
-    for where in ("device", "host"):
-        lines.append(
-            f"input       resize on {where}: {need['images_per_second']:,.0f} images/s and host, "
-            f"{need[where]['decode_cores']:.0f} cores, {need[where]['gigabytes_per_second']:.2f} GB/s to its devices"
-            + ("   <- recommended" if need["resize_on"] == where else "")
-        )
-    if need["resize_on"] not in ("device", "host"):
-        has = f"{need['host_cores']} cores, {need['host_gigabytes_per_second']:.0f} GB/s"
-        lines.append(f"input       {need['resize_on']} ({has})")
     return lines
 
 
-def _scalar(collective):
-    return all(shape.endswith("[]") for shape in collective["shapes"])
+def _input_lines(needed: dict[str, Any]) -> list[str]:
+    lines = []
+    for where in ("device", "host"):
+        text = (
+            f"input       resize on {where}: {needed['images_per_second']:,.0f} images/s and host, "
+            f"{needed[where]['decode_cores']:.0f} cores, "
+            f"{needed[where]['gigabytes_per_second']:.2f} GB/s to its devices"
+        )
+        if needed["resize_on"] == where:
+            text += "   <- recommended"
+        lines.append(text)
+    if needed["resize_on"] == HOST_TOO_SLOW:
+        lines.append(
+            f"input       {HOST_TOO_SLOW} ({needed['host_cores']} cores, "
+            f"{needed['host_gigabytes_per_second']:.0f} GB/s)"
+        )
+    return lines
 
 
-def sweep(config, topology, settings):
-    """Plans of CHOICES, as they come, and the one to recommend: of those that fit, the fastest, then the simplest."""
-    plans, seen = [], set()
+def sweep(config: ConfigDict, topology: str, settings: Settings) -> Sweep:
+    """Plan all CHOICES; of those that fit, the fastest and then the simplest is recommended."""
+    plans = []
+    seen = []
     for number, change in enumerate(CHOICES, 1):
         changed = ConfigDict(config)
         changed.update_from_flattened_dict(change)
-        key = json.dumps([changed.micro_batches, changed.remat, *changed.mesh.to_dict().values()])
-        if key in seen:
+        choice = (changed.micro_batches, changed.remat, changed.mesh.to_dict())
+        if choice in seen:
             continue
-        seen.add(key)
-        told = (
-            ", ".join(f"config.{name}={value}" for name, value in change.items())
-            or "the recipe as it is"
-        )
-        log.info("%d of %d: %s ...", number, len(CHOICES), told)
-        began = time.perf_counter()
+        seen.append(choice)
+        log.info("%d of %d: %s ...", number, len(CHOICES), _describe(change))
+        start = time.perf_counter()
         try:
-            planned = plan(changed, topology, settings) | {"change": change}
+            planned = plan(changed, topology, settings)
         except UserError as error:
             log.info("   not possible: %s", error)
             continue
-        spare = (planned["memory"]["limit"] - planned["memory"]["needed"]) / 1e9
-        fits = f"{spare:.2f} GB left" if spare >= 0 else f"{-spare:.2f} GB too much"
-        took = duration(time.perf_counter() - began)
-        log.info(
-            "   %s, %s images/s, planned in %s", fits, f"{planned['images_per_second']:,.0f}", took
-        )
+        planned["change"] = change
+        spare = planned["memory"]["limit"] - planned["memory"]["needed"]
+        fits = f"{_gigabytes(spare)} left"
+        if spare < 0:
+            fits = f"{_gigabytes(-spare)} too much"
+        speed = f"{planned['images_per_second']:,.0f}"
+        seconds = time.perf_counter() - start
+        log.info("   %s, %s images/s, planned in %s", fits, speed, duration(seconds))
         plans.append(planned)
     fitting = [planned for planned in plans if planned["feasible"]]
-    best = max(fitting, key=lambda planned: round(planned["images_per_second"]), default=None)
-    return plans, best
+    best = max(fitting, key=_rounded_speed, default=None)
+    return Sweep(plans, best)
 
 
-def main(arguments):
-    """Run the command."""
+def _rounded_speed(planned: Plan) -> int:
+    """Images per second; of plans that are equally fast, `max` takes the first, the simplest."""
+    return round(planned["images_per_second"])
+
+
+def _describe(change: dict[str, Any]) -> str:
+    """Changes to the config as they are given on the command line."""
+    if not change:
+        return "the unchanged recipe"
+    return " ".join(f"--config.{name}={value}" for name, value in change.items())
+
+
+def main(arguments: list[str]) -> None:
+    """Plan, print the plan and write the file."""
+    app.no_arguments(arguments, "--topology=h200:8")
     jax.config.update("jax_platforms", "cpu")
     log_to_console()
     given = flags.FLAGS
     settings = {
-        name: given[name].value for name in ("images", "utilization", "decode_rate", "resize_rate")
+        "images": given.images,
+        "utilization": given.utilization,
+        "decode_rate": given.decode_rate,
+        "resize_rate": given.resize_rate,
     }
-    config, topology = given.config, given.topology
-    accelerators.topology(topology)
+    accelerators.parse_topology(given.topology)
+    result: dict[str, Any]
     if given.sweep:
-        plans, best = sweep(config, topology, settings)
-        result = {"plans": plans, "recommended": best["change"] if best else None}
-        if best:
-            change = " ".join(f"--config.{name}={value}" for name, value in best["change"].items())
-            print("\n".join(["", f"recommended: {change or 'the recipe as it is'}", *table(best)]))
+        plans, best = sweep(given.config, given.topology, settings)
+        result = {"plans": plans, "recommended": None}
+        if best is None:
+            print("\nnone of these fits: use a larger slice or a smaller config.batch_size")
         else:
-            print("\nnone of these fits: take a larger slice, or a smaller config.batch_size")
+            result["recommended"] = best["change"]
+            print(f"\nrecommended: {_describe(best['change'])}")
+            print("\n".join(table(best)))
     else:
-        result = plan(config, topology, settings)
+        result = plan(given.config, given.topology, settings)
         print("\n".join(table(result)))
     if given.json:
         pathlib.Path(given.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def define_flags():
+def define_flags() -> None:
     """Define the flags of the command."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Recipe; default: configs/vit_b.py.", lock_config=True
+    app.define_recipe(
+        "config",
+        "The recipe: a name or a file. Examples: --config=vit_l, --config.batch_size=2048",
     )
     flags.DEFINE_string(
-        "topology", "v5e:4x4", "v5e:4x4, v5p:2x2x4, v6e:8x8, ... or h200:8, h100:8x4, ..."
+        "topology",
+        "v5e:4x4",
+        "Chips: v5e:4x4, v5p:2x2x4, v6e:8x8, ... for TPUs, h200:8, ... for the GPUs of a node, "
+        "h100:8x4 for those of 4 nodes. Example: --topology=h200:8",
     )
     flags.DEFINE_bool(
-        "sweep", False, "Try several choices of micro-batches, remat and mesh, and recommend one."
+        "sweep",
+        False,
+        "Try several choices of micro-batches, remat and mesh, and recommend one. Example: --sweep",
     )
-    flags.DEFINE_string("json", "", "Also write the plan to this file.")
-    flags.DEFINE_integer("images", 1_281_167, "Training images; default: ImageNet-1k.")
+    flags.DEFINE_string("json", "", "Also write the plan to this file. Example: --json=plan.json")
+    flags.DEFINE_integer(
+        "images",
+        IMAGENET_IMAGES,
+        "Number of training images; the default is ImageNet-1k. Example: --images=100000",
+    )
     flags.DEFINE_float(
-        "utilization", 0.45, "Share of the peak FLOPs that the step reaches: an assumption."
+        "utilization",
+        0.45,
+        "Share of the peak FLOP/s that the step reaches, an assumption. Example: --utilization=0.3",
     )
-    flags.DEFINE_float("decode_rate", 900.0, "Images a second that one core decodes into a canvas.")
-    flags.DEFINE_float("resize_rate", 500.0, "The same with crop and resize on the host.")
+    flags.DEFINE_float(
+        "decode_rate",
+        900.0,
+        "Images that one core decodes per second. Example: --decode_rate=700",
+    )
+    flags.DEFINE_float(
+        "resize_rate",
+        500.0,
+        "Images that one core decodes, crops and resizes per second. Example: --resize_rate=400",
+    )

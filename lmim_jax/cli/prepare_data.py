@@ -93,20 +93,20 @@ def convert_folder(
         (target / tfds_writer.UNFINISHED).mkdir(exist_ok=True)
         tasks = []
         for split, source in found.items():
-            tasks += tfds_writer.tasks(target, name, split, source, shrink)
+            tasks += tfds_writer.plan_shards(target, name, split, source, shrink)
         sizes = [len(task.source) for task in tasks]
-        for _ in _run_in_parallel(tfds_writer.write, tasks, sizes, count, " images"):
+        for _ in _run_in_parallel(tfds_writer.write_shard, tasks, sizes, count, " images"):
             pass
-        tfds_writer.finish(target, found["train"].classes, tasks)
+        tfds_writer.finish_dataset(target, found["train"].classes, tasks)
     return target
 
 
 def _open_splits(folder: pathlib.Path) -> dict[str, sources.Source]:
     """The splits of a folder of images: its sub-folders, or all images as "train"."""
-    splits = SPLITS[:1]
+    splits: Sequence[str] = ("train",)
     if (folder / "train").is_dir():
         splits = SPLITS
-    found = {}
+    found: dict[str, sources.Source] = {}
     for split in splits:
         source = sources.open_folder(folder, split)
         if source:
@@ -142,14 +142,14 @@ def convert_tfrecords(folder: str | pathlib.Path, count: int) -> pathlib.Path:
       UserError: there is no such dataset, or a file is damaged or lacks records.
     """
     folder = pathlib.Path(folder).expanduser()
-    originals = tfrecord.shards(folder)
-    expected = {tfrecord.beside(path): length for path, length in originals.items()}
+    originals = tfrecord.list_shards(folder)
+    expected = {tfrecord.array_record_path(path): length for path, length in originals.items()}
     paths = list(originals)
     sizes = [path.stat().st_size for path in paths]
-    for path, found in _run_in_parallel(tfrecord.convert, paths, sizes, count, "B"):
+    for path, found in _run_in_parallel(tfrecord.convert_file, paths, sizes, count, "B"):
         if found != expected[path]:
             raise UserError(f"{path} has {found} records instead of {expected[path]}")
-    tfrecord.announce(folder)
+    tfrecord.register_array_records(folder)
     return folder
 
 
@@ -180,13 +180,13 @@ def verify(folder: str | pathlib.Path, sample: int) -> tuple[dict[str, dict[str,
     problems: list[str] = []
     for split, info in builder.info.splits.items():
         for path, length in zip(info.filepaths, info.shard_lengths, strict=True):
-            record_path = tfrecord.beside(pathlib.Path(path))
+            record_path = tfrecord.array_record_path(pathlib.Path(path))
             try:
                 found = tfrecord.count_records(record_path)
             except UserError as error:
                 problems.append(str(error))
                 continue
-            manifest[record_path.name] = {**tfds_writer.facts(record_path), "records": found}
+            manifest[record_path.name] = {**tfds_writer.file_facts(record_path), "records": found}
             if found != length:
                 problems.append(f"{record_path.name}: {found} records instead of {length}")
         problems += _undecodable(tfds_source.open_split(builder, split), sample)
