@@ -180,7 +180,7 @@ def read_recipe(name: str) -> tuple[list[Option], dict[str, Any], str]:
     """The options of a recipe, its default values, and its docstring."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    module = importlib.import_module(f"configs.{name}")
+    module = importlib.import_module(f"lmim_jax.configs.{name}")
     options = RecipeReader(ROOT / "configs" / f"{name}.py").options()
     return options, flatten(module.get_config()), module.__doc__ or ""
 
@@ -280,7 +280,7 @@ def api_page(package: str) -> str:
 
 def package_page() -> str:
     """The page of the top-level package."""
-    return EDIT_NOTE + "# lmim_jax\n\n::: lmim_jax\n\n::: lmim_jax.train.runs\n"
+    return EDIT_NOTE + "# lmim_jax\n\n::: lmim_jax\n\n::: lmim_jax.train.inference\n"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
