@@ -1,4 +1,4 @@
-"""The benchmark of the train step: what it says is so, and what the step's program must not hold."""
+"""The benchmarks, and what the program of the train step must not contain."""
 
 import importlib
 import json
@@ -12,6 +12,7 @@ import conftest
 import jax
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base
@@ -22,41 +23,44 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Where a bfloat16 step may multiply float32, and why.
 FLOAT32 = {
     r"vmap\((sj,ijc->isc|ti,isc->tsc)\)": "resizing: pixels need more than 8 bits",
-    r"jvp\(LatentDecoder\)/bmd,bvd->bmv": "visual cues: their weights come from constants and decide what follows",
-    r"(transpose\()?jvp\(bid,bjd->bij\)\)?": "patch InfoNCE: differences of cosines are divided by tau",
+    # Their weights come from constants, and small changes in them have large effects
+    r"jvp\(LatentDecoder\)/bmd,bvd->bmv": "visual cues",
+    # Differences of cosines are divided by tau
+    r"(transpose\()?jvp\(bid,bjd->bij\)\)?": "patch InfoNCE",
 }
 
 
 def recipe(name, **change):
-    """A method's tiny recipe."""
+    """The tiny recipe of a method."""
     config = tiny.get_config()
     config.method = tiny.method(name)
     config.method.update(change)
     return config
 
 
+def may_be_float32(where):
+    """Whether a product with this name stack is listed in FLOAT32."""
+    return any(re.fullmatch(f"{allowed}/dot_general", where) for allowed in FLOAT32)
+
+
 @pytest.mark.parametrize("name", ["vit_b", *base.names()])
-def test_a_bfloat16_step_multiplies_float32_only_where_it_must_and_asks_nothing_of_the_host(name):
+def test_a_bfloat16_step_multiplies_float32_only_where_it_must_and_needs_no_host(name):
     vit_b = importlib.import_module("lmim_jax.configs.vit_b").get_config()
     config = vit_b if name == "vit_b" else recipe(name, dtype="bfloat16")
     config.batch_size = 8
-    *_, lowered = bench_step.lower(config, sharding.make_mesh())
-    found = program_stats.asked(lowered)
+    _, lowered = bench_step.lower(config, sharding.make_mesh())
+    found = program_stats.lowered_stats(lowered)
     assert found["products"] > 40
-    leaks = [
-        where
-        for where in found["float32_products"]
-        if not any(re.fullmatch(f"{allowed}/dot_general", where) for allowed in FLOAT32)
-    ]
+    leaks = [where for where in found["float32_products"] if not may_be_float32(where)]
     assert not leaks, (
-        "products of float32 cost twice to sixteen times those of bfloat16; a new reason goes in FLOAT32"
+        "float32 products cost 2 to 16 times as much as bfloat16 ones; add a new reason to FLOAT32"
     )
     assert found["host_transfers"] == 0
 
 
 def test_the_float32_step_shows_that_products_are_seen():
-    *_, lowered = bench_step.lower(recipe("latent_mim"), sharding.make_mesh())
-    found = program_stats.asked(lowered)
+    _, lowered = bench_step.lower(recipe("latent_mim"), sharding.make_mesh())
+    found = program_stats.lowered_stats(lowered)
     assert sum(found["float32_products"].values()) == found["products"]
 
 
@@ -66,11 +70,11 @@ def test_host_transfers_are_seen():
         return x + 1
 
     lowered = jax.jit(step).lower(1.0)
-    assert program_stats.asked(lowered)["host_transfers"] == 1
-    assert program_stats.made(lowered.compile())["host_transfers"] == 1
+    assert program_stats.lowered_stats(lowered)["host_transfers"] == 1
+    assert program_stats.compiled_stats(lowered.compile())["host_transfers"] == 1
 
 
-def test_figures_of_eight_devices():
+def test_metrics_of_eight_devices():
     config = recipe("mae", depth=1)
     found = bench_step.measure(config, steps=5, warmup=1)
     seconds = found["seconds_per_step"]
@@ -82,26 +86,32 @@ def test_figures_of_eight_devices():
     )
     assert seconds["upper_quartile"] <= seconds["max"] and seconds["steps"] == 5
     method = base.from_config(config.method, total_steps=10, steps_per_epoch=5)
-    assert found["gflop_per_image"] == flops.of_method(method).total / 1e9
+    assert found["gflop_per_image"] == flops.count_method(method).total / 1e9
     assert found["images_per_second"] == pytest.approx(config.batch_size / seconds["median"])
     assert found["mfu"] == pytest.approx(found["teraflops"] / found["peak_teraflops"])
     params = jax.eval_shape(method.init, jax.random.key(0))
     gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
-    assert gradients <= found["made"]["collective_bytes"] < gradients + 1000  # metrics are scalars
+    collective_bytes = found["compiled_stats"]["collective_bytes"]
+    assert gradients <= collective_bytes < gradients + 1000  # metrics are scalars
     assert json.loads(json.dumps(found)) == found
 
 
-def test_peaks_are_found_by_name():
-    flops = {
-        kind: accelerators.of_device(kind).flops
-        for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "TPU v5 lite", "TPU v5p")
-    }
-    assert list(flops.values()) == [989e12, 989e12, 197e12, 459e12]
-    assert (
-        accelerators.of_device("NVIDIA H100 PCIe")
-        is accelerators.of_device("NVIDIA GeForce RTX 3090")
-        is None
-    )
+@pytest.mark.parametrize(
+    ("device_kind", "flops_per_second"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+    ],
+)
+def test_peaks_are_found_by_name(device_kind, flops_per_second):
+    assert accelerators.find_chip(device_kind).flops == flops_per_second
+
+
+@pytest.mark.parametrize("device_kind", ["NVIDIA H100 PCIe", "NVIDIA GeForce RTX 3090"])
+def test_devices_that_are_not_in_the_table(device_kind):
+    assert accelerators.find_chip(device_kind) is None
 
 
 def test_hlo_is_read():
@@ -129,94 +139,109 @@ ENTRY %main.1 (x: f32[2]) -> (f32[2], f32[2]) {
         "custom-call",
     ]
     fusion = program[3]
-    assert (fusion.name, fusion.calls, fusion.where) == (
-        "fusion.1",
-        "fused_computation",
-        "jit(step)/f",
-    )
+    assert fusion.name == "fusion.1"
+    assert fusion.calls == "fused_computation"
+    assert fusion.where == "jit(step)/f"
     assert {one.computation for one in program} == {"fused_computation", "main.1"}
-    assert [profile.is_product(one, program) for one in program] == [
-        False,
-        True,
-        False,
-        True,
-        False,
-        True,
-    ]
+    products = [one.name for one in program if profile.is_product(one, program)]
+    assert products == ["dot.1", "fusion.1", "custom-call.3"]
+
+
+class FakeStep:
+    """In place of a compiled step: takes as many seconds as its config says."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def timed(self):
+        return self.config.seconds
+
+    def metrics(self, seconds, matrix_seconds):
+        assert len(matrix_seconds) == len(seconds)
+        return list(seconds)
 
 
 def test_a_comparison_says_how_much_faster_the_second_is(monkeypatch):
-    class Fake:
-        def __init__(self, config):
-            self.config = config
-
-        def timed(self):
-            return self.config.seconds
-
-        def figures(self, seconds, products):
-            assert len(products) == len(seconds)
-            return list(seconds)
-
-    from ml_collections import ConfigDict
-
-    monkeypatch.setattr(bench_step, "Step", Fake)
-    slow, fast = (
-        ConfigDict(dict(batch_size=8, seconds=1.0)),
-        ConfigDict(dict(batch_size=16, seconds=0.5)),
-    )
+    monkeypatch.setattr(bench_step, "BenchmarkStep", FakeStep)
+    slow = ConfigDict({"batch_size": 8, "seconds": 1.0})
+    fast = ConfigDict({"batch_size": 16, "seconds": 0.5})
     found = bench_step.compare(slow, fast, steps=3)
     assert found["ratio"]["median"] == 4.0
-    assert (found["first"], found["second"]) == ([1.0] * 3, [0.5] * 3)
+    assert found["first"] == [1.0] * 3
+    assert found["second"] == [0.5] * 3
 
 
-def bench(*flags):
-    """The command as users call it, on one device."""
-    environment = {**os.environ, "XLA_FLAGS": conftest.FAST, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    call = [sys.executable, "-m", "lmim_jax.cli", "bench", "--config=tests/tiny.py", *flags]
-    return subprocess.Popen(call, cwd=ROOT, env=environment, **pipes)
+SMALL = ["--config.method.depth=1", "--config.method.projector_depth=1"]
+BATCH_BYTES = 8 * 40 * 40 * 3  # of the canvases of tests/tiny.py
+TIMEOUT = 600
 
 
-def test_the_commands(images, tmp_path):
-    """The step with a profile, the whole loop, and mistakes; the state is donated: no second copy of it is made."""
-    small = "--config.method.depth=1", "--config.method.projector_depth=1"
-    step = bench("--what=step", f"--profile={tmp_path}", *small)
-    host = "--config.data.resize_on=host"
-    train = bench("--what=train", f"--config.data.path={images}", host, "--steps=4", *small)
-    bad = {
-        "no such file": bench("--what=step", "--compare=configs/none.py"),
-        "unknown config key compare.methd.tau": bench(
-            "--what=step", "--compare=tests/tiny.py", "--compare.methd.tau=1"
+def bench(flags):
+    """Start the command as users call it, on one device."""
+    command = [sys.executable, "-m", "lmim_jax.cli", "bench", "--config=tests/tiny.py"]
+    return subprocess.Popen(
+        command + flags,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": conftest.FAST, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--what=step", "--compare=configs/none.py"], "no such file"),
+        (
+            ["--what=step", "--compare=tests/tiny.py", "--compare.methd.tau=1"],
+            "unknown config key compare.methd.tau",
         ),
-        "--compare is for --what=step": bench("--what=train", "--compare=tests/tiny.py"),
-    }
-    for message, process in bad.items():
-        _, told = process.communicate(timeout=600)
-        assert process.returncode == 2, told
-        assert "Traceback" not in told
-        assert message in told.splitlines()[-1] and told.splitlines()[-1].startswith("error: "), (
-            told
-        )
+        (["--what=train", "--compare=tests/tiny.py"], "--compare is for --what=step"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message):
+    process = bench(flags)
+    _, log = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 2, log
+    assert "Traceback" not in log
+    last_line = log.splitlines()[-1]
+    assert last_line.startswith("error: ")
+    assert message in last_line
 
-    out, told = step.communicate(timeout=600)
-    assert step.returncode == 0, told
-    found = json.loads(out)
-    made, seconds = found["made"], found["seconds_per_step"]
-    assert seconds["steps"] == 20 and found["peak_teraflops"] > 0 and found["compile_seconds"] > 0
-    assert made["memory"]["outputs"] - made["memory"]["aliased"] < 4096  # metrics and pointers
-    assert (
-        made["memory"]["aliased"] > 0.9 * made["memory"]["arguments"] - 8 * 40 * 40 * 3
-    )  # all but the batch
-    assert made["host_transfers"] == found["asked"]["host_transfers"] == made["collectives"] == 0
+
+def test_the_step_with_a_profile(tmp_path):
+    """The state is donated: there is no second copy of it."""
+    process = bench(["--what=step", f"--profile={tmp_path}"] + SMALL)
+    output, log = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, log
+    found = json.loads(output)
+    assert found["seconds_per_step"]["steps"] == 20
+    assert found["peak_teraflops"] > 0
+    assert found["compile_seconds"] > 0
+    compiled = found["compiled_stats"]
+    memory = compiled["memory"]
+    assert memory["outputs"] - memory["aliased"] < 4096  # metrics and pointers
+    assert memory["aliased"] > 0.9 * memory["arguments"] - BATCH_BYTES  # all but the batch
+    assert compiled["host_transfers"] == 0
+    assert compiled["collectives"] == 0
+    assert found["lowered_stats"]["host_transfers"] == 0
     assert pathlib.Path(found["profile"]["trace"]).is_file()
     slowest = [one["milliseconds"] for one in found["profile"]["operations"]]
-    assert len(slowest) == 10 and slowest == sorted(slowest, reverse=True)
+    assert len(slowest) == 10
+    assert slowest == sorted(slowest, reverse=True)
     assert 0 < found["profile"]["product_share"] < 1
-    assert "ms a step" in told and "matrix products" in told
+    assert "ms a step" in log
+    assert "matrix products" in log
 
-    out, told = train.communicate(timeout=600)
-    assert train.returncode == 0, told
-    found = json.loads(out)["train"]
+
+def test_the_whole_loop(images):
+    data = [f"--config.data.path={images}", "--config.data.resize_on=host"]
+    process = bench(["--what=train", "--steps=4"] + data + SMALL)
+    output, log = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, log
+    found = json.loads(output)["train"]
     assert found["seconds_per_step"]["steps"] == 12
-    assert found["ratio"] > 0 and found["images_per_second"] > 0
-    assert "whole loop" in told
+    assert found["ratio"] > 0
+    assert found["images_per_second"] > 0
+    assert "whole loop" in log

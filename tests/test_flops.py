@@ -17,7 +17,9 @@ def method_of(config):
 
 def test_vit_b_is_the_closed_formula():
     """From the sizes: D = 768, 12 blocks, 20 visible and 176 masked patches, decoder of 3 blocks of 512."""
-    count = flops.of_method(method_of(importlib.import_module("lmim_jax.configs.vit_b").get_config()))
+    count = flops.count_method(
+        method_of(importlib.import_module("lmim_jax.configs.vit_b").get_config())
+    )
     d, visible, masked, narrow = 768, 20, 176, 512
     encoder = lambda n: 2 * n * d * d + 12 * ((n + 1) * 2 * 12 * d * d + 4 * (n + 1) ** 2 * d)
     projector = lambda n: (n + 1) * 2 * (2 * d * 4096 + 4096**2)
@@ -50,18 +52,18 @@ def test_xla_counts_the_same_and_two_percent_of_element_wise_work():
     args = params, method.target_of(params), images, views, jax.ShapeDtypeStruct((), jnp.int32)
     lowered = jax.jit(jax.value_and_grad(lambda *args: method.loss_fn(*args)[0])).lower(*args)
     counted = lowered.cost_analysis()["flops"] / batch
-    assert counted == pytest.approx(flops.of_method(method).total, rel=0.03)
+    assert counted == pytest.approx(flops.count_method(method).total, rel=0.03)
 
 
 def test_batch_size_changes_nothing_and_loops_count_as_often_as_they_run():
     method = method_of(tiny.get_config())
-    assert flops.of_method(method, 1) == flops.of_method(method, 3)
+    assert flops.count_method(method, 1) == flops.count_method(method, 3)
 
     def loop(x):
         return jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, length=5)[0].sum()
 
     x = jnp.ones((3, 3))
-    assert flops.by_part(loop, x) == {"loss": (5 * 54, 0)}
-    ((forward, backward),) = flops.by_part(jax.value_and_grad(loop), x).values()
+    assert flops.count_by_module(loop, x) == {"loss": (5 * 54, 0)}
+    ((forward, backward),) = flops.count_by_module(jax.value_and_grad(loop), x).values()
     assert (forward, backward) == (5 * 54, 5 * 108)
-    assert flops.by_part(lambda x: (x @ x, x)[1], x) == {}  # unused
+    assert flops.count_by_module(lambda x: (x @ x, x)[1], x) == {}  # unused

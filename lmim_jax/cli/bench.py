@@ -1,123 +1,143 @@
-"""Benchmarks. What there is:
+"""Benchmarks the train step, the training loop, the input pipeline or checkpoints.
 
-    lmim bench --what=checkpoint --config=configs/vit_b.py [--folder=DIR]
-    lmim bench --what=input --config=configs/vit_b.py --config.data.path=IMAGES
-    lmim bench --what=step --config=configs/vit_b.py [--profile=DIR]
-    lmim bench --what=step --config=configs/vit_b.py --compare=configs/vit_b.py --compare.KEY=VALUE
-    lmim bench --what=train --config=configs/vit_b.py --config.data.path=IMAGES
+    lmim bench --what=step --config=vit_b [--profile=DIR]
+    lmim bench --what=step --config=vit_b --compare=vit_b --compare.KEY=VALUE
+    lmim bench --what=train --config=vit_b --config.data.path=IMAGES
+    lmim bench --what=input --config=vit_b --config.data.path=IMAGES
+    lmim bench --what=checkpoint --config=vit_b [--folder=DIR]
 
-checkpoint: how long a save holds up training, until it is safe, and a verified restore; beside plain Orbax
-(its CheckpointManager, default options), on the state of the recipe's method.
-input: how many images the host delivers, by stage and as a whole, beside Pillow and numpy as torchvision uses them.
-step: the train step alone, on random images: images/s, utilisation, compile time, memory, what its program holds.
-train: the whole loop with its input pipeline, beside the step alone.
+step: the train step by itself, on random images: images/s, utilization, compile time, memory, and
+properties of its program.
+train: the whole training loop with its input pipeline, compared with the step by itself.
+input: images per second that the host decodes, by stage and as a whole, compared with torchvision's
+way (Pillow and numpy).
+checkpoint: how long a save blocks training, how long it takes until it is complete, and a verified
+restore; compared with Orbax's CheckpointManager.
 """
 
 import json
-import pathlib
-import statistics
+import logging
 import tempfile
-import time
+from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from lmim_jax.distributed import sharding
-from lmim_jax.methods import base as methods
-from lmim_jax.optim import adamw
-from lmim_jax.perf import bench_input, bench_train
-from lmim_jax.train import checkpoints as checkpoint
-from lmim_jax.train.state import create
+from lmim_jax.perf import bench_checkpoint, bench_input, bench_step, bench_train, profile
+from lmim_jax.train import workdir
+from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
 
+log = logging.getLogger("lmim_jax.cli.bench")
+
 RECIPES: dict[str, str | None] = {"config": "quickstart", "compare": None}
+CHOICES = ("step", "train", "input", "checkpoint")  # of --what
 
 
-def checkpoints(config, folder, repeats):
-    """{"gigabytes", "ours": {"stall", "safe", "restore"}, "orbax": {...}}, seconds, medians."""
-    method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
-    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=1, total_steps=1)
-    state, shardings = create(method, optimizer, config.seed, sharding.make_mesh())
-    state = jax.block_until_ready(state)
-    sizes = [
-        leaf.nbytes for leaf in jax.tree.leaves(state.replace(rng=jax.random.key_data(state.rng)))
-    ]
-    runs = {"ours": [], "orbax": []}
-    for repeat in range(repeats):
-        for name, measure in (("ours", _ours), ("orbax", _orbax)):
-            with tempfile.TemporaryDirectory(dir=folder) as run:
-                runs[name].append(measure(state, shardings, config, pathlib.Path(run), repeat + 1))
-    keys = "stall", "safe", "restore"
-    medians = {
-        name: dict(zip(keys, map(statistics.median, zip(*found, strict=True)), strict=True))
-        for name, found in runs.items()
-    }
-    return {"gigabytes": sum(sizes) / 1e9, **medians}
+def main(arguments: list[str]) -> None:
+    """Run the command: JSON on stdout, and a table."""
+    if arguments:
+        raise UserError(f"unknown argument {arguments[0]!r}; flags look like --what=step")
+    given = flags.FLAGS
+    if given.what == "checkpoint":
+        log_to_console()
+        measured = bench_checkpoint.measure(given.config, given.folder, given.repeats)
+        print(json.dumps(measured, indent=2))
+        print(f"\n{bench_checkpoint.table(measured)}")
+    elif given.what == "input":
+        log_to_console()
+        measured = bench_input.measure(given.config, given.images, given.repeats)
+        print(json.dumps(measured, indent=2))
+        print(f"\n{bench_input.table(measured)}")
+    else:
+        bench_devices(given)
 
 
-def _ours(state, shardings, config, run, step):
-    """Seconds (stall, until sealed, restore with verification)."""
-    with checkpoint.Checkpoints(run, config) as saves:
-        began = time.perf_counter()
-        saves.save(state, step)
-        stall = time.perf_counter() - began
-        saves.wait(must_succeed=True)
-        safe = time.perf_counter() - began
-    with checkpoint.Checkpoints(run, config) as saves:
-        began = time.perf_counter()
-        jax.block_until_ready(saves.restore(state, shardings).params)
-        return stall, safe, time.perf_counter() - began
+def bench_devices(given: Any) -> None:
+    """Benchmark the step or the training loop: JSON on stdout, a table in the log.
 
+    Args:
+      given: the values of the flags.
 
-def _orbax(state, shardings, config, run, step):
-    """The same with Orbax's manager alone: nothing is verified."""
-    del config
-    with ocp.CheckpointManager(run / "orbax") as manager:
-        began = time.perf_counter()
-        manager.save(step, args=ocp.args.StandardSave(state))
-        stall = time.perf_counter() - began
-        manager.wait_until_finished()
-        safe = time.perf_counter() - began
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    with ocp.CheckpointManager(run / "orbax") as manager:
-        began = time.perf_counter()
-        restore = ocp.args.StandardRestore(jax.tree.map(place, state, shardings))
-        jax.block_until_ready(manager.restore(step, args=restore).params)
-        return stall, safe, time.perf_counter() - began
-
-
-def main(arguments):
-    """Run the command."""
-    if flags.FLAGS.what in ("step", "train"):
-        return bench_train.main()
-    log_to_console()
-    if flags.FLAGS.what == "input":
-        found = bench_input.measure(flags.FLAGS.config, flags.FLAGS.images, flags.FLAGS.repeats)
-        print(json.dumps(found, indent=2), bench_input.table(found), sep="\n\n")
-        return
-    found = checkpoints(flags.FLAGS.config, flags.FLAGS.folder, flags.FLAGS.repeats)
-    print(json.dumps(found, indent=2))
-    print(f"\n{found['gigabytes']:.2f} GB        stall    safe after    restore   (seconds)")
-    for name in ("ours", "orbax"):
-        print(
-            f"{name:<12}"
-            + "".join(f"{found[name][key]:>11.2f}" for key in ("stall", "safe", "restore"))
+    Raises:
+      UserError: flags that exclude each other, or a config that cannot be run on these devices.
+    """
+    if given.compare and (given.what != "step" or given.profile):
+        raise UserError(
+            "--compare is for --what=step without --profile: it times two recipes in turn"
         )
+    with tempfile.TemporaryDirectory() as folder:
+        workdir.pin_kernels(folder, given.config.deterministic)  # as training does
+        log_to_console()
+        if given.compare:
+            measured = bench_step.compare(given.config, given.compare, given.steps)
+            lines = bench_step.table(measured)
+        else:
+            measured, lines = _measure_one(given.what, given.config, given.steps, given.profile)
+    if jax.process_index() == 0:
+        print(json.dumps(measured, indent=2))
+    log.info("\n%s", "\n".join(lines))
 
 
-def define_flags():
+def _measure_one(
+    what: str, config: ConfigDict, steps: int, profile_folder: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Benchmark one recipe; the metrics, and the lines of a table."""
+    if what == "train":
+        step, measured = bench_train.measure_loop(config, steps)
+        lines = bench_step.table(measured) + bench_train.table(measured)
+    else:
+        step, measured = bench_step.measure_with_step(config, steps)
+        lines = bench_step.table(measured)
+    if profile_folder:
+        measured["profile"] = profile.record(step, profile_folder)
+        lines.append("")
+        lines += profile.table(measured["profile"])
+    return measured, lines
+
+
+def define_flags() -> None:
     """Define the flags of the command."""
     config_flags.DEFINE_config_file(
-        "config", None, "Recipe; default: configs/quickstart.py.", lock_config=True
+        "config",
+        None,
+        "Recipe: its name or a file. Examples: --config=vit_b, --config.batch_size=256.",
+        lock_config=True,
     )
-    flags.DEFINE_enum(
-        "what", None, ["checkpoint", "input", "step", "train"], "What to measure.", required=True
+    flags.DEFINE_enum("what", None, CHOICES, "What to measure. Example: --what=step", required=True)
+    config_flags.DEFINE_config_file(
+        "compare",
+        None,
+        "step: a second recipe, run in turn with the first one. "
+        "Example: --compare=vit_b --compare.remat=full",
+        lock_config=True,
+    )
+    flags.DEFINE_integer(
+        "steps",
+        20,
+        "step, train: number of steps to time (train: in each of 3 rounds). Example: --steps=50",
+        lower_bound=2,
     )
     flags.DEFINE_string(
-        "folder", None, "checkpoint: where to write; default: the system's temporary folder."
+        "profile",
+        None,
+        "step, train: folder for a profiler trace of the step; its slowest operations are printed. "
+        "Example: --profile=/tmp/trace",
     )
-    flags.DEFINE_integer("images", 1000, "input: how many images each measurement takes.")
-    flags.DEFINE_integer("repeats", 3, "checkpoint, input: how often; medians are reported.")
-    bench_train.define_flags()
+    flags.DEFINE_integer(
+        "images",
+        1000,
+        "input: number of images in each measurement. Example: --images=5000",
+    )
+    flags.DEFINE_integer(
+        "repeats",
+        3,
+        "checkpoint, input: number of repetitions; medians are reported. Example: --repeats=5",
+    )
+    flags.DEFINE_string(
+        "folder",
+        None,
+        "checkpoint: where to write; the system's temporary folder if not given. "
+        "Example: --folder=/mnt/disk",
+    )

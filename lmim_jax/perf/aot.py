@@ -1,4 +1,7 @@
-"""The train step of a recipe without its data and its devices: compiled for TPUs that are not there, or only traced."""
+"""The train step of a recipe ahead of time: traced, or compiled for TPUs that do not exist.
+
+All of it works on shapes and dtypes: no data is read, no devices are needed.
+"""
 
 import dataclasses
 import importlib.util
@@ -7,236 +10,341 @@ import pathlib
 import re
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from lmim_jax.data.augment import device
 from lmim_jax.distributed import sharding
-from lmim_jax.methods import base as methods
 from lmim_jax.models.layer_stack import with_remat_and_scan
-from lmim_jax.optim import adamw
 from lmim_jax.perf import flops, hlo
-from lmim_jax.train import state, step
+from lmim_jax.train.build import TrainingParts, build
 from lmim_jax.utils.errors import UserError
 
 INSTALL = "planning for TPUs needs their compiler, which runs without a TPU: pip install libtpu"
-# Several programs may use the library, and there is no machine to ask about: it is told of one, and not to warn
-LIBTPU = dict(
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_MIN_LOG_LEVEL="3",
-    TPU_STDERR_LOG_LEVEL="3",
+LIBTPU_ENVIRONMENT = {
+    # Several processes may use the library
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # There is no TPU host and no metadata server to query: describe one
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_HOST_BOUNDS": "1,1,1",
+    # Errors only
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+_SIZE = r"([\d.]+)([MG])"
+OUT_OF_MEMORY_MESSAGES = (  # of libtpu: needed and available size
+    rf"Used {_SIZE} of {_SIZE} hbm",
+    rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)",
 )
-LIBTPU |= dict(
-    TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0", TPU_ACCELERATOR_TYPE="v5litepod-4"
-)
-LIBTPU |= dict(TPU_HOST_BOUNDS="1,1,1")
-SIZE = r"([\d.]+)([MG])"
-TOO_MUCH = (
-    rf"Used {SIZE} of {SIZE} hbm",
-    rf"\({SIZE}\) exceeds available HBM \({SIZE}\)",
-)  # how libtpu says it
+UNITS = {"M": 2**20, "G": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What is planned: the parts of a training run that do not depend on the data."""
+class StepAnalysis:
+    """What one train step needs per device.
 
-    config: ConfigDict
-    method: object
-    augmentation: object
-    optimizer: object
+    Attributes:
+      mesh: {axis: number of devices}.
+      memory: bytes: "needed", and, as far as they are known, "arguments", "temporaries", "limit".
+      collectives: the messages between devices.
+      compiled_flops_per_image: the compiler's count; None where it is not known.
+      compile_seconds: None where nothing was compiled.
+    """
 
-    @classmethod
-    def of(cls, config, images):
-        """From a config, for so many training images."""
-        per_epoch = max(images // config.batch_size, 1)
-        total = config.total_steps or config.epochs * per_epoch
-        method = methods.from_config(config.method, total_steps=total, steps_per_epoch=per_epoch)
-        augmentation = device.from_config(
-            config.augment, image_size=method.image_size, eval_size=method.feature_size
-        )
-        warmup = config.optimizer.warmup_epochs / config.epochs * total
-        optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=warmup, total_steps=total)
-        return cls(config, method, augmentation, optimizer)
-
-    def state(self):
-        """The abstract state."""
-        return jax.eval_shape(lambda: state.init(self.method, self.optimizer, jax.random.key(0)))
-
-    def batch(self, size):
-        """An abstract batch, as the loader gives it."""
-        data = self.config.data
-        shapes = {
-            "image": ((data.canvas, data.canvas, data.channels), "uint8"),
-            "size": ((2,), "int32"),
-        }
-        if data.resize_on == "host":
-            shapes = {"image": ((*self.method.image_size, data.channels), "uint8")}
-        shapes["label"] = (), "int32"
-        return {
-            name: jax.ShapeDtypeStruct((size, *shape), kind)
-            for name, (shape, kind) in shapes.items()
-        }
-
-    def shardings(self, mesh):
-        """Of the state."""
-        return sharding.state_sharding(
-            self.state(), mesh, self.config.mesh.rules, self.config.mesh.min_size
-        )
-
-    def jitted(self, mesh):
-        """The train step, as train.py jits it, and its arguments, abstract."""
-        shardings = self.shardings(mesh)
-        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        rows = {
-            name: place(x, sharding.batch_sharding(mesh))
-            for name, x in self.batch(self.config.batch_size).items()
-        }
-        function = step.jit_step(
-            self.config, self.method, self.augmentation, self.optimizer, mesh, shardings
-        )
-        return function, (jax.tree.map(place, self.state(), shardings), rows)
-
-    def loss(self, images):
-        """(function of parameters and the rest, abstract parameters, abstract rest): the loss of so many images."""
-        method, abstract = self.method, self.state()
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
-        views = jax.eval_shape(method.sample, jax.random.key(0), keys)
-        pixels = jax.ShapeDtypeStruct((images, *method.image_size, method.channels), jnp.float32)
-        value = lambda params, *rest: method.loss_fn(params, *rest)[0]
-        run = with_remat_and_scan(value, self.config.remat, self.config.scan_layers)
-        return run, abstract.params, (abstract.target, pixels, views, abstract.step)
-
-    def flops(self):
-        """Per image: of the method; of what runs, with what is computed again; of the augmentation."""
-        run, params, rest = self.loss(1)
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-        total = lambda *traced: sum(map(sum, flops.by_part(*traced).values()))
-        return {
-            "method": flops.of_method(self.method).total,
-            "executed": total(jax.value_and_grad(run), params, *rest),
-            "augmentation": total(self.augmentation, keys, self.batch(1)),
-        }
-
-    def saved_bytes(self):
-        """What the backward pass keeps: (bytes for one image, bytes for each further one), weights left out."""
-
-        def saved(images):
-            run, params, rest = self.loss(images)
-            kept = jax.eval_shape(
-                lambda params, *rest: jax.vjp(lambda p: run(p, *rest), params)[1], params, *rest
-            )
-            weights = {leaf.shape for leaf in jax.tree.leaves(params)}
-            return sum(
-                x.size * x.dtype.itemsize for x in jax.tree.leaves(kept) if x.shape not in weights
-            )
-
-        one, two = saved(1), saved(2)
-        return one, two - one
-
-    def state_bytes(self):
-        """{part: bytes} of the whole state."""
-        abstract = self.state()
-        return {name: _bytes(getattr(abstract, name)) for name in ("params", "target", "opt_state")}
+    mesh: dict[str, int]
+    memory: dict[str, float]
+    collectives: list[hlo.Collective]
+    compiled_flops_per_image: float | None = None
+    compile_seconds: float | None = None
 
 
-def _bytes(tree):
-    """Of arrays or shapes; scalars do not count."""
+def build_for_images(config: ConfigDict, images: int) -> TrainingParts:
+    """The parts of a recipe that trains on `images` images."""
+    return build(config, steps_per_epoch=max(images // config.batch_size, 1))
+
+
+def abstract_step(
+    parts: TrainingParts, mesh: Mesh | AbstractMesh
+) -> tuple[Any, tuple[Any, dict[str, jax.ShapeDtypeStruct]]]:
+    """The train step, jitted as for training, and its arguments as shapes with shardings.
+
+    Returns:
+      The jitted function, and its arguments (state, batch).
+    """
+    shardings = parts.state_sharding(mesh)
+    state = jax.tree.map(_with_sharding, parts.abstract_state(), shardings)
+    batch = {}
+    for name, array in parts.abstract_batch(parts.config.batch_size).items():
+        batch[name] = _with_sharding(array, sharding.batch_sharding(mesh))
+    return parts.jit_train_step(mesh, shardings), (state, batch)
+
+
+def _with_sharding(array: Any, placement: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placement)
+
+
+def _abstract_loss(parts: TrainingParts, images: int) -> tuple[Callable[..., Any], Any, tuple]:
+    """The loss of a number of images, with the recipe's remat and scan over layers.
+
+    Returns:
+      The function (params, *others) -> loss, the abstract params, and the abstract others.
+    """
+    method = parts.method
+    state = parts.abstract_state()
+    views = jax.eval_shape(method.sample, jax.random.key(0), flops.abstract_keys(images))
+    shape = (images,) + tuple(method.image_size) + (method.channels,)
+    pixels = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def loss(params, target, pixels, views, step):
+        return method.loss_fn(params, target, pixels, views, step)[0]
+
+    run = with_remat_and_scan(loss, parts.config.remat, parts.config.scan_layers)
+    return run, state.params, (state.target, pixels, views, state.step)
+
+
+def flops_per_image(parts: TrainingParts) -> dict[str, float]:
+    """FLOPs of a train step per image.
+
+    Returns:
+      {"method": model FLOPs, "executed": with recomputation, "augmentation"}.
+    """
+    loss, params, others = _abstract_loss(parts, 1)
+    executed = flops.count_by_module(jax.value_and_grad(loss), params, *others)
+    augmentation = flops.count_by_module(
+        parts.augmentation, flops.abstract_keys(1), parts.abstract_batch(1)
+    )
+    return {
+        "method": flops.count_method(parts.method).total,
+        "executed": flops.FlopCount(executed).total,
+        "augmentation": flops.FlopCount(augmentation).total,
+    }
+
+
+def activation_bytes(parts: TrainingParts) -> tuple[int, int]:
+    """What is kept for the backward pass, without the weights.
+
+    Returns:
+      (bytes for one image, bytes for each further image).
+    """
+    one = _saved_bytes(parts, 1)
+    two = _saved_bytes(parts, 2)
+    return one, two - one
+
+
+def _saved_bytes(parts: TrainingParts, images: int) -> int:
+    """Bytes of the residuals of the loss of a number of images, without the weights."""
+    loss, params, others = _abstract_loss(parts, images)
+
+    def backward(params, *others):
+        def loss_of_params(params):
+            return loss(params, *others)
+
+        return jax.vjp(loss_of_params, params)[1]
+
+    residuals = jax.eval_shape(backward, params, *others)
+    weight_shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    total = 0
+    for leaf in jax.tree.leaves(residuals):
+        if leaf.shape not in weight_shapes:
+            total += leaf.size * leaf.dtype.itemsize
+    return total
+
+
+def state_bytes(parts: TrainingParts) -> dict[str, int]:
+    """Bytes of the whole state: {"params", "target", "opt_state"}."""
+    state = parts.abstract_state()
+    return {
+        "params": _tree_bytes(state.params),
+        "target": _tree_bytes(state.target),
+        "opt_state": _tree_bytes(state.opt_state),
+    }
+
+
+def _tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes, without scalars."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
 
-def compile_for_tpu(recipe, topology):
-    """{"memory", "collectives", ...} of the train step compiled by libtpu for a topology such as v5e:4x4."""
+def _device_bytes(tree: Any, shardings: Any) -> int:
+    """Bytes of one device's part of a tree."""
+    return _tree_bytes(jax.tree.map(_device_part, tree, shardings))
+
+
+def _device_part(leaf: Any, placement: Any) -> Any:
+    """The shape of one device's part of an array."""
+    if not leaf.ndim:
+        return leaf
+    return jax.ShapeDtypeStruct(placement.shard_shape(leaf.shape), leaf.dtype)
+
+
+def compile_for_tpu(parts: TrainingParts, topology: str) -> StepAnalysis:
+    """Compile the train step with libtpu for a topology such as "v5e:4x4".
+
+    Returns:
+      The analysis; where the memory does not suffice, it has only "needed" and "limit", and no
+      collectives.
+
+    Raises:
+      UserError: libtpu is missing or does not know the topology, or the batch cannot be split.
+    """
+    config = parts.config
+    devices = _tpu_devices(topology)
+    began = time.perf_counter()
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    sharding.check_batch(config.batch_size, config.micro_batches, mesh.size)
+    function, arguments = abstract_step(parts, mesh)
+    try:
+        compiled, text = _compile(function.lower(*arguments))
+    except jax.errors.JaxRuntimeError as error:
+        memory = parse_out_of_memory(str(error))
+        if memory is None:
+            raise
+        seconds = time.perf_counter() - began
+        return StepAnalysis(dict(mesh.shape), memory, [], compile_seconds=seconds)
+    return StepAnalysis(
+        mesh=dict(mesh.shape),
+        memory=_compiled_memory(compiled),
+        collectives=hlo.collectives(text),
+        compiled_flops_per_image=_compiled_flops(compiled, config, mesh.size),
+        compile_seconds=time.perf_counter() - began,
+    )
+
+
+def _tpu_devices(topology: str) -> Any:
+    """The devices of a topology, as libtpu describes them; none need to exist."""
     from jax.experimental import topologies
 
     if not importlib.util.find_spec("libtpu"):
         raise UserError(INSTALL)
-    os.environ.update(LIBTPU)
+    os.environ.update(LIBTPU_ENVIRONMENT)
     try:
-        devices = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+        return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
     except Exception as error:
-        raise UserError(f"libtpu knows no topology {topology}: {error}") from error
-    mesh, began = (
-        sharding.make_mesh(recipe.config.mesh.data, recipe.config.mesh.fsdp, devices),
-        time.perf_counter(),
-    )
-    sharding.check_batch(recipe.config.batch_size, recipe.config.micro_batches, mesh.size)
-    function, arguments = recipe.jitted(mesh)
-    try:
-        compiled, text = _compile(function.lower(*arguments))
-    except jax.errors.JaxRuntimeError as error:
-        if not (found := too_much(str(error))):
-            raise
-        return {
-            "mesh": dict(mesh.shape),
-            "memory": found,
-            "compile_seconds": time.perf_counter() - began,
-        }
-    sizes, counted = compiled.memory_analysis(), compiled.cost_analysis()
-    memory = {"arguments": sizes.argument_size_in_bytes, "temporaries": sizes.temp_size_in_bytes}
-    memory["needed"] = sum(memory.values()) + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    loops = (
-        recipe.config.micro_batches > 1 or recipe.config.scan_layers
-    )  # of which XLA counts one round
-    images = recipe.config.batch_size // mesh.size
-    return {
-        "mesh": dict(mesh.shape),
-        "memory": memory,
-        "collectives": hlo.collectives(text),
-        "compiled_flops_per_image": None if loops else counted["flops"] / images,
-        "compile_seconds": time.perf_counter() - began,
-    }
+        raise UserError(f"libtpu does not know the topology {topology}: {error}") from error
 
 
-def too_much(message):
-    """{"needed", "limit"} in bytes, where libtpu says that memory does not suffice (needed: at least); else None."""
-    used = next(filter(None, (re.search(words, message) for words in TOO_MUCH)), None)
-    gigabytes = lambda number, unit: float(number) * (2**30 if unit == "G" else 2**20)
-    return used and {
-        "needed": gigabytes(*used.groups()[:2]),
-        "limit": gigabytes(*used.groups()[2:]),
-    }
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """The compiled program, and its text.
 
-
-def _compile(lowered):
-    """(compiled program, its text), the text written by libtpu: jaxlib's reader does not know all of its operations."""
+    The text is written by libtpu: jaxlib cannot read all of its operations.
+    """
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         (written,) = pathlib.Path(folder).glob("*train_step*.after_optimizations.txt")
         return compiled, written.read_text()
 
 
-def analyse(recipe, count):
-    """The same from the traced program, for so many GPUs; what the compiler adds is not in it."""
-    config = recipe.config
-    sizes = sharding.mesh_sizes(config.mesh.data, config.mesh.fsdp, count)
-    mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
-    sharding.check_batch(config.batch_size, config.micro_batches, count)
-    abstract, placed, fsdp = recipe.state(), recipe.shardings(mesh), mesh.shape["fsdp"]
-    cut = lambda tree, where: _bytes(jax.tree.map(_part, tree, where))
-    whole, images = _bytes(abstract.params), config.batch_size // count
-    gathered = whole + _bytes(abstract.target) if fsdp > 1 else 0
-    first, further = recipe.saved_bytes()
-    memory = {"arguments": cut(abstract, placed) + _bytes(recipe.batch(images))}
-    memory["temporaries"] = (
-        whole * (2 if config.micro_batches > 1 else 1) + gathered
-    )  # gradients; copies of the whole
-    memory["temporaries"] += first + further * (images // config.micro_batches - 1)
-    memory["needed"] = sum(memory.values())
-    moved = [hlo.Collective("all-gather", fsdp, ("parameters and target",), gathered, 1)]
-    moved += [hlo.Collective("reduce-scatter", fsdp, ("gradients",), whole, 1)]
-    part = cut(abstract.params, placed.params)
-    moved += [hlo.Collective("all-reduce", mesh.shape["data"], ("gradients",), part, 1)]
+def _compiled_memory(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """Bytes that a compiled program uses on one device; outputs can take the place of arguments."""
+    sizes: Any = compiled.memory_analysis()
+    arguments = sizes.argument_size_in_bytes
+    temporaries = sizes.temp_size_in_bytes
+    new_outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return {
-        "mesh": dict(mesh.shape),
-        "memory": memory,
-        "collectives": [one for one in moved if one.group > 1],
+        "arguments": arguments,
+        "temporaries": temporaries,
+        "needed": arguments + temporaries + new_outputs,
     }
 
 
-def _part(leaf, placed):
-    """The shape of one device's part."""
-    return jax.ShapeDtypeStruct(placed.shard_shape(leaf.shape), leaf.dtype) if leaf.ndim else leaf
+def _compiled_flops(
+    compiled: jax.stages.Compiled, config: ConfigDict, devices: int
+) -> float | None:
+    """XLA's count of FLOPs per image; None with loops, of which it counts one iteration."""
+    if config.micro_batches > 1 or config.scan_layers:
+        return None
+    costs: Any = compiled.cost_analysis()
+    return costs["flops"] / (config.batch_size // devices)
+
+
+def parse_out_of_memory(message: str) -> dict[str, float] | None:
+    """Read the error message of libtpu that says that the memory does not suffice.
+
+    Returns:
+      {"needed": at least, "limit"} in bytes; None for any other message.
+    """
+    for pattern in OUT_OF_MEMORY_MESSAGES:
+        match = re.search(pattern, message)
+        if match:
+            needed, needed_unit, limit, limit_unit = match.groups()
+            return {
+                "needed": float(needed) * UNITS[needed_unit],
+                "limit": float(limit) * UNITS[limit_unit],
+            }
+    return None
+
+
+def analyze(parts: TrainingParts, devices: int) -> StepAnalysis:
+    """Estimate from the traced program what the train step needs on a number of devices.
+
+    What a compiler adds or saves is not included.
+
+    Raises:
+      UserError: the batch cannot be split over the devices.
+    """
+    config = parts.config
+    sizes = sharding.mesh_sizes(config.mesh.data, config.mesh.fsdp, devices)
+    mesh = AbstractMesh(sizes, sharding.AXES)
+    sharding.check_batch(config.batch_size, config.micro_batches, devices)
+    images = config.batch_size // devices
+    state = parts.abstract_state()
+    shardings = parts.state_sharding(mesh)
+    params_bytes = _tree_bytes(state.params)
+    gathered_bytes = 0
+    if mesh.shape["fsdp"] > 1:
+        gathered_bytes = params_bytes + _tree_bytes(state.target)
+    arguments = _device_bytes(state, shardings) + _tree_bytes(parts.abstract_batch(images))
+    temporaries = gathered_bytes + _gradient_and_activation_bytes(parts, images, params_bytes)
+    return StepAnalysis(
+        mesh=dict(mesh.shape),
+        memory={
+            "arguments": arguments,
+            "temporaries": temporaries,
+            "needed": arguments + temporaries,
+        },
+        collectives=_expected_collectives(
+            mesh,
+            gathered_bytes=gathered_bytes,
+            gradient_bytes=params_bytes,
+            device_gradient_bytes=_device_bytes(state.params, shardings.params),
+        ),
+    )
+
+
+def _gradient_and_activation_bytes(parts: TrainingParts, images: int, gradient_bytes: int) -> int:
+    """Bytes of gradients and activations on a device with `images` images per step.
+
+    With micro-batches there are two copies of the gradients: the sum, and those of one micro-batch.
+    """
+    micro_batches = parts.config.micro_batches
+    copies = min(micro_batches, 2)
+    first, further = activation_bytes(parts)
+    return copies * gradient_bytes + first + further * (images // micro_batches - 1)
+
+
+def _expected_collectives(
+    mesh: AbstractMesh, gathered_bytes: int, gradient_bytes: int, device_gradient_bytes: int
+) -> list[hlo.Collective]:
+    """The collectives of a train step, without scalars.
+
+    Args:
+      mesh: the devices.
+      gathered_bytes: of parameters and target, which FSDP gathers.
+      gradient_bytes: of all gradients.
+      device_gradient_bytes: of one device's part of the gradients after FSDP's reduce-scatter.
+    """
+    fsdp = mesh.shape["fsdp"]
+    data = mesh.shape["data"]
+    collectives = [
+        hlo.Collective("all-gather", fsdp, ("parameters and target",), gathered_bytes, 1),
+        hlo.Collective("reduce-scatter", fsdp, ("gradients",), gradient_bytes, 1),
+        hlo.Collective("all-reduce", data, ("gradients",), device_gradient_bytes, 1),
+    ]
+    return [collective for collective in collectives if collective.group > 1]

@@ -1,198 +1,353 @@
-"""How fast images come: stage by stage, as a whole, and beside what torchvision does (Pillow, one image at a time).
+"""Throughput of the input pipeline by stage and as a whole, compared with torchvision's way.
 
-Rates are images per second of CPU time, all threads and processes counted, and per second of time. On a shared machine
-the first is the steadier one; rounds of all stages alternate, and medians are told.
+torchvision decodes and crops with Pillow, one image at a time. Rates are images per second of CPU
+time, all threads and processes added up, and per second of wall-clock time. On a shared machine the
+first is the steadier one. Rounds of all measurements alternate, and medians are reported.
 """
 
 import collections
+import dataclasses
 import functools
 import io
 import os
 import pathlib
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
 from PIL import Image
 
 from lmim_jax.data import decode, loader, prefetch, sources
-from lmim_jax.data.augment import device, host
+from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.augment.host import FILTERS, HostCrop
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.utils.prng import augment_keys
 
-ROWS = 64  # images in a batch here
-AROUND = 4  # batches before and after the measured ones: neither fresh memory nor the start of processes counts
+BATCH = 64  # images in a batch here
+# Batches read before and after the measured ones, so that neither the allocation of memory nor the
+# start of processes is measured
+MARGIN = 4
 SETUPS = ((1, 0), (2, 0), (4, 0), (1, 1), (1, 2))  # (threads, workers) of the whole loader
+TRIES = 10  # of a random crop that fits into the image
+
+BASELINE = "Pillow baseline, 1 thread"
+LOADER = "resize_on=device, 1 thread(s)"
 
 
-def measure(config, images, repeats):
-    """Rates of the training images of a recipe.
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """Images per second of CPU time, and per second of wall-clock time."""
+
+    cpu: float
+    wall: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """What is measured: the training images of a recipe.
+
+    Attributes:
+      config: the recipe.
+      source: the images.
+      augmentation: of the recipe.
+      crop: the same augmentation on the host.
+      batches: number of batches in each measurement.
+      indices: the images of these batches, in the order of training.
+    """
+
+    config: ConfigDict
+    source: Any
+    augmentation: Augment
+    crop: HostCrop
+    batches: int
+    indices: Int[np.ndarray, "batches B"]
+
+
+def measure(config: ConfigDict, images: int, repeats: int) -> dict[str, Any]:
+    """Measure the throughput of the training images of a recipe.
 
     Args:
-      images: how many each measurement takes, the same ones in the order of training. repeats: rounds.
+      config: the recipe.
+      images: number of images in each measurement, always the same ones.
+      repeats: number of rounds.
 
     Returns:
-      {"stages": {name: images per CPU second}, "whole": {name: {"cpu": per CPU second, "wall": per second}}, "ratio":
-      whole host side over the baseline, both on one thread, per CPU second}.
+      {"stages": {name: images per CPU second}, "whole": {name: {"cpu": per CPU second, "wall": per
+      second}}, "ratio": whole input pipeline over the baseline, both on one thread, per CPU
+      second}.
+
+    Raises:
+      UserError: the images are not found.
     """
-    source = sources.from_config(config.data, "train")
-    method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
-    augmentation = device.from_config(
-        config.augment, image_size=method.image_size, eval_size=method.feature_size
-    )
-    keys = functools.partial(augment_keys, config.seed)
-    crop = host.HostCrop(augmentation, keys, config.data.canvas)
-    batches = max(1, images // ROWS)
-    order = _order(source, config.data, batches)
-    indices = np.stack([order.indices(AROUND + number) for number in range(batches)])
-    stages = _stages(source, config.data, crop, indices.flatten())
-    wholes = {"Pillow baseline, 1 thread": lambda: _baseline(source, config, augmentation, indices)}
-    for threads, workers in SETUPS:
-        name = f"{workers} worker(s)" if workers else f"{threads} thread(s)"
-        wholes[f"resize_on=device, {name}"] = functools.partial(
-            _whole, source, config.data, batches, None, threads, workers
-        )
-    wholes["resize_on=host, 1 thread(s)"] = functools.partial(
-        _whole, source, config.data, batches, crop
-    )
-    found = {name: [] for name in (*stages, *wholes)}
+    pipeline = _build_pipeline(config, images)
+    stages = _Stages(pipeline).by_name()
+    wholes = _whole_pipelines(pipeline)
+    stage_rates: dict[str, list[float]] = {name: [] for name in stages}
+    whole_rates: dict[str, list[Rate]] = {name: [] for name in wholes}
     for _ in range(repeats):
         for name, run in stages.items():
-            found[name].append((_timed(run, indices.size), 0.0))
-        for name, run in wholes.items():
-            found[name].append(run())
-    cpu = {name: statistics.median(rate for rate, _ in rates) for name, rates in found.items()}
-    wall = {name: statistics.median(rate for _, rate in rates) for name, rates in found.items()}
-    pairs = zip(
-        found["resize_on=device, 1 thread(s)"], found["Pillow baseline, 1 thread"], strict=True
-    )
+            stage_rates[name].append(_stage_rate(run, pipeline.indices.size))
+        for name, measure_rate in wholes.items():
+            whole_rates[name].append(measure_rate())
+    ratios = []
+    for ours, theirs in zip(whole_rates[LOADER], whole_rates[BASELINE], strict=True):
+        ratios.append(ours.cpu / theirs.cpu)
     return {
-        "stages": {name: cpu[name] for name in stages},
-        "whole": {name: {"cpu": cpu[name], "wall": wall[name]} for name in wholes},
-        "ratio": statistics.median(ours / theirs for (ours, _), (theirs, _) in pairs),
+        "stages": {name: statistics.median(rates) for name, rates in stage_rates.items()},
+        "whole": {name: _median_rate(rates) for name, rates in whole_rates.items()},
+        "ratio": statistics.median(ratios),
     }
 
 
-def _timed(run, count):
-    """Things per CPU second of this process, in a thread, as in training: the main one handles memory otherwise."""
+def _build_pipeline(config: ConfigDict, images: int) -> Pipeline:
+    source = sources.from_config(config.data, "train")
+    method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    augmentation = Augment.from_config(
+        config.augment, image_size=method.image_size, eval_size=method.feature_size
+    )
+    keys = functools.partial(augment_keys, config.seed)
+    batches = max(1, images // BATCH)
+    order = _order(source, config.data, batches)
+    indices = [order.indices(MARGIN + number) for number in range(batches)]
+    return Pipeline(
+        config=config,
+        source=source,
+        augmentation=augmentation,
+        crop=HostCrop(augmentation, keys, config.data.canvas),
+        batches=batches,
+        indices=np.stack(indices),
+    )
+
+
+def _median_rate(rates: list[Rate]) -> dict[str, float]:
+    return {
+        "cpu": statistics.median(rate.cpu for rate in rates),
+        "wall": statistics.median(rate.wall for rate in rates),
+    }
+
+
+def _stage_rate(run: Callable[[], Any], count: int) -> float:
+    """Images per CPU second of this process, while `run` handles `count` images.
+
+    It runs in a thread, as in training: memory management differs in the main thread.
+    """
     began = time.process_time()
     prefetch.thread_pool(1).submit(run).result()
     return count / (time.process_time() - began)
 
 
-def _stages(source, config, crop, indices):
-    """{name: function that takes all images through one stage}, each by one thread."""
-    data = {int(i): source.record(int(i))[0] for i in set(indices)}
-    pixels = {
-        i: decode.decode(bytes_, config.canvas, config.channels) for i, bytes_ in data.items()
+class _Stages:
+    """The stages of the input pipeline, each as a method that takes all images through it."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        """Prepare the input of every stage."""
+        config = pipeline.config.data
+        self._config = config
+        self._source = pipeline.source
+        self._crop = pipeline.crop
+        self._indices = [int(i) for i in pipeline.indices.flatten()]
+        self._encoded = {}
+        self._pixels = {}
+        for i in set(self._indices):
+            self._encoded[i] = pipeline.source.record(i)[0]
+            self._pixels[i] = decode.decode(self._encoded[i], config.canvas, config.channels)
+        canvas = (config.canvas, config.canvas, config.channels)
+        self._canvases = np.zeros((BATCH,) + canvas, np.uint8)
+        self._draws = pipeline.crop.draws(0, np.arange(len(self._indices)))
+        self._mesh = sharding.make_mesh()
+
+    def by_name(self) -> dict[str, Callable[[], None]]:
+        """The stages and their names in the table."""
+        return {
+            "read": self.read,
+            "decode": self.decode,
+            "put on the canvas": self.put_on_canvas,
+            "crop and resize (resize_on=host)": self.crop_and_resize,
+            "copy and transfer to the device": self.transfer,
+            "decode by Pillow": self.decode_with_pillow,
+        }
+
+    def read(self) -> None:
+        """Read the encoded images."""
+        for i in self._indices:
+            self._source.record(i)
+
+    def decode(self) -> None:
+        """Decode images."""
+        for i in self._indices:
+            decode.decode(self._encoded[i], self._config.canvas, self._config.channels)
+
+    def put_on_canvas(self) -> None:
+        """Copy decoded images to canvases."""
+        for n, i in enumerate(self._indices):
+            decode.place_on_canvas(self._pixels[i], self._canvases[n % BATCH])
+
+    def crop_and_resize(self) -> None:
+        """Crop and resize decoded images on the host."""
+        for n, i in enumerate(self._indices):
+            self._crop(self._pixels[i], self._draws[n])
+
+    def transfer(self) -> None:
+        """Transfer batches of canvases to the devices."""
+        for _ in range(len(self._indices) // BATCH):
+            batch = {"image": self._canvases.copy()}
+            jax.block_until_ready(sharding.to_global(batch, self._mesh))
+
+    def decode_with_pillow(self) -> None:
+        """Decode images with Pillow, as torchvision does."""
+        for i in self._indices:
+            np.asarray(Image.open(io.BytesIO(self._encoded[i])).convert("RGB"))
+
+
+def _whole_pipelines(pipeline: Pipeline) -> dict[str, Callable[[], Rate]]:
+    """{name: function that measures a whole pipeline, from the source to batches of arrays}."""
+    pipelines: dict[str, Callable[[], Rate]] = {
+        BASELINE: functools.partial(_baseline_rate, pipeline)
     }
-    canvases = np.zeros((ROWS, config.canvas, config.canvas, config.channels), np.uint8)
-    draws = crop.draws(0, np.arange(len(indices)))
-    mesh = sharding.make_mesh()
-
-    def each(function):
-        return lambda: [function(n, int(i)) for n, i in enumerate(indices)]
-
-    def transfer():
-        for _ in range(len(indices) // ROWS):
-            jax.block_until_ready(sharding.to_global({"image": canvases.copy()}, mesh))
-
-    return {
-        "read": each(lambda _, i: source.record(i)),
-        "decode": each(lambda _, i: decode.decode(data[i], config.canvas, config.channels)),
-        "put on the canvas": each(lambda n, i: decode.place_on_canvas(pixels[i], canvases[n % ROWS])),
-        "crop and resize (resize_on=host)": each(lambda n, i: crop(pixels[i], draws[n])),
-        "copy and transfer to the device": transfer,
-        "decode by Pillow": each(
-            lambda _, i: np.asarray(Image.open(io.BytesIO(data[i])).convert("RGB"))
-        ),
-    }
-
-
-def _baseline(source, config, augmentation, indices):
-    """(per CPU second, per second): torchvision's way, uint8 crops stacked into batches, without normalisation."""
-    rng = np.random.default_rng(0)
-    began = time.process_time(), time.perf_counter()
-    for batch in indices.tolist():
-        np.stack(
-            [
-                _pillow_crop(source.record(i)[0], config.augment, augmentation.image_size, rng)
-                for i in batch
-            ]
+    for threads, workers in SETUPS:
+        setup = f"{threads} thread(s)"
+        if workers:
+            setup = f"{workers} worker(s)"
+        pipelines[f"resize_on=device, {setup}"] = functools.partial(
+            _loader_rate, pipeline, crop=None, threads=threads, workers=workers
         )
-    return indices.size / (time.process_time() - began[0]), indices.size / (
-        time.perf_counter() - began[1]
+    pipelines["resize_on=host, 1 thread(s)"] = functools.partial(
+        _loader_rate, pipeline, crop=pipeline.crop, threads=1, workers=0
+    )
+    return pipelines
+
+
+def _baseline_rate(pipeline: Pipeline) -> Rate:
+    """torchvision's way: uint8 crops by Pillow, stacked into batches, without normalization."""
+    rng = np.random.default_rng(0)
+    size = pipeline.augmentation.image_size
+    cpu_start = time.process_time()
+    wall_start = time.perf_counter()
+    for batch in pipeline.indices.tolist():
+        crops = []
+        for i in batch:
+            data = pipeline.source.record(i)[0]
+            crops.append(_pillow_crop(data, pipeline.config.augment, size, rng))
+        np.stack(crops)
+    count = pipeline.indices.size
+    return Rate(
+        cpu=count / (time.process_time() - cpu_start),
+        wall=count / (time.perf_counter() - wall_start),
     )
 
 
-def _pillow_crop(data, config, size, rng):
-    """Decode, RandomResizedCrop and flip one image with Pillow: uint8 [H, W, 3]."""
+def _pillow_crop(
+    data: bytes, config: ConfigDict, size: tuple[int, int], rng: np.random.Generator
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Decode, RandomResizedCrop and flip one image with Pillow."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    width, height = image.size
-    for _ in range(10):
-        area = width * height * rng.uniform(*config.scale)
-        aspect = np.exp(rng.uniform(*np.log(config.ratio)))
-        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            break
-    else:
-        w = h = min(width, height)
-    left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
-    image = image.crop((left, top, left + w, top + h)).resize(
-        size[::-1], host.FILTERS[config.interpolation]
-    )
-    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+    crop_width, crop_height = _draw_crop_size(image.size, config, rng)
+    left = int(rng.integers(0, image.width - crop_width + 1))
+    top = int(rng.integers(0, image.height - crop_height + 1))
+    height, width = size
+    image = image.crop((left, top, left + crop_width, top + crop_height))
+    image = image.resize((width, height), FILTERS[config.interpolation])
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
 
 
-def _order(source, config, batches, crop=None, threads=1, workers=0):
-    """The batches to measure, between AROUND others."""
+def _draw_crop_size(
+    image_size: tuple[int, int], config: ConfigDict, rng: np.random.Generator
+) -> tuple[int, int]:
+    """(width, height) of a random crop; of the largest square if no try fits into the image."""
+    image_width, image_height = image_size
+    for _ in range(TRIES):
+        area = image_width * image_height * rng.uniform(config.scale[0], config.scale[1])
+        log_ratio = np.log(config.ratio)
+        aspect = np.exp(rng.uniform(log_ratio[0], log_ratio[1]))
+        width = round(np.sqrt(area * aspect))
+        height = round(np.sqrt(area / aspect))
+        if 0 < width <= image_width and 0 < height <= image_height:
+            return width, height
+    side = min(image_width, image_height)
+    return side, side
+
+
+def _order(
+    source: Any,
+    config: ConfigDict,
+    batches: int,
+    crop: HostCrop | None = None,
+    threads: int = 1,
+    workers: int = 0,
+) -> loader.TrainingOrder:
+    """The batches to measure, with MARGIN others before and after them."""
     images = loader.BatchDecoder(
-        source, config.canvas, config.channels, threads, replace=True, crop=crop
+        source=source,
+        canvas=config.canvas,
+        channels=config.channels,
+        threads=threads,
+        replace=True,
+        crop=crop,
     )
-    size = min(ROWS, len(source))
-    return loader.TrainingOrder(images, 0, size, batches + 2 * AROUND, 0, size, max(workers, 1))
+    size = min(BATCH, len(source))
+    return loader.TrainingOrder(
+        images=images,
+        seed=0,
+        batch_size=size,
+        steps=batches + 2 * MARGIN,
+        first_row=0,
+        rows=size,
+        parts=max(workers, 1),
+    )
 
 
-def _whole(source, config, batches, crop=None, threads=1, workers=0):
-    """(per CPU second, per second) of the loader: from the source to batches of numpy arrays."""
-    order = _order(source, config, batches, crop, threads, workers)
-    crew = prefetch.WorkerPool(order, 0, workers)
-    for _ in range(AROUND):
-        next(crew)
-    pids = [os.getpid(), *crew.pids]
-    began, used = time.perf_counter(), _cpu_seconds(pids)
-    for _ in range(batches):
-        next(crew)
-    count = batches * order.batch_size
-    rates = count / (_cpu_seconds(pids) - used), count / (time.perf_counter() - began)
-    collections.deque(crew, maxlen=0)  # to its end: what workers have shared is freed
-    return rates
+def _loader_rate(pipeline: Pipeline, crop: HostCrop | None, threads: int, workers: int) -> Rate:
+    """The data loader, from the source to batches of numpy arrays."""
+    order = _order(pipeline.source, pipeline.config.data, pipeline.batches, crop, threads, workers)
+    pool = prefetch.WorkerPool(order, 0, workers)
+    for _ in range(MARGIN):
+        next(pool)
+    processes = [os.getpid()] + list(pool.pids)
+    wall_start = time.perf_counter()
+    cpu_start = _cpu_seconds(processes)
+    for _ in range(pipeline.batches):
+        next(pool)
+    count = pipeline.batches * order.batch_size
+    rate = Rate(
+        cpu=count / (_cpu_seconds(processes) - cpu_start),
+        wall=count / (time.perf_counter() - wall_start),
+    )
+    collections.deque(pool, maxlen=0)  # read the rest, so that the workers' shared memory is freed
+    return rate
 
 
-def _cpu_seconds(pids):
-    """CPU time of some processes so far, all threads, of those that are still there (Linux)."""
+def _cpu_seconds(processes: list[int]) -> float:
+    """CPU time of the running ones of some processes so far, over all threads (Linux)."""
     total = 0.0
-    for pid in pids:
+    for process in processes:
         try:
-            fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            status = pathlib.Path(f"/proc/{process}/stat").read_text()
         except OSError:
             continue
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        fields = status.rpartition(")")[2].split()
+        user = int(fields[11])
+        system = int(fields[12])
+        total += (user + system) / os.sysconf("SC_CLK_TCK")
     return total
 
 
-def table(found):
-    """Lines for people."""
+def table(measured: dict[str, Any]) -> str:
+    """The result of `measure` as text."""
     lines = [f"{'stage, one thread':<36}{'images / CPU s':>16}"]
-    lines += [f"{name:<36}{rate:>16.0f}" for name, rate in found["stages"].items()]
-    lines += ["", f"{'whole host side':<36}{'images / CPU s':>16}{'images / s':>14}"]
-    lines += [
-        f"{name:<36}{rate['cpu']:>16.0f}{rate['wall']:>14.0f}"
-        for name, rate in found["whole"].items()
-    ]
-    return "\n".join(
-        [*lines, "", f"resize_on=device over the baseline, per CPU second: {found['ratio']:.2f}"]
-    )
+    for name, rate in measured["stages"].items():
+        lines.append(f"{name:<36}{rate:>16.0f}")
+    lines.append("")
+    lines.append(f"{'whole input pipeline':<36}{'images / CPU s':>16}{'images / s':>14}")
+    for name, rate in measured["whole"].items():
+        lines.append(f"{name:<36}{rate['cpu']:>16.0f}{rate['wall']:>14.0f}")
+    lines.append("")
+    lines.append(f"resize_on=device over the baseline, per CPU second: {measured['ratio']:.2f}")
+    return "\n".join(lines)

@@ -1,172 +1,119 @@
-"""The whole training loop beside its step alone: what the input pipeline and the host cost. And the command of both."""
+"""Speed of the training loop with its input pipeline, compared with the train step by itself."""
 
 import functools
 import itertools
-import json
-import logging
 import statistics
-import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
-from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from lmim_jax.data import loader, sources
 from lmim_jax.data.augment.host import make_host_crop
-from lmim_jax.perf import bench_step
-from lmim_jax.perf import profile as bench_profile
-from lmim_jax.train import workdir
-from lmim_jax.utils.errors import UserError
-from lmim_jax.utils.logging import log_to_console
+from lmim_jax.perf.bench_step import BenchmarkStep, spread, time_matrix_product
 from lmim_jax.utils.prng import augment_keys
 
-log = logging.getLogger("lmim_jax.cli.bench")
+# Batches that the loader may have prepared when a round begins, on the host and on the devices:
+# they were made while the other side ran, and are used up before the clock starts. See
+# `loader.training_batches`.
+PREFETCHED = 12
+MATRIX_PRODUCTS = 3  # timed in each round
 
-# Batches that the loader may have ready when a round begins, on the host and on the devices: they were made while the
-# other side ran, and are used up before the clock starts. See `loader.training`.
-READY = 12
+Batch = dict[str, jax.Array]
 
 
-def measure_loop(config, steps=20, rounds=3, warmup=3):
-    """Train on the recipe's own images, and on one batch that is there already, in turn, with the same program.
+def measure_loop(
+    config: ConfigDict, steps: int = 20, rounds: int = 3, warmup: int = 3
+) -> tuple[BenchmarkStep, dict[str, Any]]:
+    """Train on the recipe's own images and on one random batch, in turn, with the same program.
 
-    The loop is that of train.py, without evaluation, checkpoints and files: batches from the loader, one step under
-    way while the metrics of the one before are fetched. Both sides run in it.
+    The loop is that of training without evaluation, checkpoints and files: batches from the loader,
+    and one step in progress while the metrics of the one before are fetched. Both sides run in it.
 
     Args:
-      config: a recipe, with its data. steps: of each side, in each round.
+      config: the recipe, with its data.
+      steps: number of steps of each side in each round.
+      rounds: number of rounds.
+      warmup: number of steps to run before.
 
     Returns:
-      (bench_step.Step, figures): those of `bench_step.measure` for the step alone, and "train": {"images_per_second",
-      "seconds_per_step" with real images, "ratio" of the mean rates, whole loop over step alone}.
+      The step, and the metrics: those of `bench_step.measure` for the step by itself, and "train":
+      {"images_per_second", "seconds_per_step" with real images, "ratio" of the mean rates, whole
+      loop over step}.
 
     Raises:
-      UserError: no images, too few, or a batch that cannot be split over the devices.
+      UserError: there are no images or too few, or the batch cannot be split over the devices.
     """
     source = sources.from_config(config.data, "train")
-    per_epoch = loader.steps_per_epoch(source, config.batch_size)
-    step = bench_step.Step(config, per_epoch)
-    crop = make_host_crop(
-        config.data, step.recipe.augmentation, functools.partial(augment_keys, config.seed)
-    )
+    step = BenchmarkStep(config, loader.steps_per_epoch(source, config.batch_size))
     batches = loader.training_batches(
         source,
         config.data,
         seed=config.seed,
         batch_size=config.batch_size,
-        steps=rounds * (READY + steps),
+        steps=rounds * (PREFETCHED + steps),
         start=0,
         mesh=step.mesh,
-        crop=crop,
+        crop=make_host_crop(
+            config.data, step.parts.augmentation, functools.partial(augment_keys, config.seed)
+        ),
     )
     for _ in range(warmup):
         step.timed()
-    alone, whole, products = [], [], []
+    step_seconds: list[float] = []
+    loop_seconds: list[float] = []
+    matrix_seconds: list[float | None] = []
     for _ in range(rounds):
-        products += [bench_step.matrix_seconds() for _ in range(3)]
-        alone += _loop(step, lambda: None, 1, steps)
-        whole += _loop(step, lambda: next(batches), READY, steps)
-    mean = statistics.fmean(whole)
-    train = {
-        "images_per_second": config.batch_size / mean,
-        "seconds_per_step": bench_step.spread(whole),
+        for _ in range(MATRIX_PRODUCTS):
+            matrix_seconds.append(time_matrix_product())
+        step_seconds += _time_loop(step, _no_batch, skip=1, steps=steps)
+        next_batch = functools.partial(next, batches)
+        loop_seconds += _time_loop(step, next_batch, skip=PREFETCHED, steps=steps)
+    mean_loop_seconds = statistics.fmean(loop_seconds)
+    measured = step.metrics(step_seconds, matrix_seconds)
+    measured["train"] = {
+        "images_per_second": config.batch_size / mean_loop_seconds,
+        "seconds_per_step": spread(loop_seconds),
+        "ratio": statistics.fmean(step_seconds) / mean_loop_seconds,
     }
-    return step, step.figures(alone, products) | {
-        "train": train | {"ratio": statistics.fmean(alone) / mean}
-    }
+    return step, measured
 
 
-def _loop(step, read, before, steps):
-    """Seconds of each of `steps` steps, after `before` others: from the metrics of one to those of the next."""
-    ended, pending = [], None
-    for _ in range(before + steps):
-        numbers = step.run(read())
-        if pending:
+def _no_batch() -> None:
+    """In place of a batch: the step runs on its random one."""
+
+
+def _time_loop(
+    step: BenchmarkStep, next_batch: Callable[[], Batch | None], skip: int, steps: int
+) -> list[float]:
+    """Run a training loop; seconds per step, from the metrics of one step to those of the next.
+
+    Args:
+      step: the compiled step.
+      next_batch: returns the images of a step.
+      skip: number of steps before the clock starts.
+      steps: number of steps to time.
+    """
+    ends = []
+    pending = None
+    for _ in range(skip + steps):
+        metrics = step.run(next_batch())
+        if pending is not None:
             jax.device_get(pending)
-            ended.append(time.perf_counter())
-        pending = numbers
+            ends.append(time.perf_counter())
+        pending = metrics
     jax.device_get(pending)
-    ended = [*ended, time.perf_counter()][before - 1 :]
-    return [after - begin for begin, after in itertools.pairwise(ended)]
+    ends.append(time.perf_counter())
+    timed = ends[skip - 1 :]
+    return [end - start for start, end in itertools.pairwise(timed)]
 
 
-def main():
-    """--what=step and --what=train, as the flags say: JSON on stdout, the same for people on stderr."""
-    flag = flags.FLAGS
-    if flag.compare and (flag.what != "step" or flag.profile):
-        raise UserError(
-            "--compare is for --what=step without --profile: it times two recipes in turn"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        workdir.pin_kernels(folder, flag.config.deterministic)  # as main.py does
-        log_to_console()
-        if flag.compare:
-            found = bench_step.compare(flag.config, flag.compare, flag.steps)
-        else:
-            measure = bench_step.measured if flag.what == "step" else measure_loop
-            step, found = measure(flag.config, flag.steps)
-            if flag.profile:
-                found["profile"] = bench_profile.record(step, flag.profile)
-    if jax.process_index() == 0:
-        print(json.dumps(found, indent=2))
-    log.info("\n%s", "\n".join(table(found)))
-
-
-def table(found):
-    """Lines for people."""
-    if "ratio" in found:
-        ratio = found["ratio"]
-        spread = f"{ratio['lower_quartile']:.3f} .. {ratio['upper_quartile']:.3f}, {ratio['steps']} pairs of steps"
-        lines = [
-            line for name in ("first", "second") for line in ["", f"{name}:", *table(found[name])]
-        ]
-        return [
-            *lines,
-            "",
-            f"ratio         {ratio['median']:.3f} times as many images/s (quartiles {spread})",
-        ]
-    seconds, asked, made = found["seconds_per_step"], found["asked"], found["made"]
-    low, high = seconds["lower_quartile"], seconds["upper_quartile"]
-    share = (
-        f"{found['mfu']:.1%} of {found['peak_teraflops']:.4g}" if found["mfu"] else "peak unknown"
-    )
-    memory = {name: f"{size / 1e6:,.1f} MB" for name, size in made["memory"].items()}
-    float32 = sum(asked["float32_products"].values())
-    lines = [
-        f"device        {found['devices']} x {found['device']}, batch {found['batch_size']}",
-        f"step          {found['images_per_second']:.4g} images/s, {seconds['median']:.4g} s (quartiles {low:.4g} .. "
-        f"{high:.4g}, {seconds['min']:.4g} .. {seconds['max']:.4g} in all, {seconds['steps']} steps)",
-        f"utilisation   {found['gflop_per_image']:.4g} GFLOP per image, {found['teraflops']:.4g} TFLOP/s: {share} "
-        f"({found['peak_from']})",
-        f"compilation   {found['compile_seconds']:.1f} s, after {found['trace_seconds']:.1f} s of tracing",
-        "memory        "
-        + ", ".join(f"{name} {size}" for name, size in memory.items())
-        + (
-            f"; at most in use {found['peak_memory'] / 1e6:,.1f} MB" if found["peak_memory"] else ""
-        ),
-        f"program       {asked['products']} matrix products, {float32} of them float32; {made['fusions']} fusions, "
-        f"{made['copies']} copies, {made['host_transfers'] + asked['host_transfers']} host transfers, "
-        f"{made['collectives']} collectives of {made['collective_bytes'] / 1e6:.3f} MB",
+def table(measured: dict[str, Any]) -> list[str]:
+    """What `measure_loop` adds to the metrics of the step, as lines of text."""
+    train = measured["train"]
+    return [
+        f"whole loop    {train['images_per_second']:.4g} images/s, "
+        f"{train['ratio']:.3f} of the step by itself"
     ]
-    if train := found.get("train"):
-        lines += [
-            f"whole loop    {train['images_per_second']:.4g} images/s, {train['ratio']:.3f} of the step alone"
-        ]
-    return lines + (["", *bench_profile.table(found["profile"])] if "profile" in found else [])
-
-
-def define_flags():
-    """Those of --what=step and --what=train."""
-    config_flags.DEFINE_config_file(
-        "compare",
-        None,
-        "step: a second recipe, run in turn with --config.",
-        lock_config=True,
-    )
-    flags.DEFINE_integer(
-        "steps", 20, "step, train: steps to time (train: in each of 3 rounds).", lower_bound=2
-    )
-    flags.DEFINE_string(
-        "profile", None, "step, train: folder for a trace of the step; tells its slowest parts."
-    )

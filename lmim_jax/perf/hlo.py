@@ -1,4 +1,4 @@
-"""What a compiled program communicates, read from its text (XLA's HLO)."""
+"""The collectives of a compiled program, read from its text (XLA's HLO)."""
 
 import collections
 import dataclasses
@@ -21,11 +21,21 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
+_BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
+_TRIP_COUNT = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Some equal collectives: kind, devices in a group, shapes as text, bytes of the whole arrays, how many a run."""
+    """Some collectives of a program that are alike.
+
+    Attributes:
+      kind: one of KINDS.
+      group: number of devices that take part together.
+      shapes: of the results, as "f32[768,768]".
+      size: bytes of the whole arrays.
+      times: how often they run in one run of the program.
+    """
 
     kind: str
     group: int
@@ -34,96 +44,153 @@ class Collective:
     times: int
 
     @property
-    def scalar(self):
+    def scalar(self) -> bool:
         """Whether it carries single numbers only."""
         return all(shape.endswith("[]") for shape in self.shapes)
 
     @property
-    def wire_bytes(self):
-        """Bytes that each device sends, all times together, in a ring."""
-        share = (self.group - 1) / self.group
-        factor = {"all-reduce": 2 * share, "collective-permute": 1, "collective-broadcast": 1}.get(
-            self.kind, share
-        )
+    def wire_bytes(self) -> int:
+        """Bytes that each device sends in a ring, over all `times`."""
+        factor = (self.group - 1) / self.group
+        if self.kind == "all-reduce":
+            factor = 2 * factor
+        elif self.kind in ("collective-permute", "collective-broadcast"):
+            factor = 1
         return round(self.times * factor * self.size)
 
 
-def collectives(text):
-    """The collectives of a compiled program.
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    """One collective in the text of a program."""
+
+    kind: str
+    group: int
+    shapes: tuple[str, ...]
+
+
+class _Computations:
+    """The computations of a program: what each one contains.
+
+    Attributes:
+      entry: name of the computation that runs first.
+      operations: {computation: its collectives}.
+      calls: {computation: [(computation that it calls, how often)]}.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.entry = ""
+        self.operations: dict[str, list[_Operation]] = collections.defaultdict(list)
+        self.calls: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+        name = ""
+        for line in text.splitlines():
+            opening = _COMPUTATION.match(line)
+            if opening:
+                name = opening[2]
+                if opening[1]:
+                    self.entry = name
+            else:
+                self._read(name, line)
+
+    def _read(self, computation: str, line: str) -> None:
+        """Read one line of a computation."""
+        times = _iterations(line)
+        for called in _CALLED.findall(line):
+            self.calls[computation].append((called, times))
+        branches = _BRANCHES.search(line)
+        if branches:
+            for called in re.findall(r"[\w.\-]+", branches[1]):
+                self.calls[computation].append((called, 1))
+        collective = _COLLECTIVE.search(line)
+        if collective:
+            types, kind, start = collective.groups()
+            shapes = _result_shapes(types, kind, is_start=bool(start))
+            self.operations[computation].append(_Operation(kind, _group_size(line), shapes))
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a compiled program that involve several devices.
 
     Args:
-      text: `compiled.as_text()`. Loops must have a known number of rounds, as `lax.scan` has.
-
-    Returns:
-      [Collective], those between several devices.
+      text: `compiled.as_text()`. Loops must have a known number of iterations, as `lax.scan` has.
     """
-    found, calls, entry, name = (
-        collections.defaultdict(list),
-        collections.defaultdict(list),
-        None,
-        None,
-    )
-    for line in text.splitlines():
-        if opens := _COMPUTATION.match(line):
-            name = opens[2]
-            entry = name if opens[1] else entry
-            continue
-        rounds = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-        times = int(rounds[1]) if rounds and " while(" in line else 1
-        calls[name] += [(called, times) for called in _CALLED.findall(line)]
-        branches = re.search(r"branch_computations=\{(.*?)\}", line)
-        calls[name] += [
-            (called, 1) for called in re.findall(r"[\w.\-]+", branches[1] if branches else "")
-        ]
-        if collective := _COLLECTIVE.search(line):
-            found[name].append((collective[2], _group(line), _shapes(*collective.groups())))
-    counts, waiting = collections.Counter(), [(entry, 1)]
+    program = _Computations(text)
+    counts: collections.Counter[_Operation] = collections.Counter()
+    waiting = [(program.entry, 1)]
     while waiting:
-        name, times = waiting.pop()
-        for operation in found[name]:
+        computation, times = waiting.pop()
+        for operation in program.operations[computation]:
             counts[operation] += times
-        waiting += [(called, times * rounds) for called, rounds in calls[name]]
-    return [
-        Collective(
-            kind, group, shapes, _size(shapes) * (group if kind == "reduce-scatter" else 1), times
+        for called, iterations in program.calls[computation]:
+            waiting.append((called, times * iterations))
+    found = []
+    for operation, times in counts.items():
+        if operation.group == 1:
+            continue
+        size = _bytes(operation.shapes)
+        if operation.kind == "reduce-scatter":  # its result is one device's part
+            size *= operation.group
+        found.append(
+            Collective(operation.kind, operation.group, operation.shapes, size=size, times=times)
         )
-        for (kind, group, shapes), times in counts.items()
-        if group > 1
-    ]
+    return found
 
 
-def _shapes(types, kind, start):
-    """Shapes of the results, as "f32[768,768]"."""
-    shapes = tuple(f"{kind}[{sizes}]" for kind, sizes in _SHAPE.findall(types))
-    if start and kind in (
-        "all-gather",
-        "collective-permute",
-    ):  # (operands, results, and a permute's two counters)
-        shapes = shapes[:2] if kind == "collective-permute" else shapes
-        return shapes[len(shapes) // 2 :]
+def _iterations(line: str) -> int:
+    """How often an instruction runs what it calls."""
+    count = _TRIP_COUNT.search(line)
+    if count and " while(" in line:
+        return int(count[1])
+    return 1
+
+
+def _result_shapes(types: str, kind: str, is_start: bool) -> tuple[str, ...]:
+    """Shapes of the results, as "f32[768,768]".
+
+    Args:
+      types: the type of the instruction.
+      kind: of the collective.
+      is_start: whether it is the start of an asynchronous one, whose type can contain operands.
+    """
+    shapes = tuple(f"{element}[{sizes}]" for element, sizes in _SHAPE.findall(types))
+    if is_start and kind == "collective-permute":
+        return shapes[1:2]  # (operand, result, two counters)
+    if is_start and kind == "all-gather":
+        return shapes[len(shapes) // 2 :]  # (operands, results)
     return shapes
 
 
-def _size(shapes):
-    """Bytes."""
+def _bytes(shapes: tuple[str, ...]) -> int:
+    """Bytes of arrays of these shapes."""
     total = 0
     for shape in shapes:
-        kind, _, sizes = shape.partition("[")
-        bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])
-        total += bits * math.prod(int(size) for size in sizes[:-1].split(",") if size) // 8
+        element, _, sizes = shape.rstrip("]").partition("[")
+        bits = 8  # of "pred"
+        width = re.search(r"\d+", element)
+        if width:
+            bits = int(width[0])
+        count = math.prod(int(size) for size in sizes.split(",") if size)
+        total += bits * count // 8
     return total
 
 
-def _group(line):
-    """How many devices take part together."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+def _group_size(line: str) -> int:
+    """How many devices take part in a collective together.
+
+    Raises:
+      ValueError: the text does not say.
+    """
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    if listed:
         return len(listed[1].split(","))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line)
+    if iota:
         return int(iota[2])
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line):
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", line)
+    if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])  # an axis, or a part of one
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
+    if pairs:
         return len(np.unique(re.findall(r"\d+", pairs[1])))
     raise ValueError(f"no group of devices in: {line[:300]}")

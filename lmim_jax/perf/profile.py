@@ -1,96 +1,137 @@
-"""Where the time of a train step goes: a profiler trace, and its operations by the time they took."""
+"""A profiler trace of the train step, and its operations in the order of the time they take."""
 
 import collections
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from lmim_jax.perf import program_stats
+from lmim_jax.perf.bench_step import BenchmarkStep
+from lmim_jax.perf.program_stats import Instruction
 from lmim_jax.utils.errors import UserError
 
-AROUND = "while", "call", "conditional"  # of which the trace also has the parts
-PRODUCTS = "dot", "convolution"
-LIBRARIES = (
-    "gemm",
-    "cublas",
-    "cudnn",
-    "matmul",
-    "conv",
-    "dot",
-)  # parts of names of custom calls that are products
+CONTROL_FLOW = ("while", "call", "conditional")  # the trace also contains their parts
+PRODUCTS = ("dot", "convolution")
+# Parts of the names of custom calls that are matrix products
+LIBRARIES = ("gemm", "cublas", "cudnn", "matmul", "conv", "dot")
 
 
-def record(step, folder, steps=5, rows=10):
-    """Trace some steps into `folder` (to be opened with xprof or Perfetto), and add up their operations.
+def record(
+    step: BenchmarkStep, folder: str | pathlib.Path, steps: int = 5, rows: int = 10
+) -> dict[str, Any]:
+    """Trace some steps, and add up the time of their operations.
 
     Args:
-      step: a bench_step.Step. folder: a new trace is put beside those that are there.
+      step: the compiled step.
+      folder: where the trace is written, for xprof or Perfetto; earlier traces in it are kept.
+      steps: number of steps to trace.
+      rows: number of operations to return.
 
     Returns:
-      {"trace": file, "steps": how many, "milliseconds" of all operations, "product_share", of matrix products in them,
-      "operations": the slowest `rows`, [{"name", "opcode", "where" (JAX's name stack), "product" (is it a matrix
-      product), "times", "milliseconds"}]}; times and milliseconds are per step, on this process's devices.
+      {"trace": file, "steps": number of steps, "milliseconds": of all operations, "product_share":
+      the share of matrix products in them, "operations": the slowest `rows`, [{"name", "opcode",
+      "where" (JAX's name stack), "product" (whether it is a matrix product), "times",
+      "milliseconds"}]}; times and milliseconds are per step, on the devices of this process.
+
+    Raises:
+      UserError: the trace does not name the operations of the step.
     """
     step.timed()
     with jax.profiler.trace(folder):
         for _ in range(steps):
             step.timed()
-    path = max(pathlib.Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    traces = pathlib.Path(folder).rglob("*.xplane.pb")
+    path = max(traces, key=_modification_time)
     program = program_stats.instructions(step.compiled.as_text())
-    known = {one.name: one for one in program}
-    times, count = collections.Counter(), collections.Counter()
-    for name, nanoseconds in _events(path):
-        if name in known and known[name].opcode not in AROUND:
-            times[name] += nanoseconds
-            count[name] += 1
-    if not times:
+    operations = _sum_operations(path, program, steps)
+    total = sum(operation["milliseconds"] for operation in operations)
+    products = [operation for operation in operations if operation["product"]]
+    product_milliseconds = sum(operation["milliseconds"] for operation in products)
+    return {
+        "trace": str(path),
+        "steps": steps,
+        "milliseconds": total,
+        "product_share": product_milliseconds / total,
+        "operations": operations[:rows],
+    }
+
+
+def _modification_time(path: pathlib.Path) -> float:
+    return path.stat().st_mtime
+
+
+def _sum_operations(
+    path: pathlib.Path, program: list[Instruction], steps: int
+) -> list[dict[str, Any]]:
+    """Time and number of every operation in a trace, per step, the slowest first."""
+    instruction_of = {instruction.name: instruction for instruction in program}
+    nanoseconds: collections.Counter[str] = collections.Counter()
+    times: collections.Counter[str] = collections.Counter()
+    for name, duration in _events(path):
+        instruction = instruction_of.get(name)
+        if instruction and instruction.opcode not in CONTROL_FLOW:
+            nanoseconds[name] += duration
+            times[name] += 1
+    if not nanoseconds:
         raise UserError(
-            f"{path}: this device's trace names no operations of the step; open it with xprof"
+            f"{path}: the trace of this device does not name the operations of the step; "
+            "open it with xprof"
         )
-    operations = [
-        {
-            "name": name,
-            "opcode": known[name].opcode,
-            "where": known[name].where,
-            "product": is_product(known[name], program),
-            "times": count[name] / steps,
-            "milliseconds": nanoseconds / 1e6 / steps,
-        }
-        for name, nanoseconds in times.most_common()
-    ]
-    total = sum(one["milliseconds"] for one in operations)
-    products = sum(one["milliseconds"] for one in operations if one["product"])
-    shares = {"milliseconds": total, "product_share": products / total}
-    return {"trace": str(path), "steps": steps, **shares, "operations": operations[:rows]}
+    operations = []
+    for name, duration in nanoseconds.most_common():
+        instruction = instruction_of[name]
+        operations.append(
+            {
+                "name": name,
+                "opcode": instruction.opcode,
+                "where": instruction.where,
+                "product": is_product(instruction, program),
+                "times": times[name] / steps,
+                "milliseconds": duration / 1e6 / steps,
+            }
+        )
+    return operations
 
 
-def _events(path):
-    """Yield (name of the HLO operation, nanoseconds)."""
+def _events(path: pathlib.Path) -> Iterator[tuple[str, int]]:
+    """Yield (name of the HLO instruction, nanoseconds) of every event in a trace."""
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         for line in plane.lines:
             for event in line.events:
-                if name := dict(event.stats).get("hlo_op"):
+                name = dict(event.stats).get("hlo_op")
+                if name:
                     yield name, event.duration_ns
 
 
-def is_product(one, program):
-    """Whether an instruction of a program (see bench_program.py) is a matrix product, or a fusion around one."""
-    if one.opcode == "custom-call":
-        return any(part in one.target.lower() for part in LIBRARIES)
-    if one.opcode == "fusion":
-        return any(inner.opcode in PRODUCTS for inner in program if inner.computation == one.calls)
-    return one.opcode in PRODUCTS
+def is_product(instruction: Instruction, program: list[Instruction]) -> bool:
+    """Whether an instruction of a program is a matrix product, or a fusion around one."""
+    if instruction.opcode == "custom-call":
+        return any(part in instruction.target.lower() for part in LIBRARIES)
+    if instruction.opcode == "fusion":
+        fused = [inner for inner in program if inner.computation == instruction.calls]
+        return any(inner.opcode in PRODUCTS for inner in fused)
+    return instruction.opcode in PRODUCTS
 
 
-def table(found):
-    """The slowest operations, as lines of text."""
-    told = f"{found['milliseconds']:.1f} ms of operations a step, {found['product_share']:.0%} of it in matrix products"
-    lines = [f"from the trace of {found['steps']} steps, {found['trace']}: {told}"]
-    lines += [f"{'ms a step':>10}{'share':>8}{'times':>7}  {'operation':<34} where"]
-    for one in found["operations"]:
-        share = one["milliseconds"] / found["milliseconds"]
-        where = one["where"].replace("jit(train_step)/", "")
+def table(profile: dict[str, Any]) -> list[str]:
+    """The slowest operations, as lines of text.
+
+    Args:
+      profile: see `record`.
+    """
+    total = profile["milliseconds"]
+    lines = [
+        f"from the trace of {profile['steps']} steps, {profile['trace']}: {total:.1f} ms of "
+        f"operations per step, {profile['product_share']:.0%} of it in matrix products",
+        f"{'ms a step':>10}{'share':>8}{'times':>7}  {'operation':<34} where",
+    ]
+    for operation in profile["operations"]:
+        milliseconds = operation["milliseconds"]
+        where = operation["where"].replace("jit(train_step)/", "")
         lines.append(
-            f"{one['milliseconds']:>10.3f}{share:>8.1%}{one['times']:>7.0f}  {one['name']:<34} {where}"
+            f"{milliseconds:>10.3f}{milliseconds / total:>8.1%}{operation['times']:>7.0f}"
+            f"  {operation['name']:<34} {where}"
         )
     return lines

@@ -1,80 +1,34 @@
-"""What the train step's program holds: float32 products, transfers to the host, copies, kernels, messages.
+"""Statistics of the train step's program: float32 products, host transfers, copies, collectives.
 
-Both forms are read operation by operation: StableHLO is what was asked of the compiler, on any device; HLO is what it
-made of it for this one (its CPU backend, for one, turns bfloat16 products into float32 ones).
+Two forms of the program are read, operation by operation. StableHLO is the input of the compiler
+and the same on any device. HLO is what the compiler made of it for this device; its CPU backend,
+for example, turns bfloat16 products into float32 ones.
 """
 
 import collections
 import re
-import typing
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
 
 from lmim_jax.perf import hlo
 
-PRODUCTS = "stablehlo.dot_general", "stablehlo.convolution"
-HOST = {"infeed", "outfeed", "send", "recv"}
-OPCODES = {"fusions": ("fusion",), "copies": ("copy", "copy-start"), "host_transfers": tuple(HOST)}
+PRODUCTS = ("stablehlo.dot_general", "stablehlo.convolution")
+HOST_OPCODES = ("infeed", "outfeed", "send", "recv")
 
 
-def asked(lowered):
-    """Facts of a lowered program (`jitted.lower(...)`), from its StableHLO.
+class Instruction(NamedTuple):
+    """A line of HLO.
 
-    Returns:
-      {"products": how many matrix products and convolutions, "float32_products": {where: how many} of those that read
-      float32, where being JAX's name stack without numbers, "host_transfers": how many}.
+    Attributes:
+      computation: that it is part of.
+      name: unique in the program.
+      opcode: "fusion", "copy", "dot", ...
+      calls: the computation that a fusion calls; "" for other instructions.
+      target: of a custom call; "" for other instructions.
+      where: JAX's name stack.
     """
-    products, float32, host = 0, collections.Counter(), 0
-    for operation in _operations(lowered.compiler_ir(dialect="stablehlo").operation):
-        name = operation.name
-        if name in PRODUCTS:
-            products += 1
-            if any("xf32>" in str(operand.type) for operand in operation.operands):
-                float32[_where(operation)] += 1
-        elif name.removeprefix("stablehlo.") in HOST:
-            host += 1
-        elif name == "stablehlo.custom_call":
-            host += "callback" in str(operation.attributes["call_target_name"])
-    return {"products": products, "float32_products": dict(float32), "host_transfers": host}
-
-
-def _operations(operation):
-    """Yield all operations inside of one."""
-    for region in operation.regions:
-        for block in region.blocks:
-            for inner in block.operations:
-                yield inner.operation
-                yield from _operations(inner.operation)
-
-
-def _where(operation):
-    """Name stack of an operation, within the jitted function: "jvp(ViT)/block/attn/dot_general"."""
-    return re.sub(r"^jit\(\w+\)/|\d+", "", str(operation.location).split('"')[1])
-
-
-def made(compiled):
-    """Facts of a compiled program: how many fusions, copies and host transfers, what it communicates, its memory.
-
-    Counted are operations that run by themselves, not those inside a fusion; what is in a loop counts once.
-    """
-    text = compiled.as_text()
-    program, messages, sizes = instructions(text), hlo.collectives(text), compiled.memory_analysis()
-    fused = {one.calls for one in program if one.opcode == "fusion"}
-    total = collections.Counter(one.opcode for one in program if one.computation not in fused)
-    total["outfeed"] += sum("callback" in one.target for one in program)
-    return {
-        **{name: sum(total[opcode] for opcode in opcodes) for name, opcodes in OPCODES.items()},
-        "collectives": sum(one.times for one in messages),
-        "collective_bytes": sum(one.times * one.size for one in messages),
-        "memory": {
-            "arguments": sizes.argument_size_in_bytes,
-            "temporaries": sizes.temp_size_in_bytes,
-            "outputs": sizes.output_size_in_bytes,
-            "aliased": sizes.alias_size_in_bytes,  # outputs in the place of donated arguments
-        },
-    }
-
-
-class Instruction(typing.NamedTuple):
-    """A line of HLO: its computation, name and opcode; what a fusion calls, a custom call's target, its name stack."""
 
     computation: str
     name: str
@@ -84,30 +38,138 @@ class Instruction(typing.NamedTuple):
     where: str
 
 
-def instructions(text):
-    """The list of Instructions of a compiled program (`compiled.as_text()`)."""
-    found, computation = [], None
+def lowered_stats(lowered: jax.stages.Lowered) -> dict[str, Any]:
+    """Statistics of a lowered program (`jitted.lower(...)`), from its StableHLO.
+
+    Returns:
+      {"products": number of matrix products and convolutions, "float32_products": {where: number}
+      of those that read float32, where being JAX's name stack without numbers, "host_transfers":
+      number}.
+    """
+    products = 0
+    float32_products: collections.Counter[str] = collections.Counter()
+    host_transfers = 0
+    module: Any = lowered.compiler_ir(dialect="stablehlo")
+    for operation in _operations(module.operation):
+        if operation.name in PRODUCTS:
+            products += 1
+            if _reads_float32(operation):
+                float32_products[_name_stack(operation)] += 1
+        elif _is_host_transfer(operation):
+            host_transfers += 1
+    return {
+        "products": products,
+        "float32_products": dict(float32_products),
+        "host_transfers": host_transfers,
+    }
+
+
+def _operations(operation: Any) -> Iterator[Any]:
+    """Yield all operations inside of one."""
+    for region in operation.regions:
+        for block in region.blocks:
+            for inner in block.operations:
+                yield inner.operation
+                yield from _operations(inner.operation)
+
+
+def _reads_float32(operation: Any) -> bool:
+    """Whether an operand of a StableHLO operation is a float32 array."""
+    return any("xf32>" in str(operand.type) for operand in operation.operands)
+
+
+def _is_host_transfer(operation: Any) -> bool:
+    """Whether a StableHLO operation exchanges data with the host."""
+    if operation.name == "stablehlo.custom_call":
+        return "callback" in str(operation.attributes["call_target_name"])
+    return operation.name.removeprefix("stablehlo.") in HOST_OPCODES
+
+
+def _name_stack(operation: Any) -> str:
+    """Name stack of an operation within the jitted function: "jvp(ViT)/block/attn/dot_general"."""
+    return re.sub(r"^jit\(\w+\)/|\d+", "", str(operation.location).split('"')[1])
+
+
+def compiled_stats(compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """Statistics of a compiled program.
+
+    Operations inside a fusion are not counted; those in a loop are counted once.
+
+    Returns:
+      {"fusions", "copies", "host_transfers": numbers of operations, "collectives": number,
+      "collective_bytes": in bytes, "memory": {"arguments", "temporaries", "outputs", "aliased"} in
+      bytes, "aliased" being outputs that take the place of donated arguments}.
+    """
+    text = compiled.as_text()
+    counts = _count_opcodes(instructions(text))
+    collectives = hlo.collectives(text)
+    memory: Any = compiled.memory_analysis()
+    return {
+        "fusions": counts["fusion"],
+        "copies": counts["copy"] + counts["copy-start"],
+        "host_transfers": counts["callback"] + sum(counts[opcode] for opcode in HOST_OPCODES),
+        "collectives": sum(collective.times for collective in collectives),
+        "collective_bytes": sum(collective.times * collective.size for collective in collectives),
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,
+        },
+    }
+
+
+def _count_opcodes(program: list[Instruction]) -> collections.Counter[str]:
+    """Number of instructions outside of fusions by opcode, and of host callbacks as "callback"."""
+    fused = {instruction.calls for instruction in program if instruction.opcode == "fusion"}
+    counts: collections.Counter[str] = collections.Counter()
+    for instruction in program:
+        if instruction.computation not in fused:
+            counts[instruction.opcode] += 1
+        if "callback" in instruction.target:
+            counts["callback"] += 1
+    return counts
+
+
+def instructions(text: str) -> list[Instruction]:
+    """The instructions of a compiled program.
+
+    Args:
+      text: `compiled.as_text()`.
+    """
+    found = []
+    computation = ""
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith((" ", "HloModule")):
             computation = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
             continue
-        name, equals, rest = line.partition(" = ")
+        name, equals, definition = line.partition(" = ")
         if equals:
-            calls = rest.partition(" calls=")[2].partition(",")[0].strip().lstrip("%")
-            target, where = (
-                rest.partition(key)[2].partition('"')[0]
-                for key in ('custom_call_target="', 'op_name="')
+            instruction = Instruction(
+                computation=computation,
+                name=name.strip().removeprefix("ROOT ").lstrip("%"),
+                opcode=_opcode(definition),
+                calls=_between(definition, " calls=", ",").strip().lstrip("%"),
+                target=_between(definition, 'custom_call_target="', '"'),
+                where=_between(definition, 'op_name="', '"'),
             )
-            name = name.strip().removeprefix("ROOT ").lstrip("%")
-            found.append(Instruction(computation, name, _opcode(rest), calls, target, where))
+            found.append(instruction)
     return found
 
 
-def _opcode(rest):
-    """ "copy" of "f32[2,3]{1,0} copy(%x)". The type may be a tuple, with spaces and brackets in it."""
+def _between(text: str, start: str, end: str) -> str:
+    """The text from `start` to the next `end`, without these; "" if there is no `start`."""
+    return text.partition(start)[2].partition(end)[0]
+
+
+def _opcode(definition: str) -> str:
+    """ "copy" of "f32[2,3]{1,0} copy(%x)". The type can be a tuple, with spaces and brackets."""
     depth = 0
-    for end, character in enumerate(rest):
-        depth += (character in "([{") - (character in ")]}")
-        if character == " " and not depth:
-            return rest[end + 1 :].partition("(")[0]
+    for end, character in enumerate(definition):
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif character == " " and not depth:
+            return definition[end + 1 :].partition("(")[0]
     return ""

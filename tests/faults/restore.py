@@ -27,10 +27,10 @@ def main(_):
     given = flags.FLAGS
     multihost.initialize(given.coordinator, given.num_processes, given.process_id, given.heartbeat)
     config = given.config
-    recipe = aot.Recipe.of(config, images=48)
+    parts = aot.build_for_images(config, images=48)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     with checkpoint.Checkpoints(given.workdir, config) as checkpoints:
-        state = checkpoints.restore(recipe.state(), recipe.shardings(mesh))
+        state = checkpoints.restore(parts.abstract_state(), parts.state_sharding(mesh))
     cut = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
     assert bool(cut) == (mesh.shape["fsdp"] > 1)
     state = multihost_utils.process_allgather(
