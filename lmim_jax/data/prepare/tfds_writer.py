@@ -1,78 +1,119 @@
-"""A folder of images -> the files of a TFDS dataset, shard by shard: every shard is made whole or not at all."""
+"""A folder of images -> the files of a TFDS dataset, shard by shard.
 
+Each shard is written completely or not at all, so that an interrupted conversion can be resumed.
+"""
+
+import dataclasses
 import hashlib
 import io
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lmim_jax.data import decode, sources
+from lmim_jax.data import decode
 from lmim_jax.data.prepare import tfrecord
+from lmim_jax.data.sources import FolderSource
 from lmim_jax.utils import atomic_io
 
-PER_SHARD, SHARD_BYTES = 5000, 128 << 20  # at most so many images, about so many bytes in a file
-UNFINISHED, MANIFEST, BAD = "unfinished", "manifest.json", "bad_files.txt"
+# A shard holds at most so many images, and about so many bytes
+SHARD_IMAGES = 5000
+SHARD_BYTES = 128 << 20
+
+# Names in the folder of the dataset
+UNFINISHED = "unfinished"
+MANIFEST = "manifest.json"
+BAD = "bad_files.txt"
 
 
-class Task:
-    """One shard to be written: which images, and where to."""
+@dataclasses.dataclass(frozen=True)
+class ShardTask:
+    """One shard to be written.
 
-    def __init__(self, path, split, source, shrink):
-        self.path, self.split, self.source, self.shrink = path, split, source, shrink
-        self.note = (
-            path.parent / UNFINISHED / f"{path.name}.json"
-        )  # what is known of it when it is done
+    Attributes:
+      path: the file.
+      split: name of the split.
+      source: the images.
+      shrink: short side in pixels above which images are shrunk to it; 0: never.
+    """
+
+    path: pathlib.Path
+    split: str
+    source: FolderSource
+    shrink: int
+
+    @property
+    def note_path(self) -> pathlib.Path:
+        """The file with the checksum, number of records and bad files of the finished shard."""
+        return self.path.parent / UNFINISHED / f"{self.path.name}.json"
 
 
-def tasks(target, name, split, source, shrink):
-    """The shards of a split: equal runs of its images, in order."""
+def plan_shards(
+    target: pathlib.Path, name: str, split: str, source: FolderSource, shrink: int
+) -> Iterator[ShardTask]:
+    """The shards of a split: equal runs of its images, in order.
+
+    Args:
+      target: folder of the dataset.
+      name: of the dataset.
+      split: name of the split.
+      source: its images.
+      shrink: see `ShardTask`.
+    """
     size = sum(pathlib.Path(source.root, file).stat().st_size for file in source.files)
-    count = max(-(-len(source) // PER_SHARD), -(-size // SHARD_BYTES))
+    count = max(-(-len(source) // SHARD_IMAGES), -(-size // SHARD_BYTES))
     for i, part in enumerate(np.array_split(np.arange(len(source)), count)):
         chosen = slice(int(part[0]), int(part[-1]) + 1)
-        images = sources.FolderSource(
-            source.root, source.files[chosen], source.labels[chosen], source.classes, ()
+        images = dataclasses.replace(
+            source, files=source.files[chosen], labels=source.labels[chosen], ignored=()
         )
-        yield Task(
-            target / f"{name}-{split}.array_record-{i:05d}-of-{count:05d}", split, images, shrink
-        )
+        path = target / f"{name}-{split}.array_record-{i:05d}-of-{count:05d}"
+        yield ShardTask(path, split, images, shrink)
 
 
-def write(task):
-    """Write one shard and the note about it, unless they are there."""
-    if task.note.exists():
+def write_shard(task: ShardTask) -> None:
+    """Write one shard and the note about it, unless they exist."""
+    if task.note_path.exists():
         return
     bad = []
 
     def examples():
-        for i in range(len(task.source)):
+        for index, file in enumerate(task.source.files):
             try:
-                data, label = task.source.record(i)
-                yield _example(_shrunk(data, task.shrink), label, task.source.files[i])
+                data, label = task.source.record(index)
+                yield _serialize_example(_shrink_image(data, task.shrink), label, file)
             except (decode.BadImage, OSError) as error:
-                bad.append(f"{task.source.name(i)}: {error}")
+                bad.append(f"{task.source.name(index)}: {error}")
 
     count = tfrecord.write_array_record(task.path, examples())
-    atomic_io.write(task.note, json.dumps({**facts(task.path), "records": count, "bad": bad}))
+    note = {**file_facts(task.path), "records": count, "bad": bad}
+    atomic_io.write(task.note_path, json.dumps(note))
 
 
-def _shrunk(data, shrink):
-    """The encoded image, decoded once to see that it can be, with a short side of at most `shrink`."""
+def _shrink_image(data: bytes, shrink: int) -> bytes:
+    """The encoded image, with a short side of at most `shrink`.
+
+    Raises:
+      BadImage: it cannot be decoded.
+    """
     pixels = decode.decode(data, 0, 3)
-    short = min(pixels.shape[:2])
+    height, width = pixels.shape[:2]
+    short = min(height, width)
     if not 0 < shrink < short:
         return data
-    size = [round(side * shrink / short) for side in pixels.shape[1::-1]]
+    size = (round(width * shrink / short), round(height * shrink / short))
+    shrunk = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
     stream = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    shrunk.save(stream, "JPEG", quality=90)
     return stream.getvalue()
 
 
-def _example(image, label, name):
-    """A serialised tf.train.Example; the same bytes for the same content."""
+def _serialize_example(image: bytes, label: int, name: str) -> bytes:
+    """A serialized tf.train.Example; the same bytes for the same content."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     example = tf_example_pb2.Example()
@@ -84,33 +125,47 @@ def _example(image, label, name):
     return example.SerializeToString(deterministic=True)
 
 
-def facts(path):
-    """Size and checksum of a file."""
+def file_facts(path: pathlib.Path) -> dict[str, Any]:
+    """Size in bytes and checksum of a file."""
     with path.open("rb") as file:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": checksum}
 
 
-def finish(target, classes, tasks):
-    """Write what TFDS wants to know, the report of bad files, and last the manifest."""
+def finish_dataset(
+    target: pathlib.Path, classes: Sequence[str], tasks: Sequence[ShardTask]
+) -> None:
+    """Write TFDS's metadata, the list of bad files, and last the manifest."""
     import tensorflow_datasets as tfds
 
-    notes = [json.loads(task.note.read_text()) for task in tasks]
-    features = {"image": tfds.features.Image(), "file": tfds.features.Text()}
-    features |= {"label": tfds.features.ClassLabel(names=classes)} if classes else {}
-    splits = []
-    for split in dict.fromkeys(task.split for task in tasks):
-        mine = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
-        lengths, size = [note["records"] for note in mine], sum(note["bytes"] for note in mine)
-        splits.append(tfds.core.SplitInfo(split, lengths, size))
+    notes = []
+    for task in tasks:
+        notes.append(json.loads(task.note_path.read_text()))
+    features: dict[str, Any] = {"image": tfds.features.Image(), "file": tfds.features.Text()}
+    if classes:
+        features["label"] = tfds.features.ClassLabel(names=classes)
+    splits = _split_infos(tasks, notes)
     tfds.folder_dataset.write_metadata(
         data_dir=target, features=features, split_infos=splits, check_data=False
     )
-    bad = [line for note in notes for line in note.pop("bad")]
+    bad = []
+    manifest = {}
+    for task, note in zip(tasks, notes, strict=True):
+        bad += note.pop("bad")
+        manifest[task.path.name] = note
     atomic_io.write(target / BAD, "".join(f"{line}\n" for line in bad))
-    manifest = {task.path.name: note for task, note in zip(tasks, notes, strict=True)}
     atomic_io.write(target / MANIFEST, json.dumps(manifest, indent=2))
     shutil.rmtree(target / UNFINISHED)
-    tfrecord.sweep(target)
+    tfrecord.remove_temporary_files(target)
+
+
+def _split_infos(tasks: Sequence[ShardTask], notes: Sequence[dict[str, Any]]) -> list[Any]:
+    """TFDS's description of the splits: number of records of each shard, and size in bytes."""
+    import tensorflow_datasets as tfds
+
+    lengths: dict[str, list[int]] = {}
+    sizes: dict[str, int] = {}
+    for task, note in zip(tasks, notes, strict=True):
+        lengths.setdefault(task.split, []).append(note["records"])
+        sizes[task.split] = sizes.get(task.split, 0) + note["bytes"]
+    return [tfds.core.SplitInfo(split, lengths[split], sizes[split]) for split in lengths]

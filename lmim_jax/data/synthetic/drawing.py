@@ -1,105 +1,171 @@
-"""How `shapes` is drawn: the ten objects, backgrounds, and an object in a pose. See shapes.py and scenes.py."""
+"""Drawing the images of `shapes`: the ten objects, backgrounds, and an object in a pose.
+
+Images are drawn at twice their size, then shrunk, so that edges are smooth.
+"""
 
 import colorsys
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
-SIZE = 64
-DRAWN = 2 * SIZE  # drawn at twice the size, then shrunk: smooth edges
+SIZE = 64  # side of an image, in pixels
+DRAWN = 2 * SIZE  # side of the drawing
 CLASSES = tuple(f"object{i}" for i in range(10))
+OBJECT_SEED = 7
+
+# Kinds of outlines
+ELLIPSE = 0
+RECTANGLE = 1
+TRIANGLE = 2
+OUTLINES = {
+    RECTANGLE: [[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]],
+    TRIANGLE: [[0.0, -1.0], [1.0, 1.0], [-1.0, 1.0]],
+}
+ELLIPSE_POINTS = 28
+
+Color = tuple[float, float, float]
 
 
-def _classes():
-    """The ten objects: a body and parts, as fixed random numbers. Lengths in units of the object's size."""
-    rng = np.random.default_rng(7)
-    part = lambda: dict(
-        kind=int(rng.integers(3)),
-        center=rng.uniform(-0.75, 0.75, 2),
-        half=rng.uniform(0.15, 0.3, 2),
-        hsv=(rng.uniform(0, 1), rng.uniform(0.3, 1.0), rng.uniform(0.35, 1.0)),
-    )
-    objects = []
-    for _ in CLASSES:
-        parts = [part() for _ in range(rng.integers(4, 6))]
-        aspect = rng.uniform(0.6, 1.5) ** 0.5
-        body = dict(part(), center=np.zeros(2), half=0.8 * np.array([aspect, 1 / aspect]))
-        objects.append([body, *parts])
-    return objects
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of an object, in units of the object's size.
 
+    Attributes:
+      kind: ELLIPSE, RECTANGLE or TRIANGLE.
+      center: (x, y).
+      half: half of the width and height.
+      hsv: hue, saturation and value, each in 0 .. 1.
+    """
 
-OBJECTS = _classes()
+    kind: int
+    center: Float[np.ndarray, "2"]
+    half: Float[np.ndarray, "2"]
+    hsv: Color
 
 
 @dataclasses.dataclass(frozen=True)
 class Pose:
-    """Where and how an object lies: lengths in pixels of the drawing, (x, y); angle in radians; mirror 1 or -1."""
+    """Position and orientation of an object.
+
+    Attributes:
+      scale: size of the object, in pixels of the drawing.
+      center: (x, y), in pixels of the drawing.
+      angle: in radians.
+      mirror: 1, or -1 for mirrored.
+    """
 
     scale: float
-    center: np.ndarray
+    center: Float[np.ndarray, "2"]
     angle: float
     mirror: int
 
 
-def background(rng):
-    """A picture of soft colour noise at three scales, [DRAWN, DRAWN], without objects."""
+def _draw_part(rng: np.random.Generator) -> Part:
+    kind = int(rng.integers(3))
+    center = rng.uniform(-0.75, 0.75, 2)
+    half = rng.uniform(0.15, 0.3, 2)
+    hsv = (rng.uniform(0, 1), rng.uniform(0.3, 1.0), rng.uniform(0.35, 1.0))
+    return Part(kind, center, half, hsv)
+
+
+def _draw_objects() -> list[list[Part]]:
+    """The ten objects: each a body, and four or five parts on it; always the same."""
+    rng = np.random.default_rng(OBJECT_SEED)
+    objects = []
+    for _ in CLASSES:
+        parts = []
+        for _ in range(rng.integers(4, 6)):
+            parts.append(_draw_part(rng))
+        aspect = rng.uniform(0.6, 1.5) ** 0.5
+        body = dataclasses.replace(
+            _draw_part(rng), center=np.zeros(2), half=0.8 * np.array([aspect, 1 / aspect])
+        )
+        objects.append([body, *parts])
+    return objects
+
+
+OBJECTS = _draw_objects()
+
+
+def draw_background(rng: np.random.Generator) -> Image.Image:
+    """A drawing of soft color noise at three scales, without objects."""
     out = np.zeros((SIZE, SIZE, 3), np.float32) + rng.uniform(30, 225, 3).astype(np.float32)
     for cells in (3, 6, 12):
         noise = rng.normal(0, rng.uniform(8, 24), (cells, cells, 3)).astype(np.float32)
-        planes = [
-            Image.fromarray(noise[..., c]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-            for c in range(3)
-        ]
-        out += np.stack([np.asarray(plane) for plane in planes], -1)
+        planes = []
+        for channel in range(3):
+            plane = Image.fromarray(noise[..., channel])
+            planes.append(np.asarray(plane.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
+        out += np.stack(planes, -1)
     texture = Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
     return texture.resize((DRAWN, DRAWN), Image.Resampling.BILINEAR)
 
 
-def distractors(rng, picture):
-    """Paint up to four small shapes that belong to no object."""
-    paint = ImageDraw.Draw(picture)
+def draw_distractors(rng: np.random.Generator, picture: Image.Image) -> None:
+    """Draw up to four small shapes that belong to no object."""
+    draw = ImageDraw.Draw(picture)
     for _ in range(rng.integers(5)):
-        points = _outline(int(rng.integers(3))) * rng.uniform(6, 16, 2) + rng.uniform(0, DRAWN, 2)
-        paint.polygon(
-            [tuple(point) for point in points], fill=tuple(int(c) for c in rng.integers(0, 255, 3))
-        )
+        outline = _outline(int(rng.integers(3)))
+        points = outline * rng.uniform(6, 16, 2) + rng.uniform(0, DRAWN, 2)
+        red, green, blue = rng.integers(0, 255, 3).tolist()
+        draw.polygon(_polygon(points), fill=(red, green, blue))
 
 
-def paint(rng, label, pose, picture, mask, value):
-    """Paint an object into the picture, and `value` into the mask where it is; its colours are drawn from `rng`."""
-    hue, saturation, brightness = (
-        rng.uniform(-0.15, 0.15),
-        rng.uniform(0.5, 1.3),
-        rng.uniform(0.6, 1.2),
-    )
-    cos, sin = np.cos(pose.angle), np.sin(pose.angle)
-    turn = np.array([[cos, sin], [-sin, cos]])
+def draw_object(
+    rng: np.random.Generator,
+    label: int,
+    pose: Pose,
+    picture: Image.Image,
+    mask: Image.Image,
+    value: int,
+) -> None:
+    """Draw an object into a drawing and its mask.
+
+    Args:
+      rng: for its colors.
+      label: its class.
+      pose: where to draw it.
+      picture: the drawing.
+      mask: of the size of the drawing.
+      value: written into the mask where the object is.
+    """
+    hue = rng.uniform(-0.15, 0.15)
+    saturation = rng.uniform(0.5, 1.3)
+    brightness = rng.uniform(0.6, 1.2)
+    cos = np.cos(pose.angle)
+    sin = np.sin(pose.angle)
+    rotation = np.array([[cos, sin], [-sin, cos]])
     for part in OBJECTS[label]:
-        h, s, v = part["hsv"]
-        s, v = s * saturation * rng.uniform(0.8, 1.2), v * brightness
-        color = colorsys.hsv_to_rgb((h + hue + rng.normal(0, 0.03)) % 1, min(1, s), min(1, v))
-        points = (
-            (_outline(part["kind"]) * part["half"] + part["center"]) * pose.scale * [pose.mirror, 1]
-        )
-        polygon = [tuple(point) for point in points @ turn + pose.center]
-        ImageDraw.Draw(picture).polygon(polygon, fill=tuple(int(255 * c) for c in color))
+        h, s, v = part.hsv
+        s = s * saturation * rng.uniform(0.8, 1.2)
+        v = v * brightness
+        h = (h + hue + rng.normal(0, 0.03)) % 1
+        red, green, blue = colorsys.hsv_to_rgb(h, min(1, s), min(1, v))
+        points = _outline(part.kind) * part.half + part.center
+        points = points * pose.scale * [pose.mirror, 1]
+        polygon = _polygon(points @ rotation + pose.center)
+        fill = (int(255 * red), int(255 * green), int(255 * blue))
+        ImageDraw.Draw(picture).polygon(polygon, fill=fill)
         ImageDraw.Draw(mask).polygon(polygon, fill=value)
 
 
-def photograph(rng, picture):
-    """The drawing as an image, shrunk and with noise: uint8 [SIZE, SIZE, 3]."""
-    pixels = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR)) + rng.normal(
-        0, 5, (SIZE, SIZE, 3)
-    )
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+def render(rng: np.random.Generator, picture: Image.Image) -> UInt8[np.ndarray, "64 64 3"]:
+    """The drawing as an image: shrunk, with noise."""
+    pixels = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+    noisy = pixels + rng.normal(0, 5, (SIZE, SIZE, 3))
+    return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
-def _outline(kind):
-    """A unit shape [points, 2]: ellipse, rectangle or triangle."""
-    if kind == 0:
-        angle = np.linspace(0, 2 * np.pi, 28, endpoint=False)
+def _outline(kind: int) -> Float[np.ndarray, "points 2"]:
+    """The corners of a shape in -1 .. 1."""
+    if kind == ELLIPSE:
+        angle = np.linspace(0, 2 * np.pi, ELLIPSE_POINTS, endpoint=False)
         return np.stack([np.cos(angle), np.sin(angle)], 1)
-    return np.array(
-        [[-1, -1], [1, -1], [1, 1], [-1, 1]] if kind == 1 else [[0, -1], [1, 1], [-1, 1]], float
-    )
+    return np.array(OUTLINES[kind])
+
+
+def _polygon(points: Float[np.ndarray, "points 2"]) -> list[tuple[float, float]]:
+    """Points as Pillow takes them."""
+    return [(x, y) for x, y in points]
