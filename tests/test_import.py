@@ -211,7 +211,7 @@ def test_dropped_arrays_are_told(file, tmp_path):
     ("name", "content", "message"),
     [
         ("absent.npz", None, "no such file"),
-        ("weights.txt", b"1 2 3", "weights come as"),
+        ("weights.txt", b"1 2 3", "weights must be"),
         ("damaged.npz", b"PK\x03\x04 not a zip", "cannot be read"),
         ("damaged.safetensors", b"\xff" * 40, "cannot be read"),
     ],

@@ -93,7 +93,7 @@ class Parsed(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.found.append((tag, dict(attrs)))
-        if tag not in page.VOID:
+        if tag not in page.VOID_ELEMENTS:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -164,7 +164,7 @@ def test_bad_input_is_one_line(images, tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 def test_cuts_are_nested_and_labels_stay(seed):
     tokens = np.random.default_rng(seed).normal(size=(40, 6))
-    cuts = clustering.nested(tokens, (5, 3, 4))
+    cuts = clustering.nested_clusters(tokens, (5, 3, 4))
     assert list(cuts) == [3, 4, 5]
     for before, after in ((3, 4), (4, 5)):
         assert set(cuts[after]) == set(range(after))
@@ -178,7 +178,7 @@ def test_cuts_are_nested_and_labels_stay(seed):
 
 def test_similar_tokens_share_a_cluster():
     tokens = np.repeat(np.eye(3), (5, 9, 7), axis=0)
-    assert clustering.nested(tokens, (3,))[3].tolist() == [2] * 5 + [0] * 9 + [1] * 7
+    assert clustering.nested_clusters(tokens, (3,))[3].tolist() == [2] * 5 + [0] * 9 + [1] * 7
 
 
 def test_the_command_of_a_run_gives_its_config_again():

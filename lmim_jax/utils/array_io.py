@@ -1,67 +1,97 @@
-"""Files of named arrays: safetensors, npz, and what PyTorch pickles (.pth), of which only tensors are read."""
+"""Files of named arrays: safetensors, npz, and the tensors in PyTorch's pickled files (.pth)."""
 
+import os
 import pathlib
 import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from lmim_jax.utils.errors import UserError
 
+Arrays = dict[str, Shaped[np.ndarray, "..."]]
+
 PICKLED = (".pth", ".pt", ".tar", ".bin")
-FULL = ("model", "state_dict")  # under which training scripts keep the state dict
+STATE_DICT_KEYS = ("model", "state_dict")  # under which training scripts save the state dict
 
 
-def read(path, roots=()):
+def read(path: str | os.PathLike[str], roots: Collection[str] = ()) -> tuple[Arrays, list[str]]:
     """Read a file of weights.
 
     Args:
       path: *.safetensors, *.npz, or PyTorch's *.pth, *.pt, *.pth.tar, *.bin.
-      roots: what the first parts of names are, to tell a model from the training state beside it in a nested file.
+      roots: first parts of the names of weights, which tell a model from the training state beside
+        it in a nested file.
 
     Returns:
-      ({name: array}, names of what else the file holds). Arrays of fewer bits than 32 become float32; nested names are
-      joined by dots, and the `module.` of parallel training is left out.
+      ({name: array}, names of what else the file holds). Floating-point arrays with fewer than 32
+      bits become float32; nested names are joined by dots, and the `module.` of parallel training
+      is removed.
 
     Raises:
-      UserError: no such file, another suffix, damage, or anything in it that is no array.
+      UserError: the file is missing, damaged, of another type, or holds objects that are not
+        tensors.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    other: list[str] = []
     if path.suffix == ".npz":
-        arrays, rest = _npz(path), []
+        arrays = _read_npz(path)
     elif path.suffix == ".safetensors":
-        arrays, rest = _safetensors(path), []
+        arrays = _read_safetensors(path)
     elif path.suffix in PICKLED:
-        arrays, rest = _pickled(path, roots)
+        arrays, other = _read_pickled(path, roots)
     else:
         raise UserError(
-            f"{path}: weights come as .safetensors, .npz, {', '.join(PICKLED)}, not as {path.suffix!r}"
+            f"{path}: weights must be .safetensors, .npz, {', '.join(PICKLED)}, not {path.suffix!r}"
         )
-    short = lambda x: x.dtype.kind in "fV" and x.dtype.itemsize < 4
-    return {
-        _plain(name): x.astype(np.float32) if short(x) else x for name, x in arrays.items()
-    }, rest
+    renamed = {}
+    for name, array in arrays.items():
+        renamed[_remove_module(name)] = _widen(array)
+    return renamed, other
 
 
-def write(path, arrays, metadata=None):
-    """Write {name: array} as safetensors; metadata: {str: str}, which PyTorch's libraries want as {"format": "pt"}."""
+def write(
+    path: str | os.PathLike[str], arrays: Arrays, metadata: dict[str, str] | None = None
+) -> None:
+    """Write arrays as safetensors.
+
+    Args:
+      path: of the file.
+      arrays: by name.
+      metadata: PyTorch's libraries require {"format": "pt"}.
+    """
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path, metadata)
-    pathlib.Path(path).chmod(0o644)  # the library lets nobody else read it
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(contiguous, path, metadata)
+    pathlib.Path(path).chmod(0o644)  # the library makes it readable to the owner only
 
 
-def _npz(path):
+def _widen(array: np.ndarray) -> np.ndarray:
+    """Convert float16, bfloat16 (kind V) and smaller floats to float32."""
+    if array.dtype.kind in "fV" and array.dtype.itemsize < 4:
+        return array.astype(np.float32)
+    return array
+
+
+def _remove_module(name: str) -> str:
+    return re.sub(r"(^|\.)module\.", r"\1", name)
+
+
+def _read_npz(path: pathlib.Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except Exception as error:  # a zip file's damage shows in many ways
+    except Exception as error:  # a damaged zip file causes many kinds of errors
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _safetensors(path):
-    import ml_dtypes  # noqa: F401  (numpy's bfloat16, which safetensors asks for)
+def _read_safetensors(path: pathlib.Path) -> Arrays:
+    import ml_dtypes  # noqa: F401  (registers numpy's bfloat16 for safetensors)
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -71,64 +101,82 @@ def _safetensors(path):
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _pickled(path, roots):
-    torch = _torch(path)
-    import argparse
-    import pickle
-
-    try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # MAE keeps its command line in the file
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds other Python objects than tensors, which are not loaded, as that may run any code. "
-            "If you trust it, save its tensors alone: torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
-        ) from error
-    except Exception as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    rest = []
+def _read_pickled(path: pathlib.Path, roots: Collection[str]) -> tuple[Arrays, list[str]]:
+    """Read the tensors of a PyTorch file: ({name: array}, names of everything else)."""
+    torch = _import_torch(path)
+    content = _load_pickled(path, torch)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no state dict, but a {type(content).__name__}")
-    if inner := next((key for key in FULL if isinstance(content.get(key), dict)), None):
-        rest, content = [key for key in content if key != inner], content[inner]
-    elif any(isinstance(value, dict) for value in content.values()):
-        rest = [
-            key for key, value in content.items() if key not in roots and not torch.is_tensor(value)
-        ]
-        content = {key: value for key, value in content.items() if key not in rest}
+    state_dict, other = _split_state_dict(content, roots, torch)
     arrays = {}
-    for name, value in _flat(content):
+    for name, value in _flatten(state_dict):
         if not torch.is_tensor(value):
-            rest.append(name)
-        else:
-            arrays[name] = (value.float() if value.is_floating_point() else value).numpy()
-    return arrays, rest
+            other.append(name)
+            continue
+        if value.is_floating_point():
+            value = value.float()
+        arrays[name] = value.numpy()
+    return arrays, other
 
 
-def _torch(path):
+def _import_torch(path: pathlib.Path) -> Any:
     try:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path} is a PyTorch file, and PyTorch is not installed: pip install 'torch>=2.6', or save its state dict "
-            "as .safetensors where there is one"
+            f"{path} is a PyTorch file, and PyTorch is not installed: pip install 'torch>=2.6', or "
+            "save its state dict as .safetensors where PyTorch is installed"
         ) from error
-    if tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 6):
+    major, minor = torch.__version__.split(".")[:2]
+    if (int(major), int(minor)) < (2, 6):
         raise UserError(
-            f"torch {torch.__version__} is too old to open files of others; pip install 'torch>=2.6'"
+            f"torch {torch.__version__} is too old to open files of others safely; "
+            "pip install 'torch>=2.6'"
         )
     return torch
 
 
-def _flat(tree, prefix=""):
+def _load_pickled(path: pathlib.Path, torch: Any) -> Any:
+    """Load a PyTorch file without running code from it."""
+    import argparse
+    import pickle
+
+    try:
+        # MAE saves its command line, a Namespace, in the file.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds other Python objects than tensors, which are not loaded, as that may "
+            "run any code. If you trust it, save its tensors alone: "
+            "torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
+        ) from error
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _split_state_dict(
+    content: dict[str, Any], roots: Collection[str], torch: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """Separate the weights in a file from what is saved beside them: (weights, other keys)."""
+    for key in STATE_DICT_KEYS:
+        if isinstance(content.get(key), dict):
+            return content[key], [other for other in content if other != key]
+    if not any(isinstance(value, dict) for value in content.values()):
+        return content, []
+    weights = {}
+    other = []
+    for key, value in content.items():
+        if key in roots or torch.is_tensor(value):
+            weights[key] = value
+        else:
+            other.append(key)
+    return weights, other
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _plain(name):
-    return re.sub(r"(^|\.)module\.", r"\1", name)

@@ -1,39 +1,44 @@
-"""What only the user can mend."""
+"""Errors that are reported to the user without a traceback."""
 
 import difflib
 import os
 import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class UserError(ValueError):
-    """A mistake in a flag, a config, a file or a folder: the message names it and says what to do."""
+    """A mistake in a flag, a config, a file or a folder: the message names it and how to fix it."""
 
 
 class DataLoaderTimeout(RuntimeError):
-    """A data worker is dead or does not answer; running the same command again goes on."""
+    """A data worker is dead or does not answer; running the same command again resumes."""
 
 
 def did_you_mean(value: object, choices: Iterable[str]) -> str:
-    """A hint for an error message: "; did you mean X?", or, where nothing is similar, all choices.
+    """Build a hint for an error message: "; did you mean X?", or all choices if none is similar.
 
     Args:
       value: what was given.
       choices: what is valid.
     """
     known = sorted(choices)
-    near = difflib.get_close_matches(str(value), known, n=1)
-    if near:
-        return f"; did you mean {near[0]}?"
+    similar = difflib.get_close_matches(str(value), known, n=1)
+    if similar:
+        return f"; did you mean {similar[0]}?"
     return f" (choices: {', '.join(known)})"
 
 
-def fail(message, code=2):
-    """Print one line to stderr and exit; 2 is for what only the user can mend."""
+def fail(message: object, code: int = 2) -> NoReturn:
+    """Print an error in one line to stderr and exit.
+
+    Args:
+      message: an exception or a text.
+      code: exit code; 2 is for mistakes of the user.
+    """
     print("error:", " ".join(str(message).split()), file=sys.stderr)
-    if isinstance(
-        message, DataLoaderTimeout
-    ):  # threads that hang in a read would be waited for at exit, for ever
+    if isinstance(message, DataLoaderTimeout):
+        # A normal exit would wait forever for threads that hang in a read.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,15 +1,16 @@
-"""Child processes that do not outlive the one that started them."""
+"""Child processes that end with their parent."""
 
 import multiprocessing
 import os
 import threading
 
 
-def exit_with_parent():
-    """In a child: end when the parent is killed, instead of living on as an orphan."""
+def exit_with_parent() -> None:
+    """In a child process: exit when the parent dies, also if it was killed."""
     parent = multiprocessing.parent_process()
+    assert parent is not None, "this is not a child process"
 
-    def watch():
+    def watch() -> None:
         parent.join()
         os._exit(1)
 
