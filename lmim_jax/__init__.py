@@ -3,6 +3,12 @@
 import importlib.util
 import pathlib
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+
+    from lmim_jax.train.inference import Model
 
 __version__ = "0.2.0"
 
@@ -27,21 +33,25 @@ def _find_recipes_of_checkout() -> None:
 _find_recipes_of_checkout()
 
 
-def load(run, target=False):
-    """Open a run in a notebook: its method and its newest weights; or a folder that `lmim export --format=flax` made.
+def load(folder: "str | os.PathLike[str]", weights: "str | None" = None) -> "Model":
+    """Load a trained encoder: a run, or a folder made by `lmim export --format=flax`.
+
+        model = lmim_jax.load("runs/vit_b")
+        features = model.encode(model.preprocess(["a.jpg", "b.jpg"]))
+        features.cls, features.patches, features.mean
 
     Args:
-      run: the --workdir of a run, or the exported folder, whose weights were chosen when it was made.
-      target: the teacher's encoder instead of the online one.
+      folder: the --workdir of a run, of which the newest good checkpoint is read; or the exported
+        folder.
+      weights: "online", or "target" for the teacher's encoder. None: "online"; of an exported
+        folder, those that it holds.
 
     Returns:
-      (method, params); `method.features(params, images)` gives features, see methods/base.py.
+      A model with `preprocess`, `encode`, `method` and `params`; see `train.inference.Model`.
 
     Raises:
-      UserError: no run, no checkpoint, or no target encoder there.
+      UserError: there is no run or no good checkpoint, or it has no such weights.
     """
-    from lmim_jax.train import saved
+    from lmim_jax.train import inference  # imports jax
 
-    model = saved.open_model(run)
-    which = model.choose("target" if target else model.exported or "online")
-    return model.method, model.weights(which)
+    return inference.load(folder, weights)

@@ -75,7 +75,7 @@ def test_a_run_opens_as_it_was_saved(made):
     jax.tree.map(
         np.testing.assert_array_equal, untrained.params["encoder"], state.target["encoder"]
     )
-    jax.tree.map(np.testing.assert_array_equal, lmim_jax.load(folder)[1], weights.params)
+    jax.tree.map(np.testing.assert_array_equal, lmim_jax.load(folder).params, weights.params)
     assert data.classes == ("cat", "dog")
     assert run.data_config({"canvas": 1, "new": 7}, {"new": 8}).to_dict() == {
         "canvas": 40,

@@ -32,6 +32,11 @@ def recipe(name="latent_mim", **changes):
     return config
 
 
+def in_memory(folder, config, method, params):
+    """A run whose weights are not in a folder."""
+    return runs.Run(folder, config, method, loaded=runs.Weights(params, {}, 0))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of Latent MIM that has not trained, with figures as after training."""
@@ -150,12 +155,12 @@ def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
 def test_an_exported_flax_folder_opens_like_a_run(run, tmp_path, which):
     export.export(runs.open_run(run), "flax", which, tmp_path / "out")
     again = runs.open_run(tmp_path / "out")
-    for params in (lmim_jax.load(tmp_path / "out")[1], again.encoder_params(which)):
+    for params in (lmim_jax.load(tmp_path / "out").params, again.encoder_params(which)):
         jax.tree.map(np.testing.assert_array_equal, params, runs.open_run(run).encoder_params(which))
     assert again.step == 0 and again.choose_weights(None) == which
     if which == "online":
         with pytest.raises(UserError, match="holds the online weights"):
-            lmim_jax.load(tmp_path / "out", target=True)
+            lmim_jax.load(tmp_path / "out", weights="target")
     with pytest.raises(UserError, match=f"holds the {which} weights"):
         again.choose_weights({"online": "target", "target": "online"}[which])
 

@@ -15,7 +15,7 @@ from PIL import Image
 from lmim_jax.cli import extract_features
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.evaluators.common import feature_io
-from lmim_jax.evaluators.common.feature_extraction import Extractor, extract
+from lmim_jax.evaluators.common.feature_extraction import Extractor, extract_from_files
 from lmim_jax.train import runs
 from lmim_jax.utils.errors import UserError
 
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 def test_features_of_every_image_are_the_methods_own(extractor, folder):
     root, names, others = extract_features.list_images(folder)
     assert others == ["notes.txt"]
-    names, grids, found, bad = extract(extractor, root, names, lambda count: None)
+    names, grids, found, bad = extract_from_files(extractor, root, names, lambda count: None)
     assert names == ["a.jpg", "d.jpg", "deep/b.jpg", "deep/er/c.jpg"]
     assert sorted(name for name, _ in bad) == ["deep/cut.jpg", "e.png"]
     assert grids.tolist() == [[4, 4], [4, 4], [4, 8], [8, 4]]
@@ -85,7 +85,7 @@ def saved_params(extractor):
 def test_the_batch_changes_no_feature(run, extractor, folder):
     names = ["a.jpg", "d.jpg", "deep/b.jpg"]
     together, alone = (
-        extract(one, folder, names, lambda count: None)[2]
+        extract_from_files(one, folder, names, lambda count: None)[2]
         for one in (extractor, make(run, batch_size=1, kinds=("mean",)))
     )
     np.testing.assert_allclose(together["mean"], alone["mean"], atol=1e-6)

@@ -1,4 +1,4 @@
-"""Gauges of collapse on features whose figures are known; padding changes nothing; the alarm."""
+"""Collapse metrics on features whose values are known; padding changes nothing; the warning."""
 
 import logging
 
@@ -9,26 +9,29 @@ import pytest
 from lmim_jax.train import collapse_metrics
 
 RNG = np.random.default_rng(0)
-GAUGES = (
+METRICS = (
     collapse_metrics.collapse_index,
     collapse_metrics.effective_rank,
     collapse_metrics.feature_std,
 )
 
 
-def read(x):
-    return [float(gauge(np.float32(x), np.ones(len(x), np.float32))) for gauge in GAUGES]
+def measure(x):
+    """All metrics of features [B, D]."""
+    features = np.float32(x)
+    weight = np.ones(len(x), np.float32)
+    return [float(metric(features, weight)) for metric in METRICS]
 
 
-def test_known_figures():
-    assert read(np.ones((6, 4))) == pytest.approx(
-        [1, 1, 0], abs=1e-3
-    )  # all alike, whatever their length
-    assert read(np.arange(1, 7)[:, None] * np.ones((6, 4))) == pytest.approx([1, 1, 0], abs=1e-3)
-    assert read(np.eye(5)) == pytest.approx(
-        [0, 5, 5**0.5 * (0.2 * 0.8) ** 0.5], abs=1e-3
-    )  # all orthogonal
-    index, rank, std = read(RNG.normal(size=(500, 16)))
+def test_known_values():
+    identical = np.ones((6, 4))
+    assert measure(identical) == pytest.approx([1, 1, 0], abs=1e-3)
+    parallel = np.arange(1, 7)[:, None] * np.ones((6, 4))
+    assert measure(parallel) == pytest.approx([1, 1, 0], abs=1e-3)
+    orthogonal = np.eye(5)
+    expected_std = 5**0.5 * (0.2 * 0.8) ** 0.5
+    assert measure(orthogonal) == pytest.approx([0, 5, expected_std], abs=1e-3)
+    index, rank, std = measure(RNG.normal(size=(500, 16)))
     assert index == pytest.approx(0, abs=0.01)
     assert 15 < rank <= 16
     assert std == pytest.approx(1, abs=0.02)
@@ -38,32 +41,33 @@ def test_collapse_index_is_the_mean_over_pairs():
     x = RNG.normal(size=(7, 5)) + 1
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     pairs = [unit[i] @ unit[j] for i in range(7) for j in range(7) if i != j]
-    assert read(x)[0] == pytest.approx(np.mean(pairs), rel=1e-5)
+    assert measure(x)[0] == pytest.approx(np.mean(pairs), rel=1e-5)
 
 
-@pytest.mark.parametrize("gauge", GAUGES)
-def test_padding_changes_nothing(gauge):
+@pytest.mark.parametrize("metric", METRICS)
+def test_padding_changes_nothing(metric):
     x = RNG.normal(size=(9, 6)).astype(np.float32) + 1
     padded = np.concatenate([x, 1e3 * np.ones((3, 6), np.float32)])
     weight = np.repeat(np.float32([1, 0]), [9, 3])
-    assert float(gauge(padded, weight)) == pytest.approx(float(gauge(x, weight[:9])), rel=1e-5)
-    assert np.isfinite(jax.jit(gauge)(padded, weight))
+    assert float(metric(padded, weight)) == pytest.approx(float(metric(x, weight[:9])), rel=1e-5)
+    assert np.isfinite(jax.jit(metric)(padded, weight))
 
 
 @pytest.mark.parametrize(
     ("indices", "warned_at"),
     [
-        ([0.5, 0.96, 0.97, 0.99], [3]),  # twice above, once told
+        ([0.5, 0.96, 0.97, 0.99], [3]),  # above the limit twice, warned once
         ([0.5, 0.96, 0.94, 0.96, 0.94], []),  # never twice in a row
-        ([0.99, 0.97, 0.955, 0.9, 0.6], []),  # a fresh network that is getting better
+        ([0.99, 0.97, 0.955, 0.9, 0.6], []),  # a new network that improves
         ([0.999, 0.999, 0.999], [2]),
     ],
 )
-def test_the_alarm_is_given_once_and_not_while_the_index_falls(indices, warned_at, caplog):
-    alarm = collapse_metrics.Alarm()
+def test_a_collapse_is_warned_about_once_and_not_while_the_index_falls(indices, warned_at, caplog):
+    monitor = collapse_metrics.CollapseMonitor()
     with caplog.at_level(logging.WARNING, logger="lmim_jax"):
         for step, index in enumerate(indices, 1):
-            alarm.see(step, {"collapse_index": index, "effective_rank": 1.5, "feature_std": 0.1})
+            values = {"collapse_index": index, "effective_rank": 1.5, "feature_std": 0.1}
+            monitor.update(step, values)
     assert [record.args[0] for record in caplog.records] == warned_at
     if warned_at:
         assert "config.method.target=ema" in caplog.text

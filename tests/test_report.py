@@ -151,7 +151,7 @@ def test_bad_input_is_one_line(images, tmp_path):
         folder = tmp_path / "begun"
         config = tiny.get_config()
         workdir.claim(folder, config.to_dict(), {})
-        runs.open_run(folder)
+        _ = runs.open_run(folder).weights
     command = [sys.executable, "-m", "lmim_jax.cli", "report", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from flax.traverse_util import flatten_dict
 
-from lmim_jax.data.augment import device
+from lmim_jax.data.augment.device import Augment
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base
 from lmim_jax.optim import adamw
@@ -22,7 +22,7 @@ def setup(**change):
     config = tiny.get_config()
     config.method.update(change)
     method = base.from_config(config.method, total_steps=20, steps_per_epoch=10)
-    images = device.from_config(
+    images = Augment.from_config(
         config.augment, image_size=method.image_size, eval_size=method.feature_size
     )
     optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=5, total_steps=20)
@@ -37,7 +37,7 @@ def run(devices, micro_batches, similarity_weight=0.1):
     """
     method, images, optimizer = setup(similarity_weight=similarity_weight)
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    current, _ = state.create(method, optimizer, 0, mesh)
+    current, _ = state.create_state(method, optimizer, 0, mesh)
     train_step = jax.jit(step.make_train_step(method, images, optimizer, mesh, micro_batches))
     rng, losses, first = np.random.default_rng(0), [], None
     for i in range(4):
@@ -110,7 +110,7 @@ def reductions(jaxpr, in_loop=False):
 def test_gradients_are_reduced_once_per_step_and_the_batch_never_moves():
     method, images, optimizer = setup()
     train_step = step.make_train_step(method, images, optimizer, sharding.make_mesh(), 4)
-    abstract = jax.eval_shape(lambda: state.init(method, optimizer, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: state.init_state(method, optimizer, jax.random.key(0)))
     batch = {
         "image": jax.ShapeDtypeStruct((32, 24, 24, 3), "uint8"),
         "size": jax.ShapeDtypeStruct((32, 2), "int32"),
@@ -126,7 +126,7 @@ def test_gradients_are_reduced_once_per_step_and_the_batch_never_moves():
 
 def test_state_is_a_function_of_the_seed_and_the_target_a_copy():
     method, _, optimizer = setup()
-    init = jax.jit(lambda key: state.init(method, optimizer, key))
+    init = jax.jit(lambda key: state.init_state(method, optimizer, key))
     first, again, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
     for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(again.params), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -203,7 +203,7 @@ def sick_step(method, augmentation, optimizer, skip):
     """(state, jitted step) whose images are NaN in batches that say so."""
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
     poisoned = lambda keys, batch: augmentation(keys, batch) * batch["poison"].reshape(-1, 1, 1, 1)
-    current, _ = state.create(method, optimizer, 0, mesh)
+    current, _ = state.create_state(method, optimizer, 0, mesh)
     train_step = jax.jit(
         step.make_train_step(method, poisoned, optimizer, mesh, 2, skip_nonfinite=skip)
     )

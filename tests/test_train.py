@@ -19,7 +19,7 @@ import tiny
 
 import lmim_jax
 from lmim_jax.train import checkpoints, loop, metric_logger
-from lmim_jax.train.metric_writer import history
+from lmim_jax.train.metric_writer import read_metrics
 from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -35,7 +35,7 @@ def recipe(images, **change):
 
 def lines(workdir):
     """The metric lines of a run."""
-    return history(workdir) if pathlib.Path(workdir, "metrics.jsonl").exists() else []
+    return read_metrics(workdir) if pathlib.Path(workdir, "metrics.jsonl").exists() else []
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_finished_run_says_so_and_does_nothing(finished, caplog):
         assert loop.train(config, workdir) == summary
     assert "this run is finished: 12 of 12 steps" in caplog.text
     assert "trained encoder" in caplog.text
-    assert "What next" in caplog.text
+    assert "Next steps" in caplog.text
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
@@ -110,18 +110,19 @@ def test_a_run_killed_before_its_summary_is_evaluated_again(finished):
 
 def test_weights_load_alone_in_a_notebook(finished, tmp_path):
     _, workdir, _ = finished
-    method, online = lmim_jax.load(workdir)
-    _, target = lmim_jax.load(workdir, target=True)
+    model = lmim_jax.load(workdir)
+    online = model.params
+    target = lmim_jax.load(workdir, weights="target").params
     *_, newest = checkpoints.steps(workdir).values()
     saved = ocp.PyTreeCheckpointer().restore(newest.absolute() / "state")
     for params, name in ((online, "params"), (target, "target")):
         jax.tree.map(np.testing.assert_array_equal, params["encoder"], saved[name]["encoder"])
-    assert method.features(online, np.zeros((1, 16, 16, 3), np.float32))["patches"].shape == (
+    assert model.method.features(online, np.zeros((1, 16, 16, 3), np.float32))["patches"].shape == (
         1,
         16,
         16,
     )
-    with pytest.raises(UserError, match=r"is no run: it has no config.json"):
+    with pytest.raises(UserError, match=r"is not a run: it has no config.json"):
         lmim_jax.load(tmp_path)
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     with pytest.raises(UserError, match=r"no checkpoints here"):
@@ -311,7 +312,7 @@ BAD = {
     "--config.batch_size=4096": "more than the 48 training images",
     "--config.method.num_visible=16": "config.method.num_visible=16",
     "--config.data.source=foldr": "did you mean folder",
-    "--config.on_nonfinite=skp": "config.on_nonfinite='skp' is none of: stop | skip",
+    "--config.on_nonfinite=skp": "config.on_nonfinite='skp' must be one of: stop | skip",
 }
 
 

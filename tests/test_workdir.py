@@ -17,7 +17,7 @@ def hold(path, **change):
     holder = {
         "host": socket.gethostname(),
         "pid": 1,
-        "start": lock._start_of(1),
+        "start": lock.process_start(1),
         "since": "2026-01-01T00:00:00+00:00",
     }
     (path / "lock").write_text(json.dumps(holder | change))

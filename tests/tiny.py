@@ -8,7 +8,7 @@ from lmim_jax.methods import base as methods
 from lmim_jax.optim import adamw
 from lmim_jax.train import checkpoints as checkpoint
 from lmim_jax.train import workdir
-from lmim_jax.train.state import create
+from lmim_jax.train.state import create_state
 
 SIZES = dict(
     grid=(4, 4), patch_size=4, gap=1, width=16, depth=1, heads=2, num_visible=4, projector_depth=1
@@ -66,7 +66,7 @@ def run(config, folder):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])  # quicker than eight
     model = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
     optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=0, total_steps=1)
-    state, _ = create(
+    state, _ = create_state(
         model, optimizer, config.seed, mesh, rules=config.mesh.rules, min_size=config.mesh.min_size
     )
     with checkpoint.Checkpoints(folder, config) as checkpoints:

@@ -36,7 +36,7 @@ from lmim_jax.cli import app
 from lmim_jax.data import sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.evaluators.common import feature_io
-from lmim_jax.evaluators.common.feature_extraction import KINDS, Extractor, extract
+from lmim_jax.evaluators.common.feature_extraction import KINDS, Extractor, extract_from_files
 from lmim_jax.train import runs
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> None:
     extractor = make_extractor(run, which)
     check_memory(len(names), extractor)
     with tqdm.tqdm(total=len(names), unit=" images", mininterval=1.0) as bar:
-        names, grids, features, bad = extract(extractor, root, names, bar.update)
+        names, grids, features, bad = extract_from_files(extractor, root, names, bar.update)
     _report_left_out(bad, others)
     if not names:
         raise UserError(f"{path}: not one of {len(bad)} images can be read")

@@ -26,9 +26,9 @@ mean = tokens[:, {first}:].mean(dim=1)
 """,
     "flax": """import lmim_jax
 
-method, params = lmim_jax.load("{folder}")
-features = method.features(params, images)  # [B, {height}, {image_width}, {channels}], normalised as below
-mean = features["patches"].mean(axis=1)     # also "cls", "patches_prenorm", "block00/tokens", "block00/attention", ...
+model = lmim_jax.load("{folder}")
+images = model.preprocess(["image.jpg"])  # [1, {height}, {image_width}, {channels}], as described below
+features = model.encode(images)           # features.mean, features.patches; features.cls, if any
 """,
     "safetensors": """lmim import-weights {folder}/model.safetensors --format={method} \\
     --config=RECIPE --workdir=RUN
@@ -62,7 +62,7 @@ def write(model, kind, which, folder):
     """The text of the card.
 
     Args:
-      model: a `saved.Model`. kind: the --format. which: "online", "target" or "both". folder: its name, for examples.
+      model: a `runs.Run`. kind: the --format. which: "online", "target" or "both". folder: its name, for examples.
     """
     method, config = model.method, model.config
     first = int("cls_token" in model.params["encoder"])

@@ -130,7 +130,7 @@ def _decode_jpeg(data: bytes, canvas: int, channels: int) -> UInt8[np.ndarray, "
     height, width = target
     if pixels.shape == (height, width, channels):
         return pixels
-    return _convert(Image.fromarray(pixels), (width, height), MODES[channels])
+    return _convert(Image.fromarray(pixels), (width, height), channels)
 
 
 def _read_jpeg(
@@ -181,19 +181,33 @@ def _decode_with_pillow(data: bytes, canvas: int, channels: int) -> UInt8[np.nda
             orientation = image.tag_v2.get(EXIF_ORIENTATION)  # type: ignore[attr-defined]
             if orientation in UNDO_ORIENTATION:
                 image = image.transpose(UNDO_ORIENTATION[orientation])
-        height, width = _fit_size(canvas, image.height, image.width)
         # Shrinks a JPEG while it is decoded, by the same power of two as `_jpeg_scale`
+        height, width = _fit_size(canvas, image.height, image.width)
         image.draft(None, (width, height))
-        if image.mode.startswith("I;16"):
-            # The high byte: Pillow's conversion would clip
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise BadImage(f"pixels of 32 bits (mode {image.mode})")
-        return _convert(image, (width, height), MODES[channels])
+        return _convert(image, (width, height), channels)
 
 
-def _convert(image: Image.Image, size: tuple[int, int], mode: str) -> UInt8[np.ndarray, "h w C"]:
-    """A Pillow image as an array of this size (width, height) and mode."""
+def fit_to_canvas(image: Image.Image, canvas: int, channels: int) -> UInt8[np.ndarray, "h w C"]:
+    """The pixels of a Pillow image, shrunk until it fits a canvas; the rest is as in `decode`.
+
+    Raises:
+      BadImage: it has 32 bits per pixel and channel, or over 50 megapixels.
+    """
+    check_size(image.width, image.height)
+    height, width = _fit_size(canvas, image.height, image.width)
+    return _convert(image, (width, height), channels)
+
+
+def _convert(
+    image: Image.Image, size: tuple[int, int], channels: int
+) -> UInt8[np.ndarray, "h w C"]:
+    """A Pillow image as an array of this size (width, height) and with these channels."""
+    mode = MODES[channels]
+    if image.mode.startswith("I;16"):
+        # The high byte: Pillow's conversion would clip
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise BadImage(f"pixels of 32 bits (mode {image.mode})")
     if image.mode != mode:  # converting would copy
         image = image.convert(mode)
     if image.size != size:

@@ -1,7 +1,7 @@
-"""Manifests of checkpoints: which files and tensors a committed step consists of, and whether they still do.
+"""Checkpoint manifests: the files and tensors of a committed step, and whether they are intact.
 
-A step is a folder; its manifest is written last, so a step without one is partial. Orbax restores a flipped bit without
-an error, hence the checksums.
+A step is a folder. Its manifest is written last, so a step without a manifest is partial. The
+manifest holds checksums, because Orbax restores a flipped bit without an error.
 """
 
 import concurrent.futures
@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import time
+from typing import Any
 
 from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError
@@ -21,33 +22,44 @@ from lmim_jax.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 NAME = "manifest.json"
-FOLDER, ASIDE = "checkpoints", "aside"  # of the steps in a workdir, and of damaged ones in it
-SEALED = (
-    "sealed-before"  # an empty file: some step was once complete, so finding none now means damage
-)
+FOLDER = "checkpoints"  # in a workdir: one sub-folder per step
+QUARANTINE = "aside"  # in FOLDER: steps that did not verify
+COMMITTED = "sealed-before"  # in FOLDER: an empty file, present once any step has been committed
 CHUNK = 1 << 22  # bytes read at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """The state of a step: "good", "partial" (no manifest) or "damaged"; what is wrong with it; its size in bytes."""
+class CheckpointStatus:
+    """The result of verifying a step.
+
+    Attributes:
+      state: "good", "partial" (it has no manifest) or "damaged".
+      problems: one sentence per missing or damaged file.
+      size: bytes on disk.
+    """
 
     state: str
     problems: tuple[str, ...]
     size: int
 
-    def __str__(self):
-        more = f" and {len(self.problems) - 3} more" if len(self.problems) > 3 else ""
-        return (
-            f"{self.state}: {'; '.join(self.problems[:3])}{more}" if self.problems else self.state
-        )
+    def __str__(self) -> str:
+        if not self.problems:
+            return self.state
+        listed = "; ".join(self.problems[:3])
+        if len(self.problems) > 3:
+            listed += f" and {len(self.problems) - 3} more"
+        return f"{self.state}: {listed}"
 
 
-def write(folder, tensors, **facts):
-    """Seal a step: checksum every file below `folder`, flush them to disk, and write the manifest, atomically and last.
+def write(
+    folder: str | os.PathLike[str], tensors: dict[str, dict[str, Any]], **metadata: Any
+) -> dict[str, Any]:
+    """Commit a step: checksum its files, flush them to disk, then write the manifest atomically.
 
     Args:
-      tensors: {path: {"shape", "dtype"}}. facts: more to keep in the manifest.
+      folder: of the step.
+      tensors: {path: {"shape", "dtype"}}.
+      **metadata: more entries for the manifest.
 
     Returns:
       The manifest.
@@ -55,143 +67,166 @@ def write(folder, tensors, **facts):
     folder = pathlib.Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        entries = pool.map(
-            lambda path: {"size": path.stat().st_size, "sha256": _checksum(path, flush=True)}, paths
-        )
-        listed = {
-            path.relative_to(folder).as_posix(): entry
-            for path, entry in zip(paths, entries, strict=True)
-        }
+        entries = list(pool.map(_flushed_entry, paths))
+    files = {}
+    for path, entry in zip(paths, entries, strict=True):
+        files[path.relative_to(folder).as_posix()] = entry
     for parent in {path.parent for path in paths}:
         atomic_io.flush_folder(parent)
-    manifest = {"time": time.time(), **facts, "files": listed, "tensors": tensors}
+    manifest = {"time": time.time(), **metadata, "files": files, "tensors": tensors}
     body = json.dumps(manifest, indent=1)
-    atomic_io.write(
-        folder / NAME,
-        json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body + "\n",
-    )
+    head = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()})
+    atomic_io.write(folder / NAME, f"{head}\n{body}\n")
     return manifest
 
 
-def read(folder):
-    """The manifest of a step.
+def _flushed_entry(path: pathlib.Path) -> dict[str, Any]:
+    """The manifest entry of a file, which is flushed to disk."""
+    return {"size": path.stat().st_size, "sha256": _checksum(path, flush=True)}
+
+
+def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the manifest of a step.
 
     Raises:
-      FileNotFoundError: there is none. ValueError: it is damaged.
+      FileNotFoundError: the step has no manifest.
+      ValueError: the manifest is damaged.
     """
     head, _, body = pathlib.Path(folder, NAME).read_text().partition("\n")
-    if (
-        json.loads(head)["sha256"] != hashlib.sha256(body[:-1].encode()).hexdigest()
-        or body[-1:] != "\n"
-    ):
+    digest = hashlib.sha256(body[:-1].encode()).hexdigest()
+    if json.loads(head)["sha256"] != digest or body[-1:] != "\n":
         raise ValueError("its checksum is wrong")
     return json.loads(body)
 
 
-def _sizes(folder):
-    """{name: bytes} of the files below a folder; a run may be writing to it, so files may go."""
+def checksum(folder: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a step's manifest, which itself contains the checksums of all its files."""
+    head, _, _ = pathlib.Path(folder, NAME).read_text().partition("\n")
+    return json.loads(head)["sha256"]
+
+
+def is_committed(folder: str | os.PathLike[str]) -> bool:
+    """Whether a step has a manifest; its contents are not verified."""
+    return pathlib.Path(folder, NAME).exists()
+
+
+def _file_sizes(folder: pathlib.Path) -> dict[str, int]:
+    """{name: bytes} of the files below a folder; files may disappear while a run is writing."""
     sizes = {}
-    for path in (
-        pathlib.Path(above, name) for above, _, names in os.walk(folder) for name in names
-    ):
-        with contextlib.suppress(FileNotFoundError):
-            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = pathlib.Path(parent, name)
+            with contextlib.suppress(FileNotFoundError):
+                sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     return sizes
 
 
-def verify(folder, contents=True):
-    """The Verdict on a step.
+def verify(folder: str | os.PathLike[str], contents: bool = True) -> CheckpointStatus:
+    """Compare a step with its manifest.
 
     Args:
-      contents: compare checksums; otherwise only that all files are there with their sizes.
+      folder: of the step.
+      contents: compare checksums; otherwise check only that all files exist and have their sizes.
     """
     folder = pathlib.Path(folder)
-    sizes = _sizes(folder)
-    size = sum(sizes.values())
+    sizes = _file_sizes(folder)
+    total = sum(sizes.values())
     try:
         manifest = read(folder)
     except FileNotFoundError:
-        return Verdict("partial", (f"{NAME} is missing",), size)
+        return CheckpointStatus("partial", (f"{NAME} is missing",), total)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        return Verdict("damaged", (f"{NAME}: {error}",), size)
+        return CheckpointStatus("damaged", (f"{NAME}: {error}",), total)
 
-    def problem(entry):
-        name, expected = entry
-        if name not in sizes:
-            return f"{_title(name)} is missing"
-        try:
-            if sizes[name] != expected["size"]:
-                return f"{_title(name)} has {sizes[name]} bytes instead of {expected['size']}"
-            if contents and _checksum(folder / name) != expected["sha256"]:
-                return f"{_title(name)}: wrong checksum"
-        except OSError as error:
-            return f"{_title(name)}: {error.strerror}"
+    def check(name: str) -> str | None:
+        expected = manifest["files"][name]
+        return _file_problem(folder, name, expected, sizes.get(name), contents)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        problems = tuple(filter(None, pool.map(problem, manifest["files"].items())))
-    return Verdict("damaged" if problems else "good", problems, size)
+        problems = tuple(filter(None, pool.map(check, manifest["files"])))
+    state = "damaged" if problems else "good"
+    return CheckpointStatus(state, problems, total)
 
 
-def steps(workdir):
-    """Folders of the steps below workdir/checkpoints, whatever their state: {step: path}, oldest first."""
-    root = pathlib.Path(workdir, FOLDER)
-    found = (
-        {int(path.name): path for path in root.glob("*") if path.name.isdigit()}
-        if root.is_dir()
-        else {}
-    )
-    return dict(sorted(found.items()))
-
-
-def good_step(workdir, set_aside=False):
-    """The newest step that verifies, all checksums included; None where none was ever complete.
-
-    Steps that do not are named in a warning and, where asked for, moved to checkpoints/aside.
-
-    Raises:
-      UserError: there are steps, and none is good.
-    """
-    problems = {}
-    for step, path in reversed(steps(workdir).items()):
-        verdict = verify(path)
-        if verdict.state == "good":
-            if problems:
-                log.warning(
-                    "RESTORING AN OLDER CHECKPOINT, step %d: %s", step, "; ".join(problems.values())
-                )
-            return step
-        problems[step] = f"step {step} is {verdict}"
-        if set_aside:
-            problems[step] += f", moved to {_move_aside(path, verdict.state)}"
-    told = "; ".join(problems.values())
-    if pathlib.Path(workdir, FOLDER, SEALED).exists():
-        told = told or "all of them are gone"
-        raise UserError(
-            f"{workdir} has no good checkpoint: {told}. To start over, choose another --workdir"
-        )
-    if problems:
-        log.warning("starting from the beginning, as no save was ever completed: %s", told)
+def _file_problem(
+    folder: pathlib.Path, name: str, expected: dict[str, Any], size: int | None, contents: bool
+) -> str | None:
+    """What is wrong with a file of a step; None where nothing is."""
+    if size is None:
+        return f"{_describe(name)} is missing"
+    if size != expected["size"]:
+        return f"{_describe(name)} has {size} bytes instead of {expected['size']}"
+    try:
+        if contents and _checksum(folder / name) != expected["sha256"]:
+            return f"{_describe(name)}: wrong checksum"
+    except OSError as error:
+        return f"{_describe(name)}: {error.strerror}"
     return None
 
 
-def _move_aside(path, state):
-    """Move a step out of the way: checkpoints/aside/512-damaged; an older one of that name is replaced."""
-    to = path.parent / ASIDE / f"{path.name}-{state}"
-    shutil.rmtree(to, ignore_errors=True)
-    to.parent.mkdir(exist_ok=True)
-    path.rename(to)
-    return to
+def steps(workdir: str | os.PathLike[str]) -> dict[int, pathlib.Path]:
+    """{step: folder} of all steps in workdir/checkpoints in any state, oldest first."""
+    root = pathlib.Path(workdir, FOLDER)
+    if not root.is_dir():
+        return {}
+    found = {int(path.name): path for path in root.glob("*") if path.name.isdigit()}
+    return dict(sorted(found.items()))
 
 
-def _title(name):
-    """The name of a file, and of the tensor in it where its folder is one tensor's."""
+def newest_good_step(workdir: str | os.PathLike[str], quarantine: bool = False) -> int | None:
+    """The newest step whose checksums all match; None where no step was ever committed.
+
+    Steps that do not verify are listed in a warning.
+
+    Args:
+      workdir: of the run.
+      quarantine: move steps that do not verify to checkpoints/aside.
+
+    Raises:
+      UserError: steps were committed, and none of them is good.
+    """
+    problems = []
+    for step, path in reversed(steps(workdir).items()):
+        status = verify(path)
+        if status.state == "good":
+            if problems:
+                listed = "; ".join(problems)
+                log.warning("RESTORING AN OLDER CHECKPOINT, step %d: %s", step, listed)
+            return step
+        problem = f"step {step} is {status}"
+        if quarantine:
+            problem += f", moved to {_move_to_quarantine(path, status.state)}"
+        problems.append(problem)
+    listed = "; ".join(problems)
+    if pathlib.Path(workdir, FOLDER, COMMITTED).exists():
+        listed = listed or "all of them have been deleted"
+        raise UserError(
+            f"{workdir} has no good checkpoint: {listed}. To start over, choose another --workdir"
+        )
+    if problems:
+        log.warning("starting from the beginning, as no save was ever completed: %s", listed)
+    return None
+
+
+def _move_to_quarantine(path: pathlib.Path, state: str) -> pathlib.Path:
+    """Move a step to, for example, checkpoints/aside/512-damaged, replacing an older one."""
+    destination = path.parent / QUARANTINE / f"{path.name}-{state}"
+    shutil.rmtree(destination, ignore_errors=True)
+    destination.parent.mkdir(exist_ok=True)
+    path.rename(destination)
+    return destination
+
+
+def _describe(name: str) -> str:
+    """The name of a file, with that of its tensor where its folder holds a single tensor."""
     parts = pathlib.PurePosixPath(name).parts
-    tensor = parts[1] if len(parts) > 2 and "." in parts[1] else None
-    return f"{name} (tensor {tensor.replace('.', '/')})" if tensor else name
+    if len(parts) > 2 and "." in parts[1]:
+        return f"{name} (tensor {parts[1].replace('.', '/')})"
+    return name
 
 
-def _checksum(path, flush=False):
-    """SHA-256 of a file, hexadecimal; flushed to disk where asked."""
+def _checksum(path: pathlib.Path, flush: bool = False) -> str:
+    """The hexadecimal SHA-256 of a file; `flush` also flushes it to disk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -1,229 +1,276 @@
-"""Checkpoints: written by Orbax, sealed by a manifest, verified before use, and never trusted without one.
+"""Checkpoints: written by Orbax, committed by a manifest, and verified before they are used.
 
-workdir/checkpoints/512/state/...        what Orbax wrote, a folder per tensor
+workdir/checkpoints/512/state/...        written by Orbax, a folder per tensor
 workdir/checkpoints/512/manifest.json    written last: sizes, checksums, shapes
 workdir/checkpoints/aside/512-damaged    a step that did not verify
 """
 
 import logging
+import os
 import pathlib
 import shutil
 import threading
 import time
+import types
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from lmim_jax.distributed import multihost
 from lmim_jax.distributed.preemption import Preempted
 from lmim_jax.train import checkpoint_manifest
-from lmim_jax.train.checkpoint_manifest import FOLDER, SEALED, good_step, steps
-from lmim_jax.train.metric_writer import history
+from lmim_jax.train.checkpoint_manifest import COMMITTED, FOLDER, newest_good_step, steps
+from lmim_jax.train.metric_writer import read_metrics
+from lmim_jax.train.state import TrainState
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DELETED = "deleted-"  # prefix of a step on its way out
-SLOWEST = 1200  # seconds that a save may take
+DELETED = "deleted-"  # prefix of the folder of a step that is being deleted
+SAVE_TIMEOUT = 1200  # seconds
 
 
 class SaveFailed(RuntimeError):
-    """Checkpoints could not be written, several times in a row; the message says why."""
+    """Several saves in a row failed; the message says why."""
 
 
 class Checkpoints:
-    """Saves in the background, one at a time; restores what verifies; deletes what is no longer to be kept.
+    """Saves in the background, one at a time; restores verified steps; deletes old ones.
 
-    A failed save is told at once, its leftovers are removed, and the good steps stay. To be used in a `with` block, at
-    whose end saves under way are waited for.
+    A failed save is logged immediately, its files are removed, and the good steps are kept. Use it
+    in a `with` block, which waits for the save in progress when it ends.
     """
 
-    def __init__(self, workdir, config):
-        """`config`: checkpoint_keep, checkpoint_keep_every, checkpoint_best, checkpoint_max_failures are read."""
-        self._workdir, self._config = pathlib.Path(workdir), config
-        self._root = self._workdir.absolute() / FOLDER
-        self._thread, self._error, self._failures, self._attempt = None, None, 0, 0
-        self._orbax = _orbax(self._meet)
+    def __init__(self, workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+        """Open the checkpoints of a run.
 
-    def __enter__(self):
+        Args:
+          workdir: of the run.
+          config: `checkpoint_keep`, `checkpoint_keep_every`, `checkpoint_best` and
+            `checkpoint_max_failures` are read.
+        """
+        self._workdir = pathlib.Path(workdir)
+        self._config = config
+        self._root = self._workdir.absolute() / FOLDER
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None  # of the last save, if it failed
+        self._failures = 0  # in a row
+        self._attempt = 0
+        self._orbax = _checkpointer(self._barrier)
+
+    def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind, error, trace):
-        self.wait(
-            must_succeed=kind in (None, Preempted)
-        )  # a preempted run that is not saved must not look like one
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        # A preempted run exits as saved, so an unsaved one must raise
+        self.wait(must_succeed=kind in (None, Preempted))
         self._orbax.close()
 
     @property
-    def failing(self):
-        """Whether the last save failed and can be tried again at once.
+    def failing(self) -> bool:
+        """Whether the last save failed and can be retried immediately.
 
-        Several processes hear of it at different moments, so they wait for the next save that is due.
+        Several processes learn about a failure at different times, so they wait for the next
+        scheduled save instead.
         """
         return self._failures > 0 and jax.process_count() == 1
 
-    def latest(self):
-        """The newest sealed step, or None; its contents are not verified."""
-        sealed = [
-            step
-            for step, path in steps(self._workdir).items()
-            if (path / checkpoint_manifest.NAME).exists()
-        ]
-        return sealed[-1] if sealed else None
+    def latest(self) -> int | None:
+        """The newest committed step, or None; its contents are not verified."""
+        return max(self._committed(), default=None)
 
-    def restore(self, abstract, shardings):
-        """The newest good state, placed by `shardings`, or None where nothing was saved yet.
+    def describe(self) -> str:
+        """A clause for error messages: which checkpoint a stopped run has left."""
+        latest = self.latest()
+        if latest is None:
+            return "no checkpoint had been saved"
+        return f"the checkpoint of step {latest} is good"
+
+    def restore(self, abstract: TrainState, shardings: Any) -> TrainState | None:
+        """Restore the newest good state.
+
+        Args:
+          abstract: the expected state, as arrays or shapes.
+          shardings: a tree of shardings like it.
+
+        Returns:
+          The state, or None where nothing was saved yet.
 
         Raises:
           UserError: no step is good, or its tensors have other names, shapes or dtypes.
         """
-        step, problem = None, None
-        if jax.process_index() == 0:
-            try:
-                step = good_step(self._workdir, set_aside=True)
-            except UserError as error:
-                problem = error
-        found = (-1 if step is None else step, problem is not None)
-        step, failed = (int(x) for x in multihost_utils.broadcast_one_to_all(np.int32(found)))
-        if failed:
-            raise problem or UserError("process 0 finds no good checkpoint; see its message")
-        if step < 0:
+        step = self._step_to_restore()
+        if step is None:
             return None
         folder = self._root / str(step)
-        known, wanted = checkpoint_manifest.read(folder)["tensors"], _tensors(abstract)
-        if differing := sorted(
-            name for name in known.keys() | wanted.keys() if known.get(name) != wanted.get(name)
-        ):
-            form = lambda tensor: f"{tensor['dtype']}{tensor['shape']}" if tensor else "absent"
-            listed = "; ".join(
-                f"{n}: {form(known.get(n))} -> {form(wanted.get(n))}" for n in differing[:3]
-            )
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        saved = checkpoint_manifest.read(folder)["tensors"]
+        differences = _tensor_differences(saved, _tensor_table(abstract))
+        if differences:
+            listed = "; ".join(differences[:3])
+            if len(differences) > 3:
+                listed += f" and {len(differences) - 3} more"
             raise UserError(
-                f"the checkpoint of step {step} in {self._workdir} holds another model: {listed}{more}"
+                f"the checkpoint of step {step} in {self._workdir} holds another model: {listed}"
             )
-        place = lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding
-        )
-        target = jax.tree.map(place, _plain(abstract), shardings)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        found = self._orbax.restore(
-            folder / "state", args=ocp.args.PyTreeRestore(target, restore_args=restore_args)
-        )
-        return found.replace(rng=jax.random.wrap_key_data(found.rng))
 
-    def save(self, state, step):
+        def placed(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        target = jax.tree.map(placed, _without_key(abstract), shardings)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(target, restore_args=restore_args)
+        restored = self._orbax.restore(folder / "state", args=args)
+        return restored.replace(rng=jax.random.wrap_key_data(restored.rng))
+
+    def _step_to_restore(self) -> int | None:
+        """The newest good step, verified by process 0; None where nothing was saved yet."""
+        step = None
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                step = newest_good_step(self._workdir, quarantine=True)
+            except UserError as error:
+                problem = error
+        message = np.array([-1 if step is None else step, problem is not None], np.int32)
+        received = multihost_utils.broadcast_one_to_all(message)
+        if received[1]:
+            raise problem or UserError("process 0 found no good checkpoint; see its message")
+        return int(received[0]) if received[0] >= 0 else None
+
+    def save(self, state: TrainState, step: int) -> None:
         """Start saving a state; it may be donated once this returns.
 
         Raises:
           SaveFailed: `checkpoint_max_failures` saves in a row have failed.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         self.wait()
         folder = self._root / str(step)
         self._attempt += 1  # equal on all processes, as all of them save
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._meet("folder")
-            self._orbax.save(folder / "state", args=ocp.args.PyTreeSave(_plain(state)), force=True)
+            self._barrier("folder")
+            args = ocp.args.PyTreeSave(_without_key(state))
+            self._orbax.save(folder / "state", args=args, force=True)
         except Exception as error:
-            self._failed(step, error)
+            self._handle_failure(step, error)
         else:
             self._thread = threading.Thread(
-                target=self._seal, args=(step, _tensors(state)), name=f"seal step {step}"
+                target=self._commit, args=(step, _tensor_table(state)), name=f"commit step {step}"
             )
             self._thread.start()
         if self._failures >= self._config.checkpoint_max_failures:
             raise SaveFailed(
-                f"{self._failures} saves in a row failed: {self._error}; {self.tell()}"
+                f"{self._failures} saves in a row failed: {self._error}; {self.describe()}"
             )
-        log.info(
-            "saving step %d (training was held up for %.2f s)", step, time.perf_counter() - began
-        )
+        blocked = time.perf_counter() - start
+        log.info("saving step %d (training was blocked for %.2f s)", step, blocked)
 
-    def wait(self, must_succeed=False):
-        """Wait for the save under way.
+    def wait(self, must_succeed: bool = False) -> None:
+        """Wait for the save in progress.
 
         Raises:
-          SaveFailed: it must succeed, and did not.
+          SaveFailed: `must_succeed` is set, and the save failed.
         """
         if self._thread:
             self._thread.join()
             self._thread = None
         if must_succeed and self._failures:
-            raise SaveFailed(f"the state is not saved: {self._error}; {self.tell()}")
+            raise SaveFailed(f"the state is not saved: {self._error}; {self.describe()}")
 
-    def tell(self):
-        """Half a sentence for an error: what a stopped run has left."""
-        latest = self.latest()
-        return (
-            "no checkpoint had been saved"
-            if latest is None
-            else f"the checkpoint of step {latest} is good"
-        )
-
-    def _seal(self, step, tensors):
-        """In the background: once Orbax is done, write the manifest; then, and only then, delete old steps."""
+    def _commit(self, step: int, tensors: dict[str, dict[str, Any]]) -> None:
+        """In the background: wait for Orbax, write the manifest, and only then delete old steps."""
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 checkpoint_manifest.write(self._root / str(step), tensors, step=step)
-                (self._root / SEALED).touch()
-            self._meet("sealed")
-        except (
-            Exception
-        ) as error:  # disk full, folder gone, ...: training goes on, and the save is tried again
-            self._failed(step, error)
+                (self._root / COMMITTED).touch()
+            self._barrier("committed")
+        except Exception as error:  # disk full, folder deleted, ...: training continues
+            self._handle_failure(step, error)
             return
-        self._failures, self._error = 0, None
+        self._failures = 0
+        self._error = None
         if jax.process_index() == 0:
             try:
-                self._delete_old()
-            except OSError as error:  # what has just been sealed is good all the same
+                self._delete_old_steps()
+            except OSError as error:  # the step just committed is good in any case
                 log.error("old checkpoints could not be deleted: %s", error)
 
-    def _meet(self, key, timeout_ms=SLOWEST * 1000):
-        """Wait for the other processes in a save; raise what made one of them fail. Orbax itself would wait on."""
-        multihost.barrier(f"save/{self._attempt}/{key}", f"failed/{self._attempt}", timeout_ms / 1000)
+    def _barrier(self, key: str, timeout_ms: int = SAVE_TIMEOUT * 1000) -> None:
+        """Wait for the other processes of a save; raise an error if one of them has failed.
 
-    def _failed(self, step, error):
-        """Report a failed save, here and to the other processes, and remove what it has left."""
-        self._failures, self._error = self._failures + 1, _first_line(error)
+        Orbax's own barrier would wait until it times out.
+        """
+        place = f"save/{self._attempt}/{key}"
+        multihost.barrier(place, f"failed/{self._attempt}", timeout_ms / 1000)
+
+    def _handle_failure(self, step: int, error: Exception) -> None:
+        """Report a failed save, here and to the other processes, and remove its files."""
+        self._failures += 1
+        self._error = _first_line(error)
         multihost.abort(f"failed/{self._attempt}", self._error)
         shutil.rmtree(self._root / str(step), ignore_errors=True)
-        self._orbax = _orbax(self._meet)  # the old one would raise the error again
+        self._orbax = _checkpointer(self._barrier)  # the old one would raise the error again
         log.error(
-            "SAVING STEP %d FAILED (%d of %d in a row before the run stops): %s; %s. Trying again soon",
-            *(step, self._failures, self._config.checkpoint_max_failures, self._error, self.tell()),
+            "SAVING STEP %d FAILED (%d of %d in a row before the run stops): %s; %s. Retrying soon",
+            step,
+            self._failures,
+            self._config.checkpoint_max_failures,
+            self._error,
+            self.describe(),
         )
 
-    def _delete_old(self):
-        """Delete sealed steps that nothing asks to keep; renamed first, so that none is ever half a step."""
-        sealed = [
-            step
-            for step, path in steps(self._workdir).items()
-            if (path / checkpoint_manifest.NAME).exists()
-        ]
-        newest, every, best = (
-            self._config[f"checkpoint_{name}"] for name in ("keep", "keep_every", "best")
-        )
-        keep = set(sealed[-newest:]) | {step for step in sealed if every and step % every == 0}
-        lines = history(self._workdir) if best else []
-        values = {
-            line["step"]: line[best] for line in lines if best in line and line["step"] in sealed
-        }
-        keep |= {max(values, key=values.get)} if values else set()
-        for step in set(sealed) - keep:
+    def _committed(self) -> list[int]:
+        """Committed steps, oldest first."""
+        found = steps(self._workdir).items()
+        return [step for step, path in found if checkpoint_manifest.is_committed(path)]
+
+    def _delete_old_steps(self) -> None:
+        """Delete committed steps that the retention policy does not keep.
+
+        They are renamed first, so that a step is never half deleted under its own name.
+        """
+        committed = self._committed()
+        for step in set(committed) - self._steps_to_keep(committed):
             (self._root / str(step)).rename(self._root / f"{DELETED}{step}")
         for path in self._root.glob(f"{DELETED}*"):
             shutil.rmtree(path, ignore_errors=True)
 
+    def _steps_to_keep(self, committed: list[int]) -> set[int]:
+        """The newest steps, every multiple of an interval, and the best by a metric."""
+        keep = set(committed[-self._config.checkpoint_keep :])
+        interval = self._config.checkpoint_keep_every
+        if interval:
+            keep |= {step for step in committed if step % interval == 0}
+        metric = self._config.checkpoint_best
+        if metric:
+            values = {}
+            for line in read_metrics(self._workdir):
+                if metric in line and line["step"] in committed:
+                    values[line["step"]] = line[metric]
+            if values:
+                keep.add(max(values, key=values.__getitem__))
+        return keep
 
-def newest(workdir):
-    """The newest good step of a run; UserError where there is none."""
-    step = good_step(workdir)
+
+def newest_step(workdir: str | os.PathLike[str]) -> int:
+    """The newest good step of a run.
+
+    Raises:
+      UserError: there is none.
+    """
+    step = newest_good_step(workdir)
     if step is None:
         raise UserError(
             f"{workdir}: no checkpoints here; give the --workdir of a run that has saved one"
@@ -231,54 +278,71 @@ def newest(workdir):
     return step
 
 
-def weights(workdir, method, step=None):
-    """Weights of a run, without the optimiser: (params, target), numpy trees.
+def read_weights(workdir: str | os.PathLike[str], method: Any, step: int) -> tuple[Any, Any]:
+    """Read the weights of a good step, without the optimizer's state.
 
     Args:
-      step: of a good checkpoint; None: the newest.
+      workdir: of the run.
+      method: of the run; see methods/base.py.
+      step: of a good checkpoint; see `newest_step`.
 
-    Raises:
-      UserError: there is no checkpoint below workdir, or none is good.
+    Returns:
+      (params, target), trees of numpy arrays.
     """
-    step = newest(workdir) if step is None else step
     params = jax.eval_shape(method.init, jax.random.key(0))
     tree = {"params": params, "target": method.target_of(params)}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    restore = ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
-    found = _orbax().restore(
-        pathlib.Path(workdir).absolute() / FOLDER / str(step) / "state", args=restore
-    )
-    return found["params"], found["target"]
+    args = ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
+    folder = pathlib.Path(workdir).absolute() / FOLDER / str(step)
+    restored = _checkpointer().restore(folder / "state", args=args)
+    return restored["params"], restored["target"]
 
 
-def _orbax(meet=None):
-    """A folder per tensor, so that damage can be named; not compressed: float32 weights do not shrink.
+def _checkpointer(barrier: Callable[..., None] | None = None) -> ocp.AsyncCheckpointer:
+    """Orbax's checkpointer, with a folder per tensor, so that a damaged tensor can be named.
 
-    meet: how the processes wait for each other, (key, timeout_ms).
+    Files are not compressed: float32 weights do not shrink.
+
+    Args:
+      barrier: how processes wait for each other, a function of (key, timeout_ms).
     """
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
-    options = ocp.options.AsyncOptions(timeout_secs=SLOWEST, barrier_sync_fn=meet)
+    options = ocp.options.AsyncOptions(timeout_secs=SAVE_TIMEOUT, barrier_sync_fn=barrier)
     return ocp.AsyncCheckpointer(handler, async_options=options)
 
 
-def _plain(state):
+def _without_key(state: TrainState) -> TrainState:
     """A state (of arrays or of shapes) with its random key as plain numbers."""
-    key_data = jax.random.key_data
-    abstract = isinstance(state.rng, jax.ShapeDtypeStruct)
-    return state.replace(
-        rng=jax.eval_shape(key_data, state.rng) if abstract else key_data(state.rng)
-    )
+    if isinstance(state.rng, jax.ShapeDtypeStruct):
+        return state.replace(rng=jax.eval_shape(jax.random.key_data, state.rng))
+    return state.replace(rng=jax.random.key_data(state.rng))
 
 
-def _tensors(state):
+def _tensor_table(state: TrainState) -> dict[str, dict[str, Any]]:
     """{path: {"shape", "dtype"}} of a state."""
-    paths = jax.tree_util.tree_leaves_with_path(_plain(state))
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {
-        name(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in paths
-    }
+    table = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(_without_key(state)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        table[name] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    return table
 
 
-def _first_line(error):
+def _tensor_differences(saved: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """The tensors that differ, such as "params/bias: float32[40] -> float32[41]"."""
+    differences = []
+    for name in sorted(saved.keys() | expected.keys()):
+        old = saved.get(name)
+        new = expected.get(name)
+        if old != new:
+            differences.append(f"{name}: {_tensor_type(old)} -> {_tensor_type(new)}")
+    return differences
+
+
+def _tensor_type(tensor: dict[str, Any] | None) -> str:
+    return f"{tensor['dtype']}{tensor['shape']}" if tensor else "absent"
+
+
+def _first_line(error: Exception) -> str:
     """The first line of an error's message, at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

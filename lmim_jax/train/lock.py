@@ -9,6 +9,7 @@ import pathlib
 import socket
 import threading
 import time
+from typing import Any
 
 import jax
 
@@ -16,69 +17,67 @@ from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-
-HEARTBEAT = 20.0  # seconds between signs of life in the lock
-
-
-STALE = 120.0  # seconds without one after which a writer on another host counts as dead
+HEARTBEAT = 20.0  # seconds between updates of the lock file's modification time
+STALE = 120.0  # seconds without an update after which a writer on another host counts as dead
 
 
 class Lock:
-    """workdir/lock: who writes here, and a sign of life of it. To be used in a `with` block."""
+    """The file workdir/lock, which names the process that writes here. Use it in a `with` block."""
 
-    def __init__(self, workdir):
-        """Take the lock.
+    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+        """Acquire the lock; that of a dead process is taken over.
 
         Raises:
-          UserError: another process holds it; named with host, pid and since when. A dead one's lock is taken over.
+          UserError: another process holds it; the message gives its host, PID and start.
         """
-        self._path, self._held = pathlib.Path(workdir, "lock"), False
-        if jax.process_index():
+        self._path = pathlib.Path(workdir, "lock")
+        self._held = False
+        if jax.process_index() != 0:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._mine = {
+        self._owner = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "start": _start_of(os.getpid()),
+            "start": process_start(os.getpid()),
+            "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         }
-        self._mine["since"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        while not self._take():
-            holder = self._holder()
-            if holder and self._alive(holder):
+        while not self._create():
+            holder = self._read_holder()
+            if holder and self._is_alive(holder):
                 raise UserError(
-                    f"{workdir} is being written by another run (host {holder['host']}, pid {holder['pid']}, since "
-                    f"{holder['since']}); stop that one, or choose another --workdir"
+                    f"{workdir} is being written by another run (host {holder['host']}, pid "
+                    f"{holder['pid']}, since {holder['since']}); stop that run, or choose another "
+                    "--workdir"
                 )
-            log.warning(
-                "taking over %s: its holder is gone (%s)", self._path, holder or "unreadable"
-            )
-            self._path.rename(
-                self._path.with_name(f"lock.stale.{os.getpid()}")
-            )  # one of several takers wins
-            self._path.with_name(f"lock.stale.{os.getpid()}").unlink()
+            who = holder or "unreadable"
+            log.warning("taking over %s: its process no longer runs (%s)", self._path, who)
+            stale = self._path.with_name(f"lock.stale.{os.getpid()}")
+            self._path.rename(stale)  # of several processes that take it over, one succeeds
+            stale.unlink()
         self._held = True
         self._stop = threading.Event()
-        threading.Thread(target=self._beat, daemon=True, name="lock").start()
+        threading.Thread(target=self._update_regularly, daemon=True, name="lock").start()
         atexit.register(self.release)
 
-    def __enter__(self):
+    def __enter__(self) -> "Lock":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.release()
 
-    def release(self):
-        """Give the lock back."""
-        if self._held:
-            self._held = False
-            self._stop.set()
-            if self._holder() == self._mine:
-                self._path.unlink(missing_ok=True)
+    def release(self) -> None:
+        """Release the lock."""
+        if not self._held:
+            return
+        self._held = False
+        self._stop.set()
+        if self._read_holder() == self._owner:
+            self._path.unlink(missing_ok=True)
 
-    def _take(self):
-        """Create the lock file, complete at once; False where there is one."""
+    def _create(self) -> bool:
+        """Create the complete lock file atomically; False where one exists."""
         draft = self._path.with_name(f"lock.{os.getpid()}")
-        draft.write_text(json.dumps(self._mine))
+        draft.write_text(json.dumps(self._owner))
         try:
             os.link(draft, self._path)
         except FileExistsError:
@@ -87,31 +86,36 @@ class Lock:
             draft.unlink()
         return True
 
-    def _holder(self):
-        """What the lock file says; {} where it is unreadable or gone."""
+    def _read_holder(self) -> dict[str, Any]:
+        """The contents of the lock file; {} where it is unreadable or missing."""
         try:
             holder = json.loads(self._path.read_text())
-            return holder if holder.keys() >= self._mine.keys() else {}
+            return holder if holder.keys() >= self._owner.keys() else {}
         except (OSError, ValueError, AttributeError):
             return {}
 
-    def _alive(self, holder):
-        """Whether the holder still runs: by its process on this host, by its signs of life on others."""
-        if holder["host"] == self._mine["host"]:
-            return holder["start"] is not None and _start_of(holder["pid"]) == holder["start"]
+    def _is_alive(self, holder: dict[str, Any]) -> bool:
+        """Whether the holder runs: by its process on this host, by the file's age on others."""
+        if holder["host"] == self._owner["host"]:
+            return holder["start"] is not None and process_start(holder["pid"]) == holder["start"]
         return time.time() - self._path.stat().st_mtime < STALE
 
-    def _beat(self):
+    def _update_regularly(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             try:
                 os.utime(self._path)
-            except OSError:  # the folder may be gone for a while
+            except OSError:  # the folder may be unavailable for a while
                 continue
 
 
-def _start_of(pid):
-    """When a process of this host started, in the kernel's ticks since boot; None where there is no such process."""
-    if not pathlib.Path("/proc/self/stat").exists():  # macOS: the number alone must do
+def process_start(pid: int) -> int | None:
+    """When a process of this host started, in kernel ticks since boot.
+
+    Returns:
+      None where there is no such process. 0 on systems without /proc (macOS), where only the PID
+      can be compared.
+    """
+    if not pathlib.Path("/proc/self/stat").exists():
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -123,4 +127,5 @@ def _start_of(pid):
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] == "Z" else int(fields[19])
+    is_zombie = fields[0] == "Z"
+    return None if is_zombie else int(fields[19])

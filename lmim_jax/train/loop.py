@@ -1,227 +1,312 @@
-"""The story of a training run, top to bottom."""
+"""A training run, from its config to its summary."""
 
 import contextlib
-import functools
 import json
 import logging
+import os
 import pathlib
 import time
+from typing import Any
 
 import jax
 from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from lmim_jax.data import loader, sources
-from lmim_jax.data.augment import device, host
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost, preemption, sharding
 from lmim_jax.evaluators import base as evaluators
-from lmim_jax.methods import base as methods
-from lmim_jax.optim import adamw
-from lmim_jax.train import collapse_metrics, metric_logger, provenance
+from lmim_jax.train import provenance
 from lmim_jax.train import summary as summaries
 from lmim_jax.train import workdir as workdirs
+from lmim_jax.train.build import TrainingParts, build
 from lmim_jax.train.checkpoints import Checkpoints
+from lmim_jax.train.collapse_metrics import make_collapse_metrics
 from lmim_jax.train.lock import Lock
-from lmim_jax.train.metric_writer import Writer, history, write_picture
-from lmim_jax.train.state import create
-from lmim_jax.train.step import jit_step
+from lmim_jax.train.metric_logger import MetricLogger
+from lmim_jax.train.metric_writer import MetricWriter, read_metrics, write_picture
 from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration
-from lmim_jax.utils.prng import augment_keys
 
 log = logging.getLogger(__name__)
 
+Sources = dict[str, Any]  # {"train": source, "test": source or None}
 
-def train(config, workdir):
-    """Train as `config` says, in `workdir`; running it again goes on where it stopped.
+
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Train; a run that was interrupted resumes.
 
     Args:
-      config: ConfigDict, see configs/vit_b.py.
-      workdir: folder of this run's checkpoints, metrics and summary; made where it is not there.
+      config: see configs/vit_b.py.
+      workdir: folder of this run's checkpoints, metrics and summary; created if needed.
 
     Returns:
-      The summary, a dict, also written to workdir/summary.json.
+      The summary, which is also written to workdir/summary.json.
 
     Raises:
-      UserError: what only the user can mend. NonFinite: a loss or gradient was NaN or infinite. Preempted: SIGTERM or
-      SIGUSR1 came, and the state is saved. SaveFailed: several checkpoints in a row could not be written.
+      UserError: a mistake in the config, the data or the folder.
+      NonFinite: a loss or gradient was NaN or infinite.
+      Preempted: SIGTERM or SIGUSR1 was received, and the state is saved.
+      SaveFailed: several checkpoints in a row could not be written.
     """
-    began = time.perf_counter()
+    process_start = time.perf_counter()
+    mesh = _make_mesh(config)
+    splits = _open_sources(config)
+    parts = build(config, loader.steps_per_epoch(splits["train"], config.batch_size))
+    scheduled = _schedule_evaluators(parts)
 
-    # Devices
+    # The whole config has been checked: from here on, files are written
+    plain_config = config.to_dict()
+    identity = splits["train"].identity()
+    multihost.check_consistent(config=plain_config, data=identity)
+    workdirs.check(workdir, plain_config, identity)
+    finished = summaries.read_summary(workdir, parts.total_steps)
+    if finished:
+        steps = parts.total_steps
+        log.info("this run is finished: %d of %d steps, in %s", steps, steps, workdir)
+        log.info(summaries.format_summary(finished, workdir))
+        return finished
+    with (
+        Lock(workdir),
+        Checkpoints(workdir, config) as checkpoints,
+        preemption.PreemptionHandler() as handler,
+    ):
+        workdirs.claim(workdir, plain_config, identity)
+        provenance.record_start(workdir)
+        loop = TrainingLoop(
+            parts=parts,
+            mesh=mesh,
+            splits=splits,
+            scheduled=scheduled,
+            workdir=pathlib.Path(workdir),
+            checkpoints=checkpoints,
+            handler=handler,
+            process_start=process_start,
+        )
+        loop.run()
+        summary = _write_summary(workdir, parts.total_steps, loop.wall_seconds)
+    log.info("finished %d steps in %s", parts.total_steps, duration(summary["wall_seconds"]))
+    log.info(summaries.format_summary(summary, workdir))
+    return summary
+
+
+def _make_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of the recipe over all devices of all processes."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch(config.batch_size, config.micro_batches, mesh.size)
-    kind, shape = (
-        jax.devices()[0].device_kind,
-        " x ".join(f"{name} {size}" for name, size in mesh.shape.items()),
-    )
+    kind = jax.devices()[0].device_kind
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     log.info("%d %s device(s) as %s, %d process(es)", mesh.size, kind, shape, jax.process_count())
+    return mesh
 
-    # Data
-    source = {split: sources.from_config(config.data, split) for split in ("train", "test")}
-    steps_per_epoch = loader.steps_per_epoch(source["train"], config.batch_size)
-    total_steps = config.total_steps or config.epochs * steps_per_epoch
-    images = {split: len(images) if images else 0 for split, images in source.items()}
-    log.info("%(train)d training and %(test)d test images", images)
 
-    # Method
-    method = methods.from_config(
-        config.method, total_steps=total_steps, steps_per_epoch=steps_per_epoch
-    )
-    augmentation = device.from_config(
-        config.augment, image_size=method.image_size, eval_size=method.feature_size
-    )
-    crop = host.from_config(config.data, augmentation, functools.partial(augment_keys, config.seed))
+def _open_sources(config: ConfigDict) -> Sources:
+    """The images of both splits."""
+    splits = {split: sources.from_config(config.data, split) for split in ("train", "test")}
+    test_images = len(splits["test"]) if splits["test"] else 0
+    log.info("%d training and %d test images", len(splits["train"]), test_images)
+    return splits
 
-    # Optimiser
-    warmup_steps = config.optimizer.warmup_epochs / config.epochs * total_steps
-    optimizer, learning_rate = adamw.from_config(
-        config.optimizer, warmup_steps=warmup_steps, total_steps=total_steps
-    )
 
-    # Evaluators
-    abstract = jax.eval_shape(method.init, jax.random.key(0))
-    has_target = "encoder" in method.target_of(abstract)
-    scheduled = evaluators.from_config(
-        config.evaluators, steps_per_epoch=steps_per_epoch, has_target=has_target
-    )
+def _schedule_evaluators(parts: TrainingParts) -> list[evaluators.Scheduled]:
+    """The evaluators of the run; those that will never run are logged."""
+    scheduled = parts.schedule_evaluators()
     for evaluator in scheduled:
-        if not evaluator.due(total_steps, total_steps):
+        if not evaluator.due(parts.total_steps, parts.total_steps):
             log.info(
                 "%s is not evaluated: the run is shorter than its interval (`every`)",
                 evaluator.title,
             )
+    return scheduled
 
-    if config.on_nonfinite not in ("stop", "skip"):
-        raise UserError(f"config.on_nonfinite={config.on_nonfinite!r} is none of: stop | skip")
 
-    # Everything about the config is checked: from here on, files are written
-    belongs = config.to_dict(), source["train"].identity()
-    multihost.check_consistent(config=belongs[0], data=belongs[1])
-    workdirs.check(workdir, *belongs)
-    if summary := summaries.finished(workdir, total_steps):
-        log.info("this run is finished: %d of %d steps, in %s", total_steps, total_steps, workdir)
-        log.info(summaries.table(summary, workdir))
-        return summary
-    with Lock(workdir), Checkpoints(workdir, config) as checkpoints, preemption.PreemptionHandler() as handler:
-        workdirs.claim(workdir, *belongs)
-        provenance.note(workdir)
+class TrainingLoop:
+    """Trains from the newest checkpoint to the last step.
 
-        # State
-        state, shardings = create(
-            method,
-            optimizer,
-            config.seed,
-            mesh,
-            rules=config.mesh.rules,
-            min_size=config.mesh.min_size,
+    At a boundary (the end of an evaluation or checkpoint interval) the same state is evaluated and
+    saved.
+    """
+
+    def __init__(
+        self,
+        *,
+        parts: TrainingParts,
+        mesh: Mesh,
+        splits: Sources,
+        scheduled: list[evaluators.Scheduled],
+        workdir: pathlib.Path,
+        checkpoints: Checkpoints,
+        handler: preemption.PreemptionHandler,
+        process_start: float,
+    ) -> None:
+        """Create or restore the state, and open what the loop needs.
+
+        Args:
+          parts: of the recipe.
+          mesh: all devices.
+          splits: images of both splits.
+          scheduled: evaluators.
+          workdir: of the run, which must be claimed already.
+          checkpoints: of the run.
+          handler: for signals.
+          process_start: `time.perf_counter()` at the start of the process.
+        """
+        config = parts.config
+        self._config = config
+        self._parts = parts
+        self._total_steps = parts.total_steps
+        self._mesh = mesh
+        self._train_source = splits["train"]
+        self._scheduled = scheduled
+        self._checkpoints = checkpoints
+        self._handler = handler
+
+        self._state, shardings = parts.create_state(mesh)
+        _log_parameter_counts(self._state.params)
+        self._start = 0
+        restored = checkpoints.restore(self._state, shardings)
+        if restored:
+            self._state = restored
+            self._start = int(restored.step)
+            log.info("resuming after step %d of %d", self._start, self._total_steps)
+
+        self._train_step = parts.jit_train_step(mesh, shardings)
+        self._data = EvaluationData(
+            splits, config.data, parts.augmentation, mesh, check=handler.raise_if_received
         )
-        count = {
-            name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()
-        }
-        log.info(
-            "parameters: %s", ", ".join(f"{name} {number:,}" for name, number in count.items())
+        self._collapse_metrics = make_collapse_metrics(
+            parts.method, self._data, config.gauge_images
         )
-        start = 0
-        if restored := checkpoints.restore(state, shardings):
-            state, start = restored, int(restored.step)
-            log.info("resuming after step %d of %d", start, total_steps)
-
-        # Step
-        train_step = jit_step(config, method, augmentation, optimizer, mesh, shardings)
-
-        # Loop: at a boundary evaluate and save the *same* state, then go on
-        data = EvaluationData(source, config.data, augmentation, mesh, check=handler.raise_if_received)
-        gauge = collapse_metrics.make(method, data, config.gauge_images)
-        writer = Writer(workdir, start)
-        meter = metric_logger.Meter(
-            writer,
-            collapse_metrics.Alarm(),
+        self._writer = MetricWriter(workdir, self._start)
+        self._logger = MetricLogger(
+            self._writer,
             config,
-            start=start,
-            total_steps=total_steps,
-            steps_per_epoch=steps_per_epoch,
-            learning_rate=learning_rate,
-            tell=checkpoints.tell,
-            began=began,
+            start=self._start,
+            total_steps=self._total_steps,
+            steps_per_epoch=parts.steps_per_epoch,
+            learning_rate=parts.learning_rate,
+            describe_checkpoints=checkpoints.describe,
+            process_start=process_start,
         )
 
-        def evaluate(done):
-            """Run what is due after `done` steps, and is not there yet from before a restart."""
-            for evaluator in scheduled:
-                if evaluator.due(done, total_steps) and not (
-                    done == start and writer.has(evaluator.title)
-                ):
-                    began = time.perf_counter()
-                    numbers, pictures = evaluator.run(method, state, data)
-                    writer.write(done, numbers)
-                    writer.draw(done, pictures)
-                    listed = (
-                        "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-                        or evaluator.title
-                    )
-                    log.info(
-                        "step %d  %s  (%s)", done, listed, duration(time.perf_counter() - began)
-                    )
+    @property
+    def wall_seconds(self) -> float:
+        """How long the run has taken so far, over all its restarts."""
+        return self._logger.wall_seconds
 
-        with contextlib.suppress(
-            preemption.EvaluationInterrupted
-        ):  # by a signal, which the loop heeds after its next step
-            evaluate(start)
-        batches = loader.training_batches(
-            source["train"],
+    def run(self) -> None:
+        """Train to the last step, save the final state, and close the files.
+
+        Raises:
+          Preempted: a signal was received, and the state is saved.
+          NonFinite: a loss or gradient was NaN or infinite.
+          SaveFailed: several checkpoints in a row could not be written.
+          UserError: an evaluation failed; the state is saved.
+        """
+        # A signal interrupts the evaluation, and the loop stops after its next step
+        with contextlib.suppress(preemption.EvaluationInterrupted):
+            self._evaluate(self._start)
+        self._logger.resume()
+        for step, batch in enumerate(self._batches(), self._start + 1):
+            self._run_step(step, batch)
+            stop = self._handler.should_stop(step)
+            save = stop or self._save_due(step)
+            if save or self._evaluation_due(step):
+                self._finish_interval(step, stop=stop, save=save)
+        self._checkpoints.wait(must_succeed=True)
+        if self._handler.received:
+            raise preemption.Preempted(f"stopped in the evaluation after step {self._total_steps}")
+        self._writer.close()
+
+    def _batches(self) -> Any:
+        """An iterator over the remaining batches."""
+        config = self._config
+        return loader.training_batches(
+            self._train_source,
             config.data,
             seed=config.seed,
             batch_size=config.batch_size,
-            steps=total_steps,
-            start=start,
-            mesh=mesh,
-            crop=crop,
+            steps=self._total_steps,
+            start=self._start,
+            mesh=self._mesh,
+            crop=self._parts.host_crop,
         )
-        meter.resume()
-        for done, batch in enumerate(batches, start + 1):
-            last, log_due = done == total_steps, done % config.log_every == 0
-            with jax.transfer_guard("disallow"):
-                state, numbers = train_step(state, batch)
-                if log_due:
-                    numbers |= gauge(state.params, state.target)
-            meter.add(done, numbers)
-            stop = handler.should_stop(done)
-            save = (
-                stop
-                or last
-                or done % config.checkpoint_every == 0
-                or (log_due and checkpoints.failing)
-            )
-            if save or any(evaluator.due(done, total_steps) for evaluator in scheduled):
-                meter.pause()  # and so make sure that this state is finite
-                try:
-                    with contextlib.suppress(preemption.EvaluationInterrupted):
-                        if not stop:
-                            evaluate(done)
-                except UserError:  # such as masks that are not there: what was trained is kept
-                    checkpoints.save(state, done)
-                    checkpoints.wait(must_succeed=True)
-                    raise
-                if save:
-                    checkpoints.save(state, done)
-                if stop:
-                    raise preemption.Preempted(f"stopped after step {done} of {total_steps}")
-                meter.resume()
-        checkpoints.wait(must_succeed=True)
-        if handler.received:  # in the last evaluation
-            raise preemption.Preempted(f"stopped in the evaluation after step {total_steps}")
 
-        # End
-        writer.close()
-        lines = history(workdir)
-        summary = summaries.summarize(lines, total_steps=total_steps, seconds=meter.wall_seconds)
-        if jax.process_index() == 0:
-            write_picture(workdir, "curves", summaries.curves(lines, workdir))
-            atomic_io.write(
-                pathlib.Path(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n"
-            )
-    log.info("finished %d steps in %s", total_steps, duration(summary["wall_seconds"]))
-    log.info(summaries.table(summary, workdir))
+    def _run_step(self, step: int, batch: dict[str, jax.Array]) -> None:
+        """Dispatch a step; the metrics of the previous one are fetched meanwhile."""
+        with jax.transfer_guard("disallow"):
+            self._state, metrics = self._train_step(self._state, batch)
+            if self._log_due(step):
+                metrics |= self._collapse_metrics(self._state.params, self._state.target)
+        self._logger.add(step, metrics)
+
+    def _log_due(self, step: int) -> bool:
+        return step % self._config.log_every == 0
+
+    def _save_due(self, step: int) -> bool:
+        if step == self._total_steps or step % self._config.checkpoint_every == 0:
+            return True
+        return self._log_due(step) and self._checkpoints.failing
+
+    def _evaluation_due(self, step: int) -> bool:
+        return any(evaluator.due(step, self._total_steps) for evaluator in self._scheduled)
+
+    def _finish_interval(self, step: int, *, stop: bool, save: bool) -> None:
+        """Evaluate and save the state after a step.
+
+        Args:
+          step: the step.
+          stop: a signal was received: do not evaluate, and raise Preempted in the end.
+          save: whether to save.
+        """
+        self._logger.pause()  # raises NonFinite unless this state is finite
+        if not stop:
+            try:
+                with contextlib.suppress(preemption.EvaluationInterrupted):
+                    self._evaluate(step)
+            except UserError:  # such as missing masks: what was trained is kept
+                self._checkpoints.save(self._state, step)
+                self._checkpoints.wait(must_succeed=True)
+                raise
+        if save:
+            self._checkpoints.save(self._state, step)
+        if stop:
+            raise preemption.Preempted(f"stopped after step {step} of {self._total_steps}")
+        self._logger.resume()
+
+    def _evaluate(self, step: int) -> None:
+        """Run the evaluators that are due, except those that ran before a restart at this step."""
+        for evaluator in self._scheduled:
+            if not evaluator.due(step, self._total_steps):
+                continue
+            if step == self._start and self._writer.has_evaluation(evaluator.title):
+                continue
+            start = time.perf_counter()
+            metrics, pictures = evaluator.run(self._parts.method, self._state, self._data)
+            self._writer.write(step, metrics)
+            self._writer.write_pictures(step, pictures)
+            listed = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            seconds = duration(time.perf_counter() - start)
+            log.info("step %d  %s  (%s)", step, listed or evaluator.title, seconds)
+
+
+def _log_parameter_counts(params: dict[str, Any]) -> None:
+    counts = []
+    for name, tree in params.items():
+        counts.append(f"{name} {parameter_overview.count_parameters(tree):,}")
+    log.info("parameters: %s", ", ".join(counts))
+
+
+def _write_summary(
+    workdir: str | os.PathLike[str], total_steps: int, wall_seconds: float
+) -> dict[str, Any]:
+    """Summarize the run; the first process writes summary.json and curves.png."""
+    lines = read_metrics(workdir)
+    summary = summaries.summarize(lines, total_steps=total_steps, seconds=wall_seconds)
+    if jax.process_index() == 0:
+        write_picture(workdir, "curves", summaries.draw_curves(lines, workdir))
+        path = pathlib.Path(workdir, "summary.json")
+        atomic_io.write(path, json.dumps(summary, indent=2) + "\n")
     return summary

@@ -1,156 +1,201 @@
-"""Numbers of the steps: averaging, the NaN guard, speed and ETA; the console."""
+"""Metrics of the training steps: averages, the check for NaN, speed and ETA; console output."""
 
 import logging
 import math
 import statistics
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
+from lmim_jax.train.collapse_metrics import CollapseMonitor
+from lmim_jax.train.metric_writer import MetricWriter
 from lmim_jax.utils.logging import duration
 
 log = logging.getLogger(__name__)
 
+# What a NaN in another quantity may come from; the likely cause first
+CAUSES = ("input_mean", "target_norm", "loss")
+# Not in the second line on the console
+HIDDEN = {"loss", "input_mean", "param_norm", "target_norm"}
+
 
 class NonFinite(RuntimeError):
-    """Something became NaN or infinite; the message names step and quantities, the likely cause first."""
+    """A quantity became NaN or infinite; the message names the step and the quantities."""
 
 
-CAUSES = (
-    "input_mean",
-    "target_norm",
-    "loss",
-)  # what a NaN elsewhere may come from, first things first
-QUIET = {"loss", "input_mean", "param_norm", "target_norm"}  # not in the second line on the console
+def check_finite(
+    step: int, values: Mapping[str, float], describe_checkpoints: Callable[[], str]
+) -> None:
+    """Check the metrics of a step.
 
+    Args:
+      step: of the metrics.
+      values: all metrics of the step.
+      describe_checkpoints: gives a clause on the saved checkpoints, for the error message.
 
-def check_finite(step, values, tell):
-    """Raise NonFinite if the loss, the gradient norm, or anything else measured at `step` is NaN or infinite."""
-    if bad := bad_values(values):
+    Raises:
+      NonFinite: one of them is NaN or infinite.
+    """
+    listed = list_nonfinite(values)
+    if listed:
         raise NonFinite(
-            f"step {step}: {bad}. Stopped; {tell()}. Try a lower config.optimizer.base_lr"
+            f"step {step}: {listed}. Stopped; {describe_checkpoints()}. Try a lower "
+            "config.optimizer.base_lr"
         )
 
 
-def bad_values(values):
-    """The values that are NaN or infinite, as text, the likely cause first; "" where all are finite."""
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    bad.sort(key=lambda name: CAUSES.index(name) if name in CAUSES else len(CAUSES))
-    return ", ".join(f"{name} = {values[name]}" for name in bad)
+def list_nonfinite(values: Mapping[str, float]) -> str:
+    """The values that are NaN or infinite, the likely cause first; "" where all are finite."""
+    names = [name for name, value in values.items() if not math.isfinite(value)]
+    names.sort(key=_cause_rank)
+    return ", ".join(f"{name} = {values[name]}" for name in names)
 
 
-class Meter:
-    """Collects the metrics of each step, one step late, so that the host never waits for the step it just started.
+def _cause_rank(name: str) -> int:
+    return CAUSES.index(name) if name in CAUSES else len(CAUSES)
 
-    Every `log_every` steps it writes their means, with epoch, learning rate, images/s and ETA; metrics that not every
-    step has (the gauges) as they are.
+
+def _means(lines: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of every metric over the lines that have it."""
+    collected: dict[str, list[float]] = {}
+    for line in lines:
+        for name, value in line.items():
+            collected.setdefault(name, []).append(value)
+    return {name: statistics.fmean(values) for name, values in collected.items()}
+
+
+class MetricLogger:
+    """Collects the metrics of each step and logs their means every `log_every` steps.
+
+    The metrics of a step are fetched after the next step has been dispatched, so that the host
+    never waits for the step it has just started. A line also has the epoch, the learning rate,
+    images/s and ETA; metrics that only some steps have (collapse metrics) are logged as they are.
     """
 
     def __init__(
         self,
-        writer,
-        alarm,
-        config,
+        writer: MetricWriter,
+        config: ConfigDict,
         *,
-        start,
-        total_steps,
-        steps_per_epoch,
-        learning_rate,
-        tell,
-        began,
-    ):
-        """`alarm`: see `gauges.Alarm`; `config`: batch_size, log_every, on_nonfinite, max_skipped are read.
+        start: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        learning_rate: Callable[[int], Any],
+        describe_checkpoints: Callable[[], str],
+        process_start: float,
+    ) -> None:
+        """Set up logging.
 
-        `learning_rate`: function of the step; `tell`: gives what to say of checkpoints on NaN; `began`:
-        `time.perf_counter()` at the start of the process.
+        Args:
+          writer: where metrics are written.
+          config: `batch_size`, `log_every`, `on_nonfinite` and `max_skipped` are read.
+          start: steps done before.
+          total_steps: of the run.
+          steps_per_epoch: of the run.
+          learning_rate: as a function of the step.
+          describe_checkpoints: see `check_finite`.
+          process_start: `time.perf_counter()` at the start of the process.
         """
-        self._writer, self._alarm, self._began, self._rate, self._tell = (
-            writer,
-            alarm,
-            began,
-            learning_rate,
-            tell,
-        )
-        self._batch, self._log_every = config.batch_size, config.log_every
+        self._writer = writer
+        self._monitor = CollapseMonitor()
+        self._learning_rate = learning_rate
+        self._describe_checkpoints = describe_checkpoints
+        self._process_start = process_start
+        self._batch_size = config.batch_size
+        self._log_every = config.log_every
         self._max_skipped = config.max_skipped if config.on_nonfinite == "skip" else 0
-        self._total, self._per_epoch, self._skipped = total_steps, steps_per_epoch, 0
-        self._pending, self._window = None, []
-        self._done, self._seconds, self._since = start, 0.0, time.perf_counter()
+        self._total_steps = total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._skipped = 0  # steps in a row
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._window: list[dict[str, float]] = []
+        self._logged_step = start
+        self._seconds = 0.0  # of training since the last line, up to the last pause
+        self._resumed = time.perf_counter()
 
     @property
-    def wall_seconds(self):
-        """What the run has taken so far, over all its restarts."""
-        return self._writer.wall_seconds + time.perf_counter() - self._began
+    def wall_seconds(self) -> float:
+        """How long the run has taken so far, over all its restarts."""
+        return self._writer.wall_seconds + time.perf_counter() - self._process_start
 
-    def add(self, step, metrics):
-        """Take the (device) metrics that optimiser step number `step` (1-based) returned; reports those before."""
-        pending, self._pending = self._pending, (step, metrics)
-        if pending:
-            self._report(*pending)
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """Take the device metrics of a step (1-based); process those of the step before."""
+        previous = self._pending
+        self._pending = (step, metrics)
+        if previous:
+            self._process(previous[0], previous[1])
 
-    def flush(self):
-        """Wait for the last step, and report it."""
+    def flush(self) -> None:
+        """Wait for the last step, and process its metrics."""
         if self._pending:
-            self._report(*self._pending)
+            self._process(self._pending[0], self._pending[1])
             self._pending = None
 
-    def pause(self):
-        """Stop the clock: evaluations and checkpoints are not training time. Flushes."""
+    def pause(self) -> None:
+        """Stop the clock, as evaluations and checkpoints are not training time; flushes."""
         self.flush()
-        self._seconds += time.perf_counter() - self._since
+        self._seconds += time.perf_counter() - self._resumed
 
-    def resume(self):
-        """Start the clock again."""
-        self._since = time.perf_counter()
+    def resume(self) -> None:
+        """Restart the clock."""
+        self._resumed = time.perf_counter()
 
-    def _report(self, step, metrics):
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if self._skip(step, values):
+    def _process(self, step: int, metrics: dict[str, Any]) -> None:
+        fetched = jax.device_get(metrics)
+        values = {name: float(value) for name, value in fetched.items()}
+        if self._was_skipped(step, values):
             values = {"skipped": 1.0}
         self._window.append(values)
-        if step % self._log_every and step != self._total:
-            return
+        if step % self._log_every == 0 or step == self._total_steps:
+            self._log_window(step)
+
+    def _log_window(self, step: int) -> None:
+        """Write and print the means since the last line."""
         now = time.perf_counter()
-        seconds = self._seconds + now - self._since
-        per_step = seconds / max(step - self._done, 1)
-        self._done, self._seconds, self._since = step, 0.0, now
-        mean = {
-            name: statistics.fmean(line[name] for line in self._window if name in line)
-            for name in dict.fromkeys(name for line in self._window for name in line)
-        }
+        seconds = self._seconds + now - self._resumed
+        per_step = seconds / max(step - self._logged_step, 1)
+        self._logged_step = step
+        self._seconds = 0.0
+        self._resumed = now
+        means = _means(self._window)
         self._window = []
-        extra = {
-            "epoch": step / self._per_epoch,
-            "learning_rate": float(self._rate(step - 1)),
-            "images_per_second": self._batch / per_step,
+        progress = {
+            "epoch": step / self._steps_per_epoch,
+            "learning_rate": float(self._learning_rate(step - 1)),
+            "images_per_second": self._batch_size / per_step,
             "seconds_per_step": per_step,
             "wall_seconds": self.wall_seconds,
         }
-        self._writer.write(step, {**mean, **extra})
+        self._writer.write(step, {**means, **progress})
         log.info(
             "step %d/%d  epoch %.2f/%.2f  loss %.4f  %.4g images/s  ETA %s  lr %.2e",
-            *(
-                step,
-                self._total,
-                extra["epoch"],
-                self._total / self._per_epoch,
-                mean.get("loss", math.nan),
-            ),
-            *(
-                extra["images_per_second"],
-                duration(per_step * (self._total - step)),
-                extra["learning_rate"],
-            ),
+            step,
+            self._total_steps,
+            progress["epoch"],
+            self._total_steps / self._steps_per_epoch,
+            means.get("loss", math.nan),
+            progress["images_per_second"],
+            duration(per_step * (self._total_steps - step)),
+            progress["learning_rate"],
         )
-        told = {name: value for name, value in mean.items() if name not in QUIET}
-        log.info("    %s", "  ".join(f"{name} {value:.3g}" for name, value in told.items()))
-        self._alarm.see(step, mean)
+        shown = [f"{name} {value:.3g}" for name, value in means.items() if name not in HIDDEN]
+        log.info("    %s", "  ".join(shown))
+        self._monitor.update(step, means)
 
-    def _skip(self, step, values):
-        """Whether this step was skipped as not finite; NonFinite where it must not be, or too many were in a row."""
+    def _was_skipped(self, step: int, values: dict[str, float]) -> bool:
+        """Whether this step was skipped as not finite.
+
+        Raises:
+          NonFinite: a quantity is not finite, and the step must not be skipped, or too many steps
+            in a row were.
+        """
         self._skipped = self._skipped + 1 if values.get("skipped") else 0
-        if not self._skipped or self._skipped > self._max_skipped:
-            check_finite(step, values, self._tell)
+        if self._skipped == 0 or self._skipped > self._max_skipped:
+            check_finite(step, values, self._describe_checkpoints)
             return False
-        log.warning("step %d skipped (%d in a row): %s", step, self._skipped, bad_values(values))
+        listed = list_nonfinite(values)
+        log.warning("step %d skipped (%d in a row): %s", step, self._skipped, listed)
         return True

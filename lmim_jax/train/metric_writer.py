@@ -1,13 +1,20 @@
-"""Where numbers and pictures go: metrics.jsonl, TensorBoard, PNG files. A full disk delays them, and stops nothing."""
+"""Writes metrics and pictures: metrics.jsonl, TensorBoard and PNG files.
+
+A full disk delays them and does not stop training.
+"""
 
 import json
 import logging
 import math
+import os
 import pathlib
 import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from lmim_jax.utils import atomic_io
@@ -16,98 +23,113 @@ from lmim_jax.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class Writer:
-    """Writes below a run's working directory, on the first process only."""
+class MetricWriter:
+    """Writes to a run's working directory, on the first process only.
 
-    def __init__(self, workdir, start):
-        """Open the writers; lines of steps after `start` (of a run that was killed) are dropped."""
-        self._workdir, self._pending, self._board, self._failing = (
-            pathlib.Path(workdir),
-            b"",
-            None,
-            False,
-        )
-        self._first, self._purge = jax.process_index() == 0, start + 1
-        self.wall_seconds = 0.0  # that the run had taken before this start
+    Attributes:
+      wall_seconds: how long the run had taken before this start.
+    """
+
+    wall_seconds: float
+
+    def __init__(self, workdir: str | os.PathLike[str], start: int) -> None:
+        """Open the writers.
+
+        Args:
+          workdir: of the run.
+          start: the step to continue from; lines of later steps (of a killed run) are dropped.
+        """
+        self._workdir = pathlib.Path(workdir)
         self._path = self._workdir / "metrics.jsonl"
-        self._titles = set()
+        self._start = start
+        self._is_first_process = jax.process_index() == 0
+        self._pending = b""  # lines that are not written yet
+        self._board: Any = None  # TensorBoard's writer
+        self._failing = False
+        self._evaluated: set[str] = set()
+        self.wall_seconds = 0.0
         if self._path.exists():
-            lines = [
-                line for line in self._path.read_text().splitlines() if _step_of(line) <= start
-            ]
-            if self._first:
-                atomic_io.write(self._path, "".join(line + "\n" for line in lines))
-            for line in map(json.loads, lines):
-                self.wall_seconds = max(self.wall_seconds, line.get("wall_seconds", 0.0))
-                if line["step"] == start:
-                    self._titles |= {name.split("/")[0] for name in line if "/" in name}
+            self._keep_lines_until_start()
 
-    def has(self, title):
-        """Whether the evaluation of that title is already there for the step this writer started from."""
-        return title in self._titles
+    def _keep_lines_until_start(self) -> None:
+        """Drop lines of steps after the start; read what the kept ones say about the run."""
+        lines = [
+            line for line in self._path.read_text().splitlines() if _step_of(line) <= self._start
+        ]
+        if self._is_first_process:
+            atomic_io.write(self._path, "".join(line + "\n" for line in lines))
+        for line in lines:
+            values = json.loads(line)
+            self.wall_seconds = max(self.wall_seconds, values.get("wall_seconds", 0.0))
+            if values["step"] == self._start:
+                self._evaluated |= {name.split("/")[0] for name in values if "/" in name}
 
-    def write(self, step, values):
-        """One line: {"step": ..., name: value, ...}; nothing where there are no values."""
-        if not self._first or not values:
+    def has_evaluation(self, title: str) -> bool:
+        """Whether the evaluation of that title was written at the step this writer starts from."""
+        return title in self._evaluated
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a line {"step": ..., name: value, ...}; nothing where there are no values."""
+        if not self._is_first_process or not values:
             return
         from tensorboardX.summary import scalar
 
         self._pending += json.dumps({"step": step, **values}).encode() + b"\n"
-        self._try(
-            (self._append,),
-            (self._record, step, [scalar(name, value) for name, value in values.items()]),
-        )
+        summaries = [scalar(name, value) for name, value in values.items()]
+        self._attempt([self._append, lambda: self._write_events(step, summaries)])
 
-    def draw(self, step, pictures):
-        """Pictures {name: uint8 [H, W, 3]} as workdir/pictures/NAME_STEP.png and in TensorBoard."""
-        if not self._first or not pictures:
+    def write_pictures(self, step: int, pictures: Mapping[str, UInt8[np.ndarray, "H W 3"]]) -> None:
+        """Write pictures as workdir/pictures/NAME_STEP.png and to TensorBoard."""
+        if not self._is_first_process or not pictures:
             return
         from tensorboardX.summary import image
 
-        titles = {name: f"{name.rpartition('/')[2]}_{step:07d}" for name in pictures}
-        summaries = [image(name, picture, dataformats="HWC") for name, picture in pictures.items()]
-        drawn = [
-            (write_picture, self._workdir, titles[name], picture)
-            for name, picture in pictures.items()
-        ]
-        self._try(*drawn, (self._record, step, summaries))
+        def write_files(name: str) -> None:
+            file_name = f"{name.rpartition('/')[2]}_{step:07d}"
+            write_picture(self._workdir, file_name, pictures[name])
 
-    def close(self):
+        summaries = [image(name, picture, dataformats="HWC") for name, picture in pictures.items()]
+        actions = [lambda name=name: write_files(name) for name in pictures]
+        self._attempt([*actions, lambda: self._write_events(step, summaries)])
+
+    def close(self) -> None:
         """Write what is still pending, and close.
 
         Raises:
-          UserError: there is still no room for it.
+          UserError: there is still no space for it.
         """
         if self._pending:
-            self._try((self._append,))
+            self._attempt([self._append])
             if self._pending:
                 raise UserError(
-                    f"{self._path}: its last lines cannot be written; make room, and run the command again"
+                    f"{self._path}: its last lines cannot be written; free some space, and run "
+                    "the command again"
                 )
         if self._board:
-            self._try((self._board.close,))
+            self._attempt([self._board.close])
 
-    def _try(self, *acts):
-        """Do each (function, arguments ...); failures in a row are told once, and numbers wait in memory."""
+    def _attempt(self, actions: Iterable[Callable[[], None]]) -> None:
+        """Run each action; the first of several failures in a row is logged."""
         failed = False
-        for act, *args in acts:
+        for action in actions:
             try:
-                act(*args)
+                action()
             except OSError as error:
-                self._board, failed = None, True
+                self._board = None
+                failed = True
                 if not self._failing:
                     log.error(
-                        "cannot write to %s (%s): metrics wait in memory, to be tried again",
+                        "cannot write to %s (%s): metrics are kept in memory, and written later",
                         self._workdir,
                         error,
                     )
                 self._failing = True
         self._failing = failed
 
-    def _append(self):
-        """Append the pending lines, or none of them."""
+    def _append(self) -> None:
+        """Append all pending lines, or none of them."""
         with self._path.open("ab", buffering=0) as file:
-            end = file.seek(0, 2)
+            end = file.seek(0, os.SEEK_END)
             try:
                 atomic_io.write_all(file, self._pending)
             except OSError:
@@ -115,8 +137,8 @@ class Writer:
                 raise
         self._pending = b""
 
-    def _record(self, step, summaries):
-        """TensorBoard, without tensorboardX's thread, which would hang when the disk is full."""
+    def _write_events(self, step: int, summaries: Iterable[Any]) -> None:
+        """Write to TensorBoard, without tensorboardX's thread, which would hang on a full disk."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -124,30 +146,35 @@ class Writer:
             folder = self._workdir / "tensorboard"
             folder.mkdir(parents=True, exist_ok=True)
             self._board = EventsWriter(str(folder / "events"))
-            # tell TensorBoard to forget what it knows of later steps
+            # Makes TensorBoard discard what it has read of later steps
             restart = SessionLog(status=SessionLog.START)
-            self._board.write_event(
-                Event(wall_time=time.time(), step=self._purge, session_log=restart)
-            )
+            event = Event(wall_time=time.time(), step=self._start + 1, session_log=restart)
+            self._board.write_event(event)
         for summary in summaries:
             self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         self._board.flush()
 
 
-def history(workdir):
-    """All lines of a run's metrics.jsonl, a list of dicts."""
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+    """
     path = pathlib.Path(workdir, "metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_picture(workdir, name, picture):
-    """Write uint8 [H, W, 3] to workdir/pictures/name.png."""
+def write_picture(
+    workdir: str | os.PathLike[str], name: str, picture: UInt8[np.ndarray, "H W 3"]
+) -> None:
+    """Write a picture to workdir/pictures/NAME.png."""
     folder = pathlib.Path(workdir, "pictures")
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(picture)).save(folder / f"{name}.png", optimize=True)
 
 
-def _step_of(line):
+def _step_of(line: str) -> float:
     """The step of a metrics line; infinite for a line cut off by a kill, so that it is dropped."""
     try:
         return json.loads(line)["step"]

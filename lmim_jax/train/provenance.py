@@ -1,12 +1,17 @@
-"""On what a run is trained: versions, devices and command of every start, kept in RUN/environment.json."""
+"""What a run was trained with: versions, devices and command of every start.
+
+They are kept in RUN/environment.json.
+"""
 
 import datetime
 import json
 import logging
+import os
 import pathlib
 import platform
 import shlex
 import sys
+from typing import Any
 
 import jax
 
@@ -18,8 +23,11 @@ log = logging.getLogger(__name__)
 NAME = "environment.json"
 
 
-def describe():
-    """This process: {"time", "command", "system", "devices", "processes", "versions"}, see `distributed.versions`."""
+def describe() -> dict[str, Any]:
+    """This process: {"time", "command", "system", "devices", "processes", "versions"}.
+
+    For "versions", see `multihost.versions`.
+    """
     return {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
@@ -30,8 +38,8 @@ def describe():
     }
 
 
-def starts(workdir):
-    """What was noted at every start of a run, oldest first; [] where nothing was."""
+def read_starts(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of all starts of a run, oldest first; empty where there are none."""
     try:
         found = json.loads(pathlib.Path(workdir, NAME).read_text())
     except (OSError, ValueError):
@@ -39,13 +47,12 @@ def starts(workdir):
     return found if isinstance(found, list) else []
 
 
-def note(workdir):
-    """Add this start to the run's; a full disk must not stop a run here."""
-    if jax.process_index() == 0:
-        try:
-            atomic_io.write(
-                pathlib.Path(workdir, NAME),
-                json.dumps([*starts(workdir), describe()], indent=2) + "\n",
-            )
-        except OSError as error:
-            log.warning("%s was not written: %s", NAME, error)
+def record_start(workdir: str | os.PathLike[str]) -> None:
+    """Add a record of this start; a full disk does not stop the run here."""
+    if jax.process_index() != 0:
+        return
+    records = [*read_starts(workdir), describe()]
+    try:
+        atomic_io.write(pathlib.Path(workdir, NAME), json.dumps(records, indent=2) + "\n")
+    except OSError as error:
+        log.warning("%s was not written: %s", NAME, error)

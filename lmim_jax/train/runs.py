@@ -1,128 +1,258 @@
-"""A run as others open it: its config, its method, its newest weights, and images to look at through them."""
+"""Opening a training run or an exported model: its config, its method, its weights, its images.
+
+Weights and images are read when they are first used.
+"""
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lmim_jax.data import sources
-from lmim_jax.data.augment import device
+from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.train import checkpoint_manifest, checkpoints
+from lmim_jax.train.state import initial_params
+from lmim_jax.utils import array_io
 from lmim_jax.utils.errors import UserError
+
+WEIGHTS_FILE = "model.safetensors"  # of an exported folder, which has no checkpoints
+REQUIRED = {"method", "data", "augment", "seed"}  # sections of the config of any run
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights to evaluate, as in a `state.TrainState`: params and target, trees; of which step, and their checksum.
+    """The weights of a training state.
 
-    checkpoint: of a saved step, the SHA-256 of its manifest, which holds those of all its files; "" for fresh weights.
+    Attributes:
+      params: float32 tree.
+      target: float32 tree of what the EMA tracks; {} where there is no teacher.
+      step: optimizer steps done.
+      checkpoint: SHA-256 of the manifest of the checkpoint they were read from, which in turn
+        contains those of all its files; "" for weights from elsewhere.
     """
 
-    params: dict
-    target: dict
+    params: Any
+    target: Any
     step: int
-    checkpoint: str
+    checkpoint: str = ""
+
+    def placed_on(self, mesh: Mesh) -> "Weights":
+        """The same weights, replicated on all devices of a mesh."""
+        trees = (self.params, self.target)
+        params, target = jax.device_put(trees, sharding.replicated(mesh))
+        return dataclasses.replace(self, params=params, target=target)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A run on disk: its folder, its config (of plain values) and its method."""
+    """A training run, or a model exported with `lmim export --format=flax`.
 
-    workdir: pathlib.Path
-    config: dict
-    method: object
+    Attributes:
+      folder: of the run or of the exported model.
+      config: as it was trained with.
+      method: without schedules; see methods/base.py.
+      exported: of an exported model, which weights it holds, "online" or "target"; None for a run.
+      loaded: weights that are in memory already; None: the newest good ones of the folder.
+    """
 
-    def weights(self, mesh):
-        """Its newest good Weights, on all devices.
+    folder: pathlib.Path
+    config: ConfigDict
+    method: Any
+    exported: str | None = None
+    loaded: Weights | None = None
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """The weights, as numpy arrays, read on first use.
 
         Raises:
-          UserError: nothing was saved yet, or nothing of it is good.
+          UserError: nothing was saved yet, or no checkpoint is good.
         """
-        step = checkpoints.newest(self.workdir)
-        params, target = checkpoints.weights(self.workdir, self.method, step)
-        sealed = (
-            checkpoint_manifest.steps(self.workdir)[step] / checkpoint_manifest.NAME
-        ).read_text()
-        placed = jax.device_put((params, target), sharding.replicated(mesh))
-        return Weights(*placed, step, json.loads(sealed.partition("\n")[0])["sha256"])
+        if self.loaded is not None:
+            return self.loaded
+        if self.exported:
+            return _read_exported(self.folder)
+        step = checkpoints.newest_step(self.folder)
+        checksum = checkpoint_manifest.checksum(checkpoint_manifest.steps(self.folder)[step])
+        params, target = checkpoints.read_weights(self.folder, self.method, step)
+        return Weights(params, target, step, checksum)
 
-    def untrained(self, mesh):
-        """The Weights that it began with, on all devices."""
+    @property
+    def params(self) -> Any:
+        """The online weights (of an exported model: the exported ones)."""
+        return self.weights.params
 
-        def fresh():
-            params = self.method.init(
-                jax.random.split(jax.random.key(self.config["seed"]))[0]
-            )  # as in state.init
+    @property
+    def target(self) -> Any:
+        """The teacher's weights; {} where there are none."""
+        return self.weights.target
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.weights.step
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """All devices."""
+        return sharding.make_mesh()
+
+    @functools.cached_property
+    def placed_weights(self) -> Weights:
+        """The weights, on all devices."""
+        return self.weights.placed_on(self.mesh)
+
+    def initial_weights(self, mesh: Mesh) -> Weights:
+        """The weights before training, on all devices of a mesh."""
+
+        def init() -> tuple[Any, Any]:
+            params = initial_params(self.method, self.config.seed)
             return params, self.method.target_of(params)
 
-        return Weights(*jax.jit(fresh, out_shardings=sharding.replicated(mesh))(), 0, "")
+        params, target = jax.jit(init, out_shardings=sharding.replicated(mesh))()
+        return Weights(params, target, 0)
 
-    def images(self, knobs, mesh, **options):
-        """Images to evaluate on, an `EvaluationData`: unaugmented, at the size that the encoder was trained on.
-
-        Args:
-          knobs: as `config.data`; such as that of the run itself. options: of an `EvaluationData`.
+    @functools.cached_property
+    def data(self) -> EvaluationData:
+        """The images of the run, on all devices.
 
         Raises:
-          UserError: they are not there.
+          UserError: they do not exist.
         """
-        source = {split: sources.from_config(knobs, split) for split in ("train", "test")}
-        sizes = dict(image_size=self.method.image_size, eval_size=self.method.feature_size)
-        fields = {
-            name: tuple(x) if isinstance(x, list) else x
-            for name, x in self.config["augment"].items()
-        }
-        return EvaluationData(source, knobs, device.from_config(fields, **sizes), mesh, **options)
+        return self.open_images(self.config.data, self.mesh)
 
-    def data_config(self, defaults, changes):
-        """The knobs of its images, a ConfigDict.
-
-        Args:
-          defaults: all knobs there are; for what was not a knob yet when the run was made.
-          changes: {knob: value} instead of those of the run.
-        """
-        return ConfigDict(
-            {
-                **defaults,
-                **{k: v for k, v in self.config["data"].items() if k in defaults},
-                **changes,
-            }
+    @functools.cached_property
+    def augmentation(self) -> Augment:
+        """The augmentation of the run; its `evaluation` prepares images for the encoder."""
+        return Augment.from_config(
+            self.config.augment,
+            image_size=self.method.image_size,
+            eval_size=self.method.feature_size,
         )
 
+    def open_images(self, data_config: ConfigDict, mesh: Mesh, **options: Any) -> EvaluationData:
+        """Open images for evaluation: unaugmented, at the size that the encoder was trained on.
 
-def open_run(workdir):
-    """The Run in a folder.
+        Args:
+          data_config: like `config.data`, such as that of the run itself.
+          mesh: where batches are placed.
+          **options: of `EvaluationData`.
+
+        Raises:
+          UserError: they do not exist.
+        """
+        splits = {split: sources.from_config(data_config, split) for split in ("train", "test")}
+        return EvaluationData(splits, data_config, self.augmentation, mesh, **options)
+
+    def data_config(self, defaults: Mapping[str, Any], changes: Mapping[str, Any]) -> ConfigDict:
+        """The data options of the run.
+
+        Args:
+          defaults: all data options, for those that did not exist when the run was made.
+          changes: {option: value}, instead of those of the run.
+        """
+        options = dict(defaults)
+        for key, value in self.config.data.items():
+            if key in defaults:
+                options[key] = value
+        return ConfigDict({**options, **changes})
+
+    def choose_weights(self, wanted: str | None) -> str:
+        """Which weights to use, "online" or "target".
+
+        Args:
+          wanted: either, or None: those that all of the run's own evaluators use.
+
+        Raises:
+          UserError: the evaluators use both, or none; or an exported model holds the other ones.
+        """
+        if self.exported:
+            if wanted not in (None, self.exported):
+                raise UserError(
+                    f"{self.folder} holds the {self.exported} weights; for others, export the run "
+                    "again"
+                )
+            return self.exported
+        if wanted:
+            return wanted
+        used = {section.params for section in self.config.evaluators.values()}
+        if len(used) != 1:
+            raise UserError(
+                "the evaluators of this run do not all use the same weights; choose with --weights"
+            )
+        return used.pop()
+
+    def encoder_params(self, which: str) -> Any:
+        """The parameters for `method.features`.
+
+        Args:
+          which: "online", or "target": with the teacher's weights in place of the online ones.
+
+        Raises:
+          UserError: it is something else, or there is no teacher's encoder.
+        """
+        if which not in ("online", "target"):
+            raise UserError(f"weights {which!r} must be one of: online | target")
+        if self.exported or which == "online":  # in an exported folder, they are chosen already
+            return self.params
+        if "encoder" not in self.target:
+            raise UserError(
+                f"{self.folder}: this run has no target encoder; use the online weights"
+            )
+        return {**self.params, **self.target}
+
+
+def open_run(folder: str | os.PathLike[str], images: str | os.PathLike[str] = "") -> Run:
+    """Open a run with its newest good checkpoint, or an exported model.
+
+    Args:
+      folder: the --workdir of a run, or a folder made by `lmim export --format=flax`.
+      images: where the images of the run are now; "": where they were (`config.data.path`).
 
     Raises:
-      UserError: there is none, or it cannot be read.
+      UserError: it is neither.
     """
-    config = read_config(workdir)
-    return Run(
-        pathlib.Path(workdir),
-        config,
-        methods.from_config(config["method"], total_steps=1, steps_per_epoch=1),
-    )
+    folder = pathlib.Path(folder).expanduser()
+    config = read_config(folder)
+    exported = config.pop("exported", None)
+    config = with_tuples(config)
+    config.data.path = str(images) or config.data.path
+    method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    return Run(folder, config, method, exported=exported["weights"] if exported else None)
 
 
-def read_config(workdir):
+def _read_exported(folder: pathlib.Path) -> Weights:
+    arrays, _ = array_io.read(folder / WEIGHTS_FILE)
+    step = read_config(folder)["exported"]["step"]
+    return Weights(unflatten_dict(arrays, sep="/"), {}, step)
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The config.json of a run, of plain values.
 
     Raises:
       UserError: there is none, or it is not that of a run.
     """
-    path = pathlib.Path(workdir, "config.json")
+    path = pathlib.Path(folder, "config.json")
     try:
         config = json.loads(path.read_text())
-        if missing := {"method", "data", "augment", "seed"} - config.keys():
-            raise KeyError(*sorted(missing))
+        missing = sorted(REQUIRED - config.keys())
+        if missing:
+            raise KeyError(*missing)
     except FileNotFoundError as error:
         raise UserError(
-            f"{workdir} is no run: it has no config.json; give the --workdir of one"
+            f"{folder} is not a run: it has no config.json; give the --workdir of one"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -131,42 +261,15 @@ def read_config(workdir):
     return config
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A run with its newest weights and its images, on all devices: what pictures are made of.
-
-    folder: its workdir; config: a ConfigDict; method: see methods/base.py; params, target: trees; step: optimiser steps
-    that the weights have seen; data: an `EvaluationData`.
-    """
-
-    folder: pathlib.Path
-    config: ConfigDict
-    method: object
-    params: dict
-    target: dict
-    step: int
-    data: EvaluationData
-
-
-def open_with_images(workdir, path=""):
-    """Open the run in a folder.
-
-    Args:
-      path: where its images are now; "": where they were (`config.data.path`).
-
-    Raises:
-      UserError: no run, no checkpoint, or no images there.
-    """
-    run, mesh = open_run(workdir), sharding.make_mesh()
-    config = with_tuples(run.config)
-    config.data.path = str(path) or config.data.path
-    weights = run.weights(mesh)
-    parts = run.method, weights.params, weights.target, weights.step
-    return Opened(run.workdir, config, *parts, run.images(config.data, mesh))
-
-
-def with_tuples(value):
-    """A ConfigDict of what JSON gave back: its lists were tuples."""
+def with_tuples(value: Any) -> Any:
+    """A ConfigDict of what JSON returned: dicts become ConfigDicts, and lists become tuples."""
     if isinstance(value, dict):
         return ConfigDict({key: with_tuples(x) for key, x in value.items()})
-    return tuple(map(with_tuples, value)) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(with_tuples(x) for x in value)
+    return value
+
+
+def flatten_params(tree: Any) -> dict[str, Any]:
+    """{path with slashes: array}."""
+    return flatten_dict(tree, sep="/")

@@ -1,121 +1,192 @@
 """The train step: one pure function, the same for every method.
 
-augment -> sample -> value_and_grad(loss) -> optimiser -> EMA -> metrics.
+augment -> sample -> value_and_grad(loss) -> optimizer -> EMA -> metrics.
+
+Letters: B batch, b rows of the batch on this device and in this micro-batch, H image height,
+W image width, C channels.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
 
 from lmim_jax.distributed import sharding
 from lmim_jax.models.layer_stack import with_remat_and_scan
+from lmim_jax.train.state import TrainState
 from lmim_jax.utils.prng import image_keys
 
+Batch = dict[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
-def update_target(target, source, rate):
-    """EMA: target + rate * (source - target), in float32 (1 - momentum goes below bfloat16's resolution)."""
+
+def update_target(target: Any, source: Any, rate: Float[Array, ""] | float) -> Any:
+    """EMA: target + rate * (source - target), float32.
+
+    `rate` is 1 - momentum, which goes below the resolution of bfloat16.
+    """
     return jax.tree.map(lambda old, new: old + rate * (new - old), target, source)
 
 
-def draw(method, augment, rng, keys, batch):
-    """Images and views of a batch: all randomness of a step. Returns (images [B, H, W, C], views)."""
+def draw(
+    method: Any, augment: Any, rng: Key[Array, ""], keys: Key[Array, " b"], batch: Batch
+) -> tuple[Float[Array, "b H W C"], dict[str, Array]]:
+    """Make all random choices of a step.
+
+    Returns:
+      (augmented images, views), see `sample` in methods/base.py.
+    """
     augment_keys, view_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     return augment(augment_keys, batch), method.sample(rng, view_keys)
 
 
-def gradients(method, augment, micro_batches, params, target, rng, step, batch):
-    """Mean gradient and metrics of the rows of `batch` on this device, in `micro_batches` equal parts."""
+def gradients(
+    method: Any,
+    augment: Any,
+    micro_batches: int,
+    params: Any,
+    target: Any,
+    rng: Key[Array, ""],
+    step: Int[Array, ""],
+    batch: Batch,
+) -> tuple[Any, Metrics]:
+    """Mean gradient and metrics of the rows on this device, in `micro_batches` equal parts."""
 
-    def of_part(part):
+    def gradients_of_part(part: Batch) -> tuple[Any, Metrics]:
         step_rng, keys = image_keys(rng, step, part.pop("position"))
         images, views = draw(method, augment, step_rng, keys, part)
-        grads, metrics = jax.grad(method.loss_fn, has_aux=True)(params, target, images, views, step)
+        gradient = jax.grad(method.loss_fn, has_aux=True)
+        grads, metrics = gradient(params, target, images, views, step)
         return grads, {"input_mean": images.mean(), **metrics}
 
     if micro_batches == 1:
-        return of_part(dict(batch))
+        return gradients_of_part(dict(batch))
+
+    def add_part(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradients_of_part(part)), None
+
     parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-    shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+    first_part = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradients_of_part, first_part)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)
-    total, _ = jax.lax.scan(add, zeros, parts)
+    total, _ = jax.lax.scan(add_part, zeros, parts)
     return jax.tree.map(lambda x: x / micro_batches, total)
 
 
 def make_train_step(
-    method, augment, optimizer, mesh, micro_batches=1, skip_nonfinite=False, shardings=None
-):
+    method: Any,
+    augment: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    micro_batches: int = 1,
+    skip_nonfinite: bool = False,
+    shardings: Any = None,
+) -> TrainStep:
     """Build `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Args:
       method: see methods/base.py.
       augment: (keys [b], rows of the batch) -> images [b, H, W, C].
       optimizer: an optax transformation.
-      mesh: see sharding.py; every device works on its own rows, and gradients are averaged over devices once per
-        step, after the last micro-batch. The loss is per image: nothing else but scalars is communicated.
-      micro_batches: gradient accumulation; the EMA moves once per step all the same.
-      skip_nonfinite: a step whose loss, gradient or new parameters are NaN or infinite changes the step number only.
-      shardings: of the state; None: as `sharding.state_sharding` has it. What is cut over `fsdp` is put together once per
-        step, before the first micro-batch, and its gradient arrives cut.
+      mesh: see distributed/sharding.py. Every device works on its own rows, and gradients are
+        averaged over devices once per step, after the last micro-batch. The loss is a mean over
+        images, so that nothing else but scalars is communicated.
+      micro_batches: gradient accumulation; the EMA is updated once per step in any case.
+      skip_nonfinite: a step whose loss, gradient or new parameters are NaN or infinite changes
+        only the step number.
+      shardings: of the state; None: those of `sharding.state_sharding`. Arrays sharded over `fsdp`
+        are gathered once per step, before the first micro-batch, and their gradients are
+        reduce-scattered.
 
-    The batch is a dict of arrays with a leading batch axis; metrics are float32 scalars, those of the method and
-    `input_mean`, `grad_norm`, `param_norm`, `target_norm` (and `skipped`, 1 or 0).
+    The batch is a dict of arrays with a leading batch axis. Metrics are float32 scalars: those of
+    the method, and `input_mean`, `grad_norm`, `param_norm`, `target_norm` (and `skipped`, 1 or 0).
     """
-    whole = PartitionSpec()
+    replicated = PartitionSpec()
 
-    def reduced(state, batch):
-        """Gradients, cut as the parameters are, and metrics; means over the batch."""
+    def mean_gradients(state: TrainState, batch: Batch) -> tuple[Any, Metrics]:
+        """Means over the batch of gradients, sharded as the parameters are, and metrics."""
         specs = jax.tree.map(lambda x: x.spec, shardings or sharding.state_sharding(state, mesh))
 
-        def on_device(params, target, rng, step, batch):
+        def on_device(
+            params: Any, target: Any, rng: Any, step: Any, batch: Batch
+        ) -> tuple[Any, Metrics]:
             params, target = sharding.gather_shards((params, target), (specs.params, specs.target))
             grads, metrics = gradients(
                 method, augment, micro_batches, params, target, rng, step, batch
             )
-            return sharding.reduce_scatter_mean(grads, specs.params), jax.lax.pmean(
-                metrics, sharding.AXES
-            )
+            grads = sharding.reduce_scatter_mean(grads, specs.params)
+            return grads, jax.lax.pmean(metrics, sharding.AXES)
 
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(specs.params, specs.target, whole, whole, sharding.BATCH),
-            out_specs=(specs.params, whole),
-            check_vma=False,  # gradients stay per device until they are averaged, not reduced per micro-batch
+            in_specs=(specs.params, specs.target, replicated, replicated, sharding.BATCH),
+            out_specs=(specs.params, replicated),
+            # Gradients stay per device until they are averaged, not reduced per micro-batch
+            check_vma=False,
         )(state.params, state.target, state.rng, state.step, batch)
 
-    def train_step(state, batch):
-        batch = {**batch, "position": jnp.asarray(sharding.batch_positions(mesh, len(batch["image"])))}
-        grads, metrics = reduced(state, batch)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        positions = sharding.batch_positions(mesh, len(batch["image"]))
+        batch = {**batch, "position": jnp.asarray(positions)}
+        grads, metrics = mean_gradients(state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         target = update_target(state.target, method.target_of(params), method.ema_rate(state.step))
-        # Behind a barrier, so that the squares are not shared with Adam's, which would write them to memory on a CPU
-        metrics |= {"grad_norm": optax.tree.norm(jax.lax.optimization_barrier(grads))}
-        metrics |= {
-            "param_norm": optax.tree.norm(params),
-            "target_norm": jnp.float32(optax.tree.norm(target)),
-        }
-        new, old = (params, target, opt_state), (state.params, state.target, state.opt_state)
+        # Behind a barrier, so that XLA does not share the squares with Adam's second moments, which
+        # would write them to memory on a CPU
+        metrics["grad_norm"] = optax.tree.norm(jax.lax.optimization_barrier(grads))
+        metrics["param_norm"] = optax.tree.norm(params)
+        metrics["target_norm"] = jnp.float32(optax.tree.norm(target))
         if skip_nonfinite:
-            # Where these are finite, so is the new state: nothing else can spoil a checkpoint.
+            # Where these are finite, the whole new state is
             finite = jnp.isfinite(metrics["loss"] + metrics["grad_norm"] + metrics["param_norm"])
-            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-            metrics |= {"skipped": 1.0 - finite}
-        params, target, opt_state = new
-        return state.replace(
+            params, target, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, target, opt_state),
+                (state.params, state.target, state.opt_state),
+            )
+            metrics["skipped"] = 1.0 - finite
+        state = state.replace(
             step=state.step + 1, params=params, target=target, opt_state=opt_state
-        ), metrics
+        )
+        return state, metrics
 
     return train_step
 
 
-def jit_step(config, method, augmentation, optimizer, mesh, shardings):
-    """The train step as it runs here and in benchmarks; `shardings` are those of the state, which is donated."""
-    skip = config.on_nonfinite == "skip"
+def jit_train_step(
+    config: ConfigDict,
+    method: Any,
+    augment: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    shardings: Any,
+) -> Any:
+    """Jit the train step of a recipe, as training and the benchmarks run it.
+
+    Args:
+      config: `on_nonfinite`, `micro_batches`, `remat` and `scan_layers` are read.
+      method: see `make_train_step`.
+      augment: see `make_train_step`.
+      optimizer: see `make_train_step`.
+      mesh: see `make_train_step`.
+      shardings: of the state, which is donated.
+    """
     step = make_train_step(
-        method, augmentation, optimizer, mesh, config.micro_batches, skip, shardings
+        method,
+        augment,
+        optimizer,
+        mesh,
+        micro_batches=config.micro_batches,
+        skip_nonfinite=config.on_nonfinite == "skip",
+        shardings=shardings,
     )
     return jax.jit(
         with_remat_and_scan(step, config.remat, config.scan_layers),

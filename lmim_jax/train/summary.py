@@ -1,160 +1,257 @@
 """The end of a run: one dict for programs, one table for people, one picture of curves."""
 
 import json
+import os
 import pathlib
 import statistics
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
 
 from lmim_jax.train.collapse_metrics import COLLAPSED
 from lmim_jax.utils import plotting
 
-GAUGES = ("loss", "collapse_index", "effective_rank", "feature_std")
+Line = dict[str, Any]  # of metrics.jsonl
+Panel = tuple[str, dict[str, Any], dict[str, float]]  # see `plotting.plot_curves`
+
+METRICS = ("loss", "collapse_index", "effective_rank", "feature_std")
+LINEAR = "linear"  # key of the accuracy of logistic regression in the summary
+BASELINES = ("pixels", "histogram")  # features that need no encoder
 ROWS = {
     "pixels": "raw pixels",
-    "histogram": "colour histogram",
+    "histogram": "color histogram",
     "untrained": "untrained encoder",
     "trained": "trained encoder",
 }
-NEXT = (
-    ("your own images", "./launch/local.sh --config=configs/vit_s.py --config.data.path=FOLDER"),
-    (
-        "make it collapse",
-        "./launch/local.sh --config.method.target=joint --config.method.loss=mse --workdir=runs/collapse",
-    ),
-    ("a page of this run", "lmim report {run}"),
-    (
-        "what it is worth",
-        "lmim evaluate --workdir={run} --evaluators=all --baselines",
-    ),
-    ("use the features", "docs/features.md"),
-)
+NEXT_STEPS = {
+    "your own images": "lmim train --config=vit_s --config.data.path=FOLDER",
+    "a collapse": "lmim train --config.method.target=joint --config.method.loss=mse "
+    "--workdir=runs/collapse",
+    "an HTML report": "lmim report --workdir={run}",
+    "all evaluators": "lmim evaluate --workdir={run} --evaluators=all --baselines",
+    "use the features": "docs/features.md",
+}
 
 
-def finished(workdir, total_steps):
-    """The summary of a finished run, or None."""
+def read_summary(workdir: str | os.PathLike[str], total_steps: int) -> dict[str, Any] | None:
+    """The summary of a run that has finished `total_steps` steps, or None."""
     path = pathlib.Path(workdir, "summary.json")
-    summary = json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
     return summary if summary.get("steps") == total_steps else None
 
 
-def summarize(lines, *, total_steps, seconds):
-    """What a run came to.
+def summarize(lines: list[Line], *, total_steps: int, seconds: float) -> dict[str, Any]:
+    """Summarize a run.
 
     Args:
-      lines: see `history`. total_steps: its length. seconds: its wall-clock time, over all restarts.
+      lines: see `metric_writer.read_metrics`.
+      total_steps: its length.
+      seconds: its wall-clock time, over all restarts.
 
     Returns:
-      {"steps", "images_per_second" (median over lines), "wall_seconds", the last value of every gauge and evaluation},
-      and for every evaluated k-NN figure, percentages
-      {"knn20": {"pixels", "histogram", "untrained", "trained"}}, as far as they were measured.
+      {"steps", "images_per_second" (median over lines), "wall_seconds"}; the last value of loss,
+      collapse metrics and evaluations; and for logistic regression and every k of the k-NN,
+      percentages {"linear" or "knn20": {"pixels", "histogram", "untrained", "trained"}}, as far as
+      they were measured.
     """
-    untrained, last = {}, {}
+    first: Line = {}  # at step 0
+    last: Line = {}
     for line in lines:
         last |= line
         if line["step"] == 0:
-            untrained |= line
+            first |= line
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
     summary = {
         "steps": total_steps,
         "images_per_second": statistics.median(speeds),
         "wall_seconds": seconds,
     }
-    summary |= {name: last[name] for name in GAUGES if name in last}
+    summary |= {name: last[name] for name in METRICS if name in last}
     evaluated = {name: value for name, value in last.items() if "/" in name}
-    for name in evaluated:
-        title, figure = name.split("/", 1)
-        if (
-            figure.startswith("knn") and figure not in summary
-        ):  # of several k-NN evaluators, the first
-            rows = {row: last.get(f"{title}/{row}_{figure}") for row in ("pixels", "histogram")}
-            rows |= {"untrained": untrained.get(name), "trained": last[name]}
-            summary[figure] = {row: value for row, value in rows.items() if value is not None}
-    return {**summary, **evaluated}
+    return {**summary, **_accuracies(first, last), **evaluated}
 
 
-def table(summary, workdir):
-    """The summary for people: figures, where everything lies, what to do next; a text of several lines."""
-    lines = []
-    for figure, rows in summary.items():
-        if isinstance(rows, dict):
-            k = figure.removeprefix("knn")
-            lines += [
-                "",
-                f"Accuracy of the {k} nearest neighbours by cosine similarity (k-NN {k}), test images:",
-                "",
-            ]
-            lines += [f"  {ROWS[row]:<20}{value:6.1f} %" for row, value in rows.items()]
-    lines += [""]
-    if "collapse_index" in summary:
-        state = (
-            "collapsed: all images look alike"
-            if summary["collapse_index"] > COLLAPSED
-            else "not collapsed"
-        )
-        lines += [
-            f"  collapse index      {summary['collapse_index']:6.2f}    ({state}; 1 is total)"
-        ]
-        lines += [
-            f"  effective rank      {summary['effective_rank']:6.1f}    (dimensions that the features use)"
-        ]
-    lines += [f"  speed               {summary['images_per_second']:6.0f} images/s", ""]
+def _accuracies(first: Line, last: Line) -> dict[str, dict[str, float]]:
+    """{"linear", "knn20", ...: {row of ROWS: percent}}, of several evaluators of a kind the first.
+
+    Args:
+      first: the metrics at step 0.
+      last: the last value of every metric.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name in last:
+        title, _, metric = name.partition("/")
+        key = _accuracy_key(metric)
+        if key is None or key in found:
+            continue
+        rows = {row: last.get(f"{title}/{row}_{metric}") for row in BASELINES}
+        rows["untrained"] = first.get(name)
+        rows["trained"] = last[name]
+        found[key] = {row: value for row, value in rows.items() if value is not None}
+    return _linear_first(found)
+
+
+def _accuracy_key(metric: str) -> str | None:
+    """The key in the summary of an evaluator's metric: "linear", "knn20", or None for others."""
+    if metric == "accuracy":  # of logistic_regression
+        return LINEAR
+    return metric if metric.startswith("knn") else None
+
+
+def _linear_first(accuracies: dict[str, Any]) -> dict[str, Any]:
+    if LINEAR not in accuracies:
+        return accuracies
+    return {LINEAR: accuracies[LINEAR], **accuracies}
+
+
+def format_summary(summary: dict[str, Any], workdir: str | os.PathLike[str]) -> str:
+    """The summary for people: metrics, output files, next steps; several lines."""
     folder = pathlib.Path(workdir)
-    kept = (
-        ("pictures", "curves.png first; what the model is given, and what its features see"),
-        ("summary.json", "these figures"),
-        ("metrics.jsonl", f"every logged line; also in {folder}/tensorboard"),
-        ("checkpoints", "the weights"),
-    )
-    lines += [f"In {folder}:", ""] + [f"  {name:<18}  {what}" for name, what in kept]
-    lines += ["", "What next:", ""]
-    lines += [f"  {what:<18}  {command.format(run=folder)}" for what, command in NEXT] + [""]
-    return "\n".join(lines)
-
-
-def curves(lines, workdir):
-    """Draw workdir/pictures/curves.png from the lines of `history`; the picture."""
-    return plotting.plot_curves(panels(lines), f"Run {workdir}")
-
-
-def panels(lines):
-    """The curves of a run as panels of `pictures.curves`, from the lines of `history`; those that are not empty."""
-    names = {name for line in lines for name in line}
-    series = {
-        name: tuple(zip(*[(x["step"], x[name]) for x in lines if name in x], strict=True))
-        for name in names
+    files = {
+        "pictures": "curves.png first; masking, and features",
+        "summary.json": "these numbers",
+        "metrics.jsonl": f"every logged line; also in {folder}/tensorboard",
+        "checkpoints": "the weights",
     }
-    of = lambda *wanted: {name: series[name] for name in wanted if name in names}
-    constant = lambda label, name: {label: series[name][1][-1]} if name in names else {}
-    found = [
-        (
-            "loss",
-            of("loss", "reconstruction", *sorted(name for name in names if name.endswith("_loss"))),
-            {},
-        ),
-        (
-            "patch accuracy: a prediction picks its own target",
-            of("patch_accuracy"),
-            constant("chance", "patch_chance"),
-        ),
-        (
-            "similarity of patches within an image",
-            of(*sorted(x for x in names if x.startswith("similarity_"))),
-            {},
-        ),
+    lines = [*_accuracy_table(summary), *_collapse_lines(summary)]
+    lines.append(f"  speed               {summary['images_per_second']:6.0f} images/s")
+    lines += ["", f"In {folder}:", ""]
+    lines += [f"  {name:<18}  {what}" for name, what in files.items()]
+    lines += ["", "Next steps:", ""]
+    lines += [f"  {what:<18}  {how.format(run=folder)}" for what, how in NEXT_STEPS.items()]
+    return "\n".join([*lines, ""])
+
+
+def _accuracy_table(summary: dict[str, Any]) -> list[str]:
+    """A row for each of ROWS, a column for logistic regression and for each k of the k-NN."""
+    accuracies = {key: rows for key, rows in summary.items() if isinstance(rows, dict)}
+    accuracies = _linear_first(accuracies)
+    if not accuracies:
+        return [""]
+    titles = {key: key.replace("knn", "k-NN ") for key in accuracies}
+    head = "".join(f"{title:>10}" for title in titles.values())
+    lines = ["", "Accuracy on the test images, in percent:", "", f"  {'':<20}{head}"]
+    for row, name in ROWS.items():
+        if not any(row in values for values in accuracies.values()):
+            continue
+        cells = ""
+        for values in accuracies.values():
+            cells += f"{values[row]:10.1f}" if row in values else f"{'':>10}"
+        lines.append(f"  {name:<20}{cells}")
+    lines.append("")
+    if LINEAR in accuracies:
+        lines.append("  linear: logistic regression on frozen features")
+    if len(accuracies) > (LINEAR in accuracies):
+        lines.append("  k-NN:   vote of the nearest training images, by cosine similarity")
+    return [*lines, ""]
+
+
+def _collapse_lines(summary: dict[str, Any]) -> list[str]:
+    if "collapse_index" not in summary:
+        return []
+    index = summary["collapse_index"]
+    collapsed = index > COLLAPSED
+    state = "collapsed: all images look alike" if collapsed else "not collapsed"
+    rank = summary["effective_rank"]
+    return [
+        f"  collapse index      {index:6.2f}    ({state}; 1 is total)",
+        f"  effective rank      {rank:6.1f}    (dimensions that the features use)",
+    ]
+
+
+def draw_curves(lines: list[Line], workdir: str | os.PathLike[str]) -> UInt8[np.ndarray, "H W 3"]:
+    """Draw curves.png from the lines of metrics.jsonl."""
+    return plotting.plot_curves(curve_panels(lines), f"Run {workdir}")
+
+
+def curve_panels(lines: list[Line]) -> list[Panel]:
+    """The curves of a run as panels of `plotting.plot_curves`, accuracies first; none is empty."""
+    series = _series(lines)
+    panels = [*_accuracy_panels(series), *_training_panels(series), *_other_panels(series)]
+    return [panel for panel in panels if panel[1]]
+
+
+def _series(lines: list[Line]) -> dict[str, tuple[list[int], list[float]]]:
+    """{metric: (steps, values)}, sorted by name."""
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(line["step"])
+            values.append(value)
+    return dict(sorted(series.items()))
+
+
+def _training_panels(series: dict[str, Any]) -> list[Panel]:
+    """Loss and collapse metrics."""
+    losses = ["loss", "reconstruction"] + [name for name in series if name.endswith("_loss")]
+    similarities = [name for name in series if name.startswith("similarity_")]
+    chance = {}
+    if "patch_chance" in series:
+        chance["chance"] = series["patch_chance"][1][-1]
+    panels: list[tuple[str, list[str], dict[str, float]]] = [
+        ("loss", losses, {}),
+        ("patch accuracy: a prediction picks its own target", ["patch_accuracy"], chance),
+        ("similarity of patches within an image", similarities, {}),
         (
             "collapse index: similarity of different images",
-            of("collapse_index"),
+            ["collapse_index"],
             {"collapsed above": COLLAPSED},
         ),
-        ("effective rank: dimensions that features use", of("effective_rank"), {}),
-        ("feature std: spread of different images", of("feature_std"), {}),
+        ("effective rank: dimensions that features use", ["effective_rank"], {}),
+        ("feature std: spread of different images", ["feature_std"], {}),
     ]
-    for title in sorted({name.split("/")[0] for name in names if "/" in name}):
-        figures = sorted(name for name in names if name.startswith(f"{title}/"))
-        if not any("/knn" in name for name in figures):
-            found.append((title, of(*figures), {}))
+    return [(title, _select(series, names), constants) for title, names, constants in panels]
+
+
+def _select(series: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: series[name] for name in names if name in series}
+
+
+def _evaluations(series: dict[str, Any]) -> dict[str, list[str]]:
+    """{title of an evaluator: names of its metrics}."""
+    found: dict[str, list[str]] = {}
+    for name in series:
+        title, slash, _ = name.partition("/")
+        if slash:
+            found.setdefault(title, []).append(name)
+    return found
+
+
+def _is_accuracy(name: str) -> bool:
+    """Whether "title/metric" is an accuracy of logistic regression or of the k-NN."""
+    return _accuracy_key(name.partition("/")[2]) is not None
+
+
+def _accuracy_panels(series: dict[str, Any]) -> list[Panel]:
+    """A panel for each logistic regression, then one for each k-NN; baselines are dashed lines."""
+    linear = []
+    neighbors = []
+    for title, names in _evaluations(series).items():
+        if not any(_is_accuracy(name) for name in names):
             continue
-        fixed = [name for name in figures if "_knn" in name]
-        constants = {k: v for name in fixed for k, v in constant(name.split("/")[1], name).items()}
-        accuracy = of(*(name for name in figures if "_" not in name))
-        found.append((f"{title}: accuracy of nearest neighbours, %", accuracy, constants))
-    return [panel for panel in found if panel[1]]
+        baselines = {}
+        for name in names:
+            metric = name.partition("/")[2]
+            if metric.startswith(tuple(f"{row}_" for row in BASELINES)):
+                baselines[metric] = series[name][1][-1]
+        if f"{title}/accuracy" in names:
+            curves = _select(series, [f"{title}/accuracy"])
+            linear.append((f"{title}: linear accuracy, %", curves, baselines))
+        else:
+            curves = _select(series, [name for name in names if "_" not in name])
+            dashed = {key: value for key, value in baselines.items() if "_knn" in key}
+            neighbors.append((f"{title}: accuracy of nearest neighbors, %", curves, dashed))
+    return [*linear, *neighbors]
+
+
+def _other_panels(series: dict[str, Any]) -> list[Panel]:
+    """A panel for each other evaluator."""
+    panels: list[Panel] = []
+    for title, names in _evaluations(series).items():
+        if not any(_is_accuracy(name) for name in names):
+            panels.append((title, _select(series, names), {}))
+    return panels

@@ -1,4 +1,4 @@
-"""A working directory belongs to one config, one dataset, and one writer at a time."""
+"""The working directory of a run: it belongs to one config and one dataset."""
 
 import json
 import logging
@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import time
+from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict
@@ -18,84 +19,111 @@ from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Keys that may differ between a run and its continuation: they change no number of the training.
+# Keys that may change when a run resumes: they do not affect the training itself
 HARMLESS = re.compile(
     r"log_every|gauge_images|checkpoint_\w+|evaluators\..*|max_skipped|mesh\..*|remat|scan_layers"
     r"|data\.(path|dir|classes|test_split|workers|threads|timeout|max_bad_fraction)"
 )
-IMAGES = "training_images"  # key of config.json: what identifies them; absent in a run made of imported weights alone
-UNSEEN = 90.0  # seconds that a network file system may take to show a new file to other hosts
+# Key of config.json: what identifies the training images; absent where weights were imported
+# without images
+IMAGES = "training_images"
+VISIBILITY_TIMEOUT = 90.0  # seconds until a network file system shows a new file to other hosts
 
 
-def check(workdir, config, data):
-    """Raise a UserError if `workdir` is that of a run with another config or other data; nothing is written.
+def check(
+    workdir: str | os.PathLike[str], config: dict[str, Any], data: dict[str, Any] | None
+) -> None:
+    """Check that `workdir` is not that of a run with another config or data; nothing is written.
 
     Args:
-      config: plain nested dict. data: flat dict that identifies the training images; None: not known yet.
+      workdir: of the run; it need not exist.
+      config: a nested dict of plain values.
+      data: a flat dict that identifies the training images; None: not known yet.
 
-    The error lists the keys that differ.
+    Raises:
+      UserError: listing the keys that differ.
     """
     path = pathlib.Path(workdir, "config.json")
     if not path.exists():
         return
     known = json.loads(path.read_text())
-    ours = _as_read(config, data if IMAGES in known else None)
-    flat = [flatten_dict(x, sep=".", keep_empty_nodes=False) for x in (known, ours)]
-    keys = sorted(key for key in flat[0].keys() | flat[1].keys() if not HARMLESS.fullmatch(key))
-    old, new = ([side.get(key, "absent") for key in keys] for side in flat)
-    differing = [f"{key} {a} -> {b}" for key, a, b in zip(keys, old, new, strict=True) if a != b]
+    ours = _as_json(config, data if IMAGES in known else None)
+    old = flatten_dict(known, sep=".", keep_empty_nodes=False)
+    new = flatten_dict(ours, sep=".", keep_empty_nodes=False)
+    differing = []
+    for key in sorted(old.keys() | new.keys()):
+        before = old.get(key, "absent")
+        after = new.get(key, "absent")
+        if before != after and not HARMLESS.fullmatch(key):
+            differing.append(f"{key} {before} -> {after}")
     if differing:
         raise UserError(
-            f"{workdir} is the run of another config ({', '.join(differing)}); choose another --workdir"
+            f"{workdir} is the run of another config ({', '.join(differing)}); choose another "
+            "--workdir"
         )
 
 
-def claim(workdir, config, data):
-    """Make `workdir` the directory of a run with this config and these data, unless it is already; see `check`.
+def claim(
+    workdir: str | os.PathLike[str], config: dict[str, Any], data: dict[str, Any] | None
+) -> None:
+    """Write config.json, unless it exists; call `check` first. The arguments are the same.
 
     Raises:
       UserError: naming processes that do not see the same folder.
     """
     path = pathlib.Path(workdir, "config.json")
-    if jax.process_index() == 0 and (
-        not path.exists() or (data and IMAGES not in json.loads(path.read_text()))
-    ):
-        log.info(
-            "new run in %s" if not path.exists() else "the images are new to the run in %s", workdir
-        )
-        atomic_io.write(path, json.dumps(_as_read(config, data), indent=2) + "\n")
+    if jax.process_index() == 0:
+        _write_config(path, config, data)
     multihost.gather_json("written")
-    deadline = time.monotonic() + UNSEEN
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(1)
     seen = multihost.gather_json([socket.gethostname(), path.exists()])
-    if blind := [f"process {i} (host {host})" for i, (host, found) in enumerate(seen) if not found]:
+    blind = [f"process {i} (host {host})" for i, (host, found) in enumerate(seen) if not found]
+    if blind:
         raise UserError(
-            f"{workdir} is not the same folder on all hosts: {', '.join(blind)} finds no {path.name} there"
+            f"{workdir} is not the same folder on all hosts: {', '.join(blind)} finds no "
+            f"{path.name} there"
         )
 
 
-def _as_read(config, data):
-    """The content of config.json, as JSON gives it back: tuples are lists."""
-    return json.loads(json.dumps({**config, **({IMAGES: data} if data else {})}))
+def _write_config(path: pathlib.Path, config: dict[str, Any], data: dict[str, Any] | None) -> None:
+    """Write config.json, unless it exists; add what identifies the images, if it is missing."""
+    if not path.exists():
+        log.info("new run in %s", path.parent)
+    elif data and IMAGES not in json.loads(path.read_text()):
+        log.info("training images are added to the run in %s", path.parent)
+    else:
+        return
+    atomic_io.write(path, json.dumps(_as_json(config, data), indent=2) + "\n")
 
 
-def pin_kernels(workdir, deterministic):
-    """On NVIDIA GPUs, keep XLA's choice of kernels with the run, so that a restart computes the same program.
+def _as_json(config: dict[str, Any], data: dict[str, Any] | None) -> dict[str, Any]:
+    """The content of config.json as JSON returns it: tuples become lists."""
+    content = dict(config)
+    if data:
+        content[IMAGES] = data
+    return json.loads(json.dumps(content))
 
-    XLA times several kernels for an operation when it compiles, and may choose another one next time, whose sums are
-    rounded otherwise. To be called before jax looks for devices; works through the environment variable XLA_FLAGS.
+
+def pin_kernels(workdir: str | os.PathLike[str], deterministic: bool) -> None:
+    """On NVIDIA GPUs, store XLA's choice of kernels with the run, so that it resumes identically.
+
+    XLA benchmarks several kernels for an operation when it compiles, and may choose another one
+    next time, which rounds differently. Call it before jax looks for devices; it sets the
+    environment variable XLA_FLAGS.
 
     Args:
-      deterministic: also leave out kernels whose sums depend on timing.
+      workdir: of the run.
+      deterministic: also exclude kernels whose sums depend on timing.
     """
     if not shutil.which("nvidia-smi"):
         return
     rank = os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
     path = pathlib.Path(workdir).absolute() / f"gpu_kernels_{rank}.textproto"
     path.parent.mkdir(parents=True, exist_ok=True)
-    flags = [
-        f"--xla_gpu_{'load_autotune_results_from' if path.exists() else 'dump_autotune_results_to'}={path}"
-    ]
-    flags += ["--xla_gpu_exclude_nondeterministic_ops=true"] if deterministic else []
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+    action = "load_autotune_results_from" if path.exists() else "dump_autotune_results_to"
+    flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_gpu_{action}={path}"]
+    if deterministic:
+        flags.append("--xla_gpu_exclude_nondeterministic_ops=true")
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()

@@ -152,7 +152,7 @@ def test_without_any_good_step_the_error_says_so(tmp_path):
 def test_a_first_save_cut_short_is_no_damage(tmp_path, caplog):
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / "1" / checkpoint_manifest.NAME).unlink()
-    (tmp_path / "checkpoints" / checkpoint.SEALED).unlink()
+    (tmp_path / "checkpoints" / checkpoint_manifest.COMMITTED).unlink()
     assert restore(tmp_path) is None
     assert "no save was ever completed: step 1 is partial: manifest.json is missing" in caplog.text
 
@@ -294,7 +294,7 @@ def test_a_read_only_folder_fails_and_works_again(tmp_path):
 
 
 def test_metrics_wait_for_space_and_are_all_there_in_the_end(small_disk, caplog):
-    writer = metric_writer.Writer(small_disk, 0)
+    writer = metric_writer.MetricWriter(small_disk, 0)
     writer.write(1, {"loss": 1.0})
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file:
@@ -312,7 +312,7 @@ def test_metrics_wait_for_space_and_are_all_there_in_the_end(small_disk, caplog)
     filler.unlink()
     writer.write(400, {"loss": 400.0})
     writer.close()
-    assert [line["step"] for line in metric_writer.history(small_disk)] == list(range(1, 401))
+    assert [line["step"] for line in metric_writer.read_metrics(small_disk)] == list(range(1, 401))
 
 
 def test_the_tool_lists_every_step_and_finds_the_damage(tmp_path):

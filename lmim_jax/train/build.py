@@ -1,0 +1,150 @@
+"""The parts of a training run that do not depend on its data: method, augmentation, optimizer.
+
+Training and the ahead-of-time tools (planning, benchmarks) build them in the same way.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
+
+from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.augment.host import HostCrop, make_host_crop
+from lmim_jax.distributed import sharding
+from lmim_jax.evaluators import base as evaluators
+from lmim_jax.methods import base as methods
+from lmim_jax.optim import adamw
+from lmim_jax.train import state, step
+from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.prng import augment_keys
+
+NONFINITE_CHOICES = ("stop", "skip")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingParts:
+    """What a recipe consists of.
+
+    Attributes:
+      config: the recipe, see configs/vit_b.py.
+      steps_per_epoch: optimizer steps in an epoch.
+      total_steps: length of the run.
+      method: see methods/base.py.
+      augmentation: of training images, (keys [B], batch) -> images [B, H, W, C].
+      optimizer: with its schedules.
+      learning_rate: as a function of the step.
+      host_crop: crops training images on the host; None where the augmentation does it on the
+        device (`config.data.resize_on`).
+    """
+
+    config: ConfigDict
+    steps_per_epoch: int
+    total_steps: int
+    method: Any
+    augmentation: Augment
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[Any], Any]
+    host_crop: HostCrop | None
+
+    def abstract_state(self) -> state.TrainState:
+        """The shapes and dtypes of the state."""
+
+        def init() -> state.TrainState:
+            return state.init_state(self.method, self.optimizer, jax.random.key(0))
+
+        return jax.eval_shape(init)
+
+    def state_sharding(self, mesh: Mesh | AbstractMesh) -> Any:
+        """The shardings of the state, a tree like it."""
+        options = self.config.mesh
+        return sharding.state_sharding(
+            self.abstract_state(), mesh, rules=options.rules, min_size=options.min_size
+        )
+
+    def abstract_batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of a batch of `size` images, as the data loader returns it."""
+        data = self.config.data
+        shapes = {"label": jax.ShapeDtypeStruct((size,), "int32")}
+        if data.resize_on == "host":
+            height, width = self.method.image_size
+            crops = (size, height, width, data.channels)
+            shapes["image"] = jax.ShapeDtypeStruct(crops, "uint8")
+        else:
+            canvases = (size, data.canvas, data.canvas, data.channels)
+            shapes["image"] = jax.ShapeDtypeStruct(canvases, "uint8")
+            shapes["size"] = jax.ShapeDtypeStruct((size, 2), "int32")
+        return shapes
+
+    def create_state(self, mesh: Mesh) -> tuple[state.TrainState, Any]:
+        """A fresh state on the devices, and its shardings; see `state.create_state`."""
+        return state.create_state(
+            self.method,
+            self.optimizer,
+            self.config.seed,
+            mesh,
+            rules=self.config.mesh.rules,
+            min_size=self.config.mesh.min_size,
+        )
+
+    def jit_train_step(self, mesh: Mesh, shardings: Any) -> Any:
+        """The jitted train step, with the state donated; see `step.jit_train_step`."""
+        return step.jit_train_step(
+            self.config, self.method, self.augmentation, self.optimizer, mesh, shardings
+        )
+
+    def schedule_evaluators(self) -> list[evaluators.Scheduled]:
+        """The evaluators of `config.evaluators`.
+
+        Raises:
+          UserError: see `evaluators.base.from_config`.
+        """
+        abstract = jax.eval_shape(self.method.init, jax.random.key(0))
+        return evaluators.from_config(
+            self.config.evaluators,
+            steps_per_epoch=self.steps_per_epoch,
+            has_target="encoder" in self.method.target_of(abstract),
+        )
+
+
+def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
+    """Build the parts of a recipe.
+
+    Args:
+      config: see configs/vit_b.py.
+      steps_per_epoch: optimizer steps in an epoch, floor(training images / batch size).
+
+    Raises:
+      UserError: the config has an invalid value.
+    """
+    if config.on_nonfinite not in NONFINITE_CHOICES:
+        raise UserError(
+            f"config.on_nonfinite={config.on_nonfinite!r} must be one of: "
+            f"{' | '.join(NONFINITE_CHOICES)}"
+        )
+    total_steps = config.total_steps or config.epochs * steps_per_epoch
+    method = methods.from_config(
+        config.method, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+    )
+    augmentation = Augment.from_config(
+        config.augment, image_size=method.image_size, eval_size=method.feature_size
+    )
+    warmup_steps = config.optimizer.warmup_epochs / config.epochs * total_steps
+    optimizer, learning_rate = adamw.from_config(
+        config.optimizer, warmup_steps=warmup_steps, total_steps=total_steps
+    )
+    crop_keys = functools.partial(augment_keys, config.seed)
+    return TrainingParts(
+        config=config,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        method=method,
+        augmentation=augmentation,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        host_crop=make_host_crop(config.data, augmentation, crop_keys),
+    )
