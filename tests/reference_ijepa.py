@@ -45,7 +45,6 @@ def method(c, blocks):
         dtype="float32",
         attention="xla",
         total_steps=1,
-        steps_per_epoch=1,
     )
 
 

@@ -26,8 +26,6 @@ def method(c):
         norm_pix=c["norm_pix_loss"],
         dtype="float32",
         attention="xla",
-        total_steps=1,
-        steps_per_epoch=1,
     )
 
 

@@ -40,7 +40,6 @@ def method(c):
         dtype="float32",
         attention="xla",
         total_steps=1,
-        steps_per_epoch=1,
     )
 
 

@@ -18,7 +18,8 @@ from lmim_jax.models.layers import patchify
 from lmim_jax.optim import adamw
 from lmim_jax.utils.errors import UserError
 
-GRID, TOTAL, SMALLEST, LARGEST, ASPECT = (14, 14), 120, 16, 60, 0.3
+GRID = (14, 14)
+BLOCKS = {"total": 120, "smallest": 16, "largest": 60, "aspect": 0.3}
 STEPS = 625  # per epoch
 
 
@@ -246,9 +247,9 @@ def test_features_of_any_image_size():
 def test_neighbours_of_a_known_mask():
     # X X .
     # X X .    and a mask of all nine
-    shares = losses.masked_neighbours(np.array([[0, 1, 3, 4]]), (3, 3))
+    shares = losses.masked_neighbors(np.array([[0, 1, 3, 4]]), (3, 3))
     np.testing.assert_allclose(shares, [[4 / 9] * 4], rtol=1e-6)
-    shares = losses.masked_neighbours(np.arange(9)[None], (3, 3))
+    shares = losses.masked_neighbors(np.arange(9)[None], (3, 3))
     np.testing.assert_allclose(shares[0] * 9, [4, 6, 4, 6, 9, 6, 4, 6, 4], rtol=1e-6)
 
 
@@ -351,7 +352,7 @@ def samples():
     """Masks [COUNT, 14, 14] of blocks alone and final ones, ours and the released sampler's; our visible patches."""
     keys = jax.random.split(jax.random.key(0), (2, COUNT))
     draw = jax.jit(
-        jax.vmap(lambda key: masking.block_mask(key, GRID, TOTAL, SMALLEST, LARGEST, ASPECT))
+        jax.vmap(lambda key: masking.block_mask(key, GRID, **BLOCKS))
     )
     split = jax.jit(jax.vmap(lambda key, mask: masking.block_split(key, mask, 49, 2)))
     blocks = draw(keys[0])
@@ -363,7 +364,7 @@ def samples():
 
     rng = np.random.default_rng(0)
     theirs = np.stack(
-        [official_mask(rng, GRID, TOTAL, SMALLEST, LARGEST, ASPECT) for _ in range(COUNT)]
+        [official_mask(rng, GRID, **BLOCKS) for _ in range(COUNT)]
     )
     order = np.stack([official_order(rng, mask.ravel(), 2) for mask in theirs])
     visible, masked = split(keys[1], blocks)
@@ -384,7 +385,7 @@ def deviations(ours, theirs):
 
 def test_blocks_cover_exactly_so_many_patches_and_the_split_is_a_partition():
     blocks, masks, _, _, visible = samples()
-    assert (blocks.sum((1, 2)) == TOTAL).all()
+    assert (blocks.sum((1, 2)) == BLOCKS["total"]).all()
     assert (masks.sum((1, 2)) == 147).all()
     assert (np.take_along_axis(masks.reshape(COUNT, -1), visible, 1) == 0).all()
     assert (np.diff(np.sort(visible, 1), axis=1) > 0).all()
@@ -394,7 +395,7 @@ def test_blocks_cover_exactly_so_many_patches_and_the_split_is_a_partition():
 def test_blocks_that_cannot_be_are_given_up():
     key = jax.random.key(0)
     assert (
-        masking.block_mask(key, (4, 4), 8, 9, 9, 1.0).sum() == 0
+        masking.block_mask(key, (4, 4), total=8, smallest=9, largest=9, aspect=1.0).sum() == 0
     )  # blocks of 3 x 3 only, each one patch too many
 
 
@@ -423,7 +424,7 @@ def test_masks_have_the_statistics_of_the_released_sampler():
 def test_weights_of_published_masks_average_1_8():
     masks = samples()[1]
     masked = np.argsort(-masks.reshape(COUNT, -1), axis=1, kind="stable")[:, :147]
-    assert float(1 + losses.masked_neighbours(masked, GRID).mean()) == pytest.approx(1.80, abs=0.01)
+    assert float(1 + losses.masked_neighbors(masked, GRID).mean()) == pytest.approx(1.80, abs=0.01)
 
 
 def test_exposed_is_one_draw_for_the_batch_and_uniform():
@@ -435,7 +436,7 @@ def test_exposed_is_one_draw_for_the_batch_and_uniform():
     def exposed(rng):
         """Patches of the blocks of each image that are visible."""
         block = lambda key: masking.block_mask(
-            jax.random.split(key)[0], GRID, TOTAL, SMALLEST, LARGEST, ASPECT
+            jax.random.split(key)[0], GRID, **BLOCKS
         )
         blocks = jax.vmap(block)(keys).reshape(2, -1)
         return jnp.take_along_axis(blocks, method.sample(rng, keys)["visible"], axis=1).sum(axis=1)

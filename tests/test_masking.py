@@ -12,7 +12,17 @@ GRID, SCALE, ASPECT, CONTEXT = (14, 14), (0.15, 0.2), (0.75, 1.5), (0.85, 1.0)
 
 
 def multiblock(group, biased=True, capacity=169):
-    return masking.Multiblock(GRID, 4, SCALE, ASPECT, CONTEXT, capacity, 10, group, biased)
+    return masking.Multiblock(
+        grid=GRID,
+        blocks=4,
+        scale=SCALE,
+        aspect=ASPECT,
+        context_scale=CONTEXT,
+        capacity=capacity,
+        min_context=10,
+        group=group,
+        biased=biased,
+    )
 
 
 @functools.cache
@@ -129,7 +139,7 @@ def test_the_default_capacity_is_hardly_ever_short():
 
 @pytest.mark.parametrize("name", ["checkerboard", "checkerboard2"])
 def test_checkerboards_halve_the_grid_and_swap(name):
-    split = jax.jit(lambda key: masking.SPLITS[name](key, (8, 4), 0.5))
+    split = jax.jit(lambda key: masking.SAMPLERS[name](key, (8, 4), 0.5))
     cell = 2 if name.endswith("2") else 1
     seen = set()
     for i in range(20):
@@ -141,4 +151,4 @@ def test_checkerboards_halve_the_grid_and_swap(name):
         seen |= colors
     assert seen == {0, 1}
     with pytest.raises(ValueError, match=r"mask_ratio 0\.5"):
-        masking.SPLITS[name](jax.random.key(0), (8, 4), 0.75)
+        masking.SAMPLERS[name](jax.random.key(0), (8, 4), 0.75)

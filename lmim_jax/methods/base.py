@@ -1,120 +1,263 @@
-"""The contract of a method, and its lookup by module name: a file in this folder *is* a registered method.
+"""The interface of a pretraining method, what all methods share, and the registry of methods.
 
-A method is a frozen dataclass whose fields are its config, without defaults, so that a misspelt key is an error.
-Its functions are pure:
+Every file of this folder except this one is a registered method: its module name is the value of
+`config.method.name`, and its class is called `Method`. The sub-package `common` holds code that
+several methods share; it is not a method.
 
-  init(rng) -> params                                  {"encoder": ..., ...}
-  sample(rng, keys) -> views                           every random choice of the loss: "visible" [B, V], the patches
-                                                       that the encoder sees (where padded, bool "visible_mask" says
-                                                       which count), window "offsets", ...
-  loss_fn(params, target, images, views, step) -> (scalar, metrics)
-  target_of(params) -> the sub-tree tracked by EMA     {} : no teacher
-  ema_rate(step) -> scalar                             1 - momentum, applied right after optimiser step `step`
-  features(params, images, rng=None) -> dict           "patches", "patches_prenorm", "cls", "block07/tokens", ...;
-                                                       "latents", what targets are made of, where there are any
-  image_size, feature_size -> (H, W)                   pixels that `loss` takes, and `features` at evaluation
+A method is a frozen dataclass whose fields are the keys of `config.method`. Fields have no default
+values, so that a misspelled or forgotten key is an error. Its functions are pure. One training step
+(`train/step.py`) is the same for all methods:
 
-and, of methods that predict pixels, one that nothing in training needs:
+  images, keys                 augmented images, one random key each
+  views = sample(rng, keys)    all random choices of the loss
+  loss_fn(params, target, images, views, step)  -> gradient -> optimizer -> new params
+  target += ema_rate(step) * (target_of(params) - target)
 
-  reconstruct(params, images, views) -> images         [B, H, W, C] as `loss` takes them, hidden patches as predicted.
-                                                       Where predictions are normalised patch by patch, they are given
-                                                       mean and deviation of the true patch
-
-`rng` serves what the whole batch shares, `keys` [B] what is drawn per image.
-The step around it (`step.py`) is the same for all: sample, gradient, optimiser, target += ema_rate (new - target).
+Letters: B batch, H W image height and width, C channels, N patches, V visible patches, D width.
 """
 
 import dataclasses
-import difflib
 import importlib
 import math
 import pkgutil
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
-import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
-from lmim_jax.methods.common import masking
-from lmim_jax.utils.errors import UserError
+import lmim_jax.methods
+from lmim_jax.methods.common.checks import check_choice, check_heads
+from lmim_jax.utils.errors import UserError, did_you_mean
+
+Params = dict[str, Any]  # a nested dict of float32 arrays
+Views = dict[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+Features = dict[str, Array]
 
 
-def _registered(module):
-    """Whether a module of this folder is an entry: any file but this one; the folder common/ is shared code."""
+class Method(Protocol):
+    """What training and evaluation need of a method.
+
+    A method that predicts pixels also has
+
+      reconstruct(params, images, views) -> images
+
+    [B, H, W, C] as `loss_fn` takes them, with masked patches replaced by the predictions. Where
+    predictions are normalized patch by patch, they get the mean and the standard deviation of the
+    true patch. Training does not need it.
+    """
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+
+    @property
+    def patch_size(self) -> int:
+        """Height and width of a patch in pixels."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+
+    @property
+    def width(self) -> int:
+        """D, size of a feature vector."""
+
+    @property
+    def depth(self) -> int:
+        """Number of encoder blocks."""
+
+    @property
+    def num_patches(self) -> int:
+        """N, patches of the grid."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that `loss_fn` takes."""
+
+    @property
+    def feature_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that `features` takes in evaluation."""
+
+    def init(self, rng: Key[Array, ""]) -> Params:
+        """Create fresh float32 parameters, {"encoder": ..., ...}."""
+
+    def sample(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> Views:
+        """Draw all random choices of the loss, with static shapes.
+
+        Args:
+          rng: random key for what the whole batch shares.
+          keys: one random key per image; whatever differs between images depends on these alone.
+
+        Returns:
+          A dict of arrays with a leading batch axis. "visible" [B, V] int32 holds the ids of the
+          patches that the encoder sees; where this array is padded, the bool array "visible_mask"
+          [B, V] is true for the entries that count. Other entries depend on the method.
+        """
+
+    def loss_fn(
+        self,
+        params: Params,
+        target: Params,
+        images: Float[Array, "B H W C"],
+        views: Views,
+        step: int | Int[Array, ""],
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Compute the training loss of a batch.
+
+        Args:
+          params: as returned by `init`.
+          target: weights of the teacher, as returned by `target_of`.
+          images: normalized, H x W = `image_size`.
+          views: as returned by `sample`.
+          step: 0-based optimizer step, for schedules.
+
+        Returns:
+          (loss, metrics), float32 scalars; metrics contain "loss".
+        """
+
+    def target_of(self, params: Params) -> Params:
+        """Select the sub-tree of `params` that the teacher tracks by EMA; {} without a teacher."""
+
+    def ema_rate(self, step: int | Int[Array, ""]) -> float | Float[Array, ""]:
+        """Compute 1 - momentum of the EMA update that follows optimizer step `step`."""
+
+    def features(self, params: Params, images: Float[Array, "B H W C"]) -> Features:
+        """Encode whole images for evaluation.
+
+        Args:
+          params: contains at least "encoder".
+          images: normalized, without gap; H and W are multiples of the patch size.
+
+        Returns:
+          "patches", "patches_prenorm" [B, N, D]; "cls" [B, D] of encoders with a CLS token;
+          "block07/tokens", "block07/attention", ... (see `vit.features`); "latents" [B, N, D]
+          where the method predicts latents: what its targets are made of.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseMethod:
+    """Fields, sizes and checks that all methods share: a ViT on a grid of patches, and a decoder.
+
+    The fields are keys of `config.method`, explained in the recipe of each method in configs/.
+    """
+
+    grid: tuple[int, int]
+    patch_size: int
+    channels: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    norm_eps: float
+    decoder_width: int
+    decoder_depth: int
+    dtype: str
+    attention: str
+
+    def __post_init__(self) -> None:
+        """Check the fields; sub-classes extend this."""
+        check_choice("dtype", self.dtype, ("bfloat16", "float32"))
+        check_choice("attention", self.attention, ("xla", "cudnn"))
+        check_heads("width", self.width, "heads", self.heads)
+
+    @property
+    def num_patches(self) -> int:
+        """N, patches of the grid."""
+        return math.prod(self.grid)
+
+    @property
+    def patch_dim(self) -> int:
+        """P, numbers in a patch: height x width x channels."""
+        return self.patch_size**2 * self.channels
+
+    @property
+    def feature_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that `features` takes in evaluation."""
+        rows, columns = self.grid
+        return rows * self.patch_size, columns * self.patch_size
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that `loss_fn` takes."""
+        return self.feature_size
+
+    @property
+    def compute_dtype(self) -> Any:
+        """The dtype that networks compute in; parameters are float32."""
+        return jnp.dtype(self.dtype)
+
+    @property
+    def block_options(self) -> dict[str, Any]:
+        """Options of Transformer blocks, the same in the encoder and in decoders."""
+        return {
+            "mlp_ratio": self.mlp_ratio,
+            "norm_eps": self.norm_eps,
+            "dtype": self.compute_dtype,
+            "attention": self.attention,
+        }
+
+    def grid_of(self, images: Float[Array, "B H W C"]) -> tuple[int, int]:
+        """Compute the rows and columns of patches of images of any size, without gap."""
+        _, height, width, _ = images.shape
+        return height // self.patch_size, width // self.patch_size
+
+
+def names() -> list[str]:
+    """List the registered methods: the modules of this folder, in alphabetical order."""
+    modules = pkgutil.iter_modules(lmim_jax.methods.__path__)
+    return sorted(module.name for module in modules if _is_registered(module))
+
+
+def _is_registered(module: pkgutil.ModuleInfo) -> bool:
+    """Decide whether an entry of this folder is a method: files are, sub-packages are not."""
     return not module.ispkg and module.name != "base"
 
 
-def names():
-    """The methods there are: the modules of this folder."""
-    import lmim_jax.methods as package
-
-    return sorted(
-        module.name for module in pkgutil.iter_modules(package.__path__) if _registered(module)
-    )
-
-
-def from_config(config, *, total_steps, steps_per_epoch):
-    """Build a method from its config section: `name` picks the module, everything else is its fields.
+def from_config(config: Mapping[str, Any], *, total_steps: int, steps_per_epoch: int) -> Method:
+    """Build a method from its config section.
 
     Args:
-      config: mapping with `name` and exactly the fields of `lmim_jax.methods.<name>.Method`.
-      total_steps, steps_per_epoch: lengths of the run, for the method's schedules.
+      config: `config.method`: `name` selects the module, all other keys are fields of its `Method`.
+      total_steps: length of the run in optimizer steps. Only methods with a schedule in training
+        progress have this field; for others it is ignored.
+      steps_per_epoch: optimizer steps in an epoch. Only methods with a schedule in epochs have
+        this field; for others it is ignored.
 
     Raises:
-      UserError: unknown method, missing or unknown key, or a value the method refuses.
+      UserError: unknown method, missing or unknown key, or an invalid value.
     """
-    fields = dict(config)
-    name = fields.pop("name")
+    options = dict(config)
+    name = options.pop("name")
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(
-            f"config.method.name={name!r} is no method{hint} (there are: {', '.join(names())})"
-        )
-    method = importlib.import_module(f"lmim_jax.methods.{name}").Method
-    field_of = {field.name.removesuffix("_"): field.name for field in dataclasses.fields(method)}
-    known = field_of.keys() - {"total_steps", "steps_per_epoch"}
-    if unknown := sorted(fields.keys() - known):
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f" (it has: {', '.join(sorted(known))})"
+        raise UserError(f"config.method.name={name!r} is not a method{did_you_mean(name, names())}")
+    method_class = importlib.import_module(f"lmim_jax.methods.{name}").Method
+    fields = {field.name for field in dataclasses.fields(method_class)}
+    schedule = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+    _check_keys(name, options.keys(), fields - schedule.keys())
+    arguments = {key: _hashable(value) for key, value in options.items()}
+    for key, length in schedule.items():
+        if key in fields:
+            arguments[key] = length
+    return method_class(**arguments)
+
+
+def _check_keys(name: str, given: Iterable[str], known: set[str]) -> None:
+    """Raise a UserError unless exactly the known keys are given."""
+    unknown = sorted(set(given) - known)
+    if unknown:
+        hint = did_you_mean(unknown[0], known)
         raise UserError(f"config.method.{unknown[0]}: {name} has no such key{hint}")
-    if missing := sorted(known - fields.keys()):
+    missing = sorted(known - set(given))
+    if missing:
         raise UserError(
-            f"config.method lacks {', '.join(missing)}, which {name} needs; see its recipe in configs/"
-        )
-    # JSON has no tuples, and fields must be hashable
-    fields = {
-        field_of[key]: tuple(value) if isinstance(value, list) else value
-        for key, value in fields.items()
-    }
-    return method(**fields, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-
-
-def check_choice(key, value, choices):
-    """Raise a UserError naming the key and the choices, unless value is one of them."""
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"config.method.{key}={value!r} is none of: {' | '.join(choices)}{hint}")
-
-
-def check_range(key, value, low, high=math.inf):
-    """Raise a UserError naming the key and the range, unless low <= value <= high."""
-    if not low <= value <= high:
-        wanted = f"at least {low}" if high == math.inf else f"{low} .. {high}"
-        raise UserError(f"config.method.{key}={value} is out of range: it must be {wanted}")
-
-
-def check_heads(prefix, width, heads):
-    """Raise a UserError unless heads divide the width, and 4 does (sin-cos positions)."""
-    if heads < 1 or width % heads or width % 4:
-        raise UserError(
-            f"config.method.{prefix}width={width} is not divisible by {prefix}heads={heads} and by 4"
+            f"config.method lacks {', '.join(missing)}, which {name} needs; see its recipe in "
+            "configs/"
         )
 
 
-def check_sampler(method):
-    """Raise a UserError unless `method.sampler` is one of masking.SPLITS and can split its grid by its mask_ratio."""
-    check_choice("sampler", method.sampler, masking.SPLITS)
-    split = masking.SPLITS[method.sampler]
-    try:
-        jax.eval_shape(lambda key: split(key, method.grid, method.mask_ratio), jax.random.key(0))
-    except ValueError as error:
-        raise UserError(f"config.method.sampler={method.sampler}: {error}") from error
+def _hashable(value: Any) -> Any:
+    """Turn a list into a tuple: JSON has no tuples, and a method must be hashable."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,279 +1,310 @@
-"""BootMAE: Bootstrapped Masked Autoencoders (Dong et al.; ECCV 2022; arXiv 2207.07116; code LightDXY/BootMAE).
+"""BootMAE: Bootstrapped Masked Autoencoders (Dong et al., ECCV 2022; arXiv 2207.07116).
 
-A ViT sees V visible patches. From its tokens one decoder regresses the pixels of the M masked patches, another the
-features that an EMA of the ViT makes of the whole image. Each decoder is also given, by cross-attention, the features
-of the visible patches that suit its target: those of the first block (pixels), those of the last (features).
-Where paper and released code differ, this is the code.
-Letters: B batch, N patches, V visible, M masked, P pixels of a patch, D width, d width of the pixel decoder.
+A ViT sees V visible patches. From its tokens, a regressor predicts the pixels of the M masked
+patches, and a predictor the features that an EMA of the ViT computes from the whole image. Each of
+these two decoders also attends to features of the visible patches that suit its target: those of
+the first block for pixels, those of the last block for features.
+
+Where the paper and the released code (LightDXY/BootMAE) differ, this follows the code.
+
+Letters: B batch, H W image height and width, C channels, N patches, V visible, M masked,
+P pixels of a patch, D width, d width of the pixel decoder.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Int, Key
 
-from lmim_jax.methods.base import check_choice, check_heads, check_range
+from lmim_jax.methods.base import BaseMethod, Features, Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
+from lmim_jax.methods.common.checks import check_range
 from lmim_jax.models import normalization, vit
 from lmim_jax.models.decoders import PixelHead, TargetAwareDecoder
 from lmim_jax.models.layers import Dense, patchify, replace_patches, sincos_positions
 from lmim_jax.utils.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(BaseMethod):
     """BootMAE; the fields are `config.method`, explained key by key in configs/bootmae_vit_b.py."""
 
-    grid: tuple[int, int]
-    patch_size: int
-    channels: int
-    width: int
-    depth: int
-    heads: int
-    mlp_ratio: float
-    norm_eps: float
     num_visible: int
     block_total: int
     block_smallest: int
     block_largest: int
     block_aspect: float
     block_exposed: int
-    decoder_width: int
-    decoder_depth: int
     center_weight: float
     feature_weight: float
     feature_ramp: float
     momentum: tuple[float, ...]
     momentum_epochs: tuple[float, ...]
-    dtype: str
-    attention: str
     total_steps: int
     steps_per_epoch: int
 
-    def __post_init__(self):
-        check_choice("dtype", self.dtype, ("bfloat16", "float32"))
-        check_choice("attention", self.attention, ("xla", "cudnn"))
-        check_heads("", self.width, self.heads)
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
         check_range("num_visible", self.num_visible, 1, self.num_patches - 1)
         if self.decoder_width < self.heads or self.decoder_width % 4:
             raise UserError(
-                f"config.method.decoder_width={self.decoder_width} is no multiple of 4, or below `heads`"
+                f"config.method.decoder_width={self.decoder_width} must be a multiple of 4 and at "
+                f"least heads={self.heads}"
             )
         check_range("decoder_depth", self.decoder_depth, 1)
-        masked = self.num_patches - self.num_visible
-        check_range("block_total", self.block_total, 0, masked)
-        check_range("block_exposed", self.block_exposed, 0, min(self.num_visible, masked))
-        # A square block of the smallest area must fit, or none may ever.
+        self._check_blocks()
+        epochs = (0, *self.momentum_epochs)
+        if len(epochs) != len(self.momentum) or sorted(set(epochs)) != list(epochs):
+            raise UserError(
+                f"config.method.momentum_epochs={self.momentum_epochs} must increase, start above "
+                f"0, and have one value for each of momentum={self.momentum} except the first"
+            )
+
+    def _check_blocks(self) -> None:
+        """Check the options of masks."""
+        num_masked = self.num_patches - self.num_visible
+        check_range("block_total", self.block_total, 0, num_masked)
+        check_range("block_exposed", self.block_exposed, 0, min(self.num_visible, num_masked))
+        # A square block of the smallest area must fit; otherwise it could be that no block does.
         check_range("block_smallest", self.block_smallest, 1, (min(self.grid) - 1) ** 2)
         check_range("block_largest", self.block_largest, self.block_smallest)
         check_range("block_aspect", self.block_aspect, 0.01, 1)
         check_range("feature_ramp", self.feature_ramp, 0, 1)
-        epochs = (0, *self.momentum_epochs)
-        if len(epochs) != len(self.momentum) or sorted(set(epochs)) != list(epochs):
-            raise UserError(
-                f"config.method.momentum_epochs={self.momentum_epochs} must rise from above 0, one value for each of "
-                f"momentum={self.momentum} but the first"
-            )
+
+    # Networks: Linen modules, each applied to one sub-tree of the parameters
+
+    def _options_for(self, width: int) -> dict[str, Any]:
+        """Options of the blocks of a network of this width."""
+        options = {**self.block_options, "qkv_bias": (True, False, True)}  # keys have no bias
+        # cuDNN needs heads whose width is a multiple of 8; the published pixel decoder has 42.
+        if width // self.heads % 8:
+            options["attention"] = "xla"
+        return options
 
     @property
-    def num_patches(self):
-        """N, patches of the grid."""
-        return math.prod(self.grid)
+    def _encoder(self) -> vit.ViT:
+        return vit.ViT(
+            width=self.width, depth=self.depth, heads=self.heads, **self._options_for(self.width)
+        )
 
     @property
-    def image_size(self):
-        """(height, width) in pixels of the images that `loss` takes."""
-        return tuple(n * self.patch_size for n in self.grid)
-
-    feature_size = image_size
-
-    # -- modules: plain Linen, applied to one sub-tree of params each
-
-    def _blocks(self, width):
-        # cuDNN takes heads whose width is a multiple of 8; those of the published pixel decoder are 42 wide.
-        attention = self.attention if width // self.heads % 8 == 0 else "xla"
-        shared = dict(mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, dtype=jnp.dtype(self.dtype))
-        return dict(shared, attention=attention, qkv_bias=(True, False, True))  # keys have none
-
-    @property
-    def _encoder(self):
-        return vit.ViT(width=self.width, depth=self.depth, heads=self.heads, **self._blocks(self.width))
-
-    @property
-    def _regressor(self):
+    def _regressor(self) -> TargetAwareDecoder:
         head = PixelHead(
-            patch_size=self.patch_size, channels=self.channels, dtype=jnp.dtype(self.dtype)
+            patch_size=self.patch_size, channels=self.channels, dtype=self.compute_dtype
         )
         return TargetAwareDecoder(
             width=self.decoder_width,
             depth=self.decoder_depth,
             heads=self.heads,
             head=head,
-            **self._blocks(self.decoder_width),
+            **self._options_for(self.decoder_width),
         )
 
     @property
-    def _predictor(self):
-        head = Dense(self.width, jnp.dtype(self.dtype))
+    def _predictor(self) -> TargetAwareDecoder:
+        head = Dense(features=self.width, dtype=self.compute_dtype)
         return TargetAwareDecoder(
             width=self.width,
             depth=self.decoder_depth,
             heads=self.heads,
             head=head,
-            **self._blocks(self.width),
+            **self._options_for(self.width),
         )
 
-    # -- the contract
+    # The interface of a method, see methods/base.py
 
-    def init(self, rng):
-        """Fresh parameters, float32: encoder, regressor (of pixels), predictor (of features)."""
+    def init(self, rng: Key[Array, ""]) -> Params:
+        """Create fresh float32 parameters: encoder, regressor (pixels), predictor (features)."""
         keys = jax.random.split(rng, 3)
-        patches = jnp.zeros((1, self.num_visible, self.patch_size**2 * self.channels))
-        positions, tokens = (jnp.zeros((1, self.num_visible + more, self.width)) for more in (0, 1))
-        masked = lambda width: jnp.zeros((1, self.num_patches - self.num_visible, width))
+        num_masked = self.num_patches - self.num_visible
+        patches = jnp.zeros((1, self.num_visible, self.patch_dim))
+        positions = jnp.zeros((1, self.num_visible, self.width))
+        tokens = jnp.zeros((1, 1 + self.num_visible, self.width))
+        pixel_positions = jnp.zeros((1, num_masked, self.decoder_width))
+        feature_positions = jnp.zeros((1, num_masked, self.width))
+        regressor = self._regressor.init(keys[1], tokens, tokens, pixel_positions)
+        predictor = self._predictor.init(keys[2], tokens, tokens, feature_positions)
         params = {
             "encoder": self._encoder.init(keys[0], patches, positions)["params"],
-            "regressor": self._regressor.init(keys[1], tokens, tokens, masked(self.decoder_width))[
-                "params"
-            ],
-            "predictor": self._predictor.init(keys[2], tokens, tokens, masked(self.width))[
-                "params"
-            ],
+            "regressor": regressor["params"],
+            "predictor": predictor["params"],
         }
         return official_scales(params)
 
-    def sample(self, rng, keys):
-        """Draw visible [B, V] and masked [B, M] patch ids; `exposed` is one draw for the whole batch."""
+    def sample(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> Views:
+        """Draw visible [B, V] and masked [B, M] patch ids.
+
+        The number of patches under the blocks that stay visible is one draw for the whole batch.
+        """
         exposed = jax.random.randint(rng, (), 0, self.block_exposed + 1)
-        block = self.block_total, self.block_smallest, self.block_largest, self.block_aspect
 
         def draw(key):
             block_key, split_key = jax.random.split(key)
-            mask = masking.block_mask(block_key, self.grid, *block)
+            mask = masking.block_mask(
+                block_key,
+                self.grid,
+                total=self.block_total,
+                smallest=self.block_smallest,
+                largest=self.block_largest,
+                aspect=self.block_aspect,
+            )
             return masking.block_split(split_key, mask, self.num_visible, exposed)
 
         visible, masked = jax.vmap(draw)(keys)
         return {"visible": visible, "masked": masked}
 
-    def target_of(self, params):
-        """What the teacher is made of: the encoder."""
+    def target_of(self, params: Params) -> Params:
+        """Select what the teacher consists of: the encoder."""
         return {"encoder": params["encoder"]}
 
-    def ema_rate(self, step):
-        """1 - momentum after optimiser step `step`: piecewise linear in epochs, constant within one."""
+    def ema_rate(self, step: int | Int[Array, ""]) -> float | Float[Array, ""]:
+        """Compute 1 - momentum after optimizer step `step`.
+
+        It is piecewise linear in epochs, and constant within an epoch.
+        """
         epoch = jnp.asarray(step // self.steps_per_epoch, jnp.float32)
-        return jnp.interp(
-            epoch,
-            jnp.array([0.0, *self.momentum_epochs]),
-            jnp.array([1 - m for m in self.momentum]),
-        )
+        epochs = jnp.array([0.0, *self.momentum_epochs])
+        rates = jnp.array([1 - momentum for momentum in self.momentum])
+        return jnp.interp(epoch, epochs, rates)
 
-    def loss_fn(self, params, target, images, views, step):
-        """The training loss of a batch.
+    def loss_fn(
+        self,
+        params: Params,
+        target: Params,
+        images: Float[Array, "B H W C"],
+        views: Views,
+        step: int | Int[Array, ""],
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Compute the pixel loss plus the feature loss, whose weight ramps up.
 
-        Args:
-          params: as from `init`.
-          target: as from `target_of`, the teacher's weights.
-          images: [B, H, W, C] float, normalised, H x W = `image_size`.
-          views: as from `sample`.
-          step: optimiser step, for the ramp of the feature loss.
-
-        Returns:
-          (loss, metrics), float32 scalars: both terms, the weight of the second, mean cosines within an image.
+        Both are mean squared errors, in which a patch has more weight the more of its neighbors are
+        masked. Arguments and result as in methods/base.py; metrics are the loss, its two terms, the
+        weight of the feature loss, and the mean similarities of predictions and of targets.
         """
         forward = self.forward(params, target, images, views)
-        weight = 1 + self.center_weight * losses.masked_neighbours(views["masked"], self.grid)
-        mean = lambda x, y: jnp.mean(
-            weight * jnp.mean(jnp.square(x.astype(jnp.float32) - y), axis=-1)
-        )
-        of_pixels = mean(forward["pixels"], forward["pixel_targets"])
-        of_features = mean(forward["predictions"], forward["targets"])
-        epochs = self.total_steps / self.steps_per_epoch
-        ramp = (step // self.steps_per_epoch + 1) / max(self.feature_ramp * epochs, 1e-6)
-        feature_weight = self.feature_weight * jnp.minimum(ramp, 1.0)
-        loss = of_pixels + feature_weight * of_features
+        weight = 1 + self.center_weight * losses.masked_neighbors(views["masked"], self.grid)
+        pixel_loss = _weighted_mse(forward["pixels"], forward["pixel_targets"], weight)
+        feature_loss = _weighted_mse(forward["predictions"], forward["targets"], weight)
+        feature_weight = self._feature_weight(step)
+        loss = pixel_loss + feature_weight * feature_loss
         return loss, {
             "loss": loss,
-            "pixel_loss": of_pixels,
-            "feature_loss": of_features,
+            "pixel_loss": pixel_loss,
+            "feature_loss": feature_loss,
             "feature_weight": jnp.float32(feature_weight),
             "similarity_predictions": losses.similarity(forward["predictions"]),
             "similarity_targets": losses.similarity(forward["targets"]),
         }
 
-    def forward(self, params, target, images, views):
-        """What the loss compares, of the masked patches, float32.
+    def _feature_weight(self, step: int | Int[Array, ""]) -> Float[Array, ""]:
+        """Compute the weight of the feature loss: it rises linearly in epochs, then is constant."""
+        epochs = self.total_steps / self.steps_per_epoch
+        ramp = (step // self.steps_per_epoch + 1) / max(self.feature_ramp * epochs, 1e-6)
+        return self.feature_weight * jnp.minimum(ramp, 1.0)
+
+    def forward(
+        self, params: Params, target: Params, images: Float[Array, "B H W C"], views: Views
+    ) -> dict[str, Array]:
+        """Compute predictions and targets of the masked patches; arguments as in `loss_fn`.
 
         Returns:
-          predictions, targets [B, M, D]: features, each token with mean 0 and deviation 1 over its channels;
-          pixels, pixel_targets [B, M, P]: with mean 0 and deviation 1 per patch and channel in the targets;
-          reconstruction [B, M, P]: `pixels` given mean and deviation of the true patch: to be shown as an image.
+          predictions, targets: [B, M, D], features; every token has mean 0 and standard deviation 1
+            over its channels.
+          pixels, pixel_targets: [B, M, P]; every channel of a target patch has mean 0 and standard
+            deviation 1.
+          reconstruction: [B, M, P], `pixels` with the mean and the standard deviation of the true
+            patch, which can be shown as an image.
+          All are float32.
         """
-        visible, masked = views["visible"], views["masked"]
+        visible = views["visible"]
+        masked = views["masked"]
         patches = patchify(images, self.grid, self.patch_size)
         positions = self._positions(self.width)
-        encoder = {"params": params["encoder"]}
-        seen = masking.take(patches, visible), masking.take(positions, visible)
-        (tokens, deep), state = self._encoder.apply(encoder, *seen, mutable=["intermediates"])
-        shallow = state["intermediates"]["block00"]["tokens"][0]
-        slots = masking.take(self._positions(self.decoder_width), masked)
-        pixels = self._regressor.apply(
-            {"params": params["regressor"]}, tokens, shallow, slots
-        ).astype(jnp.float32)
-        slots = masking.take(positions, masked)
-        predictions = self._predictor.apply({"params": params["predictor"]}, tokens, deep, slots)
-
-        _, targets = self._encoder.apply(
-            {"params": jax.lax.stop_gradient(target["encoder"])}, patches, positions
+        (tokens, deep), state = self._encoder.apply(
+            {"params": params["encoder"]},
+            masking.take(patches, visible),
+            masking.take(positions, visible),
+            mutable=["intermediates"],
         )
-        pixel_targets, mean, deviation = losses.standardize_pixels(
+        shallow = state["intermediates"]["block00"]["tokens"][0]
+        pixels = self._regressor.apply(
+            {"params": params["regressor"]},
+            tokens,
+            shallow,
+            masking.take(self._positions(self.decoder_width), masked),
+        )
+        pixels = pixels.astype(jnp.float32)
+        predictions = self._predictor.apply(
+            {"params": params["predictor"]}, tokens, deep, masking.take(positions, masked)
+        )
+        teacher = jax.lax.stop_gradient(target["encoder"])
+        _, targets = self._encoder.apply({"params": teacher}, patches, positions)
+        pixel_targets, mean, stddev = losses.standardize_pixels(
             masking.take(patches, masked), self.channels
         )
+        targets = masking.take(targets[:, 1:], masked)
         return {
             "predictions": normalization.standardize_tokens(predictions, 1e-6),
-            "targets": normalization.standardize_tokens(masking.take(targets[:, 1:], masked), 1e-6),
+            "targets": normalization.standardize_tokens(targets, 1e-6),
             "pixels": pixels,
             "pixel_targets": pixel_targets,
-            "reconstruction": pixels * deviation + mean,
+            "reconstruction": pixels * stddev + mean,
         }
 
-    def reconstruct(self, params, images, views):
-        """The images with their masked patches as predicted, see methods/base.py."""
+    def reconstruct(
+        self, params: Params, images: Float[Array, "B H W C"], views: Views
+    ) -> Float[Array, "B H W C"]:
+        """Replace the masked patches of images by the predictions, see methods/base.py."""
         pixels = self.forward(params, self.target_of(params), images, views)["reconstruction"]
         return replace_patches(images, views["masked"], pixels, self.grid, self.patch_size)
 
-    def _positions(self, width, grid=None):
-        """[1, N, width]; of another grid over the range of the training grid."""
-        return jnp.asarray(sincos_positions(grid or self.grid, width, self.grid, integer=True))[
-            None
-        ]
+    def _positions(
+        self, width: int, grid: tuple[int, int] | None = None
+    ) -> Float[Array, "1 N width"]:
+        """Compute the positions of a grid; any grid spans the range of the training grid."""
+        table = sincos_positions(grid or self.grid, width, self.grid, integer=True)
+        return jnp.asarray(table)[None]
 
-    def features(self, params, images, rng=None):
-        """What evaluators see: tokens of full images.
+    def features(self, params: Params, images: Float[Array, "B H W C"]) -> Features:
+        """Encode whole images for evaluation.
 
         Args:
-          params: with "encoder".
-          images: [B, H, W, C], H and W multiples of the patch size; positions span the training grid's range.
+          params: contains "encoder".
+          images: normalized; H and W are multiples of the patch size. Positions span the range of
+            the training grid.
 
         Returns:
-          See `vit.features`; and latents [B, N, D], what predictions are compared with.
+          See `vit.features`; and latents [B, N, D], which is what targets are made of.
         """
-        del rng
-        grid = tuple(size // self.patch_size for size in images.shape[1:3])
+        grid = self.grid_of(images)
         patches = patchify(images, grid, self.patch_size)
-        out = vit.features(
-            self._encoder, params["encoder"], patches, self._positions(self.width, grid)
-        )
-        return {**out, "latents": normalization.standardize_tokens(out["patches_prenorm"], 1e-6)}
+        positions = self._positions(self.width, grid)
+        features = vit.features(self._encoder, params["encoder"], patches, positions)
+        latents = normalization.standardize_tokens(features["patches_prenorm"], 1e-6)
+        return {**features, "latents": latents}
 
 
-def official_scales(params):
-    """Initial parameters with the official spread where it is not that of the modules.
+def _weighted_mse(
+    predictions: Float[Array, "B M D"],
+    targets: Float[Array, "B M D"],
+    weight: Float[Array, "B M"],
+) -> Float[Array, ""]:
+    """Mean squared error with a weight per patch; weights are not normalized."""
+    errors = jnp.square(predictions.astype(jnp.float32) - targets)
+    return jnp.mean(weight * jnp.mean(errors, axis=-1))
 
-    Query, key and value kernels of self-attention are xavier-uniform each for itself, not as one matrix three times as
-    wide; the CLS token is as good as zero: its deviation is 1e-6, that of `vit.ViT` 0.02.
+
+def official_scales(params: Params) -> Params:
+    """Rescale initial parameters to the official spread where modules have another one.
+
+    The official code initializes query, key and value kernels of self-attention one by one as
+    xavier-uniform, not as one matrix three times as wide. Its CLS token has a standard deviation of
+    1e-6 instead of the 0.02 of `vit.ViT`.
     """
     flat = flatten_dict(params)
     for path, value in flat.items():

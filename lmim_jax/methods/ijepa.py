@@ -1,16 +1,21 @@
-"""I-JEPA (Assran et al., CVPR 2023; arXiv 2301.08243): the features of a few blocks of an image from one context block.
+"""I-JEPA (Assran et al., CVPR 2023; arXiv 2301.08243).
 
-No CLS. Letters: B batch, N patches, K context patches (padded), T target patches of a block (padded), D encoder width.
+A predictor predicts the features of a few target blocks of an image from one context block; the
+targets come from an EMA of the encoder. There is no CLS token.
+
+Letters: B batch, H W image height and width, C channels, N patches, K context patches (padded),
+T target patches of a block (padded), P pixels of a patch, D encoder width, d predictor width.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
-from lmim_jax.methods.base import check_choice, check_heads, check_range
+from lmim_jax.methods.base import BaseMethod, Features, Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
+from lmim_jax.methods.common.checks import check_choice, check_heads, check_range
 from lmim_jax.models import initializers, normalization, vit
 from lmim_jax.models.decoders import TokenDecoder
 from lmim_jax.models.layers import patchify, sincos_positions
@@ -19,20 +24,10 @@ from lmim_jax.optim import schedules
 LOSSES = {"smooth_l1": losses.smooth_l1, "mse": losses.mse, "l1": losses.l1}
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(BaseMethod):
     """I-JEPA; the fields are `config.method`, explained key by key in configs/ijepa_vit_b.py."""
 
-    grid: tuple[int, int]
-    patch_size: int
-    channels: int
-    width: int
-    depth: int
-    heads: int
-    mlp_ratio: float
-    norm_eps: float
-    decoder_width: int
-    decoder_depth: int
     decoder_heads: int
     blocks: int
     target_scale: tuple[float, float]
@@ -45,103 +40,101 @@ class Method:
     loss: str
     momentum_start: float
     momentum_end: float
-    dtype: str
-    attention: str
     total_steps: int
-    steps_per_epoch: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
         check_choice("loss", self.loss, LOSSES)
-        check_choice("dtype", self.dtype, ("bfloat16", "float32"))
-        check_choice("attention", self.attention, ("xla", "cudnn"))
         check_range("blocks", self.blocks, 1)
         check_range("mask_batch", self.mask_batch, 1)
         check_range("context_capacity", self.context_capacity, 1, self.num_patches)
         check_range("min_context", self.min_context, 0, self.context_capacity - 1)
-        check_heads("", self.width, self.heads)
-        check_heads("decoder_", self.decoder_width, self.decoder_heads)
+        check_heads("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+
+    # Networks: Linen modules, each applied to one sub-tree of the parameters
 
     @property
-    def num_patches(self):
-        """N, patches of the grid."""
-        return math.prod(self.grid)
-
-    @property
-    def image_size(self):
-        """(height, width) in pixels of the images that `loss` takes."""
-        return tuple(n * self.patch_size for n in self.grid)
-
-    feature_size = image_size
-
-    @property
-    def _blocks(self):
-        dtype = jnp.dtype(self.dtype)
-        return dict(
-            mlp_ratio=self.mlp_ratio, norm_eps=self.norm_eps, dtype=dtype, attention=self.attention
+    def _encoder(self) -> vit.ViT:
+        return vit.ViT(
+            width=self.width, depth=self.depth, heads=self.heads, cls=False, **self.block_options
         )
 
     @property
-    def _encoder(self):
-        return vit.ViT(width=self.width, depth=self.depth, heads=self.heads, **self._blocks, cls=False)
-
-    @property
-    def _predictor(self):
+    def _predictor(self) -> TokenDecoder:
         return TokenDecoder(
             width=self.decoder_width,
             depth=self.decoder_depth,
             heads=self.decoder_heads,
             out_width=self.width,
-            **self._blocks,
+            **self.block_options,
         )
 
     @property
-    def _masks(self):
-        scales = dict(
-            scale=self.target_scale, aspect=self.target_aspect, context_scale=self.context_scale
-        )
-        sizes = dict(
-            capacity=self.context_capacity, min_context=self.min_context, group=self.mask_batch
-        )
+    def _mask_sampler(self) -> masking.Multiblock:
         return masking.Multiblock(
-            self.grid, self.blocks, **scales, **sizes, biased=self.biased_masks
+            grid=self.grid,
+            blocks=self.blocks,
+            scale=self.target_scale,
+            aspect=self.target_aspect,
+            context_scale=self.context_scale,
+            capacity=self.context_capacity,
+            min_context=self.min_context,
+            group=self.mask_batch,
+            biased=self.biased_masks,
         )
 
-    def init(self, rng):
-        """Fresh parameters, float32: encoder and predictor."""
+    # The interface of a method, see methods/base.py
+
+    def init(self, rng: Key[Array, ""]) -> Params:
+        """Create fresh float32 parameters: encoder and predictor."""
         keys = jax.random.split(rng, 3)
-        patches, token = (
-            jnp.zeros((1, 1, self.patch_size**2 * self.channels)),
-            jnp.zeros((1, 1, self.width)),
-        )
-        place = jnp.zeros((1, 1, self.decoder_width))
+        patches = jnp.zeros((1, 1, self.patch_dim))
+        tokens = jnp.zeros((1, 1, self.width))
+        positions = jnp.zeros((1, 1, self.decoder_width))
         params = {
-            "encoder": self._encoder.init(keys[0], patches, token)["params"],
-            "predictor": self._predictor.init(keys[1], token, place, place)["params"],
+            "encoder": self._encoder.init(keys[0], patches, tokens)["params"],
+            "predictor": self._predictor.init(keys[1], tokens, positions, positions)["params"],
         }
         return initializers.normal(keys[2], params)
 
-    def sample(self, rng, keys):
-        """Draw visible [B, K] and targets [B, blocks, T] patch ids, with a mask of each; `rng` gives block sizes."""
-        return self._masks(rng, keys)
+    def sample(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> Views:
+        """Draw visible [B, K] and targets [B, blocks, T], patch ids with a mask each.
 
-    def target_of(self, params):
-        """The teacher is an EMA of the encoder."""
+        With `biased_masks`, block sizes depend on `rng` alone. See `masking.Multiblock`.
+        """
+        return self._mask_sampler(rng, keys)
+
+    def target_of(self, params: Params) -> Params:
+        """Select what the teacher consists of: the encoder."""
         return {"encoder": params["encoder"]}
 
-    def ema_rate(self, step):
-        """1 - momentum, which rises along a line; schedule[s] after step s, as in the released code."""
-        return schedules.linear(
-            1 - self.momentum_start, 1 - self.momentum_end, step / self.total_steps
-        )
+    def ema_rate(self, step: int | Int[Array, ""]) -> float | Float[Array, ""]:
+        """Compute 1 - momentum after optimizer step `step`.
 
-    def loss_fn(self, params, target, images, views, step):
-        """Smooth L1 (or another) between predicted and target features, mean over patches of all blocks.
+        The momentum rises linearly; the released code uses schedule[s] after step s.
+        """
+        progress = step / self.total_steps
+        return schedules.linear(1 - self.momentum_start, 1 - self.momentum_end, progress)
 
-        Args and result as in methods/latent_mim.py; images [B, H, W, C], H x W = `image_size`.
-        Source: paper section 3; official `src/train.py` (smooth L1, where the paper writes L2).
+    def loss_fn(
+        self,
+        params: Params,
+        target: Params,
+        images: Float[Array, "B H W C"],
+        views: Views,
+        step: int | Int[Array, ""],
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Compare predicted with target features, averaged over the patches of all blocks.
+
+        Arguments and result as in methods/base.py. Metrics are the loss and the mean numbers of
+        context patches and of target patches per block.
+
+        Source: paper section 3; official `src/train.py` (smooth L1, where the paper has L2).
         """
         del step
-        forward, mask = self.forward(params, target, images, views), views["target_mask"]
+        mask = views["target_mask"]
+        forward = self.forward(params, target, images, views)
         loss = LOSSES[self.loss](forward["predictions"], forward["targets"], mask)
         return loss, {
             "loss": loss,
@@ -149,43 +142,79 @@ class Method:
             "target_patches": mask.sum(axis=2).mean(dtype=jnp.float32),
         }
 
-    def forward(self, params, target, images, views):
-        """predictions and targets [B, blocks, T, D]; where views["target_mask"] is false they mean nothing."""
-        context, targets = views["visible"], views["targets"]
-        batch, blocks, length = targets.shape
+    def forward(
+        self, params: Params, target: Params, images: Float[Array, "B H W C"], views: Views
+    ) -> dict[str, Float[Array, "B blocks T D"]]:
+        """Compute predictions and targets; arguments as in `loss_fn`.
+
+        Returns:
+          predictions, targets: [B, blocks, T, D], meaningless where views["target_mask"] is false.
+        """
         patches = patchify(images, self.grid, self.patch_size)
-        seen = (
+        index = views["targets"]
+        tokens = self._encode_context(params, patches, views)
+        predictions = self._predict(params, tokens, views)
+        targets = self._encode_targets(target, patches, index.reshape(len(index), -1))
+        shape = (*index.shape, self.width)
+        return {"predictions": predictions.reshape(shape), "targets": targets.reshape(shape)}
+
+    def _encode_context(
+        self, params: Params, patches: Float[Array, "B N P"], views: Views
+    ) -> Float[Array, "B K D"]:
+        """Apply the online encoder to the context patches."""
+        context = views["visible"]
+        tokens, _ = self._encoder.apply(
+            {"params": params["encoder"]},
             masking.take(patches, context),
             masking.take(self._positions(params["encoder"]), context),
+            views["visible_mask"],
         )
-        tokens, _ = self._encoder.apply({"params": params["encoder"]}, *seen, views["visible_mask"])
-        # The predictor sees the context and one block: blocks are images to it
-        each = lambda x: jnp.repeat(x, blocks, axis=0)
-        places = jnp.asarray(sincos_positions(self.grid, self.decoder_width, integer=True))[None]
-        hidden = masking.take(places, targets.reshape(batch * blocks, length))
-        mask = jnp.concatenate(
-            [each(views["visible_mask"]), views["target_mask"].reshape(-1, length)], axis=1
-        )
-        known = each(tokens), each(masking.take(places, context))
-        predictions = self._predictor.apply({"params": params["predictor"]}, *known, hidden, mask)[
-            :, -length:
-        ]
-        teacher = jax.lax.stop_gradient(target["encoder"])
-        whole, _ = self._encoder.apply({"params": teacher}, patches, self._positions(teacher))
-        wanted = masking.take(normalization.standardize_tokens(whole, 1e-5), targets.reshape(batch, -1))
-        shape = (batch, blocks, length, self.width)
-        return {"predictions": predictions.reshape(shape), "targets": wanted.reshape(shape)}
+        return tokens
 
-    def _positions(self, encoder):
-        """Position vectors [1, N, D] of the grid, fixed: the same for every encoder."""
+    def _predict(
+        self, params: Params, tokens: Float[Array, "B K D"], views: Views
+    ) -> Float[Array, "B*blocks T D"]:
+        """Predict the features of target blocks, each from the context alone: one row per block."""
+        batch, blocks, length = views["targets"].shape
+        positions = sincos_positions(self.grid, self.decoder_width, integer=True)
+        positions = jnp.asarray(positions)[None]
+        target_positions = masking.take(positions, views["targets"].reshape(batch * blocks, length))
+        context_mask = jnp.repeat(views["visible_mask"], blocks, axis=0)
+        mask = jnp.concatenate([context_mask, views["target_mask"].reshape(-1, length)], axis=1)
+        context_positions = masking.take(positions, views["visible"])
+        predictions = self._predictor.apply(
+            {"params": params["predictor"]},
+            jnp.repeat(tokens, blocks, axis=0),
+            jnp.repeat(context_positions, blocks, axis=0),
+            target_positions,
+            mask,
+        )
+        return predictions[:, -length:]
+
+    def _encode_targets(
+        self, target: Params, patches: Float[Array, "B N P"], index: Int[Array, "B M"]
+    ) -> Float[Array, "B M D"]:
+        """Apply the teacher to whole images: normalized features of some of the patches."""
+        teacher = jax.lax.stop_gradient(target["encoder"])
+        tokens, _ = self._encoder.apply({"params": teacher}, patches, self._positions(teacher))
+        return masking.take(normalization.standardize_tokens(tokens, 1e-5), index)
+
+    def _positions(self, encoder: Params) -> Float[Array, "1 N D"]:
+        """Compute the positions of the training grid: fixed, the same for every encoder."""
         del encoder
         return jnp.asarray(sincos_positions(self.grid, self.width, integer=True))[None]
 
-    def features(self, params, images, rng=None):
-        """Tokens of full images, see `vit.features`; the paper evaluates those of the teacher (`params: target`)."""
-        del rng
-        grid = tuple(size // self.patch_size for size in images.shape[1:3])
+    def features(self, params: Params, images: Float[Array, "B H W C"]) -> Features:
+        """Encode whole images for evaluation, see `vit.features`.
+
+        The paper evaluates the features of the teacher (`params: target` of an evaluator).
+
+        Args:
+          params: contains "encoder".
+          images: normalized; H and W are multiples of the patch size. Positions span the range of
+            the training grid.
+        """
+        grid = self.grid_of(images)
         positions = jnp.asarray(sincos_positions(grid, self.width, self.grid, integer=True))[None]
-        return vit.features(
-            self._encoder, params["encoder"], patchify(images, grid, self.patch_size), positions
-        )
+        patches = patchify(images, grid, self.patch_size)
+        return vit.features(self._encoder, params["encoder"], patches, positions)

@@ -1,119 +1,187 @@
-"""Pure loss functions on arrays. Everything is computed in float32, whatever comes in.
+"""Pure loss functions on arrays, computed in float32 whatever the dtype of the inputs.
 
-Letters: B batch, M masked patches, N tokens, D width, P pixels of a patch, h w grid rows and columns.
+Letters: B batch, M masked patches, N tokens, D width, P pixels of a patch, C channels,
+h w grid rows and columns.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from lmim_jax.models.normalization import l2_normalize, token_moments
 
+Scalar = Float[Array, ""]
 
-def mean_over_devices(x):
-    """The mean of `x` over the devices, inside a `shard_map` over the batch; `x` itself elsewhere."""
+
+def mean_over_devices(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Average over devices inside a `shard_map` over the batch; elsewhere return x unchanged."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
-    return jax.lax.pmean(x, axes) if axes else x
+    if not axes:
+        return x
+    return jax.lax.pmean(x, axes)
 
 
-def standardize_over_patches(x):
-    """Per image and channel, mean 0 and (unbiased) deviation 1 over the patch axis: [B, M, D] -> [B, M, D].
+def standardize_over_patches(x: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
+    """Standardize every channel of an image over its patches: mean 0, standard deviation 1.
 
-    Source: official `pred2unit`: (x - mean) / (std + 1e-4), with gradient through both. Needs M >= 2.
+    The standard deviation is unbiased (ddof=1), so M must be at least 2. Gradients flow through
+    both moments.
+
+    Source: official Latent MIM `pred2unit`: (x - mean) / (std + 1e-4).
     """
     x = x.astype(jnp.float32)
-    return (x - x.mean(axis=1, keepdims=True)) / (x.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+    centered = x - x.mean(axis=1, keepdims=True)
+    return centered / (x.std(axis=1, ddof=1, keepdims=True) + 1e-4)
 
 
-def standardize_pixels(patches, channels):
-    """Per patch and channel, mean 0 and (biased) variance 1 over the pixels: (result, mean, deviation), each [B, M, P].
+def standardize_pixels(
+    patches: Float[Array, "B M P"], channels: int
+) -> tuple[Float[Array, "B M P"], Float[Array, "B M P"], Float[Array, "B M P"]]:
+    """Shift and scale every channel of a patch to mean 0 and variance 1 over its pixels.
 
-    P = pixels x channels, channels last. The variance gets 1e-5 added, so flat patches become 0.
-    Source: BootMAE. (MAE standardises over all channels of a patch at once, by the unbiased variance.)
+    The variance is biased (ddof=0), and 1e-5 is added to it, so that a constant patch becomes 0.
+
+    Args:
+      patches: pixels in the order (row, column, channel).
+      channels: C.
+
+    Returns:
+      (standardized patches, means, standard deviations), float32.
+
+    Source: BootMAE. MAE standardizes all channels of a patch together, by the unbiased variance.
     """
     x = patches.astype(jnp.float32).reshape(*patches.shape[:-1], -1, channels)
-    mean, deviation = x.mean(axis=-2, keepdims=True), jnp.sqrt(x.var(axis=-2, keepdims=True) + 1e-5)
-    back = lambda y: jnp.broadcast_to(y, x.shape).reshape(patches.shape)
-    return back((x - mean) / deviation), back(mean), back(deviation)
+    mean = x.mean(axis=-2, keepdims=True)
+    stddev = jnp.sqrt(x.var(axis=-2, keepdims=True) + 1e-5)
+    standardized = ((x - mean) / stddev).reshape(patches.shape)
+    means = jnp.broadcast_to(mean, x.shape).reshape(patches.shape)
+    stddevs = jnp.broadcast_to(stddev, x.shape).reshape(patches.shape)
+    return standardized, means, stddevs
 
 
-def masked_neighbours(masked, grid):
-    """Share of the 3 x 3 neighbourhood of every masked patch that is masked: ids [B, M] -> float32 [B, M].
+def masked_neighbors(masked: Int[Array, "B M"], grid: tuple[int, int]) -> Float[Array, "B M"]:
+    """Compute which share of the 3 x 3 neighborhood of each masked patch is masked.
 
-    A patch is in its own neighbourhood; beyond the border nothing is masked. Source: BootMAE's `weight_mask`.
+    A patch belongs to its own neighborhood; positions outside the grid count as visible.
+
+    Args:
+      masked: ids of masked patches.
+      grid: (h, w).
+
+    Source: `weight_mask` of BootMAE.
     """
     h, w = grid
-    mask = jnp.zeros((len(masked), h * w)).at[jnp.arange(len(masked))[:, None], masked].set(1)
+    rows = jnp.arange(len(masked))[:, None]
+    mask = jnp.zeros((len(masked), h * w)).at[rows, masked].set(1)
     padded = jnp.pad(mask.reshape(-1, h, w), ((0, 0), (1, 1), (1, 1)))
-    around = sum(
+    neighborhoods = [
         padded[:, row : row + h, column : column + w] for row in range(3) for column in range(3)
-    )
-    return jnp.take_along_axis(around.reshape(-1, h * w) / 9, masked, axis=1)
+    ]
+    counts = sum(neighborhoods)
+    return jnp.take_along_axis(counts.reshape(-1, h * w) / 9, masked, axis=1)
 
 
-def discrimination_logits(predictions, targets, tau):
-    """Cosine of every prediction with every target of its image, over tau: [B, M, D] x 2 -> float32 [B, M, M]."""
-    predictions, targets = l2_normalize(predictions), l2_normalize(targets)
-    return (
-        jnp.einsum("bid,bjd->bij", predictions, targets, preferred_element_type=jnp.float32) / tau
-    )
+def discrimination_logits(
+    predictions: Float[Array, "B M D"], targets: Float[Array, "B M D"], tau: float
+) -> Float[Array, "B M M"]:
+    """Compute the cosine of every prediction with every target of its image, divided by tau."""
+    predictions = l2_normalize(predictions)
+    targets = l2_normalize(targets)
+    cosines = jnp.einsum("bid,bjd->bij", predictions, targets, preferred_element_type=jnp.float32)
+    return cosines / tau
 
 
-def patch_infonce(logits, tau):
-    """Patch discrimination: each prediction must pick its own target, the diagonal of `logits` [B, M, M].
+def patch_infonce(logits: Float[Array, "B M M"], tau: float) -> Scalar:
+    """Patch discrimination: each prediction must pick its own target, the diagonal of the logits.
 
-    2 tau times the cross-entropy, mean over images and patches. Chance is 2 tau ln M.
+    This is 2 tau times the cross-entropy, averaged over images and patches; chance is 2 tau ln M.
+
+    Args:
+      logits: as returned by `discrimination_logits`.
+      tau: temperature of these logits.
+
     Source: Latent MIM, section 3.2; official `infonce_patches`.
     """
     own = jnp.diagonal(logits, axis1=1, axis2=2)
     return 2 * tau * jnp.mean(jax.nn.logsumexp(logits, axis=-1) - own)
 
 
-def patch_accuracy(logits):
-    """Share of predictions whose own target scores highest: [B, M, M] -> scalar. Chance is 1 / M."""
-    return jnp.mean(jnp.diagonal(logits, axis1=1, axis2=2) >= logits.max(axis=-1))
+def patch_accuracy(logits: Float[Array, "B M M"]) -> Scalar:
+    """Compute the share of predictions that are closest to their own target; chance is 1 / M."""
+    own = jnp.diagonal(logits, axis1=1, axis2=2)
+    return jnp.mean(own >= logits.max(axis=-1))
 
 
-def norm_l2(predictions, targets):
-    """Mean squared error to targets standardised per token over channels, see `token_moments`.
+def norm_l2(predictions: Float[Array, "B M D"], targets: Float[Array, "B M D"]) -> Scalar:
+    """Mean squared error to targets that are standardized per token, see `token_moments`.
 
-    Source: official `norm_l2`, from MAE's normalised pixels.
+    Source: official Latent MIM `norm_l2`, after MAE's normalized pixels.
     """
-    mean, deviation = token_moments(targets)
-    return mse(predictions, (targets.astype(jnp.float32) - mean) / deviation)
+    mean, stddev = token_moments(targets)
+    return mse(predictions, (targets.astype(jnp.float32) - mean) / stddev)
 
 
-def mse(predictions, targets, mask=None):
+def mse(
+    predictions: Float[Array, "B ... D"],
+    targets: Float[Array, "B ... D"],
+    mask: Bool[Array, "B ..."] | None = None,
+) -> Scalar:
     """Mean squared error; mask: see `_mean`."""
-    return _mean(jnp.square(predictions.astype(jnp.float32) - targets.astype(jnp.float32)), mask)
+    return _mean(jnp.square(_difference(predictions, targets)), mask)
 
 
-def l1(predictions, targets, mask=None):
+def l1(
+    predictions: Float[Array, "B ... D"],
+    targets: Float[Array, "B ... D"],
+    mask: Bool[Array, "B ..."] | None = None,
+) -> Scalar:
     """Mean absolute error; mask: see `_mean`."""
-    return _mean(jnp.abs(predictions.astype(jnp.float32) - targets.astype(jnp.float32)), mask)
+    return _mean(jnp.abs(_difference(predictions, targets)), mask)
 
 
-def smooth_l1(predictions, targets, mask=None):
-    """Huber loss with threshold 1 (torch's `smooth_l1_loss`): quadratic below, linear above; mask: see `_mean`."""
-    error = jnp.abs(predictions.astype(jnp.float32) - targets.astype(jnp.float32))
+def smooth_l1(
+    predictions: Float[Array, "B ... D"],
+    targets: Float[Array, "B ... D"],
+    mask: Bool[Array, "B ..."] | None = None,
+) -> Scalar:
+    """Huber loss with threshold 1, torch's `smooth_l1_loss`; mask: see `_mean`.
+
+    An error x costs x^2 / 2 below 1, and x - 1 / 2 above.
+    """
+    error = jnp.abs(_difference(predictions, targets))
     return _mean(jnp.where(error < 1, 0.5 * error * error, error - 0.5), mask)
 
 
-def _mean(errors, mask):
-    """Mean of errors [B, ..., D] over everything, or, per image, over the tokens where `mask` [B, ...] is true."""
+def _difference(predictions: Array, targets: Array) -> Array:
+    return predictions.astype(jnp.float32) - targets.astype(jnp.float32)
+
+
+def _mean(errors: Float[Array, "B ... D"], mask: Bool[Array, "B ..."] | None) -> Scalar:
+    """Average errors over everything, or over the tokens of each image where `mask` is true."""
     if mask is None:
         return errors.mean()
-    weight = mask / mask.sum(axis=tuple(range(1, mask.ndim)), keepdims=True)
+    counts = mask.sum(axis=tuple(range(1, mask.ndim)), keepdims=True)
+    weight = mask / counts
     return (errors.mean(axis=-1) * weight).sum() / len(mask)
 
 
-REGRESSION = {"norm_l2": norm_l2, "mse": mse, "l1": l1, "smooth_l1": smooth_l1}
+# Losses that compare a prediction with its own target alone, by their names in configs
+REGRESSION_LOSSES: dict[str, Any] = {
+    "norm_l2": norm_l2,
+    "mse": mse,
+    "l1": l1,
+    "smooth_l1": smooth_l1,
+}
 
 
-def similarity(tokens):
-    """Mean cosine over all ordered pairs of an image's tokens, self-pairs included, mean over images: scalar.
+def similarity(tokens: Float[Array, "B N D"]) -> Scalar:
+    """Mean cosine over all ordered pairs of tokens of an image, pairs with itself included.
 
-    Equal to the squared norm of the mean unit vector, so O(N D), without the N x N matrix.
-    The mean is over all images of the (micro-)batch on all devices.
+    This equals the squared norm of the mean unit vector, so it takes O(N D) without the N x N
+    matrix. The result is averaged over all images of the (micro-)batch on all devices.
+
     Source: Latent MIM, section 3.3; official `avg_pairwise_sim`.
     """
     center = l2_normalize(tokens).mean(axis=1)

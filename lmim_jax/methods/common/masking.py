@@ -1,7 +1,8 @@
-"""Which patches are seen: index samplers, one per-image key each, and gathering by index.
+"""Patch masking: samplers of visible and masked patches, and gathering of patches by index.
 
-Letters: B batch, N patches, V visible, M masked, D width, h w grid rows and columns.
-Index arrays have static lengths, so that every program compiles once.
+Letters: B batch, N patches, V visible, M masked, D width, h w grid rows and columns,
+K context patches (padded), T target patches of a block (padded).
+Index arrays have static lengths, so that every program is compiled once.
 """
 
 import dataclasses
@@ -11,70 +12,95 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Split = tuple[Int[Array, " V"], Int[Array, " M"]]
 
 
-def random_split(key, num_patches, num_visible):
-    """Split the patches of one image at random: (visible [V], masked [M]) int32, each in random order.
+def random_split(key: Key[Array, ""], num_patches: int, num_visible: int) -> Split:
+    """Split the patches of one image at random.
 
-    Together they are a permutation of range(num_patches).
+    Args:
+      key: random key of the image.
+      num_patches: N.
+      num_visible: V.
+
+    Returns:
+      (visible, masked), int32, each in random order; together a permutation of range(N).
     """
     order = jax.random.permutation(key, num_patches).astype(jnp.int32)
     return order[:num_visible], order[num_visible:]
 
 
-def _by_ratio(key, grid, mask_ratio):
+def _ratio_split(key: Key[Array, ""], grid: tuple[int, int], mask_ratio: float) -> Split:
     """`random_split` with floor(N (1 - mask_ratio)) visible patches, as in MAE and PiLaMIM."""
     num_patches = math.prod(grid)
     return random_split(key, num_patches, int(num_patches * (1 - mask_ratio)))
 
 
-def checkerboard_split(key, grid, mask_ratio, cell=1):
-    """Visible and masked patches as the squares of a chess board, whose colours are swapped at random.
+def checkerboard_split(
+    key: Key[Array, ""], grid: tuple[int, int], mask_ratio: float, cell: int = 1
+) -> Split:
+    """Split the patches of one image like the squares of a chessboard; its colors swap at random.
 
     Args:
-      cell: side of a square in patches. mask_ratio: 0.5, the only one there is.
+      key: random key of the image.
+      grid: (h, w).
+      mask_ratio: must be 0.5.
+      cell: side of a square in patches.
+
+    Returns:
+      (visible, masked), int32, each in raster order.
 
     Raises:
-      ValueError: the squares of both colours do not hold as many patches, or mask_ratio is not 0.5.
+      ValueError: mask_ratio is not 0.5, or the two colors do not cover equally many patches.
 
-    Source: SymMIM (Nguyen and Park, ICPR 2024): (floor(i / cell) + floor(j / cell)) mod 2, cell 1 for the online
-    encoder and a larger one for its momentum encoder. The swap is ours: so no patch is visible in every step.
+    Source: SymMIM (Nguyen and Park, ICPR 2024): (floor(i / cell) + floor(j / cell)) mod 2, cell 1
+    for the online encoder and a larger cell for its momentum encoder. The random swap is an
+    addition: without it, some patches would be visible in every step and others never.
     """
-    rows, columns = np.arange(grid[0]) // cell, np.arange(grid[1]) // cell
+    rows = np.arange(grid[0]) // cell
+    columns = np.arange(grid[1]) // cell
     black = ((rows[:, None] + columns[None]) % 2).ravel()
     if mask_ratio != 0.5 or 2 * black.sum() != black.size:
         raise ValueError(
-            f"a checkerboard of {cell} x {cell} patches needs mask_ratio 0.5 and a grid it halves: {grid}"
+            f"a checkerboard of {cell} x {cell} patches needs mask_ratio 0.5 and a grid that it "
+            f"halves, not {grid}"
         )
     halves = jnp.asarray(np.stack([np.flatnonzero(black == 0), np.flatnonzero(black)]), jnp.int32)
     swapped = jax.random.bernoulli(key).astype(jnp.int32)
     return halves[swapped], halves[1 - swapped]
 
 
-SPLITS = {  # (key, grid, mask_ratio) -> (visible [V], masked [M])
-    "random": _by_ratio,
+# Samplers by their names in configs: (key, grid, mask_ratio) -> (visible [V], masked [M])
+SAMPLERS = {
+    "random": _ratio_split,
     "checkerboard": checkerboard_split,
     "checkerboard2": functools.partial(checkerboard_split, cell=2),
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Multiblock:
-    """I-JEPA's masks: a few target blocks, and one context block without what the targets cover.
+    """I-JEPA's masks: a few target blocks, and one context block without the targets' patches.
 
-    Index arrays are padded to static lengths, with a mask each.
-
-    Args:
-      grid: (h, w). blocks: targets per image. scale, aspect: ranges of a target's area (share of N) and height / width.
-      context_scale: range of the context block's area; it is square.
-      capacity: K, length of the context array; what a context has beyond it is cut.
-      min_context: a context of no more patches than this is drawn again, 20 times, then with one target ignored, ...
-      biased: as the released sampler: one draw u sets both scale and aspect, and block sizes are shared by the batch;
-        the last row and column are never drawn; contexts are cut, in raster order, to the shortest in a group of
-        `group` images. Else sizes are drawn per image, scale and aspect apart; blocks lie anywhere; contexts beyond the
-        capacity are cut at random.
-      group: images in such a group. The others are drawn for the purpose, instead of being those of the batch: so the
-        masks of an image are the same on any number of devices, and as likely as in the official groups.
+    Attributes:
+      grid: (h, w).
+      blocks: target blocks per image.
+      scale: range of a target's area as a share of N.
+      aspect: range of a target's height / width.
+      context_scale: range of the context block's area as a share of N; the block is square.
+      capacity: K, length of the context array; longer contexts are truncated.
+      min_context: a context of at most this many patches is drawn again, up to 20 times, then with
+        one target ignored, then two, ...
+      group: images in a group, see `biased`. Only the image itself belongs to the batch; the other
+        members are drawn for this purpose. So the masks of an image are the same on any number of
+        devices, and have the distribution of the official groups.
+      biased: reproduces the released sampler. One draw u sets both scale and aspect, and block
+        sizes are shared by the batch; the last row and column are never drawn; contexts are
+        truncated, in raster order, to the shortest one in a group of `group` images. If false,
+        sizes are drawn per image, scale and aspect independently; blocks can lie anywhere; contexts
+        longer than the capacity are truncated at random.
 
     Source: I-JEPA (Assran et al., CVPR 2023), section 3; official `src/masks/multiblock.py`.
     """
@@ -89,167 +115,276 @@ class Multiblock:
     group: int
     biased: bool
 
-    def __call__(self, rng, keys):
-        """Masks of a batch: visible [B, K] (the context) and targets [B, blocks, T] int32, with a mask of each."""
+    def __call__(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> dict[str, Array]:
+        """Draw the masks of a batch.
+
+        Args:
+          rng: random key of the batch.
+          keys: one random key per image.
+
+        Returns:
+          visible [B, K] and targets [B, blocks, T], int32 patch ids; visible_mask [B, K] and
+          target_mask [B, blocks, T], bool, false where the ids are padding.
+        """
         size_key, group_key = jax.random.split(rng)
-        keep = self.capacity
+        limit = self.capacity
         if self.biased:
             size_keys = jnp.broadcast_to(size_key, keys.shape)
-            _, others = jax.vmap(self._draw, (None, 0))(
-                size_key, jax.random.split(group_key, self.group - 1)
-            )
-            keep = others.sum(axis=1).min(initial=keep)
+            limit = self._shortest_of_group(size_key, group_key)
         else:
             size_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
         targets, context = jax.vmap(self._draw)(size_keys, keys)
-        order = jnp.zeros(context.shape)
+        priority = jnp.zeros(context.shape)
         if not self.biased:
-            order = jax.vmap(
-                lambda key: jax.random.uniform(jax.random.fold_in(key, 1), context.shape[1:])
-            )(keys)
-        order = jnp.argsort(jnp.where(context, order, 2), axis=1, stable=True)[
-            :, : self.capacity
-        ].astype(jnp.int32)
-        context_mask = (
-            jnp.arange(order.shape[1])[None] < jnp.minimum(keep, context.sum(axis=1))[:, None]
-        )
-        longest = int(self._sizes(self.scale, self.aspect).prod(axis=1).max())
-        index = jnp.argsort(~targets, axis=2, stable=True)[:, :, :longest].astype(jnp.int32)
-        target_mask = jnp.arange(longest)[None, None] < targets.sum(axis=2)[:, :, None]
+            priority = jax.vmap(self._random_priority)(keys)
+        visible, visible_mask = self._pad_context(context, priority, limit)
+        index, target_mask = self._pad_targets(targets)
         return {
-            "visible": order,
-            "visible_mask": context_mask,
+            "visible": visible,
+            "visible_mask": visible_mask,
             "targets": index,
             "target_mask": target_mask,
         }
 
-    def _sizes(self, scale, aspect):
-        """Table [4096, 2] of equally likely (height, width)."""
-        n = 4096 if self.biased else 64
-        u = (np.arange(n) + 0.5) / n
-        u, v = (u, u) if self.biased else (np.repeat(u, n), np.tile(u, n))
+    def _shortest_of_group(self, size_key: Key[Array, ""], group_key: Key[Array, ""]) -> Array:
+        """Draw the other images of a group: length of their shortest context, or the capacity."""
+        keys = jax.random.split(group_key, self.group - 1)
+        _, contexts = jax.vmap(self._draw, (None, 0))(size_key, keys)
+        return contexts.sum(axis=1).min(initial=self.capacity)
+
+    def _random_priority(self, key: Key[Array, ""]) -> Float[Array, " N"]:
+        return jax.random.uniform(jax.random.fold_in(key, 1), (math.prod(self.grid),))
+
+    def _pad_context(
+        self, context: Bool[Array, "B N"], priority: Float[Array, "B N"], limit: int | Array
+    ) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
+        """Turn context masks into padded index arrays, in the order of priorities within [0, 1]."""
+        order = jnp.argsort(jnp.where(context, priority, 2), axis=1, stable=True)
+        order = order[:, : self.capacity].astype(jnp.int32)
+        places = jnp.arange(order.shape[1])[None]
+        return order, places < jnp.minimum(limit, context.sum(axis=1))[:, None]
+
+    def _pad_targets(
+        self, targets: Bool[Array, "B blocks N"]
+    ) -> tuple[Int[Array, "B blocks T"], Bool[Array, "B blocks T"]]:
+        """Turn target masks into padded index arrays, in raster order."""
+        longest = int(self._size_table(self.scale, self.aspect).prod(axis=1).max())
+        order = jnp.argsort(~targets, axis=2, stable=True)[:, :, :longest].astype(jnp.int32)
+        places = jnp.arange(longest)[None, None]
+        return order, places < targets.sum(axis=2)[:, :, None]
+
+    def _size_table(
+        self, scale: tuple[float, float], aspect: tuple[float, float]
+    ) -> Int[np.ndarray, "4096 2"]:
+        """Tabulate equally likely block sizes (height, width)."""
+        if self.biased:
+            u = _midpoints(4096)
+            v = u
+        else:
+            u = np.repeat(_midpoints(64), 64)
+            v = np.tile(_midpoints(64), 64)
         area = np.floor(math.prod(self.grid) * (scale[0] + u * (scale[1] - scale[0])))
         ratio = aspect[0] + v * (aspect[1] - aspect[0])
         sizes = np.round(np.sqrt(np.stack([area * ratio, area / ratio], axis=1)))
-        return np.clip(sizes, 1, np.array(self.grid) - self.biased).astype(np.int32)
+        return np.clip(sizes, 1, np.array(self.grid) - int(self.biased)).astype(np.int32)
 
-    def _block(self, key, size):
-        """Bool [N]: a block of that size somewhere."""
-        inside = []
-        for key_of_axis, length, cells in zip(jax.random.split(key), size, self.grid, strict=True):
-            start = jax.random.randint(key_of_axis, (), 0, cells - length + (not self.biased))
-            places = jnp.arange(cells)
-            inside.append((places >= start) & (places < start + length))
-        return (inside[0][:, None] & inside[1][None]).ravel()
+    def _draw_size(
+        self, key: Key[Array, ""], scale: tuple[float, float], aspect: tuple[float, float]
+    ) -> Int[Array, " 2"]:
+        """Draw the (height, width) of a block."""
+        table = self._size_table(scale, aspect)
+        index = jax.random.randint(key, (), 0, len(table))
+        return jnp.asarray(table)[index]
 
-    def _draw(self, size_key, key):
-        """Bool targets [blocks, N] and context [N] of one image; its sizes are drawn from `size_key`."""
-        tables = self._sizes(self.scale, self.aspect), self._sizes(self.context_scale, (1.0, 1.0))
-        draws = [
-            jax.random.randint(k, (), 0, len(t))
-            for k, t in zip(jax.random.split(size_key), tables, strict=True)
-        ]
-        of_target, of_context = (
-            jnp.asarray(table)[draw] for table, draw in zip(tables, draws, strict=True)
-        )
+    def _draw_block(self, key: Key[Array, ""], size: Int[Array, " 2"]) -> Bool[Array, " N"]:
+        """Draw a block of the given (height, width) at a random place."""
+        row_key, column_key = jax.random.split(key)
+        rows = self._draw_interval(row_key, size[0], self.grid[0])
+        columns = self._draw_interval(column_key, size[1], self.grid[1])
+        return (rows[:, None] & columns[None]).ravel()
+
+    def _draw_interval(
+        self, key: Key[Array, ""], length: Int[Array, ""], cells: int
+    ) -> Bool[Array, " cells"]:
+        """Draw an interval of `length` cells among `cells`, as a mask."""
+        start = jax.random.randint(key, (), 0, cells - length + int(not self.biased))
+        places = jnp.arange(cells)
+        return (places >= start) & (places < start + length)
+
+    def _draw(
+        self, size_key: Key[Array, ""], key: Key[Array, ""]
+    ) -> tuple[Bool[Array, "blocks N"], Bool[Array, " N"]]:
+        """Draw the (targets, context) of one image; its block sizes depend on `size_key` alone."""
+        target_size_key, context_size_key = jax.random.split(size_key)
+        target_size = self._draw_size(target_size_key, self.scale, self.aspect)
+        context_size = self._draw_size(context_size_key, self.context_scale, (1.0, 1.0))
         target_key, context_key = jax.random.split(key)
-        targets = jax.vmap(self._block, (0, None))(
-            jax.random.split(target_key, self.blocks), of_target
-        )
-        tries = jax.vmap(self._block, (0, None))(jax.random.split(context_key, 20), of_context)
-        # Free of all targets; if that is too little in all tries, of all but the last, of all but the last two, ...
+        draw_blocks = jax.vmap(self._draw_block, (0, None))
+        targets = draw_blocks(jax.random.split(target_key, self.blocks), target_size)
+        tries = draw_blocks(jax.random.split(context_key, 20), context_size)
+        return targets, self._choose_context(targets, tries)
+
+    def _choose_context(
+        self, targets: Bool[Array, "blocks N"], tries: Bool[Array, "20 N"]
+    ) -> Bool[Array, " N"]:
+        """Choose the first context that is long enough; if there is none, the longest one.
+
+        Candidates are all tries without the patches of all targets; then all tries without those of
+        all targets but the last one; then without those of all but the last two; ...
+        """
         covered = jnp.cumsum(targets, axis=0) > 0
         covered = jnp.concatenate([covered[::-1], jnp.zeros_like(covered[:1])])  # [blocks + 1, N]
         contexts = (tries[None] & ~covered[:, None]).reshape(-1, tries.shape[-1])
-        enough = contexts.sum(axis=1) > self.min_context
-        return targets, contexts[
-            jnp.where(enough.any(), enough.argmax(), contexts.sum(axis=1).argmax())
-        ]
+        lengths = contexts.sum(axis=1)
+        enough = lengths > self.min_context
+        return contexts[jnp.where(enough.any(), enough.argmax(), lengths.argmax())]
 
 
-PROPOSALS, ROUNDS = (
-    16,
-    1000,
-)  # blocks tried at a time, and rounds at most; 120 of 196 patches take about 10 rounds
+def _midpoints(count: int) -> Float[np.ndarray, " count"]:
+    """Midpoints of `count` equal parts of [0, 1]."""
+    return (np.arange(count) + 0.5) / count
 
 
-def block_mask(key, grid, total, smallest, largest, aspect):
-    """Mask exactly `total` patches of one image with blocks: bool [h, w], True = masked.
+PROPOSALS = 16  # blocks that are tried at a time
+ROUNDS = 1000  # at most; 120 of 196 patches take about 10 rounds
 
-    Until they are masked: a block of an area uniform on [smallest, min(largest, patches missing)] and a height / width
-    log-uniform on [aspect, 1 / aspect], at a uniform place, is taken if it is lower and narrower than the grid and
-    masks a patch or more that is not masked yet, but no more than are missing, nor more than `largest`. Sizes of which
-    no block can be taken end it after ROUNDS rounds, with fewer masked.
+
+def block_mask(
+    key: Key[Array, ""],
+    grid: tuple[int, int],
+    *,
+    total: int,
+    smallest: float,
+    largest: float,
+    aspect: float,
+) -> Bool[Array, "h w"]:
+    """Mask exactly `total` patches of one image with rectangular blocks.
+
+    Blocks are proposed until `total` patches are masked. Their area is uniform on
+    [smallest, min(largest, patches still missing)], their height / width is log-uniform on
+    [aspect, 1 / aspect], their place is uniform. A block is accepted if it is lower and narrower
+    than the grid, and masks at least one patch that is not masked yet, but not more than are still
+    missing, nor more than `largest`. If the sizes allow no such block, fewer patches are masked
+    after ROUNDS rounds.
 
     Args:
-      grid: (h, w). total: patches to mask. smallest, largest: areas in patches, floats or ints. aspect: in (0, 1].
+      key: random key of the image.
+      grid: (h, w).
+      total: patches to mask.
+      smallest: smallest area of a block in patches.
+      largest: largest area of a block in patches.
+      aspect: smallest height / width, in (0, 1].
+
+    Returns:
+      The mask, True = masked.
 
     Source: BEiT (arXiv 2106.08254), algorithm 1; BootMAE's `masking_generator.py`.
     """
-    h, w = grid
 
-    def propose(key, limit):
-        """Rows [K, h] and columns [K, w] of K blocks, True inside, and whether they are small enough, [K]."""
-        keys = jax.random.split(key, 4)
-        low, high = (
-            jnp.minimum(smallest, limit),
-            jnp.maximum(smallest, limit),
-        )  # where less than `smallest` is missing
-        area = jax.random.uniform(keys[0], (PROPOSALS,), minval=low, maxval=high)
-        stretch = aspect ** jax.random.uniform(keys[1], (PROPOSALS,), minval=-1.0, maxval=1.0)
-        height, width = (
-            jnp.round(jnp.sqrt(x)).astype(jnp.int32) for x in (area * stretch, area / stretch)
-        )
+    def is_unfinished(state):
+        turn, mask = state
+        return (turn < ROUNDS) & (mask.sum() < total)
 
-        def inside(key, size, cells):
-            start = jax.random.randint(key, (PROPOSALS,), 0, jnp.maximum(cells - size + 1, 1))[
-                :, None
-            ]
-            at = jnp.arange(cells)[None]
-            return (at >= start) & (at < start + size[:, None])
-
-        return inside(keys[2], height, h), inside(keys[3], width, w), (height < h) & (width < w)
-
-    def add(state):
+    def add_block(state):
         turn, mask = state
         limit = jnp.minimum(total - mask.sum(), largest)
-        rows, columns, fits = propose(jax.random.fold_in(key, turn), limit)
+        rows, columns, fits = _propose_blocks(
+            jax.random.fold_in(key, turn), grid, smallest, limit, aspect
+        )
         new = jnp.sum(rows[:, :, None] & columns[:, None] & ~mask[None], axis=(1, 2))
-        taken = fits & (new > 0) & (new <= limit)
-        first = jnp.argmax(taken)
-        return turn + 1, mask | (rows[first][:, None] & columns[first][None] & taken[first])
+        accepted = fits & (new > 0) & (new <= limit)
+        first = jnp.argmax(accepted)
+        block = rows[first][:, None] & columns[first][None] & accepted[first]
+        return turn + 1, mask | block
 
-    missing = lambda state: (state[0] < ROUNDS) & (state[1].sum() < total)
-    return jax.lax.while_loop(missing, add, (0, jnp.zeros(grid, bool)))[1]
+    _, mask = jax.lax.while_loop(is_unfinished, add_block, (0, jnp.zeros(grid, bool)))
+    return mask
 
 
-def block_split(key, mask, num_visible, exposed):
-    """Split the patches of one image: what a mask covers is masked, but for `exposed` patches, and others at random.
-
-    Args:
-      mask: bool [h, w], as from `block_mask`, with at most M = h w - num_visible masked.
-      exposed: scalar int, so many patches of the blocks are visible all the same.
+def _propose_blocks(
+    key: Key[Array, ""],
+    grid: tuple[int, int],
+    smallest: float,
+    limit: Float[Array, ""],
+    aspect: float,
+) -> tuple[Bool[Array, "K h"], Bool[Array, "K w"], Bool[Array, " K"]]:
+    """Draw K = PROPOSALS blocks.
 
     Returns:
-      (visible [V], masked [M]) int32, each in random order; together a permutation of range(h w).
+      (rows, columns, fits): masks of the rows and of the columns of each block, and whether it is
+      lower and narrower than the grid.
+    """
+    h, w = grid
+    keys = jax.random.split(key, 4)
+    # The limit is below `smallest` when fewer patches are missing.
+    low = jnp.minimum(smallest, limit)
+    high = jnp.maximum(smallest, limit)
+    area = jax.random.uniform(keys[0], (PROPOSALS,), minval=low, maxval=high)
+    ratio = aspect ** jax.random.uniform(keys[1], (PROPOSALS,), minval=-1.0, maxval=1.0)
+    height = jnp.round(jnp.sqrt(area * ratio)).astype(jnp.int32)
+    width = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
+    rows = _random_intervals(keys[2], height, h)
+    columns = _random_intervals(keys[3], width, w)
+    return rows, columns, (height < h) & (width < w)
 
-    Source: BootMAE's `mask_to_index`, where `exposed` is a roll of the order of patches by 0 .. 3, one for the batch.
+
+def _random_intervals(
+    key: Key[Array, ""], lengths: Int[Array, " K"], cells: int
+) -> Bool[Array, "K cells"]:
+    """Draw an interval of each of the lengths among `cells` cells, as masks."""
+    start = jax.random.randint(key, lengths.shape, 0, jnp.maximum(cells - lengths + 1, 1))[:, None]
+    places = jnp.arange(cells)[None]
+    return (places >= start) & (places < start + lengths[:, None])
+
+
+def block_split(
+    key: Key[Array, ""],
+    mask: Bool[Array, "h w"],
+    num_visible: int,
+    exposed: int | Int[Array, ""],
+) -> Split:
+    """Split the patches of one image by a mask of blocks, and fill up at random.
+
+    Masked are the patches under the mask except `exposed` of them, and random other patches.
+
+    Args:
+      key: random key of the image.
+      mask: as returned by `block_mask`, with at most M = h w - num_visible masked patches.
+      num_visible: V.
+      exposed: number of patches under the mask that are visible nevertheless.
+
+    Returns:
+      (visible, masked), int32, each in random order; together a permutation of range(h w).
+
+    Source: BootMAE's `mask_to_index`, where `exposed` is a roll of the order of patches by 0 .. 3,
+    one draw for the whole batch.
     """
     order = jnp.argsort(mask.ravel() + jax.random.uniform(key, (mask.size,))).astype(jnp.int32)
     order = jnp.roll(order, exposed)
     return order[:num_visible], order[num_visible:]
 
 
-def window_offsets(key, grid, gap):
-    """Offset of the window in each cell of one image, [h, w, 2] int32, uniform on {0 .. gap - 1} per axis.
+def window_offsets(key: Key[Array, ""], grid: tuple[int, int], gap: int) -> Int[Array, "h w 2"]:
+    """Draw the (row, column) offset of the window in each cell of one image.
 
-    The bound is exclusive, as in the official code: an offset of `gap` never occurs.
+    Offsets are int32, uniform on {0 .. gap - 1} per axis. The bound is exclusive, as in the
+    official code: an offset of `gap` never occurs.
+
+    Args:
+      key: random key of the image.
+      grid: (h, w).
+      gap: pixels by which a cell is wider than its window.
     """
     return jax.random.randint(key, (*grid, 2), 0, max(gap, 1), jnp.int32)
 
 
-def take(x, index):
-    """Rows of each image by index: [B, N, D] (or [1, N, D], shared by the batch), [B, M] -> [B, M, D]."""
+def take(x: Float[Array, "B N D"], index: Int[Array, "B M"]) -> Float[Array, "B M D"]:
+    """Gather rows of each image by index.
+
+    Args:
+      x: one table per image, or [1, N, D], one table for the whole batch.
+      index: rows to gather.
+    """
     if len(x) == 1:
         return jnp.take(x[0], index, axis=0)
     return jnp.take_along_axis(x, index[..., None], axis=1)
