@@ -9,6 +9,6 @@ case " $* " in
 esac
 ruff check .
 ruff format --check .
-NO_MKDOCS_2_WARNING=1 mkdocs build --strict -q -d "$(mktemp -d)/site"
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict -q -d build/site
 mypy
 exec python -m pytest "$@"
