@@ -1,208 +1,313 @@
-"""Drawing: figures that a newcomer can read, as uint8 arrays [H, W, 3] or SVG. Nothing here knows of a method or a run.
+"""Figures as uint8 arrays or SVG. Nothing here depends on a method or a run.
 
-Letters: K images of a picture, h w grid rows and columns, p patch size.
+Letters: K images of a figure, H W pixels, C channels, h w grid rows and columns.
 """
 
 import io
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-VISIBLE_COLOR, HIDDEN_COLOR = "#2a9d3a", "#c8442e"
-CLUSTER_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
-MASK = ListedColormap(["#222222", "#f2f2f2"])
+Window = tuple[int, int, int, bool]  # top, left, side in pixels; visible
+Line = tuple[Sequence[float], Sequence[float]]  # steps, values
+Panel = tuple[str, Mapping[str, Line], Mapping[str, float]]  # title, lines, constants by label
+Picture = UInt8[np.ndarray, "H W 3"]
+
+VISIBLE_COLOR = "#2a9d3a"
+HIDDEN_COLOR = "#c8442e"
+CLUSTER_COLORS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+    "#bbbbbb",
+    "#222222",
+)
+MASK_COLORS = ListedColormap(["#222222", "#f2f2f2"])
+INK = "#010203"  # stands for the color of the page's text in SVG; no line has this color
 
 
-def _grid(labels, columns, title, note, legend, side=1.5):
-    """A figure of pictures, a row per label, with a title above, a legend and a note below: (figure, axes)."""
-    width, height = side * columns + 0.3, side * len(labels) + 1.15
-    figure = Figure(figsize=(width, height), dpi=110)
-    axes = figure.subplots(len(labels), columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
-    for ax, label in zip(axes[:, 0], labels, strict=True):
-        ax.set_ylabel(label, fontsize=8)
-    margins = dict(
-        left=0.28 / width, right=1 - 0.04 / width, top=1 - 0.36 / height, bottom=0.78 / height
-    )
-    figure.subplots_adjust(**margins, wspace=0.04, hspace=0.04)
-    figure.suptitle(title, y=1 - 0.08 / height, fontsize=10, fontweight="bold")
-    place = dict(loc="upper center", bbox_to_anchor=(0.5, 0.74 / height), ncols=len(legend))
-    figure.legend(handles=legend, fontsize=7.5, frameon=False, borderaxespad=0, **place)
-    figure.text(0.5, 0.08 / height, note, ha="center", va="bottom", fontsize=7.5)
-    return figure, axes
+class _GridText(NamedTuple):
+    """The text and the legend of a grid of images."""
+
+    row_labels: list[str]
+    title: str
+    note: str
+    legend: list[Patch]
 
 
-def _pixels(figure):
-    """The drawn figure as an array."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _show(ax, image):
-    """An image [H, W, C] of levels 0 .. 255; channels other than 1 and 3 are shown as the mean of all."""
-    image = np.asarray(image)
-    image = image if image.shape[-1] == 3 else np.repeat(image.mean(-1, keepdims=True), 3, axis=-1)
-    ax.imshow(np.clip(image, 0, 255).astype(np.uint8), interpolation="nearest")
-
-
-def split_crop(crop, windows):
-    """What the two encoders get of a crop: (crop with visible windows only, with hidden ones only), the rest grey.
-
-    windows: a list of (top, left, side, visible) in pixels.
-    """
-    seen, hidden = np.full_like(crop, 128), np.full_like(crop, 128)
-    for top, left, side, visible in windows:
-        window = np.s_[top : top + side, left : left + side]
-        (seen if visible else hidden)[window] = crop[window]
-    return seen, hidden
-
-
-def plot_masking(inputs, crops, windows):
-    """What training sees: the image, its crop with the sampled windows, and what each of the two encoders gets.
+def split_crop(
+    crop: UInt8[np.ndarray, "H W C"], windows: Sequence[Window]
+) -> tuple[UInt8[np.ndarray, "H W C"], UInt8[np.ndarray, "H W C"]]:
+    """Show what either encoder receives of a crop; the rest is gray.
 
     Args:
-      inputs: K images [H, W, C] as they are, levels 0 .. 255. crops: [K, H, W, C], augmented, levels 0 .. 255.
-      windows: per image, a list of (top, left, side, visible) in pixels of the crop, one per patch.
+      crop: pixels.
+      windows: (top, left, side, visible) of every patch.
+
+    Returns:
+      (the crop with visible windows only, with hidden ones only).
     """
-    seen, total = sum(visible for *_, visible in windows[0]), len(windows[0])
-    figure, axes = _grid(
-        ("image", "crop, windows", "visible", "hidden"),
-        len(crops),
-        "What the model is given",
-        f"A random crop, one window per cell. The online encoder sees {seen} of {total} windows ('visible');\n"
-        "from them, what is in the others ('hidden'), or what a target encoder makes of it, is predicted.",
-        [Patch(ec=VISIBLE_COLOR, fc="none", label="visible"), Patch(ec=HIDDEN_COLOR, fc="none", label="hidden")],
+    visible_part = np.full_like(crop, 128)
+    hidden_part = np.full_like(crop, 128)
+    for top, left, side, visible in windows:
+        part = visible_part if visible else hidden_part
+        window = np.s_[top : top + side, left : left + side]
+        part[window] = crop[window]
+    return visible_part, hidden_part
+
+
+def plot_masking(
+    inputs: Sequence[Shaped[np.ndarray, "H W C"]],
+    crops: Shaped[np.ndarray, "K H W C"],
+    windows: Sequence[Sequence[Window]],
+) -> Picture:
+    """Plot training inputs: image, crop with the sampled windows, visible part, hidden part.
+
+    Args:
+      inputs: K images as they are, levels 0 .. 255.
+      crops: augmented crops of them, levels 0 .. 255.
+      windows: of every crop, (top, left, side, visible) of every patch.
+    """
+    visible_count = sum(visible for *_, visible in windows[0])
+    text = _GridText(
+        row_labels=["image", "crop, windows", "visible", "hidden"],
+        title="Model input",
+        note=(
+            "A random crop, one window per cell. The online encoder receives "
+            f"{visible_count} of {len(windows[0])} windows ('visible');\n"
+            "from them, the others ('hidden') or a target encoder's features of them are predicted."
+        ),
+        legend=[
+            Patch(ec=VISIBLE_COLOR, fc="none", label="visible"),
+            Patch(ec=HIDDEN_COLOR, fc="none", label="hidden"),
+        ],
     )
-    for column, (original, crop, patches) in enumerate(zip(inputs, crops, windows, strict=True)):
-        for top, left, side, visible in patches:
-            color = VISIBLE_COLOR if visible else HIDDEN_COLOR
-            frame = Rectangle(
-                (left - 0.5, top - 0.5),
-                side,
-                side,
-                fill=False,
-                lw=1.2 if visible else 0.4,
-                ec=color,
-            )
-            axes[1, column].add_patch(frame)
-        for ax, picture in zip(axes[:, column], (original, crop, *split_crop(crop, patches)), strict=True):
-            _show(ax, picture)
+    figure, axes = _image_grid(len(crops), text)
+    for column, crop in enumerate(crops):
+        visible_part, hidden_part = split_crop(crop, windows[column])
+        _show(axes[0, column], inputs[column])
+        _show(axes[1, column], crop)
+        _show(axes[2, column], visible_part)
+        _show(axes[3, column], hidden_part)
+        for window in windows[column]:
+            axes[1, column].add_patch(_window_frame(window))
     return _pixels(figure)
 
 
-def plot_features(inputs, colors, clusters, masks):
-    """What the encoder makes of whole images: PCA of its patch features as colours, and their clusters.
+def plot_features(
+    inputs: Shaped[np.ndarray, "K H W C"],
+    colors: Float[np.ndarray, "K h w 3"],
+    clusters: Int[np.ndarray, "K h w"],
+    masks: Bool[np.ndarray, "K H W"] | None,
+) -> Picture:
+    """Plot patch features of whole images: principal components as colors, and clusters.
 
     Args:
-      inputs: [K, H, W, C] levels 0 .. 255. colors: [K, h, w, 3] in 0 .. 1. clusters: [K, h, w] int.
-      masks: bool [K, H, W], true where the object is, or None.
+      inputs: images, levels 0 .. 255.
+      colors: principal components, 0 .. 1.
+      clusters: cluster of every patch, counted from 0.
+      masks: True where the object is; None: unknown.
     """
     count = int(clusters.max()) + 1
     palette = ListedColormap([CLUSTER_COLORS[i % len(CLUSTER_COLORS)] for i in range(count)])
-    labels = ["image", "PCA as RGB", "clusters"]
+    row_labels = ["image", "PCA as RGB", "clusters"]
     legend = [Patch(fc=palette(i), label=f"cluster {i + 1}") for i in range(count)]
     note = (
-        "Patches of one colour have similar features, after the mean over images at each position is subtracted.\n"
-        "PCA: one space for all images. Clusters: Ward's, image by image."
+        "Patches of one color have similar features, after subtracting the mean over images at "
+        "each position.\nPCA: one space for all images. Clusters: Ward's, for each image."
     )
     if masks is not None:
-        labels += ["true mask"]
-        legend += [Patch(fc=MASK(1), ec="k", label="object"), Patch(fc=MASK(0), label="background")]
-        note += " The true mask is only shown, never trained on."
-    figure, axes = _grid(
-        labels, len(inputs), "What the encoder sees: features of patches", note, legend
-    )
+        row_labels.append("true mask")
+        legend.append(Patch(fc=MASK_COLORS(1), ec="k", label="object"))
+        legend.append(Patch(fc=MASK_COLORS(0), label="background"))
+        note += " The true mask is never trained on."
+    text = _GridText(row_labels, "Patch features", note, legend)
+    figure, axes = _image_grid(len(inputs), text)
+    limits = dict(vmin=-0.5, vmax=count - 0.5)
     for column in range(len(inputs)):
         _show(axes[0, column], inputs[column])
         axes[1, column].imshow(colors[column], interpolation="nearest")
-        axes[2, column].imshow(
-            clusters[column], cmap=palette, vmin=-0.5, vmax=count - 0.5, interpolation="nearest"
-        )
+        axes[2, column].imshow(clusters[column], cmap=palette, interpolation="nearest", **limits)
         if masks is not None:
             axes[3, column].imshow(
-                masks[column], cmap=MASK, vmin=0, vmax=1, interpolation="nearest"
+                masks[column], cmap=MASK_COLORS, vmin=0, vmax=1, interpolation="nearest"
             )
     return _pixels(figure)
 
 
-def plot_curves(panels, title, shared_legend=False):
-    """Curves over optimiser steps, a panel each.
+def plot_curves(panels: Sequence[Panel], title: str, shared_legend: bool = False) -> Picture:
+    """Plot curves over optimizer steps, in one panel each.
 
     Args:
-      panels: sequence of (title, {label: ([steps], [values])}, {label: constant}); constants are dashed lines.
-      shared_legend: one legend below all panels, that of the panel with most lines, for panels with the same labels.
+      panels: (title, {label: (steps, values)}, {label: constant}); constants are dashed lines.
+      title: of the figure.
+      shared_legend: for panels with the same labels: one legend below all of them, that of the
+        panel with the most lines.
     """
     columns = 3
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4 * columns, 2.9 * rows), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=11, fontweight="bold")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    fullest = max((lines for _, lines, _ in panels), key=len)
-    color = (
-        {label: f"C{i}" if i < 10 else str(i % 7 / 8) for i, label in enumerate(fullest)}
-        if shared_legend
-        else {}
-    )
-    for (name, lines, constants), ax in zip(
-        panels, axes, strict=False
-    ):  # panels first, or an axis is lost
-        _plot(ax, lines, constants, color)
-        ax.set_title(name, fontsize=9)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    fullest = _fullest_panel(panels)
+    colors = {}
+    if shared_legend:
+        colors = _line_colors(panels[fullest])
+    for i, panel in enumerate(panels):
+        _plot_panel(axes[i], panel, colors)
+        axes[i].set_title(panel[0], fontsize=9)
         if not shared_legend:
-            ax.legend(fontsize=7)
-        elif lines is fullest:
-            figure.legend(
-                *ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8
-            )
-            fullest = None
-    for ax in list(axes):
-        ax.set_visible(False)
+            axes[i].legend(fontsize=7)
+        elif i == fullest:
+            handles, labels = axes[i].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    for unused in axes[len(panels) :]:
+        unused.set_visible(False)
     return _pixels(figure)
 
 
-def curve_svg(panel):
-    """A panel of `curves` as SVG text in the ink of the page around it ("currentColor"), light or dark."""
-    name, lines, constants = panel
-    ink = "#010203"  # no line has this colour
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.family": "sans-serif",
-        "text.color": ink,
-    }
-    style |= {f"{axis}tick.{what}": ink for axis in "xy" for what in ("color", "labelcolor")}
-    with matplotlib.rc_context({**style, "axes.edgecolor": ink, "axes.labelcolor": ink}):
+def curve_svg(panel: Panel) -> str:
+    """Plot a panel of `plot_curves` as SVG, in the color of the text of the page around it."""
+    with matplotlib.rc_context(_svg_style(panel)):
         figure = Figure(figsize=(4, 2.6), layout="constrained")
         ax = figure.subplots()
-        _plot(ax, lines, constants, {})
+        _plot_panel(ax, panel, {})
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(fontsize=7, frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    # metadata, and a style that would hold for the whole page
-    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"|(?<=<g) id="[^"]*"', "", text).replace(
-        "xlink:href", "href"
-    )
-    return re.sub(r"\s*\n\s*", " ", text).replace(ink, "currentColor")
+    return _embeddable(buffer.getvalue())
 
 
-def _plot(ax, lines, constants, color):
-    """A panel's lines and constants."""
+def _svg_style(panel: Panel) -> dict[str, Any]:
+    """Matplotlib settings for SVG with text as text, and the same bytes at every run."""
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": panel[0],
+        "font.family": "sans-serif",
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "xtick.labelcolor": INK,
+        "ytick.color": INK,
+        "ytick.labelcolor": INK,
+    }
+
+
+def _embeddable(svg: str) -> str:
+    """Reduce matplotlib's SVG file to what a page needs."""
+    svg = svg[svg.index("<svg") :]
+    # Metadata, and a style that would apply to the whole page
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"|(?<=<g) id="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href", "href")
+    return re.sub(r"\s*\n\s*", " ", svg).replace(INK, "currentColor")
+
+
+def _fullest_panel(panels: Sequence[Panel]) -> int:
+    """The index of the first panel with the most lines."""
+    return max(range(len(panels)), key=lambda i: len(panels[i][1]))
+
+
+def _line_colors(panel: Panel) -> dict[str, str]:
+    """A color for every label: matplotlib's ten, then shades of gray."""
+    colors = {}
+    for i, label in enumerate(panel[1]):
+        colors[label] = f"C{i}" if i < 10 else str(i % 7 / 8)
+    return colors
+
+
+def _plot_panel(ax: Axes, panel: Panel, colors: Mapping[str, str]) -> None:
+    """Draw lines and constants; lines without a color get matplotlib's."""
+    _, lines, constants = panel
     for label, (steps, values) in lines.items():
         marker = "." if len(steps) < 12 else None
-        ax.plot(steps, values, label=label, lw=1.5, marker=marker, color=color.get(label))
+        ax.plot(steps, values, label=label, lw=1.5, marker=marker, color=colors.get(label))
     for i, (label, value) in enumerate(constants.items()):
-        ax.axhline(value, ls=(0, (4, 2 + i)), lw=1, color=str(0.45 + 0.15 * i), label=label)
+        dashes = (0, (4, 2 + i))
+        ax.axhline(value, ls=dashes, lw=1, color=str(0.45 + 0.15 * i), label=label)
     ax.set_xlabel("step", fontsize=8)
     ax.tick_params(labelsize=7)
     ax.grid(alpha=0.3)
+
+
+def _image_grid(columns: int, text: _GridText, side: float = 1.5) -> tuple[Figure, Any]:
+    """Create a grid of images, with a title above, a legend and a note below.
+
+    Args:
+      columns: images in a row.
+      text: its labels give the number of rows.
+      side: of an image in inches.
+
+    Returns:
+      (figure, array of axes [rows, columns]).
+    """
+    rows = len(text.row_labels)
+    width = side * columns + 0.3
+    height = side * rows + 1.15
+    figure = Figure(figsize=(width, height), dpi=110)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    for row, label in enumerate(text.row_labels):
+        axes[row, 0].set_ylabel(label, fontsize=8)
+    figure.subplots_adjust(
+        left=0.28 / width,
+        right=1 - 0.04 / width,
+        top=1 - 0.36 / height,
+        bottom=0.78 / height,
+        wspace=0.04,
+        hspace=0.04,
+    )
+    figure.suptitle(text.title, y=1 - 0.08 / height, fontsize=10, fontweight="bold")
+    figure.legend(
+        handles=text.legend,
+        fontsize=7.5,
+        frameon=False,
+        borderaxespad=0,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.74 / height),
+        ncols=len(text.legend),
+    )
+    figure.text(0.5, 0.08 / height, text.note, ha="center", va="bottom", fontsize=7.5)
+    return figure, axes
+
+
+def _window_frame(window: Window) -> Rectangle:
+    """The frame of a window: thick and green if visible, thin and red if hidden."""
+    top, left, side, visible = window
+    color = HIDDEN_COLOR
+    line_width = 0.4
+    if visible:
+        color = VISIBLE_COLOR
+        line_width = 1.2
+    return Rectangle((left - 0.5, top - 0.5), side, side, fill=False, lw=line_width, ec=color)
+
+
+def _show(ax: Axes, image: Shaped[np.ndarray, "H W C"]) -> None:
+    """Show an image of levels 0 .. 255; of channels other than 3, the mean in gray."""
+    image = np.asarray(image)
+    if image.shape[-1] != 3:
+        image = np.repeat(image.mean(-1, keepdims=True), 3, axis=-1)
+    ax.imshow(np.clip(image, 0, 255).astype(np.uint8), interpolation="nearest")
+
+
+def _pixels(figure: Figure) -> Picture:
+    """Render a figure."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
