@@ -19,10 +19,11 @@ import grain.multiprocessing
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 from lmim_jax.data import decode, prefetch
+from lmim_jax.data.augment.device import CropDraw
 from lmim_jax.data.augment.host import HostCrop
 from lmim_jax.data.sources import Source
 from lmim_jax.distributed import sharding
@@ -103,11 +104,11 @@ class BatchDecoder:
             "index": np.full(count, -1, np.int32),
             "bad": np.full(count, -1, np.int32),
         }
-        draws = [None] * count
+        draws: Sequence[CropDraw | None] = [None] * count
         if self.crop is not None:
             draws = self.crop.draws(step, positions)
 
-        def decode_chunk(first):
+        def decode_chunk(first: int) -> None:
             for row in range(first, min(first + CHUNK, count)):
                 self._decode_row(batch, row, int(indices[row]), draws[row])
 
@@ -119,7 +120,9 @@ class BatchDecoder:
             list(prefetch.thread_pool(self.threads).map(decode_chunk, firsts))
         return {**batch, "pid": np.int32(os.getpid())}
 
-    def _decode_row(self, batch, row, index, draw):
+    def _decode_row(
+        self, batch: dict[str, np.ndarray], row: int, index: int, draw: CropDraw | None
+    ) -> None:
         """Write one row of a batch: image `index`, or the next good one if it is to be replaced."""
         tries = min(1, index + 1)
         if self.replace:
@@ -131,7 +134,7 @@ class BatchDecoder:
             except (decode.BadImage, OSError):
                 batch["bad"][row] = index
                 continue
-            if self.crop is not None:
+            if self.crop is not None and draw is not None:
                 batch["image"][row] = self.crop(pixels, draw)
             else:
                 batch["size"][row] = decode.place_on_canvas(pixels, batch["image"][row])
@@ -141,7 +144,7 @@ class BatchDecoder:
         batch["image"][row] = 0
         batch["index"][row] = index
 
-    def _read(self, index):
+    def _read(self, index: int) -> tuple[UInt8[np.ndarray, "h w C"], int]:
         """(pixels, class) of an image of the source."""
         thread = threading.get_ident()
         _current_reads[thread] = (self, index)
@@ -354,7 +357,7 @@ def _placement(
     if images.crop is None:
         names.append("size")
 
-    def place(batch):
+    def place(batch: prefetch.Batch) -> dict[str, jax.Array]:
         monitor.record(batch["bad"])
         return sharding.to_global({name: batch[name] for name in names}, mesh)
 

@@ -71,7 +71,7 @@ def recycled_array(shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[np.ndarra
     except IndexError:
         memory = np.empty(size, np.uint8)
     # Views of views refer to this array, not to the memory below it
-    array = np.frombuffer(memoryview(memory), dtype)
+    array = np.frombuffer(memory.data, dtype)
     weakref.finalize(array, free.append, memory)
     return array.reshape(shape)
 

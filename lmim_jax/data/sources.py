@@ -267,6 +267,7 @@ def _select(
 
 def list_files(top: str | os.PathLike) -> tuple[list[str], list[str]]:
     """(image files, other files) below a folder, as sorted relative paths with "/"."""
+    top = pathlib.Path(top)
     images = []
     others = []
     for parent, folders, names in os.walk(top, followlinks=True):

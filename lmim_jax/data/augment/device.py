@@ -237,7 +237,9 @@ class Augment:
         cls, config: ConfigDict, *, image_size: tuple[int, int], eval_size: tuple[int, int]
     ) -> "Augment":
         """The augmentation of `config.augment`; the sizes come from the method."""
-        return cls(**config, image_size=tuple(image_size), eval_size=tuple(eval_size))
+        height, width = image_size
+        eval_height, eval_width = eval_size
+        return cls(**config, image_size=(height, width), eval_size=(eval_height, eval_width))
 
     @property
     def kernel(self) -> Kernel:
