@@ -80,21 +80,25 @@ def choose_sections(titles: Sequence[str], config: ConfigDict) -> dict[str, Conf
     """The sections of `config` that --evaluators names, by title.
 
     Args:
-      titles: of sections; "all" stands for all of them.
+      titles: of sections, or their names before version 0.2; "all" stands for all of them.
       config: sections by title, see configs/evaluate.py.
 
     Raises:
       UserError: there is no section of a name, or no name.
     """
-    for title in titles:
-        if title != "all" and title not in config:
-            hint = did_you_mean(title, config)
-            raise UserError(f"--evaluators={title}: no such evaluator{hint}")
     if not titles:
         raise UserError(f"--evaluators is empty; give all, or some of: {', '.join(config)}")
-    if "all" in titles:
-        return dict(config.items())
-    return {title: config[title] for title in titles}
+    chosen = {}
+    for given in titles:
+        title = evaluators.current_name(given)
+        if given == "all":
+            chosen.update(config.items())
+        elif title in config:
+            chosen[title] = config[title]
+        else:
+            hint = did_you_mean(given, config)
+            raise UserError(f"--evaluators={given}: no such evaluator{hint}")
+    return chosen
 
 
 def build_evaluators(

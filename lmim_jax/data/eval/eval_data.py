@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from lmim_jax.data import decode, loader, prefetch
 from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.sources import Source
 from lmim_jax.distributed import sharding
 
 SPLITS = ("train", "test")
@@ -65,7 +66,7 @@ class Subset:
       ignored: files that are not images; always empty.
     """
 
-    source: Any
+    source: Source
     indices: tuple[int, ...]
     classes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -190,8 +191,8 @@ class EvaluationData:
             self._bad[split].record(batch["bad"])
             return self._placed(batch)
 
-        crew = self._crew(images, batch_size, self.config.workers)
-        batches = prefetch.Prefetcher(crew, place, self.config.timeout, images.describe_reads)
+        pool = self._worker_pool(images, batch_size, self.config.workers)
+        batches = prefetch.Prefetcher(pool, place, self.config.timeout, images.describe_reads)
         total = -(-len(images.source) // batch_size)
         for batch in self._progress(batches, split, total):
             self.check()
@@ -240,7 +241,9 @@ class EvaluationData:
         """
         source = self.sources[split]
         indices = random_indices(source, count)
-        (batch,) = self._crew(self._decoded(Subset(source, indices)), len(indices), workers=0)
+        (batch,) = self._worker_pool(
+            self._decoded(Subset(source, indices)), len(indices), workers=0
+        )
         batch = self._placed(batch)
         batch["images"] = self._transform(batch)
         return batch, indices
@@ -267,13 +270,13 @@ class EvaluationData:
         """Jitted canvases -> normalized images."""
         return jax.jit(self.augment.evaluation)
 
-    def _decoded(self, source: Any) -> loader.BatchDecoder:
+    def _decoded(self, source: Source) -> loader.BatchDecoder:
         threads = prefetch.num_threads(self.config)
         return loader.BatchDecoder(
             source, self.config.canvas, self.config.channels, threads, replace=False
         )
 
-    def _crew(
+    def _worker_pool(
         self, images: loader.BatchDecoder, batch_size: int, workers: int
     ) -> prefetch.WorkerPool:
         """An iterator over the rows of this process in each batch, numpy."""
@@ -289,6 +292,6 @@ class EvaluationData:
         return sharding.to_global(readable, self.mesh)
 
 
-def random_indices(source: Any, count: int) -> tuple[int, ...]:
+def random_indices(source: Source, count: int) -> tuple[int, ...]:
     """Indices of at most `count` random images of a source, the same ones at every call."""
     return tuple(int(i) for i in loader.epoch_order(0, 0, len(source))[:count])
