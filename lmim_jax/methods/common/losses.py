@@ -4,7 +4,7 @@ Letters: B batch, M masked patches, N tokens, D width, P pixels of a patch, C ch
 h w grid rows and columns.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +168,7 @@ def _mean(errors: Float[Array, "B ... D"], mask: Bool[Array, "B ..."] | None) ->
 
 
 # Losses that compare a prediction with its own target alone, by their names in configs
-REGRESSION_LOSSES: dict[str, Any] = {
+REGRESSION_LOSSES: dict[str, Callable[..., Scalar]] = {
     "norm_l2": norm_l2,
     "mse": mse,
     "l1": l1,

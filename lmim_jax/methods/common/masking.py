@@ -8,6 +8,7 @@ Index arrays have static lengths, so that every program is compiled once.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def checkerboard_split(
 
 
 # Samplers by their names in configs: (key, grid, mask_ratio) -> (visible [V], masked [M])
-SAMPLERS = {
+SAMPLERS: dict[str, Callable[..., Split]] = {
     "random": _ratio_split,
     "checkerboard": checkerboard_split,
     "checkerboard2": functools.partial(checkerboard_split, cell=2),
