@@ -279,4 +279,4 @@ class PixelHead(nn.Module, kw_only=True):
         bias = self.param("bias", nn.initializers.zeros, (self.channels,)).astype(self.dtype)
         y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
         y = y + jnp.tile(bias, pixels)[None]
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(x.shape[:-1] + (-1,))

@@ -51,7 +51,7 @@ def _redraw(
     flat = flatten_dict(params, keep_empty_nodes=True)
     for i, path in enumerate(sorted(flat)):
         key = jax.random.fold_in(rng, i)
-        kernel_path = (*path[:-1], "kernel")
+        kernel_path = path[:-1] + ("kernel",)
         if path[-1] == "kernel":
             flat[path] = init_kernel(key, flat[path].shape)
         elif path[-1] == "bias" and kernel_path in flat:

@@ -154,8 +154,10 @@ def resample_positions(
     if grid == trained_grid:
         return positions
     width = positions.shape[-1]
-    table = positions.reshape(*trained_grid, width)
-    table = jax.image.resize(table, (*grid, width), "bicubic", antialias=False)
+    trained_h, trained_w = trained_grid
+    h, w = grid
+    table = positions.reshape(trained_h, trained_w, width)
+    table = jax.image.resize(table, (h, w, width), "bicubic", antialias=False)
     return table.reshape(1, -1, width)
 
 
@@ -216,7 +218,7 @@ class Dense(nn.Module):
         y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel.astype(self.dtype))
         if np.any(self.use_bias):
             y = y + self._bias().astype(self.dtype)[None]
-        return y.reshape(*x.shape[:-1], self.features)
+        return y.reshape(x.shape[:-1] + (self.features,))
 
     def _bias(self) -> Float[Array, " O"]:
         """The bias of every output; zero in the parts that have none."""

@@ -22,8 +22,8 @@ def read(path: str | os.PathLike[str], roots: Collection[str] = ()) -> tuple[Arr
 
     Args:
       path: *.safetensors, *.npz, or PyTorch's *.pth, *.pt, *.pth.tar, *.bin.
-      roots: first parts of the names of weights, which tell a model from the training state beside
-        it in a nested file.
+      roots: first parts of the names of weights, which distinguish a model from the training
+        state beside it in a nested file.
 
     Returns:
       ({name: array}, names of what else the file holds). Floating-point arrays with fewer than 32
