@@ -258,10 +258,13 @@ def evaluators_page() -> str:
 
 def recipes_page() -> str:
     """The page of all recipes: their docstrings."""
-    text = [EDIT_NOTE + "# Recipes", "The files of `configs/`, in their own words."]
+    text = [
+        EDIT_NOTE + "# Recipes",
+        "The docstrings of the files in `configs/`. `--config=NAME` selects a recipe.",
+    ]
     for path in sorted((ROOT / "configs").glob("*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text()))
-        if docstring:
+        if docstring and path.name != "__init__.py":
             text += [f"## {path.stem}", f"```text\n{docstring}\n```"]
     return "\n\n".join(text) + "\n"
 
