@@ -1,16 +1,18 @@
-"""Latent MIM on CIFAR-10 with a small ViT (192 wide, 6 deep, 8 x 8 patches of 4 pixels), 40 epochs of 10,000 images.
+"""Latent MIM on CIFAR-10 with a small ViT (192 wide, 6 deep, 8 x 8 patches of 4 pixels), 40 epochs.
 
-    python main.py --config=configs/cifar10.py --config.data.path=CIFAR10 --workdir=RUN
+    lmim train --config=cifar10 --config.data.path=CIFAR10 --workdir=RUN
 
-CIFAR10 is a folder of 32-pixel images, train/CLASS/*.jpg and test/CLASS/*.jpg; the first 1,000 (200) of each class are
-used. The official PyTorch code reaches 43.4 % k-NN 20 and 35.0 % 1-NN after 40 epochs, in 58 s an epoch on two CPU
-cores; what this code reaches is in RESULTS.md.
+CIFAR10 is a folder of 32-pixel images, train/CLASS/*.jpg and test/CLASS/*.jpg; the first 1,000
+(200) images of each class are used. The official PyTorch code reaches 43.4 % k-NN 20 and 35.0 %
+1-NN after 40 epochs, in 58 s an epoch on two CPU cores; RESULTS.md lists what this code reaches.
 """
+
+from ml_collections import ConfigDict
 
 from lmim_jax.configs import vit_b
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """vit_b and its differences."""
     config = vit_b.get_config()
     config.batch_size = 256

@@ -1,38 +1,45 @@
-"""All methods side by side: equal encoder, data, epochs, optimiser and evaluation; only the method differs.
+"""All methods with equal encoder, data, epochs, optimizer and evaluation.
 
-    lmim study --config=configs/compare.py --out=runs/compare                   (on `shapes`)
-    lmim study --config=configs/compare.py:cifar10 --set=data.path=CIFAR10 --out=runs/compare_c10
+    lmim study --config=compare --out=runs/compare
+    lmim study --config=compare:cifar10 --set=data.path=CIFAR10 --out=runs/compare_c10
 
-Beside quality stands what training costs: FLOPs and images per second, measured when all runs are done. About half an
-hour on two CPU cores. What it came to is in RESULTS.md; at this size and length it says little of ImageNet.
+The first command trains on `shapes` and takes about half an hour on two CPU cores. Besides quality,
+the cost of training is reported: FLOPs and images per second, measured after all runs. The results
+are in RESULTS.md; at this size and length they say little about ImageNet.
 """
 
 from ml_collections import ConfigDict
 
 from lmim_jax.configs import small
 
-WORDS = {
+TARGETS = {  # what a method predicts
     "latent_mim": "latents, patch discrimination",
     "latent_mim_lite": "a random projection of patches, patch discrimination",
     "pilamim": "pixels, latents and CLS, regression",
-    "mae": "normalised pixels, regression",
+    "mae": "normalized pixels, regression",
     "ijepa": "latents of blocks, regression",
-    "bootmae": "normalised pixels and latents, regression",
+    "bootmae": "normalized pixels and latents, regression",
 }
 
 
-def get_config(dataset="shapes"):
-    """What tools/study.py runs; see there. `dataset`: shapes | cifar10."""
-    config = ConfigDict()
-    config.seeds = (0, 1)
-    recipe = lambda name: f"configs/small.py:{name},{dataset}"
+def get_config(dataset: str = "shapes") -> ConfigDict:
+    """What `lmim study` runs, see there.
+
+    Args:
+      dataset: shapes | cifar10.
+    """
+    runs = []
+    for name in small.METHODS:
+        runs.append((name, TARGETS[name], f"configs/small.py:{name},{dataset}", ()))
     shuffled = (
         "pilamim_shuffled",
         "the same, targets shuffled",
-        recipe("pilamim"),
+        f"configs/small.py:pilamim,{dataset}",
         ("method.align_targets=False",),
     )
-    config.runs = (*((name, WORDS[name], recipe(name), ()) for name in small.METHODS), shuffled)
+    config = ConfigDict()
+    config.seeds = (0, 1)
+    config.runs = (*runs, shuffled)
     config.groups = (
         ("comparison", "none", tuple(small.METHODS)),
         ("what the released code of PiLaMIM does", "first", ("pilamim", "pilamim_shuffled")),

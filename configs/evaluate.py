@@ -1,17 +1,20 @@
-"""What frozen features are worth: every evaluator, complete, for lmim evaluate and for recipes.
+"""All evaluators with all their options, for `lmim evaluate` and for recipes.
 
     lmim evaluate --workdir=RUN --evaluators=knn,logistic_regression,fewshot --baselines
-    lmim evaluate --config=configs/evaluate.py --workdir=RUN --evaluators=knn --feature=cls
+    lmim evaluate --workdir=RUN --config=evaluate --evaluators=knn --feature=cls
 
-A recipe takes a section into training: config.evaluators.logistic_regression = evaluate.get_config().logistic_regression (with `every` set).
+A recipe uses a section during training, with `every` set:
 
-Every section has `type`, a file in lmim_jax/evaluators/; `every`, epochs between evaluations while training (0: at the
-end only); and `params`, the weights to evaluate: online | target.
+    config.evaluators.logistic_regression = evaluate.get_config().logistic_regression
 
-`feature` says what stands for an image: names of the method's features, joined by "+" to put them side by side:
-patches and cls (after the final norm), patches_prenorm and cls_prenorm (before it), block07/tokens (behind a block);
-pixels and histogram need no encoder. Tokens are averaged over patches; block07/tokens:cls takes the CLS token of that
-block instead, block07/tokens:both the two side by side.
+Every section has `type`, a file in lmim_jax/evaluators/; `every`, epochs between evaluations during
+training (0: at the end only); and `params`, the weights to evaluate: online | target.
+
+`feature` is the image representation: names of the method's features, joined by "+" to concatenate
+them: patches and cls (after the final norm), patches_prenorm and cls_prenorm (before it),
+block07/tokens (after a block); pixels and histogram need no encoder. Tokens are averaged over
+patches; block07/tokens:cls is the CLS token of that block instead, block07/tokens:both are the two
+concatenated.
 """
 
 from ml_collections import ConfigDict
@@ -19,8 +22,12 @@ from ml_collections import ConfigDict
 from lmim_jax.configs import vit_b
 
 
-def get_config(part="evaluators"):
-    """Sections by title; with `part` "data", the knobs of images, of which --data.KEY=VALUE replaces the run's."""
+def get_config(part: str = "evaluators") -> ConfigDict:
+    """Sections by title.
+
+    Args:
+      part: "data" for the options of images instead; --data.KEY=VALUE replaces those of the run.
+    """
     if part == "data":
         return vit_b.data()
     config = ConfigDict()
@@ -28,14 +35,14 @@ def get_config(part="evaluators"):
     # -- on features of the whole training and test split, computed once
 
     config.knn = dict(
-        type="knn",  # nearest neighbours by cosine similarity
+        type="knn",  # nearest neighbors by cosine similarity
         every=0.0,
         params="online",
         batch_size=256,  # images at a time
         feature="patches_prenorm",
-        k=(10, 20, 100, 200),  # each is a figure
-        temperature=0.07,  # a neighbour votes with weight exp(cosine / temperature)
-        baselines=False,  # also with raw pixels and colour histograms; here --baselines does that, for all evaluators
+        k=(10, 20, 100, 200),  # each is a metric
+        temperature=0.07,  # a neighbor votes with weight exp(cosine / temperature)
+        baselines=False,  # also raw pixels and color histograms, in training; here: --baselines
     )
     config.logistic_regression = dict(
         type="logistic_regression",  # logistic regression, solved exactly
@@ -43,15 +50,7 @@ def get_config(part="evaluators"):
         params="online",
         batch_size=256,
         feature="patches_prenorm",
-        l2=(
-            1e-6,
-            1e-5,
-            1e-4,
-            1e-3,
-            1e-2,
-            1e-1,
-            1.0,
-        ),  # weight decays to choose from: l2 / 2 x the squared weights
+        l2=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),  # to choose from: l2 / 2 x squared weights
         held_out=0.1,  # share of the training images on which it is chosen
         iterations=300,  # of L-BFGS, at most
         seed=0,  # of the choice of held-out images
@@ -62,15 +61,15 @@ def get_config(part="evaluators"):
         params="online",
         batch_size=256,
         feature="patches_prenorm",
-        shots=(1, 2, 4, 8, 16),  # labelled images of each class
+        shots=(1, 2, 4, 8, 16),  # labeled images of each class
         percent=(1, 10),  # shares of the labels, equal in all classes
-        draws=10,  # random choices of the labelled images: mean and standard deviation over these
-        prior=1.0,  # standard deviation that weights are expected to have: l2 is 1 / (prior^2 x labelled images)
+        draws=10,  # random choices of the labeled images: mean and standard deviation over these
+        prior=1.0,  # expected standard deviation of weights: l2 is 1 / (prior^2 x labeled images)
         iterations=300,
         seed=0,  # of the draws
     )
 
-    # -- what is where in an image, how many, and how it moves
+    # -- segmentation, video object segmentation, and attributes of scenes
 
     config.update(spatial())
 
@@ -80,7 +79,7 @@ def get_config(part="evaluators"):
     return config
 
 
-def spatial():
+def spatial() -> ConfigDict:
     """Sections of evaluators on patches, and on images that show more than one object."""
     config = ConfigDict()
     config.segmentation = dict(
@@ -88,15 +87,15 @@ def spatial():
         every=0.0,
         params="online",
         batch_size=64,  # images at a time
-        images="",  # a folder of images; "": the run's dataset, where it has masks
-        masks="",  # a folder of their masks with the same names: PNG, the numbers of classes, 0 background
-        ignore=-1,  # this number in masks is no class: 255 in VOC and ADE20K; -1: none
+        images="",  # a folder of images; "": the run's dataset, if it has masks
+        masks="",  # a folder of their masks with the same names: PNG, class numbers, 0 background
+        ignore=-1,  # a number in masks that is not a class: 255 in VOC and ADE20K; -1: none
         train_images=200,  # to train the probes on; at most
         test_images=200,
         feature="patches_prenorm",  # of patches; or pixels
-        zoom=2,  # features of images enlarged so many times: a finer grid
-        center=True,  # clusters of what is left without the mean over images at each position
-        clusters=(3, 4, 5),  # per image, cuts of one tree: each is a figure
+        zoom=2,  # images are enlarged by this factor, for a finer grid of features
+        center=True,  # subtract the mean over images at each position before clustering
+        clusters=(3, 4, 5),  # per image, cuts of one tree: each is a metric
         bank=10000,  # training patches of the probes, at most
         k=10,  # nearest patches that vote
         l2=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1),  # weight decays to choose from, on a held-out tenth
@@ -107,8 +106,8 @@ def spatial():
         every=0.0,
         params="online",
         batch_size=16,  # frames at a time
-        path="",  # a folder with JPEGImages/480p/SEQUENCE/*.jpg and Annotations/480p/...; "": embedded clips
-        listed="",  # the file in it that names the sequences, for DAVIS ImageSets/2017/val.txt; "": all there are
+        path="",  # a folder with JPEGImages/480p/ and Annotations/480p/; "": synthetic clips
+        listed="",  # its list of sequences, for DAVIS ImageSets/2017/val.txt; "": all of them
         feature="patches",
         side=0,  # short side of frames, pixels: 480 for DAVIS; 0: twice that of the run's images
         topk=5,  # patches whose labels are averaged
@@ -121,7 +120,7 @@ def spatial():
         every=0.0,
         params="online",
         batch_size=256,
-        name="",  # clevr, prepared by TFDS; "": the embedded images with several objects
+        name="",  # clevr, prepared by TFDS; "": the synthetic images with several objects
         dir="",  # tfds: the folder that holds it; "": ~/tensorflow_datasets
         train_split="train",
         test_split="test",  # clevr: validation, its test split has no objects
@@ -132,31 +131,31 @@ def spatial():
     return config
 
 
-def trained():
-    """Sections of evaluators that train, on augmented images.
+def trained() -> ConfigDict:
+    """Sections of evaluators that train on augmented images.
 
-    lr = base_lr * batch_size / 256, up along a line from 0, then half a cosine down to min_lr. Epochs here suit sets of
-    some thousand images; comments say what suits ImageNet.
+    lr = base_lr * batch_size / 256, with a linear warm-up from 0, then half a cosine to min_lr.
+    The values suit datasets of some thousand images; comments give those for ImageNet.
     """
     config = ConfigDict()
     config.linear_probe = dict(
-        type="linear_probe",  # MAE's: batch normalisation + linear layer on a frozen feature
+        type="linear_probe",  # MAE's: batch normalization + linear layer on a frozen feature
         every=0.0,
         params="online",
         feature="cls",  # any of the above; I-JEPA has no "cls": "patches"
         batch_size=128,  # MAE: 16384
         epochs=10.0,  # MAE: 90
         warmup_epochs=1.0,  # MAE: 10
-        base_lr=12.8,  # MAE: 0.1. Both make lr 6.4: a step of LARS is a share of the weights, whatever the batch
+        base_lr=12.8,  # MAE: 0.1. Both give lr 6.4: LARS steps do not depend on the batch size
         min_lr=0.0,
         momentum=0.9,
         weight_decay=0.0,
         trust_coefficient=0.001,
-        scale=(0.08, 1.0),  # share of the area a crop takes; ratio and flip are those of the run
-        seed=0,  # of first weights, order and augmentation
+        scale=(0.08, 1.0),  # share of the area that a crop covers; ratio and flip are the run's
+        seed=0,  # of initial weights, order and augmentation
     )
     config.attentive_probe = dict(
-        type="attentive_probe",  # CAPI's: one learned query reads frozen patch tokens
+        type="attentive_probe",  # CAPI's: one learned query attends to frozen patch tokens
         every=0.0,
         params="online",
         feature="patches",  # one of the method's with a token for each patch
@@ -184,19 +183,15 @@ def trained():
         b1=0.9,
         b2=0.999,
         weight_decay=0.05,  # not of biases, norms, positions and CLS
-        drop_path=0.1,  # stochastic depth in the last block, rising from 0 in the first (L: 0.2, H: 0.3)
-        randaugment=(
-            2,
-            9.0,
-            0.5,
-        ),  # operations, their magnitude 0 .. 10 and its deviation; 0 operations: none
+        drop_path=0.1,  # stochastic depth of the last block, linear in depth (L: 0.2, H: 0.3)
+        randaugment=(2, 9.0, 0.5),  # operations (0: none), their magnitude 0 .. 10, its deviation
         erasing=0.25,  # probability of random erasing
         mixup=0.8,  # parameter of the Beta distribution; 0: none
         cutmix=1.0,
-        switch=0.5,  # share of batches with cutmix, where there are both
+        switch=0.5,  # share of batches with cutmix if both are used
         label_smoothing=0.1,
         scale=(0.08, 1.0),
-        remat="none",  # less memory for more time: none | dots | full, as in vit_b.devices, for the encoder as a whole
+        remat="none",  # memory for time: none | dots | full, see vit_b.devices; of the encoder
         seed=0,
     )
     return config

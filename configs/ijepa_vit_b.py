@@ -1,18 +1,19 @@
-"""I-JEPA, ViT-B/16, ImageNet-1k, 600 epochs: the recipe of the released configurations, at the paper's size B.
+"""I-JEPA, ViT-B/16, ImageNet-1k, 600 epochs: the released configurations at the paper's size B.
 
-    python main.py --config=configs/ijepa_vit_b.py --config.data.source=folder --config.data.path=IMAGENET --workdir=RUN
+    lmim train --config=ijepa_vit_b --config.data.path=IMAGENET --workdir=RUN
 
-Global batch 2048, 375,000 steps. The paper reports a linear probe of 72.9 % top-1 (mean of the teacher's patches) for
-ViT-B/16 after 600 epochs (arXiv 2301.08243, table 1); the authors released no configuration and no weights of this
-size: the predictor's depth is the paper's, everything else as in their ViT-H/14.
+Global batch 2048, 375,000 steps. The paper reports a linear probe of 72.9 % top-1 (mean of the
+teacher's patches) for ViT-B/16 after 600 epochs (arXiv 2301.08243, table 1). The authors released
+no configuration and no weights of this size: the depth of the predictor is the paper's, everything
+else as in their ViT-H/14.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from lmim_jax.configs import vit_b
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """vit_b, with I-JEPA's method, crops, schedules and weights to evaluate."""
     config = vit_b.get_config()
     config.batch_size = 2048
@@ -22,49 +23,44 @@ def get_config():
     config.optimizer.base_lr = 1.25e-4  # peak 1e-3 at batch 2048
     config.optimizer.update(warmup_start=0.2, floor=1e-3, b2=0.999, weight_decay=0.04)
     config.optimizer.weight_decay_end = 0.4
-    config.optimizer.decay_rules = (
-        (".*/(bias|scale)", False),
-        (".*", True),
-    )  # all but one-dimensional parameters
+    # All but one-dimensional parameters
+    config.optimizer.decay_rules = ((".*/(bias|scale)", False), (".*", True))
     for evaluator in (config.evaluators.knn, config.evaluators.visualization):
         evaluator.update(params="target", feature="patches")
     return config
 
 
-def ijepa(channels):
-    """The method's knobs."""
+def ijepa(channels: FieldReference) -> ConfigDict:
+    """Options of the method.
+
+    Args:
+      channels: of images, `data.channels`.
+    """
     method = ConfigDict()
     method.name = "ijepa"
     method.grid = (14, 14)  # rows, columns of patches
     method.patch_size = 16
     method.channels = channels
-    method.width, method.depth, method.heads = 768, 12, 12
+    method.width = 768
+    method.depth = 12
+    method.heads = 12
     method.mlp_ratio = 4.0
     method.norm_eps = 1e-6
-    method.decoder_width, method.decoder_depth, method.decoder_heads = 384, 6, 12  # the predictor
+    method.decoder_width = 384  # of the predictor
+    method.decoder_depth = 6
+    method.decoder_heads = 12
     # masks
     method.blocks = 4  # target blocks per image
     method.target_scale = (0.15, 0.2)  # their share of the area
     method.target_aspect = (0.75, 1.5)
-    method.context_scale = (
-        0.85,
-        1.0,
-    )  # of the context block, before the targets are taken out of it
-    method.context_capacity = (
-        72  # the encoder's static length; in 3,000 batches the longest context had 69
-    )
+    method.context_scale = (0.85, 1.0)  # of the context block, before the targets are removed
+    method.context_capacity = 72  # the encoder's static length; in 3,000 batches at most 69 used
     method.min_context = 10  # draw again until the context has more patches than this
-    method.mask_batch = (
-        128  # images whose contexts are cut to the shortest: 128 on each GPU in the released recipe
-    )
-    method.biased_masks = (
-        True  # as released, see masking.Multiblock; False: sizes per image, blocks anywhere, no cut
-    )
+    method.mask_batch = 128  # images whose contexts are cut to the shortest; as released, per GPU
+    method.biased_masks = True  # as released, see masking.Multiblock; False: blocks anywhere
     method.loss = "smooth_l1"  # smooth_l1 (the code) | mse (the paper) | l1
     method.momentum_start = 0.996  # EMA momentum rises along a line
     method.momentum_end = 1.0
-    method.dtype = (
-        "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
-    )
+    method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32
     method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
     return method

@@ -1,19 +1,22 @@
 """Latent MIM, ViT-B/16, ImageNet-100, 300 epochs: the setting of the paper's ablations.
 
-    python main.py --config=configs/in100_vit_b.py --config.data.path=IMAGENET --workdir=RUN
+    lmim train --config=in100_vit_b --config.data.path=IMAGENET --workdir=RUN
 
-IMAGENET is a folder train/WNID/*.JPEG, test/WNID/*.JPEG of all classes or of these hundred; those of imagenet100.txt
-are taken. From TFDS instead: --config.data.source=tfds --config.data.name=imagenet2012 --config.data.dir=DIR
---config.data.test_split=validation. Global batch 1024, peak lr 6e-4, no similarity constraint, as in the authors'
-recorded run. They publish no figure for it in numbers.
+IMAGENET is a folder train/WNID/*.JPEG, test/WNID/*.JPEG of all classes or of these hundred; those
+of imagenet100.txt are used. From TFDS instead: --config.data.source=tfds
+--config.data.name=imagenet2012 --config.data.dir=DIR --config.data.test_split=validation. Global
+batch 1024, peak learning rate 6e-4, no similarity constraint, as in the authors' recorded run. They
+publish no numbers for it.
 """
 
 import pathlib
 
+from ml_collections import ConfigDict
+
 from lmim_jax.configs import vit_b
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """vit_b and its differences."""
     config = vit_b.get_config()
     config.batch_size = 1024

@@ -1,20 +1,21 @@
-"""PiLaMIM, ViT-B/16, ImageNet-1k, 800 epochs: the recipe of the released code, with aligned latent targets.
+"""PiLaMIM, ViT-B/16, ImageNet-1k, 800 epochs: the released recipe, with aligned latent targets.
 
-    python main.py --config=configs/pilamim_vit_b.py --config.data.path=IMAGENET --workdir=RUN
+    lmim train --config=pilamim_vit_b --config.data.path=IMAGENET --workdir=RUN
 
-Global batch 2048, 500,000 steps. The authors claim better linear probes than MAE, I-JEPA and BootMAE on most of their
-datasets (arXiv 2501.03005, abstract); no figure of their tables is known here, so none is promised.
-Two departures from the released code, which are its mistakes: latent predictions are compared with the targets of the
-same patch (config.method.align_targets=False compares with shuffled ones, as the code does), and the teacher starts as
-a copy of the encoder. Its learning rate changes once an epoch, ours at every step.
+Global batch 2048, 500,000 steps. The authors claim better linear probes than MAE, I-JEPA and
+BootMAE on most of their datasets (arXiv 2501.03005, abstract); their tables are not known here. Two
+bugs of the released code are fixed: latent predictions are compared with the targets of the same
+patch (config.method.align_targets=False compares with shuffled ones, as the code does), and the
+teacher starts as a copy of the encoder. Its learning rate changes once an epoch, ours at every
+step.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from lmim_jax.configs import vit_b
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """vit_b, with PiLaMIM's method, batch and schedules."""
     config = vit_b.get_config()
     config.batch_size = 2048
@@ -24,25 +25,29 @@ def get_config():
     return config
 
 
-def pilamim(channels):
-    """The method's knobs."""
+def pilamim(channels: FieldReference) -> ConfigDict:
+    """Options of the method.
+
+    Args:
+      channels: of images, `data.channels`.
+    """
     method = ConfigDict()
     method.name = "pilamim"
     method.grid = (14, 14)  # rows, columns of patches
     method.patch_size = 16
     method.channels = channels
-    method.width, method.depth, method.heads = 768, 12, 12
+    method.width = 768
+    method.depth = 12
+    method.heads = 12
     method.mlp_ratio = 4.0
     method.norm_eps = 1e-5  # of blocks
     method.final_norm_eps = 1e-5  # of the encoder's last norm; decoders have none
     method.qkv_bias = False
-    method.decoder_width, method.decoder_depth, method.decoder_heads = (
-        384,
-        6,
-        12,
-    )  # depth and heads of both decoders
+    method.decoder_width = 384
+    method.decoder_depth = 6  # of both decoders
+    method.decoder_heads = 12  # of both decoders
     method.latent_decoder_width = 384
-    method.sampler = "random"  # random | checkerboard (mask_ratio 0.5) | checkerboard2, in cells of 2 x 2 patches
+    method.sampler = "random"  # random | checkerboard | checkerboard2 (2 x 2), with ratio 0.5
     method.mask_ratio = 0.75
     method.align_targets = True  # False: latent targets in random order, as in the released code
     method.pixel_weight = 1.0
@@ -50,8 +55,6 @@ def pilamim(channels):
     method.cls_weight = 1.0
     method.momentum_start = 0.996  # EMA momentum rises along a line
     method.momentum_end = 1.0
-    method.dtype = (
-        "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
-    )
+    method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32
     method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
     return method

@@ -1,13 +1,16 @@
-"""Latent MIM on the embedded dataset `shapes`, in minutes on a laptop CPU; downloads nothing.
+"""Latent MIM on the synthetic dataset `shapes`, in minutes on a laptop CPU; downloads nothing.
 
-./launch/local.sh                                                (this recipe is the default)
-python main.py --config=configs/quickstart.py --workdir=RUN
+    lmim train --config=quickstart --workdir=RUN
+
+It is the default recipe of `lmim train` and `./launch/local.sh`.
 """
+
+from ml_collections import ConfigDict
 
 from lmim_jax.configs import vit_b
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """vit_b and its differences."""
     config = vit_b.get_config()
     config.batch_size = 128
@@ -21,9 +24,8 @@ def get_config():
     config.method.update(
         decoder_width=64, decoder_depth=2, decoder_heads=4, projector_width=256, dtype="float32"
     )
-    config.method.update(
-        similarity_start=0.5, similarity_end=0.0
-    )  # flat shapes: 0.75 adds a constant to all latents
+    # On flat shapes, 0.75 adds a constant to all latents
+    config.method.update(similarity_start=0.5, similarity_end=0.0)
     config.optimizer.update(base_lr=4e-3, warmup_epochs=1.0)
     config.evaluators.knn.update(every=4.0, batch_size=64, baselines=True)
     config.evaluators.visualization.every = 4.0

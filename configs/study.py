@@ -1,16 +1,21 @@
-"""The four challenges of latent masked image modelling, one remedy at a time; and each knob of the final recipe alone.
+"""The four challenges of latent masked image modeling, one remedy at a time, and ablations.
 
-    lmim study --config=configs/study.py --out=runs/study                        (on `shapes`)
-    lmim study --config=configs/study.py:cifar10 --set=data.path=CIFAR10 --out=runs/study_cifar10
+    lmim study --config=study --out=runs/study
+    lmim study --config=study:cifar10 --set=data.path=CIFAR10 --out=runs/study_cifar10
 
-The ladder starts from naive joint training with direct regression, which collapses, and adds one switch a rung until it
-is the paper's recipe. 10 rungs x 2 seeds take about an hour on two CPU cores; `--only=ladder` leaves the ablations
-out. What it came to is in RESULTS.md.
+The ladder starts from naive joint training with direct regression, which collapses, and adds one
+change per rung until it is the paper's recipe; the ablations change one option of that recipe. The
+10 rungs with 2 seeds take about an hour on two CPU cores (--only=ladder). The results are in
+RESULTS.md.
 """
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-# Where the ladder starts: one network, regression, a quarter of the patches seen, no gap, no constraint, plain decoder
+# Start of the ladder: one network, regression, a quarter of the patches visible, no gap, no
+# constraint, plain decoder
 NAIVE = {
     "target": "joint",
     "loss": "mse",
@@ -21,17 +26,31 @@ NAIVE = {
     "visual_cues": False,
     "projector_depth": 0,
 }
-LADDER = (  # (name, what it changes, in words)
-    ("stop_gradient", "target", "stop_gradient", "no gradient through the targets"),
-    ("ema", "target", "ema", "targets from a slow copy of the encoder"),
-    ("infonce", "loss", "patch_infonce", "patch discrimination instead of regression"),
-    ("visible", "num_visible", 10, "10 instead of 16 of 64 patches visible"),
-    ("gap", "gap", None, "a gap between patches"),
-    ("similarity", "similarity_weight", 0.1, "a constraint on the similarity of patches"),
-    ("cross", "decoder", "cross", "a decoder with cross-attention"),
-    ("cues", "visual_cues", True, "visual cues in the mask tokens"),
-    ("projector", "projector_depth", 3, "a projector behind both encoders"),
+
+
+class Rung(NamedTuple):
+    """A change of one option of the method, and its description."""
+
+    name: str
+    key: str
+    value: Any
+    description: str
+
+
+BEST_GAP = None  # depends on the dataset, see GAPS
+LADDER = (
+    Rung("stop_gradient", "target", "stop_gradient", "no gradient through the targets"),
+    Rung("ema", "target", "ema", "targets from a slow copy of the encoder"),
+    Rung("infonce", "loss", "patch_infonce", "patch discrimination instead of regression"),
+    Rung("visible", "num_visible", 10, "10 instead of 16 of 64 patches visible"),
+    Rung("gap", "gap", BEST_GAP, "a gap between patches"),
+    Rung("similarity", "similarity_weight", 0.1, "a constraint on the similarity of patches"),
+    Rung("cross", "decoder", "cross", "a decoder with cross-attention"),
+    Rung("cues", "visual_cues", True, "visual cues in the mask tokens"),
+    Rung("projector", "projector_depth", 3, "a projector behind both encoders"),
 )
+GAPS = {"shapes": 2, "cifar10": 1}
+CIFAR10_RUNGS = ("naive", "ema", "similarity", "projector")  # the most important ones
 ABLATIONS = {
     "tau": (0.05, 0.1, 0.5),
     "num_visible": (5, 16, 32),
@@ -45,34 +64,41 @@ ABLATIONS = {
 }
 
 
-def get_config(dataset="shapes"):
-    """What tools/study.py runs; see there. `dataset`: shapes, or cifar10 with the four rungs that matter most."""
+def get_config(dataset: str = "shapes") -> ConfigDict:
+    """What `lmim study` runs, see there.
+
+    Args:
+      dataset: shapes, or cifar10 with the four most important rungs.
+    """
     recipe = f"configs/small.py:latent_mim,{dataset}"
-    gap = {"shapes": 2, "cifar10": 1}[dataset]
     state = dict(NAIVE)
-    listed = lambda values: tuple(f"method.{key}={value}" for key, value in values.items())
-    runs = [("naive", "joint training, direct regression", recipe, listed(state))]
-    for name, key, value, what in LADDER:
-        state[key] = gap if key == "gap" else value
-        runs.append((name, what, recipe, listed(state)))
-    ladder = tuple(name for name, *_ in runs)
+    runs = [("naive", "joint training, direct regression", recipe, _changes(state))]
+    for rung in LADDER:
+        state[rung.key] = rung.value
+        if rung.value is BEST_GAP:
+            state[rung.key] = GAPS[dataset]
+        runs.append((rung.name, rung.description, recipe, _changes(state)))
+    ladder = tuple(run[0] for run in runs)
     final = ladder[-1]
-    ablations = []
+    ablations = [final]
     for key, values in ABLATIONS.items():
         for value in values:
-            ablations.append(
-                (f"{key}={value}", f"{key} = {value}", recipe, listed({**state, key: value}))
-            )
+            name = f"{key}={value}"
+            runs.append((name, f"{key} = {value}", recipe, _changes({**state, key: value})))
+            ablations.append(name)
+    if dataset == "cifar10":
+        ladder = CIFAR10_RUNGS
     config = ConfigDict()
     config.seeds = (0, 1)
-    config.runs = (*runs, *ablations)  # (name, what it is, recipe, changes to the recipe)
+    config.runs = tuple(runs)  # (name, description, recipe, changes to the recipe)
     config.groups = (  # (title, compared with: previous | first | none, names of runs)
-        (
-            "ladder",
-            "previous",
-            ladder if dataset == "shapes" else ("naive", "ema", "similarity", final),
-        ),
-        ("ablations", "first", (final, *(name for name, *_ in ablations))),
+        ("ladder", "previous", ladder),
+        ("ablations", "first", tuple(ablations)),
     )
     config.cost = False  # of training: see configs/compare.py
     return config
+
+
+def _changes(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Options of the method as changes to a recipe, KEY=VALUE."""
+    return tuple(f"method.{key}={value}" for key, value in options.items())

@@ -1,39 +1,38 @@
-"""Latent MIM, ViT-B/16, ImageNet-1k, 800 epochs: the paper's final recipe, and every knob there is.
+"""Latent MIM, ViT-B/16, ImageNet-1k, 800 epochs: the paper's final recipe, with every option.
 
-    python main.py --config=configs/vit_b.py --config.data.source=folder --config.data.path=IMAGENET --workdir=RUN
+    lmim train --config=vit_b --config.data.path=IMAGENET --workdir=RUN
 
-Global batch 4096, 249,600 steps. The authors report 50.1 / 72.0 / 83.0 % top-1 (nearest neighbour / linear probe /
-fine-tuning) on ImageNet-1k. Sources: the paper (arXiv 2407.15837) and the released code's configuration.
-The other recipes are this one and their differences. Any knob can be set on the command line: --config.method.tau=0.1
+Global batch 4096, 249,600 steps. The authors report 50.1 / 72.0 / 83.0 % top-1 (nearest neighbor /
+linear probe / fine-tuning) on ImageNet-1k. Sources: the paper (arXiv 2407.15837) and the
+configuration of the released code. The other recipes are this one and their differences. Any option
+can be set on the command line: --config.method.tau=0.1
 """
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
 
-def get_config():
-    """The recipe as a ConfigDict; derived values follow when what they are derived from is overridden."""
-    batch_size, epochs = FieldReference(4096), FieldReference(800)
+def get_config() -> ConfigDict:
+    """The recipe; derived values follow if the values they are derived from are overridden."""
+    batch_size = FieldReference(4096)
     config = ConfigDict()
     config.seed = 0  # of weights, order, crops and masks
-    config.batch_size = batch_size  # images per optimiser step, over all devices
+    config.batch_size = batch_size  # images per optimizer step, over all devices
     config.micro_batches = 1  # gradient accumulation: equal parts of the batch, one after the other
-    config.epochs = epochs  # an epoch is floor(images / batch_size) steps
-    config.deterministic = True  # GPUs: only kernels whose sums do not depend on timing, so that runs repeat to the bit
-    config.total_steps = config_dict.placeholder(
-        int
-    )  # instead of epochs; the warm-up keeps its share of the run
+    config.epochs = 800  # an epoch is floor(images / batch_size) steps
+    config.deterministic = True  # GPUs: only deterministic kernels, so that runs repeat bit by bit
+    config.total_steps = config_dict.placeholder(int)  # instead of epochs; warm-up scales with it
     config.update(devices())
 
     config.data = data()
 
     augment = config.augment = ConfigDict()  # on the device, as torchvision's RandomResizedCrop
-    augment.scale = (0.2, 1.0)  # share of the area a crop takes
+    augment.scale = (0.2, 1.0)  # share of the area that a crop covers
     augment.ratio = (3 / 4, 4 / 3)  # aspect ratios of crops
-    augment.flip = True  # mirror every second image
+    augment.flip = True  # mirror every second image at random
     augment.interpolation = "bicubic"  # bicubic | bilinear, both antialiased
     augment.mean = (0.485, 0.456, 0.406)  # ImageNet's
-    augment.std = (0.229, 0.224, 0.225)
-    augment.eval_resize = 256  # evaluation: short side, then a centre crop of grid x patch_size
+    augment.std = (0.229, 0.224, 0.225)  # ImageNet's
+    augment.eval_resize = 256  # evaluation: short side, then a center crop of grid x patch_size
 
     config.method = latent_mim(config.data.get_ref("channels"))
 
@@ -41,111 +40,101 @@ def get_config():
     optimizer.name = "adamw"
     optimizer.base_lr = 1.5e-4
     optimizer.lr = optimizer.get_ref("base_lr") * batch_size / 256  # peak: 2.4e-3
-    optimizer.warmup_start = 0.25  # share of the peak where the warm-up starts
+    optimizer.warmup_start = 0.25  # share of the peak at which the warm-up starts
     optimizer.warmup_epochs = 40.0
-    optimizer.floor = 0.25  # share of the peak where the cosine ends
-    optimizer.rebased = (
-        True  # the cosine begins after the warm-up; False: with the run, under the warm-up
-    )
-    optimizer.b1, optimizer.b2, optimizer.eps = 0.9, 0.95, 1e-8
+    optimizer.floor = 0.25  # share of the peak at which the cosine ends
+    optimizer.rebased = True  # the cosine starts after the warm-up; False: at step 0
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.eps = 1e-8
     optimizer.weight_decay = 0.05  # at the start
-    optimizer.weight_decay_end = optimizer.get_ref(
-        "weight_decay"
-    )  # at the end, along half a cosine
-    # (regex on the parameter's path, decayed or not), first full match wins. As in the official code, which goes by
-    # names: patch and decoder embeddings are spared too, CLS and mask tokens are decayed.
+    optimizer.weight_decay_end = optimizer.get_ref("weight_decay")  # at the end of half a cosine
+    # (regex on the parameter's path, decayed or not), first full match wins. As in the official
+    # code, patch and decoder embeddings are spared because of their names; CLS and mask tokens are
+    # decayed.
     optimizer.decay_rules = ((".*(bias|norm|embed).*", False), (".*", True))
 
     config.evaluators = ConfigDict()
     config.evaluators.knn = dict(
         type="knn",  # a file in lmim_jax/evaluators/
-        every=10.0,  # epochs; also at the start and the end of runs at least that long. 0: at the end only
+        every=10.0,  # epochs, and at both ends of runs at least that long; 0: at the end only
         params="online",  # online | target
         batch_size=512,
-        feature="patches_prenorm",  # mean over patches, before the final norm: the official feature; see evaluate.py
-        k=(20,),  # neighbours that vote; each is a figure
+        feature="patches_prenorm",  # mean over patches before the final norm; see evaluate.py
+        k=(20,),  # numbers of neighbors that vote; each is a metric
         temperature=0.07,
-        baselines=False,  # also with raw pixels and colour histograms; for small images only
+        baselines=False,  # also raw pixels and color histograms; for small images only
     )
     config.evaluators.visualization = dict(
-        type="visualization",  # what the model is given; PCA and clusters of its features
+        type="visualization",  # the input of the model; PCA and clusters of its features
         every=10.0,
         params="online",
         images=6,  # the same random held-out ones each time
         feature="patches_prenorm",
-        zoom=2,  # features of images enlarged so many times: a finer grid
+        zoom=2,  # images are enlarged by this factor, for a finer grid of features
         clusters=4,  # of patches, per image
     )
 
     config.log_every = 50  # steps between lines of metrics
-    config.gauge_images = (
-        512  # held-out images on which the gauges of collapse are read with every such line
-    )
+    config.gauge_images = 512  # held-out images on which collapse metrics are measured
     config.checkpoint_every = 1000  # steps; also once at the end
-    config.checkpoint_keep = 3  # the newest so many; 0: all
-    config.checkpoint_keep_every = 0  # and every multiple of so many steps; 0: none
-    config.checkpoint_best = (
-        ""  # and the one with the highest value of this metric, such as "knn/knn20"
-    )
+    config.checkpoint_keep = 3  # how many of the newest are kept; 0: all
+    config.checkpoint_keep_every = 0  # also keep every multiple of this many steps; 0: none
+    config.checkpoint_best = ""  # also keep the one with the highest such metric: "knn/knn20"
     config.checkpoint_max_failures = 5  # stop when so many saves in a row fail
-    config.on_nonfinite = (
-        "stop"  # stop | skip: what to do about a step whose loss or gradient is NaN or infinite
-    )
+    config.on_nonfinite = "stop"  # stop | skip: what to do if a loss or gradient is not finite
     config.max_skipped = 10  # skip: stop after so many in a row
     return config
 
 
-def data():
+def data() -> ConfigDict:
     """Where images come from, and how they are brought to the devices."""
     data = ConfigDict()
-    data.source = "folder"  # folder | tfds | shapes (embedded, drawn on first use)
-    data.path = ""  # folder: with images at any depth, or with train/CLASS/ and test/CLASS/; shapes: where to keep it
+    data.source = "folder"  # folder | tfds | shapes (synthetic, drawn on first use)
+    data.path = ""  # folder: of images at any depth, or of train/CLASS/, test/CLASS/; shapes: cache
     data.name = ""  # tfds: dataset, or dataset/config:version, prepared in ArrayRecord files
     data.dir = ""  # tfds: the folder that holds it; "": TFDS's own, ~/tensorflow_datasets
-    data.train_split = (
-        "train"  # folder: name of the sub-folder; tfds: split or a slice of it, such as train[:1%]
-    )
+    data.train_split = "train"  # folder: the sub-folder; tfds: a split or slice, such as train[:1%]
     data.test_split = "test"  # "": none
-    data.classes = ""  # a file with the names of the classes to keep, one a line, in order of their numbers; "": all
-    data.train_per_class = (
-        0  # folder: only the first so many images of each class, by file name; 0: all
-    )
+    data.classes = ""  # a file with the names of the classes to keep, one per line; "": all
+    data.train_per_class = 0  # folder: only the first images of each class, by file name; 0: all
     data.test_per_class = 0
-    data.canvas = 512  # host decodes into a canvas of this side; larger images are shrunk to fit
-    data.channels = 3  # 1 grey, 3 RGB
-    data.workers = (
-        0  # decoding processes per host; 0: threads. The stream is the same at any number
-    )
+    data.canvas = 512  # the host decodes into a canvas of this side; shrinks larger images
+    data.channels = 3  # 1 gray, 3 RGB
+    data.workers = 0  # decoding processes per host; 0: threads. The stream does not depend on it
     data.threads = 0  # decoding threads per process; 0: as many as there are cores
-    data.timeout = (
-        30.0  # seconds without a batch after which the run stops and names the worker that hangs
-    )
-    data.resize_on = "device"  # device | host: where training images are cropped and resized; the same boxes and pixels
-    data.max_bad_fraction = 0.01  # stop when more of the files than this are no usable images
+    data.timeout = 30.0  # seconds without a batch after which the run stops with an error
+    data.resize_on = "device"  # device | host: where training images are cropped; the same boxes
+    data.max_bad_fraction = 0.01  # stop when more than this share of the files are not usable
     return data
 
 
-def devices():
-    """How a run uses its devices, on all hosts; all of it may change when the run goes on."""
+def devices() -> ConfigDict:
+    """How a run uses its devices, on all hosts; all of it may change when a run is resumed."""
     config = ConfigDict()
-    config.remat = "none"  # less memory for more time: none | dots (keep products) | full (keep inputs of blocks)
+    config.remat = "none"  # memory for time: none | dots (keep products) | full (keep block inputs)
     config.scan_layers = False  # the blocks of a network as a loop: compiles faster, runs slower
     mesh = config.mesh = ConfigDict()
     mesh.data = -1  # copies of the state; -1: as many as there are devices left
-    mesh.fsdp = 1  # each cut into so many parts, where it does not fit a device; the batch is split over both
-    # (regex on the path, how to cut: replicated | largest, its largest divisible dimension | the dimension's number)
+    mesh.fsdp = 1  # shards of each copy, if it does not fit one device; both split the batch
+    # (regex on the path, how to shard: replicated | largest, the largest divisible dimension | the
+    # number of the dimension)
     mesh.rules = ((".*", "largest"),)
     mesh.min_size = 1 << 16  # elements; smaller arrays are replicated by "largest"
     return config
 
 
-def latent_mim(channels):
-    """The method's knobs; the paper's four challenges, and what cures each."""
+def latent_mim(channels: FieldReference) -> ConfigDict:
+    """Options of the method: the paper's four challenges, and what solves each.
+
+    Args:
+      channels: of images, `data.channels`.
+    """
     method = ConfigDict()
     method.name = "latent_mim"  # a file in lmim_jax/methods/
     method.grid = (14, 14)  # rows, columns of patches
     method.patch_size = 16
-    method.gap = 4  # cells are patch_size + gap wide, with the patch at a random offset inside; the crop is 280 px
+    method.gap = 4  # patches at random offsets in cells of patch_size + gap: crops have 280 pixels
     method.channels = channels
     # encoder; Ti, S, L, H: lmim_jax/models/vit.py VARIANTS
     method.width = 768
@@ -153,27 +142,23 @@ def latent_mim(channels):
     method.heads = 12
     method.mlp_ratio = 4.0
     method.norm_eps = 1e-6
-    # challenge 1, joint optimisation collapses: where targets come from
-    method.target = (
-        "ema"  # ema | joint | stop_gradient | random | random_projection (Latent MIM Lite)
-    )
+    # challenge 1, joint optimization collapses: where targets come from
+    method.target = "ema"  # ema | joint | stop_gradient | random | random_projection
     method.momentum_start = 0.99  # EMA momentum rises along half a cosine
     method.momentum_end = 1.0
-    # challenge 2, direct regression has trivial solutions: what is compared
+    # challenge 2, direct regression has trivial solutions: the loss
     method.loss = "patch_infonce"  # patch_infonce | norm_l2 | mse | l1 | smooth_l1
     method.tau = 0.2  # temperature of patch_infonce
-    method.standardize = (
-        True  # patch_infonce: predictions to mean 0, deviation 1 over the patches of an image
-    )
-    # challenge 3, visible and target patches are too correlated: what is seen (and `gap` above)
+    method.standardize = True  # patch_infonce: standardize predictions over the patches of an image
+    # challenge 3, visible and target patches are too correlated: masking (and `gap` above)
     method.num_visible = 20  # of grid[0] x grid[1] = 196
-    method.target_patches = "masked"  # masked | all: what the target encoder sees
-    method.similarity_weight = 0.1  # of the pull of mean cosine similarities to a goal; 0: off
-    method.similarity_start = 0.75  # the goal falls along half a cosine
+    method.target_patches = "masked"  # masked | all: which patches the target encoder sees
+    method.similarity_weight = 0.1  # of the constraint on mean cosine similarities; 0: off
+    method.similarity_start = 0.75  # its goal falls along half a cosine
     method.similarity_end = 0.25
     # challenge 4, a decoder for latents: how predictions are conditioned
     method.decoder = (
-        "cross"  # cross | self: attention to the visible tokens, or all tokens in one sequence
+        "cross"  # cross | self: attention to the visible tokens, or one sequence of all
     )
     method.decoder_width = 512
     method.decoder_depth = 3
@@ -182,8 +167,6 @@ def latent_mim(channels):
     method.projector_depth = 3  # layers of the MLP behind both encoders; 0: none
     method.projector_width = 4096
     # precision and kernels
-    method.dtype = (
-        "bfloat16"  # of activations; parameters, statistics, softmax, losses and EMA are float32
-    )
+    method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32
     method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
     return method

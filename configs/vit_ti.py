@@ -1,13 +1,17 @@
-"""Latent MIM, ViT-Ti/16, ImageNet-1k: the recipe of vit_b with another encoder. The authors publish no figure for it.
+"""Latent MIM, ViT-Ti/16, ImageNet-1k: the recipe of vit_b with another encoder.
 
-python main.py --config=configs/vit_ti.py --config.data.source=folder --config.data.path=IMAGENET --workdir=RUN
+    lmim train --config=vit_ti --config.data.path=IMAGENET --workdir=RUN
+
+The authors publish no result for this size.
 """
+
+from ml_collections import ConfigDict
 
 from lmim_jax.configs import vit_b
 from lmim_jax.models.vit import VARIANTS
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """vit_b and its differences."""
     config = vit_b.get_config()
     config.method.update(VARIANTS["Ti/16"])

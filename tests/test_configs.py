@@ -1,7 +1,6 @@
 """Every recipe builds, without allocating anything."""
 
 import importlib
-import pathlib
 
 import jax
 import pytest
@@ -12,27 +11,28 @@ from lmim_jax.data.augment.device import Augment
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.optim import adamw
+from lmim_jax.utils import recipes
 from lmim_jax.utils.errors import UserError
 
-NAMES = sorted(
-    path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
-)
+NAMES = recipes.names()
 
 
 def recipe(name):
+    """The config of a recipe."""
     return importlib.import_module(f"lmim_jax.configs.{name}").get_config()
 
 
-RECIPES = [
-    name for name in NAMES if "method" in recipe(name)
-]  # the others are studies: tests/test_study.py
+# The others are studies (tests/test_study.py) or options of evaluators
+RECIPES = [name for name in NAMES if "method" in recipe(name)]
 
 
 def build(config):
+    """The method of a config."""
     return methods.from_config(config.method, total_steps=100, steps_per_epoch=10)
 
 
 def counts(config):
+    """The numbers of parameters of the method's networks."""
     params = jax.eval_shape(build(config).init, jax.random.key(0))
     return {name: parameter_overview.count_parameters(tree) for name, tree in params.items()}
 
@@ -45,7 +45,8 @@ def test_recipe_builds(name):
     optimizer, rate = adamw.from_config(config.optimizer, warmup_steps=10, total_steps=100)
     jax.eval_shape(optimizer.init, params)
     close = 1e-6 if config.optimizer.rebased else 0.03  # PiLaMIM's cosine has begun to fall by then
-    assert 0 <= rate(0) < rate(10) == pytest.approx(config.optimizer.lr, rel=close)
+    assert 0 <= rate(0) < rate(10)
+    assert rate(10) == pytest.approx(config.optimizer.lr, rel=close)
     Augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
     evaluators.from_config(
         config.evaluators, steps_per_epoch=10, has_target="encoder" in method.target_of(params)
@@ -60,7 +61,35 @@ def test_recipe_builds(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_documents_its_command(name):
-    assert f"--config=configs/{name}.py" in importlib.import_module(f"lmim_jax.configs.{name}").__doc__
+    assert f"--config={name}" in importlib.import_module(f"lmim_jax.configs.{name}").__doc__
+
+
+def test_recipes_are_found_by_name_or_path_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = str(recipes.folder() / "vit_b.py")
+    assert recipes.locate("vit_b") == file
+    assert recipes.locate("configs/vit_b.py") == file
+    small = recipes.folder() / "small.py"
+    assert recipes.locate("small:mae,shapes") == f"{small}:mae,shapes"
+    assert recipes.locate("configs/small.py:mae,shapes") == f"{small}:mae,shapes"
+    (tmp_path / "configs").mkdir()
+    for own in ("mine.py", "configs/vit_b.py"):
+        (tmp_path / own).touch()
+        assert recipes.locate(own) == own
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_bb", "vit_bb: no such recipe; did you mean vit_b?"),
+        ("vit_bb:x", "vit_bb:x: no such recipe; did you mean vit_b?"),
+        ("configs/vitb.py", "configs/vitb.py: no such file; .* did you mean vit_b?"),
+        ("elsewhere/vit_b.py", "elsewhere/vit_b.py: no such file; .* by name"),
+    ],
+)
+def test_a_recipe_that_does_not_exist_is_an_error_with_a_hint(name, message):
+    with pytest.raises(UserError, match=message):
+        recipes.locate(name)
 
 
 def test_vit_b_has_the_published_number_of_parameters():
@@ -71,7 +100,7 @@ def test_vit_b_has_the_published_number_of_parameters():
     }
 
 
-def test_derived_knobs_follow_overrides():
+def test_derived_options_follow_overrides():
     config = recipe("vit_b")
     assert config.optimizer.lr == pytest.approx(2.4e-3)
     config.batch_size = 256
@@ -82,13 +111,13 @@ def test_derived_knobs_follow_overrides():
 
 def test_imagenet_recipe_is_the_papers():
     method = recipe("vit_b").method
-    assert (method.num_visible, method.gap, method.tau, method.similarity_weight) == (
-        20,
-        4,
-        0.2,
-        0.1,
-    )
-    assert (method.decoder_depth, method.decoder_width, method.decoder_heads) == (3, 512, 16)
+    assert method.num_visible == 20
+    assert method.gap == 4
+    assert method.tau == 0.2
+    assert method.similarity_weight == 0.1
+    assert method.decoder_depth == 3
+    assert method.decoder_width == 512
+    assert method.decoder_heads == 16
 
 
 @pytest.mark.parametrize(
