@@ -15,6 +15,7 @@ from lmim_jax.cli import report
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.common import clustering
 from lmim_jax.methods import base as methods
+from lmim_jax.models.layers import patchify
 from lmim_jax.optim import adamw
 from lmim_jax.report import config_diff, log_sections, run_features
 from lmim_jax.train import provenance, runs, workdir
@@ -201,29 +202,34 @@ def change(**settings):
 
 @pytest.mark.parametrize("name", ["mae", "pilamim", "bootmae"])
 def test_reconstructions_keep_what_is_visible(name):
-    from lmim_jax.models.layers import patchify
-
     method = methods.from_config(tiny.method(name), total_steps=10, steps_per_epoch=5)
-    images = np.random.default_rng(0).normal(2, 3, (3, *method.image_size, 3)).astype(np.float32)
-    masked = jax.eval_shape(
-        method.sample, jax.random.key(0), jax.random.split(jax.random.key(2), 3)
-    )["masked"].shape[1]
+    height, width = method.image_size
+    images = np.random.default_rng(0).normal(2, 3, (3, height, width, 3)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(2), 3)
+    abstract_views = jax.eval_shape(method.sample, jax.random.key(0), keys)
+    num_masked = abstract_views["masked"].shape[1]
 
     @jax.jit
-    def paint():
-        params, keys = method.init(jax.random.key(0)), jax.random.split(jax.random.key(2), 3)
+    def reconstruct():
+        params = method.init(jax.random.key(0))
         views = method.sample(jax.random.key(1), keys)
-        pixels = method.forward(params, method.target_of(params), images, views)["pixels"]
-        return method.reconstruct(params, images, views), views, pixels[:, -masked:]
+        output = method.forward(params, method.target_of(params), images, views)
+        reconstructed = method.reconstruct(params, images, views)
+        return reconstructed, views, output["pixels"][:, -num_masked:]
 
-    painted, views, pixels = paint()
-    old, new = (np.asarray(patchify(x, method.grid, method.patch_size)) for x in (images, painted))
-    of = lambda x, ids: np.take_along_axis(x, np.asarray(views[ids])[..., None], axis=1)
-    np.testing.assert_array_equal(of(old, "visible"), of(new, "visible"))
-    assert (of(old, "masked") != of(new, "masked")).all()
-    if name == "mae":  # as predicted, in the moments of the true patch
-        true = of(old, "masked")
-        back = (of(new, "masked") - true.mean(-1, keepdims=True)) / true.std(
-            -1, ddof=1, keepdims=True
-        )
-        np.testing.assert_allclose(back, pixels, atol=1e-3)
+    reconstructed, views, pixels = reconstruct()
+
+    def patches_of(images, kind):
+        """The patches of some images that are "visible" or "masked"."""
+        patches = np.asarray(patchify(images, method.grid, method.patch_size))
+        return np.take_along_axis(patches, np.asarray(views[kind])[..., None], axis=1)
+
+    visible = patches_of(reconstructed, "visible")
+    np.testing.assert_array_equal(patches_of(images, "visible"), visible)
+    masked = patches_of(reconstructed, "masked")
+    true = patches_of(images, "masked")
+    assert (true != masked).all()
+    if name == "mae":  # as predicted, with the mean and deviation of the true patch
+        mean = true.mean(-1, keepdims=True)
+        deviation = true.std(-1, ddof=1, keepdims=True)
+        np.testing.assert_allclose((masked - mean) / deviation, pixels, atol=1e-3)

@@ -1,12 +1,12 @@
-"""Train many variants of a recipe, over seeds, and put them side by side.
+"""Trains variants of a recipe over several seeds, and compares them.
 
-    lmim study --config=configs/study.py --out=runs/study [--only=ladder] [--parallel=2]
-                                   [--set=KEY=VALUE ...]
+    lmim study --config=study --out=runs/study
+    lmim study --config=study --out=runs/study --only=ladder --parallel=2 --set=epochs=10
 
-A study's config has `seeds`, `runs` (name, what it is, recipe, changes to the recipe), `groups` (title, what a row is
-compared with, names of runs) and `cost` (whether to measure what training costs). Every run is a process of main.py in
-OUT/NAME/seedS, with its own log; the same command goes on where it stopped. After every run there are OUT/index.html,
-OUT/table.md and OUT/results.json.
+The config of a study has `seeds`, `runs` (name, description, recipe, changes to the recipe),
+`groups` (title, what each row is compared with, names of runs) and `cost` (whether to measure the
+cost of training). Every run is a process of its own in OUT/NAME/seedS, with its own log. Re-run the
+command to resume. OUT/index.html, OUT/table.md and OUT/results.json are updated after every run.
 """
 
 import collections
@@ -20,24 +20,41 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.report import comparison
+from lmim_jax.report.comparison import Group, Values
 from lmim_jax.utils import atomic_io
-from lmim_jax.utils.errors import UserError, fail
+from lmim_jax.utils.errors import UserError, did_you_mean, fail
 from lmim_jax.utils.logging import duration, log_to_console
 
 log = logging.getLogger("lmim_jax.cli.study")
 
 RECIPES: dict[str, str | None] = {"config": "study"}
 
+COMMAND_FILE = "command.txt"  # of a run: its command, to notice when a study changes
+LOG_FILE = "log.txt"
+POLL_SECONDS = 0.3
+EXIT_STOPPED = 75  # interrupted, and can be resumed
+GPU_MEMORY_SHARE = 0.9  # of an accelerator's memory, for all runs together
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run of a study."""
+    """One training run of a study.
+
+    Attributes:
+      name: of the variant.
+      seed: of the run.
+      recipe: as for `lmim train --config`.
+      changes: "KEY=VALUE" of the recipe.
+      folder: its workdir.
+    """
 
     name: str
     seed: int
@@ -46,183 +63,318 @@ class Run:
     folder: pathlib.Path
 
     @property
-    def command(self):
-        """Arguments of main.py."""
-        changes = [f"--config.{change}" for change in (*self.changes, f"seed={self.seed}")]
-        return [
-            "main.py",
-            f"--config={self.recipe}",
-            *changes,
-            f"--workdir={self.folder.absolute()}",
-        ]
+    def config_flags(self) -> list[str]:
+        """Flags of `lmim train` and `lmim bench` that give the config of the run."""
+        arguments = [f"--config={self.recipe}"]
+        for change in self.changes:
+            arguments.append(f"--config.{change}")
+        arguments.append(f"--config.seed={self.seed}")
+        return arguments
 
     @property
-    def finished(self):
-        """Whether this very command has been run to its end."""
-        noted = self.folder / "command.txt"
-        return (
-            (self.folder / "summary.json").exists()
-            and noted.exists()
-            and noted.read_text() == self._noted
-        )
+    def finished(self) -> bool:
+        """Whether the run has been trained to its end, with this config."""
+        path = self.folder / COMMAND_FILE
+        if not path.exists() or not (self.folder / "summary.json").exists():
+            return False
+        return path.read_text() == self._recorded_command
 
     @property
-    def _noted(self):
-        return "\n".join(
-            ["python", *self.command[:-1], ""]
-        )  # without the folder: a study may be moved
+    def _recorded_command(self) -> str:
+        """The content of COMMAND_FILE; without the folder, as a study may be moved."""
+        return "\n".join(["python", "main.py"] + self.config_flags) + "\n"
 
-    def start(self, cores, share):
-        """Start it on some CPU cores, with a share of an accelerator's memory; its process."""
+    def start(self, cores: Sequence[int], share: float) -> subprocess.Popen:
+        """Start the training in a process of its own.
+
+        Args:
+          cores: CPU cores that it may use.
+          share: of an accelerator's memory that it may use.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_io.write(self.folder / "command.txt", self._noted)
-        # seeds share compiled programs
-        environment = {
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder.parents[1].absolute() / "compiled"),
-            **os.environ,
-        }
-        if share < 1:
-            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * share:.3f}"
-        mine = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cores)  # which the child inherits
+        atomic_io.write(self.folder / COMMAND_FILE, self._recorded_command)
+        command = [sys.executable, "-m", "lmim_jax.cli", "train"] + self.config_flags
+        command.append(f"--workdir={self.folder.absolute()}")
+        own_cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cores)  # inherited by the child
         try:
-            with (self.folder / "log.txt").open("ab") as output:
-                to = dict(stdout=output, stderr=subprocess.STDOUT)
+            with (self.folder / LOG_FILE).open("ab") as output:
                 return subprocess.Popen(
-                    [sys.executable, "-m", "lmim_jax.cli", "train", *self.command[1:]],
-                    env=environment,
-                    **to,
+                    command,
+                    env=self._environment(share),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
                 )
         finally:
-            os.sched_setaffinity(0, mine)
+            os.sched_setaffinity(0, own_cores)
 
-    def last_words(self):
-        """Why it failed: the last line of its log that names an error, or just the last."""
-        lines = (self.folder / "log.txt").read_text(errors="replace").strip().splitlines() or [
-            "no output"
-        ]
-        return next(
-            (
-                line
-                for line in reversed(lines)
-                if re.match(r"[\w.]*(error|exception|killed)\b", line, re.I)
-            ),
-            lines[-1],
-        )
+    def _environment(self, share: float) -> dict[str, str]:
+        """Environment variables of the process; the runs of a study share compiled programs."""
+        study_folder = self.folder.parents[1].absolute()
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(study_folder / "compiled")}
+        environment.update(os.environ)
+        if share < 1:
+            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{GPU_MEMORY_SHARE * share:.3f}"
+        return environment
+
+    def failure_reason(self) -> str:
+        """The last line of the log that names an error, or else the last line."""
+        text = (self.folder / LOG_FILE).read_text(errors="replace").strip()
+        lines = text.splitlines() or ["no output"]
+        for line in reversed(lines):
+            if re.match(r"[\w.]*(error|exception|killed)\b", line, re.IGNORECASE):
+                return line
+        return lines[-1]
 
 
-def plan(config, only, changes, out):
-    """(groups, runs) of a study.
+@dataclasses.dataclass(frozen=True)
+class _Process:
+    """A run that is being trained."""
+
+    run: Run
+    process: subprocess.Popen
+    started: float
+
+
+def plan(
+    config: ConfigDict, only: Sequence[str], changes: Sequence[str], out: str | pathlib.Path
+) -> tuple[list[Group], list[Run]]:
+    """The groups and runs of a study.
 
     Args:
-      config: see above. only: titles of groups; empty: all. changes: of all runs. out: the study's folder.
+      config: of the study, see the top of this file.
+      only: titles of groups; empty: all.
+      changes: "KEY=VALUE" of the recipe, for all runs.
+      out: the folder of the study.
 
     Raises:
       UserError: no such group.
     """
-    titles = [title for title, *_ in config.groups]
-    if unknown := sorted(set(only) - set(titles)):
-        raise UserError(f"--only={unknown[0]}: no such group; there are: {', '.join(titles)}")
-    groups = [group for group in config.groups if not only or group[0] in only]
-    wanted = {name for *_, names in groups for name in names}
-    folder = lambda name: pathlib.Path(out, re.sub(r"[^\w.=+-]", "_", name))
-    runs = [
-        Run(name, seed, recipe, (*run_changes, *changes), folder(name) / f"seed{seed}")
-        for seed in config.seeds
-        for name, _, recipe, run_changes in config.runs
-        if name in wanted
-    ]
+    groups = []
+    for title, reference, names in config.groups:
+        groups.append(Group(title, reference, names))
+    titles = [group.title for group in groups]
+    for title in only:
+        if title not in titles:
+            raise UserError(f"--only={title}: no such group{did_you_mean(title, titles)}")
+    if only:
+        groups = [group for group in groups if group.title in only]
+    wanted: set[str] = set()
+    for group in groups:
+        wanted.update(group.names)
+    runs = []
+    for seed in config.seeds:
+        for name, _, recipe, run_changes in config.runs:
+            if name in wanted:
+                folder = pathlib.Path(out, _folder_name(name), f"seed{seed}")
+                all_changes = tuple(run_changes) + tuple(changes)
+                runs.append(Run(name, seed, recipe, all_changes, folder))
     return groups, runs
 
 
-def execute(runs, parallel, done):
-    """Train `runs`, `parallel` at once, each on its share of the CPU cores; `done(run)` after each.
+def _folder_name(name: str) -> str:
+    """The name of a variant with only characters that are safe in names of folders."""
+    return re.sub(r"[^\w.=+-]", "_", name)
 
-    Returns:
-      The runs that failed. An interrupt or SIGTERM stops them all (their states are saved) and is raised again.
+
+class _Scheduler:
+    """Trains runs, several at once, each on its share of the CPU cores.
+
+    Args:
+      runs: what to train.
+      parallel: how many at once.
+      on_finished: called after each run that ended well.
+
+    Raises:
+      UserError: more runs at once than CPU cores.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    if not 1 <= parallel <= len(cores):
-        raise UserError(f"--parallel={parallel} must be 1 .. {len(cores)}, the number of CPU cores")
-    queue, running, failed = collections.deque(runs), {}, []
-    free, began, count = list(range(parallel)), time.perf_counter(), 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        while queue or running:
-            while queue and free:
-                slot, run = free.pop(), queue.popleft()
-                running[slot] = (
-                    run,
-                    run.start(cores[slot::parallel], 1 / parallel),
-                    time.perf_counter(),
-                )
-            time.sleep(0.3)
-            for slot, (run, process, since) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[slot]
-                free.append(slot)
-                count += 1
-                left = (time.perf_counter() - began) / count * (len(runs) - count)
-                if process.returncode:
-                    failed.append(run)
-                    log.error("%s, seed %d FAILED: %s", run.name, run.seed, run.last_words())
-                    continue
-                words = (
-                    run.name,
-                    run.seed,
-                    duration(time.perf_counter() - since),
-                    comparison.line(run.folder),
-                )
-                log.info(
-                    "[%d/%d, ETA %s]  %s, seed %d (%s): %s",
-                    count,
-                    len(runs),
-                    duration(left),
-                    *words,
-                )
-                done(run)
-    except KeyboardInterrupt:
-        for _, process, _ in running.values():
-            process.terminate()
-        for _, process, _ in running.values():
-            process.wait()
-        raise
-    return failed
+
+    def __init__(self, runs: Sequence[Run], parallel: int, on_finished: Callable[[], None]) -> None:
+        self._cores = sorted(os.sched_getaffinity(0))
+        if not 1 <= parallel <= len(self._cores):
+            raise UserError(
+                f"--parallel={parallel} must be 1 .. {len(self._cores)}, the number of CPU cores"
+            )
+        self._parallel = parallel
+        self._on_finished = on_finished
+        self._queue = collections.deque(runs)
+        self._number_of_runs = len(runs)
+        self._processes: dict[int, _Process] = {}  # by slot, 0 .. parallel - 1
+        self._free_slots = list(range(parallel))
+        self._number_done = 0
+        self._started = time.perf_counter()
+        self.failed: list[Run] = []
+
+    def execute(self) -> None:
+        """Train all runs; if interrupted, stop them first."""
+        try:
+            while self._queue or self._processes:
+                self._start_runs()
+                time.sleep(POLL_SECONDS)
+                self._collect_runs()
+        except KeyboardInterrupt:
+            self._stop_runs()
+            raise
+
+    def _start_runs(self) -> None:
+        """Fill the free slots."""
+        while self._queue and self._free_slots:
+            slot = self._free_slots.pop()
+            run = self._queue.popleft()
+            process = run.start(self._cores[slot :: self._parallel], 1 / self._parallel)
+            self._processes[slot] = _Process(run, process, time.perf_counter())
+
+    def _collect_runs(self) -> None:
+        """Handle the runs that have ended."""
+        for slot, process in list(self._processes.items()):
+            if process.process.poll() is not None:
+                del self._processes[slot]
+                self._free_slots.append(slot)
+                self._number_done += 1
+                self._report(process)
+
+    def _report(self, ended: _Process) -> None:
+        """Log the result of a run."""
+        run = ended.run
+        if ended.process.returncode:
+            self.failed.append(run)
+            log.error("%s, seed %d FAILED: %s", run.name, run.seed, run.failure_reason())
+            return
+        now = time.perf_counter()
+        seconds_per_run = (now - self._started) / self._number_done
+        remaining = self._number_of_runs - self._number_done
+        log.info(
+            "[%d/%d, ETA %s]  %s, seed %d (%s): %s",
+            self._number_done,
+            self._number_of_runs,
+            duration(seconds_per_run * remaining),
+            run.name,
+            run.seed,
+            duration(now - ended.started),
+            comparison.one_line_summary(run.folder),
+        )
+        self._on_finished()
+
+    def _stop_runs(self) -> None:
+        """Stop the runs; they save their states before they exit."""
+        for process in self._processes.values():
+            process.process.terminate()
+        for process in self._processes.values():
+            process.process.wait()
 
 
-def costs(runs, out):
-    """What training costs, measured run by run with nothing beside it, and kept in OUT/cost.json.
+def execute(runs: Sequence[Run], parallel: int, on_finished: Callable[[], None]) -> list[Run]:
+    """Train runs, each on its share of the CPU cores.
+
+    Args:
+      runs: what to train.
+      parallel: how many at once.
+      on_finished: called after each run that ended well.
 
     Returns:
-      {name: {"gflop_per_image": [x], "step_images_per_second": [y]}}.
+      The runs that failed.
+
+    Raises:
+      KeyboardInterrupt: an interrupt or SIGTERM; all runs were stopped, and their states are saved.
+      UserError: more runs at once than CPU cores.
+    """
+    scheduler = _Scheduler(runs, parallel, on_finished)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    scheduler.execute()
+    return scheduler.failed
+
+
+def measure_costs(runs: Iterable[Run], out: pathlib.Path) -> dict[str, Values]:
+    """Measure the cost of training each variant, one by one, and store it in OUT/cost.json.
+
+    Returns:
+      {name: {"gflop_per_image": [value], "step_images_per_second": [value]}}.
+
+    Raises:
+      UserError: a benchmark failed.
     """
     path = out / "cost.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    for run in {run.name: run for run in reversed(runs)}.values():  # one seed of each
-        if run.name in known:
-            continue
-        log.info("measuring what training %s costs", run.name)
-        bench = [sys.executable, "-m", "lmim_jax.cli", "bench", "--what=step", *run.command[1:-1]]
-        result = subprocess.run(bench, capture_output=True, text=True)
-        if result.returncode:
-            raise UserError(
-                f"measuring {run.name} failed: {result.stderr.strip().splitlines()[-1]}"
-            )
-        found = json.loads(result.stdout)
-        known[run.name] = {"gflop_per_image": [found["gflop_per_image"]]}
-        known[run.name]["step_images_per_second"] = [found["images_per_second"]]
-        atomic_io.write(path, json.dumps(known, indent=2) + "\n")
-    return known
+    costs: dict[str, Values] = {}
+    if path.exists():
+        costs = json.loads(path.read_text())
+    for run in runs:
+        if run.name not in costs:  # the first seed stands for all
+            costs[run.name] = _measure_cost(run)
+            atomic_io.write(path, json.dumps(costs, indent=2) + "\n")
+    return costs
 
 
-def main(arguments):
+def _measure_cost(run: Run) -> Values:
+    """Benchmark the train step of a run."""
+    log.info("measuring the cost of training %s", run.name)
+    command = [sys.executable, "-m", "lmim_jax.cli", "bench", "--what=step"] + run.config_flags
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        reason = result.stderr.strip().splitlines()[-1]
+        raise UserError(f"measuring the cost of {run.name} failed: {reason}")
+    measured = json.loads(result.stdout)
+    return {
+        "gflop_per_image": [measured["gflop_per_image"]],
+        "step_images_per_second": [measured["images_per_second"]],
+    }
+
+
+class _Publisher:
+    """Writes the pages of a study.
+
+    Args:
+      out: the folder of the study.
+      command: that runs the study.
+      groups: its groups.
+      runs: its runs.
+      descriptions: {name: what it is} of its variants.
+    """
+
+    def __init__(
+        self,
+        out: pathlib.Path,
+        command: str,
+        groups: Sequence[Group],
+        runs: Sequence[Run],
+        descriptions: Mapping[str, str],
+    ) -> None:
+        self._out = out
+        self._command = command
+        self._groups = groups
+        self._runs = runs
+        self._descriptions = descriptions
+
+    def publish(self, costs: Mapping[str, Values] | None = None) -> None:
+        """Write the pages with the runs that are finished by now."""
+        folders: dict[str, dict[int, pathlib.Path]] = collections.defaultdict(dict)
+        for run in self._runs:
+            if run.finished:
+                folders[run.name][run.seed] = run.folder
+        comparison.publish(
+            self._out, self._command, self._groups, self._descriptions, folders, costs or {}
+        )
+
+
+def _command_line(given: Any) -> str:
+    """The command that was given, without --out and --parallel."""
+    recipe = config_flags.get_config_filename(given["config"])
+    parts = ["lmim", "study", f"--config={recipe}"]
+    if given.only:
+        parts.append(f"--only={','.join(given.only)}")
+    for change in given.set:
+        parts.append(f"--set={change}")
+    return " ".join(parts)
+
+
+def main(arguments: list[str]) -> None:
     """Run the command."""
+    if arguments:
+        raise UserError(f"unknown argument {arguments[0]!r}; flags look like --out=runs/study")
     jax.config.update("jax_platforms", "cpu")  # this process only: accelerators are for the runs
     log_to_console()
-    flag, out = flags.FLAGS, pathlib.Path(flags.FLAGS.out)
-    recipe = config_flags.get_config_filename(flag["config"])
-    groups, runs = plan(flag.config, flag.only, flag.set, out)
+    given = flags.FLAGS
+    out = pathlib.Path(given.out)
+    groups, runs = plan(given.config, given.only, given.set, out)
     missing = [run for run in runs if not run.finished]
     log.info(
         "%d runs, %d of them finished; results in %s/index.html",
@@ -230,49 +382,45 @@ def main(arguments):
         len(runs) - len(missing),
         out,
     )
-
-    def publish(_=None, cost=None):
-        described = {name: what for name, what, *_ in flag.config.runs}
-        folders = collections.defaultdict(dict)
-        for run in runs:
-            if run.finished:
-                folders[run.name][run.seed] = run.folder
-        only = [f"--only={','.join(flag.only)}"] if flag.only else []
-        command_line = " ".join(
-            [f"--config={recipe}", *only, *(f"--set={change}" for change in flag.set)]
-        )
-        comparison.publish(
-            out,
-            f"lmim study {command_line}",
-            groups,
-            described,
-            folders,
-            cost or {},
-        )
-
+    descriptions = {name: description for name, description, _, _ in given.config.runs}
+    publisher = _Publisher(out, _command_line(given), groups, runs, descriptions)
     try:
-        failed = execute(missing, flag.parallel, publish)
+        failed = execute(missing, given.parallel, publisher.publish)
     except KeyboardInterrupt:
-        fail("stopped; the states of the runs are saved, run the same command again to go on", 75)
-    publish(cost=costs(runs, out) if flag.config.cost and not failed else None)
+        fail(
+            "stopped; the states of the runs are saved: re-run the command to resume", EXIT_STOPPED
+        )
+    costs = None
+    if given.config.cost and not failed:
+        costs = measure_costs(runs, out)
+    publisher.publish(costs)
     log.info("\n%s", (out / "table.md").read_text())
     if failed:
-        fail(
-            f"{len(failed)} runs failed; their logs are {', '.join(str(run.folder / 'log.txt') for run in failed)}",
-            1,
-        )
+        logs = ", ".join(str(run.folder / LOG_FILE) for run in failed)
+        fail(f"{len(failed)} runs failed; see {logs}", code=1)
 
 
-def define_flags():
+def define_flags() -> None:
     """Define the flags of the command."""
     config_flags.DEFINE_config_file(
-        "config", None, "Study; default: configs/study.py.", lock_config=True
+        "config",
+        None,
+        "Config of the study: its name or a file. Examples: --config=study, --config=compare.",
+        lock_config=True,
     )
-    flags.DEFINE_string("out", "runs/study", "Folder of the study.")
-    flags.DEFINE_list("only", [], "Titles of groups; default: all.")
+    flags.DEFINE_string("out", "runs/study", "Folder of the study. Example: --out=runs/compare")
+    flags.DEFINE_list(
+        "only", [], "Titles of groups; all if not given. Example: --only=ladder,ablations"
+    )
     flags.DEFINE_integer(
-        "parallel", 1, "Runs at once, each on its share of the CPU cores and of the GPU's memory."
+        "parallel",
+        1,
+        "Runs at once, each on its share of the CPU cores and of the GPU's memory. "
+        "Example: --parallel=2",
     )
     flags.DEFINE_multi_string(
-        "set", [], "KEY=VALUE of the recipe, for all runs; may be given several times."
+        "set",
+        [],
+        "KEY=VALUE of the recipe, for all runs; may be given several times. "
+        "Example: --set=epochs=10",
     )

@@ -54,7 +54,7 @@ def _segmentation_row(
 ) -> list[Html]:
     """An image and its segments, and below them the t-SNE of its patches."""
     flat = tokens.reshape(-1, tokens.shape[-1])
-    cuts = clustering.nested(flat, CLUSTER_COUNTS)
+    cuts = clustering.nested_clusters(flat, CLUSTER_COUNTS)
     row = [html.figure(image, f"{name}, to be segmented", "image")]
     for clusters, labels in cuts.items():
         overlay = _color_segments(image, labels.reshape(tokens.shape[:2]))

@@ -176,7 +176,7 @@ def _object_masks(
     masks = data.object_masks(data.held_out, indices)
     if masks is None:
         return None
-    levels = np.asarray(augment.levels(augment.evaluation(masks)))
+    levels = np.asarray(augment.denormalize(augment.evaluation(masks)))
     return levels.mean(-1) > 127
 
 
@@ -204,7 +204,7 @@ def _make_encoder(method: Any, augment: Augment) -> Encode:
         images = augment.evaluation(chunk)
         features = method.features(params, images)
         tokens = features[FEATURE].astype(jnp.float32)
-        return augment.levels(images), tokens, _last_attention(features)
+        return augment.denormalize(images), tokens, _last_attention(features)
 
     def encode(params: Params, canvases: dict[str, np.ndarray]) -> Encoding:
         total = len(canvases["image"])
@@ -249,7 +249,7 @@ def training_views(run: Run, count: int) -> TrainingViews:
     augment = run.data.augment
     canvases, _ = sample_canvases(run.data, count)
     batch = {name: canvases[name] for name in ("image", "size")}
-    draw = visualization.drawing(method, augment, run.data.mesh)
+    draw = visualization.jit_training_views(method, augment, run.data.mesh)
     crops, views = jax.device_get(draw(batch))
     whole_images = []
     for canvas, (height, width) in zip(batch["image"], batch["size"], strict=True):
@@ -259,14 +259,14 @@ def training_views(run: Run, count: int) -> TrainingViews:
 
         @jax.jit
         def reconstruct(params, crops, views):
-            return augment.levels(method.reconstruct(params, augment.normalize(crops), views))
+            return augment.denormalize(method.reconstruct(params, augment.normalize(crops), views))
 
         painted = jax.device_get(reconstruct(run.placed_weights.params, crops, views))
         reconstructions = _to_uint8(painted)
     return TrainingViews(
         whole_images=whole_images,
         crops=_to_uint8(crops),
-        windows=[visualization.windows_of(method, views, k) for k in range(len(crops))],
+        windows=[visualization.training_windows(method, views, k) for k in range(len(crops))],
         reconstructions=reconstructions,
     )
 
@@ -344,7 +344,7 @@ def _normalize(features: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M D"]:
 
 def _as_seen(data: EvaluationData, batch: dict[str, Any]) -> UInt8[np.ndarray, "B H W C"]:
     """Images of a batch as the encoder sees them."""
-    return _to_uint8(np.asarray(data.augment.levels(batch["images"])))
+    return _to_uint8(np.asarray(data.augment.denormalize(batch["images"])))
 
 
 def _thumbnails(
