@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmim_jax.data.augment.device import Augment, KERNELS, crop_resize, draw_crop, fit_crop
+from lmim_jax.data.augment.device import KERNELS, Augment, crop_resize, draw_crop, fit_crop
 
 RESIZE = jax.jit(crop_resize, static_argnames=("size", "kernel"))
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -23,9 +23,8 @@ def picture(height, width, channels=3):
         height, width, channels
     )
     pixels = np.clip(pixels + rng.normal(0, 9, pixels.shape), 0, 255).astype(np.uint8)
-    canvas = rng.integers(
-        0, 256, (96, 96, channels), dtype=np.uint8
-    )  # garbage outside must not leak in
+    # Garbage outside of the image must not leak in
+    canvas = rng.integers(0, 256, (96, 96, channels), dtype=np.uint8)
     canvas[:height, :width] = pixels
     return canvas, Image.fromarray(pixels.squeeze())
 
@@ -50,30 +49,27 @@ def test_crops_equal_pillow_within_one_level(kernel, size):
             top, left = RNG.integers(0, height - box_h + 1), RNG.integers(0, width - box_w + 1)
             box = np.array([top, left, box_h, box_w], np.int32)
             ours = RESIZE(canvas, box, size=size, kernel=KERNELS[kernel])
-            assert (
-                np.abs(np.asarray(ours).astype(int) - reference(image, box, size, kernel)).max()
-                <= 1
-            )
+            expected = reference(image, box, size, kernel)
+            assert np.abs(np.asarray(ours).astype(int) - expected).max() <= 1
 
 
 def make(**change):
     options = dict(
-        scale=(0.2, 1.0), ratio=(0.75, 4 / 3), flip=True, interpolation="bicubic", mean=(0.5,) * 3
+        scale=(0.2, 1.0),
+        ratio=(0.75, 4 / 3),
+        flip=True,
+        interpolation="bicubic",
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        image_size=(40, 40),
+        eval_resize=32,
+        eval_size=(28, 28),
     )
-    return Augment(
-        **{
-            **options,
-            "std": (0.25,) * 3,
-            "image_size": (40, 40),
-            "eval_resize": 32,
-            "eval_size": (28, 28),
-            **change,
-        }
-    )
+    return Augment(**options | change)
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 96), (41, 90), (95, 34), (32, 32), (20, 31)])
-def test_evaluation_is_torchvisions_resize_and_centre_crop(height, width):
+def test_evaluation_is_torchvisions_resize_and_center_crop(height, width):
     canvas, image = picture(height, width)
     short = min(height, width)
     resized_w, resized_h = 32 * width // short, 32 * height // short
@@ -107,11 +103,13 @@ def torchvision_box(rng, height, width, scale=(0.2, 1.0), ratio=(0.75, 4 / 3)):
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 90), (30, 300)])
 def test_boxes_are_distributed_as_torchvisions(height, width):
     count, rng = 4000, np.random.default_rng(1)
-    size, scale, ratio = np.array([height, width], np.int32), (0.2, 1.0), (0.75, 4 / 3)
-    sample = jax.vmap(
-        lambda key: fit_crop(draw_crop(key, scale, ratio), size, 300, ratio)
-    )
-    ours = np.asarray(sample(jax.random.split(jax.random.key(0), count)), float)
+    size = np.array([height, width], np.int32)
+    ratio = (0.75, 4 / 3)
+
+    def sample(key):
+        return fit_crop(draw_crop(key, (0.2, 1.0), ratio), size, 300, ratio)
+
+    ours = np.asarray(jax.vmap(sample)(jax.random.split(jax.random.key(0), count)), float)
     theirs = np.array([torchvision_box(rng, height, width) for _ in range(count)], float)
     assert (ours >= 0).all()
     assert (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
@@ -133,7 +131,7 @@ def test_flip_mirrors_half_of_the_images():
     assert ((flipped == plain).all((1, 2, 3)) | mirrored).all()
 
 
-def test_grey_images_work():
+def test_gray_images_work():
     canvas, _ = picture(40, 40, 1)
     batch = {"image": canvas[None], "size": np.array([[40, 40]], np.int32)}
     out = make(mean=(0.5,), std=(0.5,))(jax.random.split(jax.random.key(0), 1), batch)

@@ -1,4 +1,4 @@
-"""Decoding: every format, Pillow's pixels, and no damaged image ever; on made images and on real ones."""
+"""Decoding equals Pillow for every format and rejects damage, on drawn and on real images."""
 
 import functools
 import io
@@ -77,7 +77,7 @@ def test_16_bits_keep_the_high_byte():
     np.testing.assert_array_equal(decode.decode(encoded(levels, "PNG"), 0, 1)[..., 0], levels >> 8)
 
 
-def test_transparent_colours_count():
+def test_transparent_colors_count():
     pixels = np.dstack([SMOOTH, np.zeros(SMOOTH.shape[:2], np.uint8)])
     np.testing.assert_array_equal(decode.decode(encoded(pixels, "PNG"), 0, 3), SMOOTH)
     palette = Image.fromarray(SMOOTH).quantize(16)
@@ -136,18 +136,18 @@ def damaged():
 
 
 @pytest.mark.parametrize("name", damaged())
-def test_damaged_images_are_refused(name):
+def test_damaged_images_are_rejected(name):
     with pytest.raises(decode.BadImage):
         decode.decode(damaged()[name], 40, 3)
 
 
 @pytest.mark.parametrize(("width", "height"), [(65000, 65000), (8000, 9000)])
-def test_a_decompression_bomb_is_refused_by_its_header(width, height):
+def test_a_decompression_bomb_is_rejected_by_its_header(width, height):
     with pytest.raises(decode.BadImage, match=f"{width} x {height} pixels, more than 50000000"):
         decode.decode(header_of(width, height), 40, 3)
 
 
-def test_pixels_of_32_bits_are_refused():
+def test_pixels_of_32_bits_are_rejected():
     with pytest.raises(decode.BadImage, match="32 bits"):
         decode.decode(encoded(np.zeros((8, 8), np.float32), "TIFF"), 8, 3)
 
@@ -162,14 +162,14 @@ def test_an_unreadable_file_is_bad(tmp_path):
         os.seteuid(65534)  # root may read anything
     try:
         batch = images.batch(np.array([0]))
-        told = images.describe_failure(0)
+        message = images.describe_failure(0)
     finally:
         if user == 0:
             os.seteuid(0)
     assert batch["bad"].tolist() == [0]
     assert not batch["image"].any()
-    assert "a.jpg" in told
-    assert "Permission denied" in told
+    assert "a.jpg" in message
+    assert "Permission denied" in message
 
 
 @functools.cache
@@ -207,29 +207,36 @@ def test_real_files_have_pillows_pixels():
 
 def augmentation(**change):
     options = dict(
-        scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=True, interpolation="bicubic", mean=(0.0,) * 3
-    )
-    options |= dict(
-        std=(1 / 255,) * 3, image_size=(280, 280), eval_resize=256, eval_size=(224, 224)
+        scale=(0.2, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        flip=True,
+        interpolation="bicubic",
+        mean=(0.0,) * 3,
+        std=(1 / 255,) * 3,
+        image_size=(280, 280),
+        eval_resize=256,
+        eval_size=(224, 224),
     )
     return Augment(**options | change)
 
 
+def crop_keys(step, positions):
+    return jax.vmap(lambda position: jax.random.fold_in(jax.random.key(step), position))(positions)
+
+
 @needs_real
 def test_real_crops_and_evaluation_images_equal_pillows_within_a_level():
-    """Every file that fits the canvas: a training crop on host and device, and the transform of evaluations."""
+    """Every file that fits the canvas: a crop on host and device, and the evaluation transform."""
     ours = augmentation()
-    keys = lambda step, positions: jax.vmap(lambda i: jax.random.fold_in(jax.random.key(step), i))(
-        positions
-    )
-    crop = HostCrop(ours, keys, 512)
-    train, evaluate = jax.jit(lambda keys, batch: ours(keys, batch)), jax.jit(ours.evaluation)
+    crop = HostCrop(ours, crop_keys, 512)
+    train = jax.jit(lambda keys, batch: ours(keys, batch))
+    evaluate = jax.jit(ours.evaluation)
     draws = crop.draws(0, np.arange(len(small())))
     for i, data in enumerate(small()):
         canvas, size = decode.decode_to_canvas(data, 512, 3)
         batch = {"image": canvas[None], "size": size[None]}
         pixels = canvas[: size[0], : size[1]]
-        device = np.asarray(train(keys(0, np.array([i])), batch)[0])
+        device = np.asarray(train(crop_keys(0, np.array([i])), batch)[0])
         assert np.abs(device - crop(pixels, draws[i])).max() <= 1.001
         width, height = size[::-1]
         resized = tuple(int(256 * side) // int(min(size)) for side in (width, height))

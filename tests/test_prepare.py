@@ -1,4 +1,4 @@
-"""Prepared datasets: made from a folder and from TFRecord files, killed and resumed, read back, looked through."""
+"""Prepared datasets: from a folder and from TFRecord files, killed and resumed, read, verified."""
 
 import json
 import os
@@ -24,12 +24,23 @@ from lmim_jax.distributed import sharding
 from lmim_jax.utils.errors import UserError
 
 DATA = dict(
-    source="tfds", path="", name="pets", dir="", train_split="train", test_split="test", classes=""
+    source="tfds",
+    path="",
+    name="pets",
+    dir="",
+    train_split="train",
+    test_split="test",
+    classes="",
+    train_per_class=0,
+    test_per_class=0,
+    canvas=40,
+    channels=3,
+    workers=0,
+    threads=2,
+    timeout=60.0,
+    max_bad_fraction=0.2,
+    resize_on="device",
 )
-DATA |= dict(
-    train_per_class=0, test_per_class=0, canvas=40, channels=3, workers=0, threads=2, timeout=60.0
-)
-DATA |= dict(max_bad_fraction=0.2, resize_on="device")
 
 
 def config(**change):
@@ -184,9 +195,8 @@ def test_killed_and_resumed_it_makes_the_same_bytes(many, tmp_path):
         f"--folder={many}", f"--out={tmp_path / 'killed'}", "--name=many", "--processes=1"
     )
     deadline = time.monotonic() + 120
-    while not any(
-        out.glob("*.array_record*")
-    ):  # the first shard is there, the second in the making
+    # Until the first shard is written, and the second in the making
+    while not any(out.glob("*.array_record*")):
         assert killed.poll() is None, killed.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -200,17 +210,17 @@ def test_killed_and_resumed_it_makes_the_same_bytes(many, tmp_path):
     assert contents(out) == contents(whole)
 
 
+def masked_checksum(data):
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
 def write_tfrecord(path, examples):
     """A TFRecord file, by its specification."""
-    masked = lambda data: (
-        ((((crc := google_crc32c.value(data)) >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-    )
     with path.open("wb") as file:
         for data in examples:
             length = struct.pack("<Q", len(data))
-            file.write(
-                length + struct.pack("<I", masked(length)) + data + struct.pack("<I", masked(data))
-            )
+            file.write(length + masked_checksum(length) + data + masked_checksum(data))
 
 
 @pytest.fixture

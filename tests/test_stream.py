@@ -1,4 +1,7 @@
-"""The stream: the same images, crops, flips and masks at any number of workers and processes, and after a restart."""
+"""The stream of images, crops, flips and masks.
+
+It is the same for any number of workers and processes, and after a restart.
+"""
 
 import functools
 import hashlib
@@ -38,7 +41,7 @@ BATCH, COUNT, SEED = 40, 2000, 3
 
 
 class Numbered:
-    """A source of 500 drawn images of different sizes: quick to make, and any process makes the same."""
+    """A source of 500 images of different sizes, quick to draw and the same in every process."""
 
     classes, ignored = ("a", "b"), ()
 
@@ -75,7 +78,7 @@ def drawn():
     """Jitted (step, positions, sizes) -> (boxes, flips, masks), as in the train step."""
     method, augmentation = parts()
 
-    def of_step(step, positions, sizes):
+    def draw_step(step, positions, sizes):
         _, rng = jax.random.split(jax.random.key(SEED))
         rng, keys = image_keys(rng, step, positions)
         draws = jax.vmap(augmentation.draw)(augment_keys(SEED, step, positions))
@@ -86,7 +89,7 @@ def drawn():
         _, views = draw(method, augmentation, rng, keys, marker)
         return boxes, draws["flip"], views["visible"]
 
-    return jax.jit(of_step)
+    return jax.jit(draw_step)
 
 
 def digest(rows_by_step, start=0):
@@ -101,15 +104,16 @@ def digest(rows_by_step, start=0):
 
 
 def stream(workers=0, processes=1, start=0, steps=COUNT // BATCH):
-    """Batches from `start`, put together from the rows of so many processes, each with so many workers."""
-    crews, rows = [], BATCH // processes
+    """Batches from `start`, assembled from the rows of several processes."""
+    pools = []
+    rows = BATCH // processes
     for process in range(processes):
         images = loader.BatchDecoder(Numbered(), 40, 3, 2, replace=True)
         order = loader.TrainingOrder(
             images, SEED, BATCH, steps, process * rows, rows, max(workers, 1)
         )
-        crews.append(prefetch.WorkerPool(order, start, workers))
-    for batches in zip(*crews, strict=True):
+        pools.append(prefetch.WorkerPool(order, start, workers))
+    for batches in zip(*pools, strict=True):
         yield {
             name: np.concatenate([batch[name] for batch in batches])
             for name in batches[0]
@@ -123,7 +127,8 @@ def undisturbed():
     return list(stream())
 
 
-def test_the_first_2000_images_are_the_same_with_workers():  # 1 and 4 of them: faults/test_streams.py
+def test_the_first_2000_images_are_the_same_with_workers():
+    # See faults/test_streams.py for 1 and 4 workers
     assert digest(stream(workers=2)) == digest(undisturbed())
 
 
@@ -203,13 +208,13 @@ def test_a_worker_that_dies_or_hangs_is_named(number, message):
 
 
 class Hanging(Numbered):
-    """After four batches, reading does not come back."""
+    """After four batches, reading never returns."""
 
     until = threading.Event()
     reads = 0
 
     def record(self, index):
-        """As in Numbered, for a while."""
+        """As in Numbered, for the first four batches."""
         self.reads += 1
         if self.reads > 4 * BATCH:
             self.until.wait(60)
@@ -220,7 +225,8 @@ def test_a_read_that_hangs_is_named():
     source = Hanging()
     try:
         with pytest.raises(
-            errors.DataLoaderTimeout, match=r"no batch for 3 s: a decoding thread does not respond, at image \d+"
+            errors.DataLoaderTimeout,
+            match=r"no batch for 3 s: a decoding thread does not respond, at image \d+",
         ):
             list(batches(source, steps=100, timeout=3.0))
     finally:
@@ -237,12 +243,12 @@ def test_memory_is_bounded():
             return super().record(index)
 
     for used, _ in enumerate(batches(Counting(), steps=12), 1):
-        time.sleep(0.2)  # a slow step: the loader runs ahead as far as it may
+        time.sleep(0.2)  # a slow step: the loader prefetches as far as it may
         most = max(most, made - used * BATCH)
     assert 2 <= most / BATCH <= 6  # on the devices 2, and 1 waiting to be put there; on the host 3
 
 
-def test_memory_is_recycled_only_when_nobody_looks():
+def test_memory_is_recycled_only_when_no_view_is_left():
     first = prefetch.recycled_array((4, 64, 64, 3), np.uint8)
     first[:] = 7
     placed = sharding.to_global({"image": np.concatenate([first, first])}, sharding.make_mesh())[

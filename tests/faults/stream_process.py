@@ -1,4 +1,6 @@
-"""One of several processes that read the stream: python stream_process.py COORDINATOR COUNT RANK IMAGES WORKERS START.
+"""One of several processes that read the stream.
+
+    python stream_process.py COORDINATOR COUNT RANK IMAGES WORKERS START
 
 Prints a checksum of its rows of every global batch.
 """
@@ -18,24 +20,26 @@ STEPS, BATCH = 12, 8
 
 
 def main(coordinator, count, rank, images, workers, start):
-    """See above."""
+    """Read the rows of this process and print their checksums."""
     multihost.initialize(coordinator, int(count), int(rank))
-    config, source = (
-        ConfigDict({**OPTIONS, "workers": int(workers)}),
+    config = ConfigDict({**OPTIONS, "workers": int(workers)})
+    batches = loader.training_batches(
         sources.open_folder(images, "train"),
+        config,
+        seed=0,
+        batch_size=BATCH,
+        steps=STEPS,
+        start=int(start),
+        mesh=sharding.make_mesh(),
     )
-    options = dict(
-        seed=0, batch_size=BATCH, steps=STEPS, start=int(start), mesh=sharding.make_mesh()
-    )
-    for batch in loader.training_batches(source, config, **options):
+    for batch in batches:
         shards = sorted(
             batch["image"].addressable_shards, key=lambda shard: shard.index[0].start or 0
         )
         rows = np.concatenate([np.asarray(shard.data) for shard in shards])
         print("rows", hashlib.sha256(rows.tobytes()).hexdigest(), flush=True)
-    multihost_utils.sync_global_devices(
-        "all rows are read"
-    )  # leaving early would end the other process
+    # Exiting early would end the other process
+    multihost_utils.sync_global_devices("all rows are read")
 
 
 if __name__ == "__main__":

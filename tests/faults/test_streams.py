@@ -1,4 +1,4 @@
-"""The stream in real processes: any number of workers, and two processes with different numbers of them."""
+"""The stream in several processes, with any number of workers, which may differ."""
 
 import hashlib
 import os
@@ -28,8 +28,8 @@ def test_the_first_2000_images_are_the_same_for_more_numbers_of_workers(workers,
     )
 
 
-def of_process(images, coordinator, rank, workers, start):
-    """A process of two that reads the stream from `start`."""
+def start_process(images, coordinator, rank, workers, start):
+    """Start one of two processes that read the stream from `start`."""
     script = pathlib.Path(stream_process.__file__)
     command = [
         sys.executable,
@@ -53,7 +53,7 @@ def of_process(images, coordinator, rank, workers, start):
 
 
 def test_two_processes_share_the_batches_of_one(images):
-    """Process 0 decodes in threads, process 1 in two workers, from step 3: together, the batches of a run from 0."""
+    """Process 0 decodes in threads, process 1 in two workers, both from step 3."""
     options = ConfigDict({**stream_process.OPTIONS, "workers": 0})
     decoded = loader.BatchDecoder(
         sources.open_folder(images, "train"), options.canvas, options.channels, 1, replace=True
@@ -66,7 +66,7 @@ def test_two_processes_share_the_batches_of_one(images):
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     running = [
-        of_process(images, coordinator, rank, workers, 3) for rank, workers in ((0, 0), (1, 2))
+        start_process(images, coordinator, rank, workers, 3) for rank, workers in ((0, 0), (1, 2))
     ]
     for rank, process in enumerate(running):
         output, _ = process.communicate(timeout=900)
