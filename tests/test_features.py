@@ -1,4 +1,4 @@
-"""Features of image files: the method's own, of any size, by name, in every kind of file; and every refusal."""
+"""Features of image files: of any size, by name, in every kind of file; and error messages."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 
 import conftest
 import interop
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -30,6 +31,10 @@ def extractor(run):
     return make(run)
 
 
+def ignore_progress(count):
+    del count
+
+
 def make(run, **options):
     model = runs.open_run(run)
     transform = Augment.from_config(model.config.augment, image_size=(20, 20), eval_size=(16, 16))
@@ -39,7 +44,7 @@ def make(run, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of three shapes, two of them in a sub-folder; a text file, a cut JPEG, a text that claims to be a PNG."""
+    """Images of three shapes, two in a subfolder; a text file, a cut JPEG, a text named *.png."""
     root = tmp_path_factory.mktemp("images")
     (root / "deep" / "er").mkdir(parents=True)
     for name, size in (
@@ -58,10 +63,11 @@ def folder(tmp_path_factory):
 def test_features_of_every_image_are_the_methods_own(extractor, folder):
     root, names, others = extract_features.list_images(folder)
     assert others == ["notes.txt"]
-    names, grids, found, bad = extract_from_files(extractor, root, names, lambda count: None)
-    assert names == ["a.jpg", "d.jpg", "deep/b.jpg", "deep/er/c.jpg"]
-    assert sorted(name for name, _ in bad) == ["deep/cut.jpg", "e.png"]
-    assert grids.tolist() == [[4, 4], [4, 4], [4, 8], [8, 4]]
+    extracted = extract_from_files(extractor, root, names, ignore_progress)
+    found = extracted.features
+    assert extracted.names == ["a.jpg", "d.jpg", "deep/b.jpg", "deep/er/c.jpg"]
+    assert sorted(name for name, _ in extracted.unreadable) == ["deep/cut.jpg", "e.png"]
+    assert extracted.grids.tolist() == [[4, 4], [4, 4], [4, 8], [8, 4]]
 
     pixels = np.asarray(
         Image.open(folder / "deep" / "b.jpg").resize((32, 16), Image.Resampling.BICUBIC)
@@ -77,17 +83,14 @@ def test_features_of_every_image_are_the_methods_own(extractor, folder):
 
 
 def saved_params(extractor):
-    import jax
-
     return jax.device_get(extractor._params)
 
 
 def test_the_batch_changes_no_feature(run, extractor, folder):
     names = ["a.jpg", "d.jpg", "deep/b.jpg"]
-    together, alone = (
-        extract_from_files(one, folder, names, lambda count: None)[2]
-        for one in (extractor, make(run, batch_size=1, kinds=("mean",)))
-    )
+    one_by_one = make(run, batch_size=1, kinds=("mean",))
+    together = extract_from_files(extractor, folder, names, ignore_progress).features
+    alone = extract_from_files(one_by_one, folder, names, ignore_progress).features
     np.testing.assert_allclose(together["mean"], alone["mean"], atol=1e-6)
     assert alone.keys() == {"mean"}
 
@@ -103,7 +106,8 @@ def test_sizes_keep_the_shape_of_the_image_within_half_a_patch(extractor):
 @pytest.mark.parametrize("suffix", feature_io.WRITERS)
 def test_every_kind_of_file_gives_back_names_and_features(tmp_path, suffix):
     parquet = pytest.importorskip("pyarrow.parquet") if suffix == ".parquet" else None
-    rng, grids = np.random.default_rng(0), np.array([[2, 3], [1, 2]], np.int32)
+    rng = np.random.default_rng(0)
+    grids = np.array([[2, 3], [1, 2]], np.int32)
     names = ["a.jpg", "deep/ü.jpg"]
     given = {
         "mean": list(rng.random((2, 4), np.float32)),
@@ -114,34 +118,35 @@ def test_every_kind_of_file_gives_back_names_and_features(tmp_path, suffix):
     assert list(tmp_path.iterdir()) == [path]
     if suffix == ".parquet":
         table = parquet.read_table(path).to_pydict()
-        assert table["name"] == names and table["rows"] == [2, 1] and table["columns"] == [3, 2]
+        assert table["name"] == names
+        assert table["rows"] == [2, 1]
+        assert table["columns"] == [3, 2]
+        first = np.float32(table["patches"][0]).reshape(6, 4)
         second = np.float32(table["patches"][1]).reshape(2, 4)
-        first, mean = np.float32(table["patches"][0]).reshape(6, 4), np.float32(table["mean"])
+        mean = np.float32(table["mean"])
     else:
         if suffix == ".npz":
             with np.load(path) as file:
-                found, told = dict(file), file["name"].tolist()
+                found = dict(file)
+                stored_names = file["name"].tolist()
         else:
             from safetensors import safe_open
 
             with safe_open(path, "np") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                told = json.loads(file.metadata()["name"])
-        assert (
-            told == names
-            and found["grid"].tolist() == grids.tolist()
-            and found["first"].tolist() == [0, 6, 8]
-        )
-        first, second = (
-            found["patches"][found["first"][i] : found["first"][i + 1]] for i in range(2)
-        )
+                stored_names = json.loads(file.metadata()["name"])
+        assert stored_names == names
+        assert found["grid"].tolist() == grids.tolist()
+        assert found["first"].tolist() == [0, 6, 8]
+        first = found["patches"][0:6]
+        second = found["patches"][6:8]
         mean = found["mean"]
     np.testing.assert_array_equal(mean, np.stack(given["mean"]))
     np.testing.assert_array_equal(first, given["patches"][0])
     np.testing.assert_array_equal(second, given["patches"][1])
 
 
-def test_what_cannot_be_written_is_said_before_anything_is_computed(tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_an_error_before_anything_is_computed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"must end in \.npz"):
         feature_io.make_writer(tmp_path / "f.csv")
     with pytest.raises(UserError, match="no folder"):
@@ -162,7 +167,7 @@ def test_folders_without_images_and_too_many_images_are_refused(tmp_path, extrac
 
 
 def test_the_command(run, folder, tmp_path):
-    """As a user runs it, twice in one process: bad files are told; a folder of texts is one line and exit code 2."""
+    """As a user runs it: bad files are listed; a folder without images is a one-line error."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a text")
     words = [f"--out={tmp_path / 'f.npz'}", "--size=24", "--nonorm", "--batch_size=2"]

@@ -1,4 +1,4 @@
-"""Fine-tuning's parts: mixing, erasing, layer-wise learning rates, stochastic depth; the encoder is trained."""
+"""Parts of fine-tuning: mixing, erasing, layer-wise learning rates, stochastic depth."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from lmim_jax.optim import adamw, layer_decay
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(6, 16, 20, 3)).astype(np.float32)
 TARGETS = np.eye(4, dtype=np.float32)[RNG.integers(0, 4, 6)]
-NEIGHBOUR = np.array([1, 0, 3, 2, 5, 4])
+NEIGHBOR = np.array([1, 0, 3, 2, 5, 4])
 
 
 def test_smooth_labels():
@@ -29,13 +29,13 @@ def test_mixup_weighs_images_and_targets_alike():
     shares = []
     for seed in range(40):
         images, targets = MIX(jax.random.key(seed), IMAGES, TARGETS, 0.8, 0.0, 0.5)
-        difference = IMAGES - IMAGES[NEIGHBOUR]
-        share = float(((images - IMAGES[NEIGHBOUR]) * difference).sum() / (difference**2).sum())
+        difference = IMAGES - IMAGES[NEIGHBOR]
+        share = float(((images - IMAGES[NEIGHBOR]) * difference).sum() / (difference**2).sum())
         np.testing.assert_allclose(
-            images, share * IMAGES + (1 - share) * IMAGES[NEIGHBOUR], atol=1e-4
+            images, share * IMAGES + (1 - share) * IMAGES[NEIGHBOR], atol=1e-4
         )
         np.testing.assert_allclose(
-            targets, share * TARGETS + (1 - share) * TARGETS[NEIGHBOUR], atol=1e-4
+            targets, share * TARGETS + (1 - share) * TARGETS[NEIGHBOR], atol=1e-4
         )
         shares.append(share)
     assert np.mean(shares) == pytest.approx(0.5, abs=0.2)
@@ -49,14 +49,14 @@ def test_cutmix_weighs_targets_by_the_area_of_the_box():
     shares = []
     for seed in range(40):
         images, targets = MIX(jax.random.key(seed), IMAGES, TARGETS, 0.0, 1.0, 0.5)
-        other = np.asarray(images == IMAGES[NEIGHBOUR]).all(-1)
+        other = np.asarray(images == IMAGES[NEIGHBOR]).all(-1)
         assert (other | np.asarray(images == IMAGES).all(-1)).all()
         assert (other == other[:1]).all()  # one box for the batch
         rows, columns = np.flatnonzero(other[0].any(1)), np.flatnonzero(other[0].any(0))
         assert other[0].sum() == len(rows) * len(columns)  # a box
         share = 1 - other[0].mean()
         np.testing.assert_allclose(
-            targets, share * TARGETS + (1 - share) * TARGETS[NEIGHBOUR], atol=1e-6
+            targets, share * TARGETS + (1 - share) * TARGETS[NEIGHBOR], atol=1e-6
         )
         shares.append(share)
     assert 0.5 < np.mean(shares) < 0.8  # 0.5 before boxes are cut off at the border
@@ -66,7 +66,7 @@ def test_each_batch_is_mixed_or_cut():
     kinds = []
     for seed in range(40):
         images, _ = MIX(jax.random.key(seed), IMAGES, TARGETS, 0.8, 1.0, 0.5)
-        kinds.append(bool(np.asarray((images == IMAGES) | (images == IMAGES[NEIGHBOUR])).all()))
+        kinds.append(bool(np.asarray((images == IMAGES) | (images == IMAGES[NEIGHBOR])).all()))
     assert 10 < sum(kinds) < 30
     same = mixup.mix_batch(jax.random.key(0), IMAGES, TARGETS, 0.0, 0.0, 0.5)
     assert same[0] is IMAGES
@@ -94,6 +94,11 @@ def encoder_params(name):
     return jax.eval_shape(method.init, jax.random.key(0))["encoder"]
 
 
+def values(tree):
+    """The different leaves of a tree."""
+    return set(jax.tree.leaves(tree))
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_learning_rates_fall_by_layer(name):
     trained = {
@@ -101,17 +106,20 @@ def test_learning_rates_fall_by_layer(name):
         "head": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)},
     }
     factors = adamw.match_rules(layer_decay.learning_rate_factors(trained, 0.5), trained, "it")
-    of = lambda tree: set(jax.tree.leaves(tree))
-    assert of(factors["head"]) == of(factors["encoder"]["norm"]) == {1.0}
-    assert of(factors["encoder"]["block01"]) == {0.5}
-    assert of(factors["encoder"]["block00"]) == {0.25}
+    assert values(factors["head"]) == values(factors["encoder"]["norm"]) == {1.0}
+    assert values(factors["encoder"]["block01"]) == {0.5}
+    assert values(factors["encoder"]["block00"]) == {0.25}
     below = {
         key: tree
         for key, tree in factors["encoder"].items()
         if not key.startswith(("block", "norm"))
     }
     assert "patch_embed" in below
-    assert of(below) == {0.125}
+    assert values(below) == {0.125}
+
+
+def approximately(value):
+    return pytest.approx(value, rel=1e-4)
 
 
 def test_adamw_scales_the_step_and_spares_biases():
@@ -128,14 +136,14 @@ def test_adamw_scales_the_step_and_spares_biases():
     updates, _ = optimizer.update(
         jax.tree.map(jnp.ones_like, trained), optimizer.init(trained), trained
     )
-    first = jax.tree.map(
-        lambda x: float(x.ravel()[0]), updates
-    )  # Adam's first step is 1, and 0.5 of decay
-    close = lambda value: pytest.approx(value, rel=1e-4)
-    assert first["head"] == close(-0.1 * 1.5)
-    assert first["encoder"]["block00"]["kernel"] == close(-0.05 * 1.5)
-    assert first["encoder"]["patch_embed"] == close({"kernel": -0.025 * 1.5, "bias": -0.025})
-    assert first["encoder"]["cls_token"] == close(-0.025)
+    # The first step of Adam is 1, and that of weight decay 0.5
+    first = jax.tree.map(lambda x: float(x.ravel()[0]), updates)
+    assert first["head"] == approximately(-0.1 * 1.5)
+    assert first["encoder"]["block00"]["kernel"] == approximately(-0.05 * 1.5)
+    assert first["encoder"]["patch_embed"] == approximately(
+        {"kernel": -0.025 * 1.5, "bias": -0.025}
+    )
+    assert first["encoder"]["cls_token"] == approximately(-0.025)
 
 
 VIT = ViT(
@@ -147,7 +155,8 @@ VIT = ViT(
     dtype=jnp.dtype("float32"),
     attention="xla",
 )
-PATCHES, POSITIONS = jnp.ones((64, 4, 5)), jnp.zeros((1, 4, 8))
+PATCHES = jnp.ones((64, 4, 5))
+POSITIONS = jnp.zeros((1, 4, 8))
 WEIGHTS = VIT.init(jax.random.key(0), PATCHES, POSITIONS)
 
 
@@ -159,20 +168,25 @@ def encode(rate, remat="none", scan_layers=False):
     return jax.jit(layer_stack.with_remat_and_scan(run, remat, scan_layers))
 
 
+def program(jitted):
+    """The text of a lowered program, without its first line, the name."""
+    return jitted.lower(WEIGHTS, jax.random.key(0)).as_text().partition("\n")[2]
+
+
 def test_rate_0_leaves_the_program_as_it_is():
     plain = jax.jit(lambda weights, key: VIT.apply(weights, PATCHES, POSITIONS)[1])
-    strip = lambda jitted: jitted.lower(WEIGHTS, jax.random.key(0)).as_text().partition("\n")[2]
-    assert strip(encode(0.0)) == strip(plain)
+    assert program(encode(0.0)) == program(plain)
 
 
 def test_stochastic_depth_drops_branches_of_images_and_keeps_the_mean():
-    keys, dropped = jax.random.split(jax.random.key(0), 12), encode(0.5)
+    keys = jax.random.split(jax.random.key(0), 12)
+    dropped = encode(0.5)
     whole = np.asarray(encode(0.0)(WEIGHTS, keys[0]))
     draws = np.stack([dropped(WEIGHTS, key) for key in keys]).reshape(-1, 5, 8)
     outcomes = {tuple(np.round(image.ravel(), 4)) for image in draws}
     assert 8 < len(outcomes) <= 16  # 2 branches of blocks 1 and 2; block 0 is always there
     assert np.abs(draws.mean(0) - whole[0]).max() < np.abs(draws - whole[:1]).max() / 4
-    looped = encode(0.5, remat="full", scan_layers=True)  # these are for the sake of speed only
+    looped = encode(0.5, remat="full", scan_layers=True)  # which must not matter
     np.testing.assert_allclose(looped(WEIGHTS, keys[0]), dropped(WEIGHTS, keys[0]), atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Trainers on made-up features: perfect ones, chance, padding; batch normalisation; rules and messages."""
+"""Probes on made-up features: perfect ones, chance, padding; batch normalization; messages."""
 
 import dataclasses
 import types
@@ -11,7 +11,13 @@ import tiny
 
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import attentive_probe, base, linear_probe
-from lmim_jax.evaluators.common import probe_layers, probe_training
+from lmim_jax.evaluators.common import probe_layers
+from lmim_jax.evaluators.common.probe_training import (
+    Task,
+    TrainingBatch,
+    Weights,
+    build_programs,
+)
 from lmim_jax.utils.errors import UserError
 
 CLASSES, WIDTH = 7, 12
@@ -29,23 +35,26 @@ class Same:
     def __call__(self, keys, batch):
         return batch["image"]
 
-    def levels(self, images):
+    def denormalize(self, images):
         return images
 
 
 class Data:
-    """An in-memory `evaluation.Evaluation`: images of two pixels, which are two patches."""
+    """An in-memory `EvaluationData`: images of two pixels, which are two patches."""
 
     classes = tuple("abcdefg")
     config = types.SimpleNamespace(channels=WIDTH)
-    augment, mesh = Same(), sharding.make_mesh()
+    augment = Same()
+    mesh = sharding.make_mesh()
 
     def __init__(self, train, test, padding=0):
         self.sources = {"train": train[0], "test": test[0]}
-        self.splits, self.padding = {"train": train, "test": test}, padding
+        self.splits = {"train": train, "test": test}
+        self.padding = padding
 
     def training(self, batch_size, steps, seed):
-        rng, (x, y) = np.random.default_rng(seed), self.splits["train"]
+        rng = np.random.default_rng(seed)
+        x, y = self.splits["train"]
         for _ in range(steps):
             rows = rng.permutation(len(x))[:batch_size]
             yield sharding.to_global({"image": x[rows], "label": y[rows]}, self.mesh)
@@ -72,53 +81,57 @@ PARAMS = {"encoder": {"block00": {"kernel": jnp.eye(WIDTH)}}, "decoder": jnp.one
 
 
 def splits(informative):
-    """Features that are classes plus the same noise for all images, or noise that tells nothing."""
+    """Features that are classes plus the same noise for all images, or only noise."""
     noise = RNG.normal(size=(1, 2, 1, WIDTH))
     out = []
     for count in (128, 90):
         labels = np.arange(count, dtype=np.int32) % CLASSES
         x = np.eye(WIDTH)[labels][:, None, None].repeat(2, 1) + noise
-        x = x if informative else RNG.normal(size=x.shape)
+        if not informative:
+            x = RNG.normal(size=x.shape)
         out.append((x.astype(np.float32), labels))
     return out
 
 
-def trainer(name, **change):
+def make(name, **change):
+    """A probe that trains quickly."""
     rate, epochs = {
         "linear_probe": (80.0, 40.0),
         "attentive_probe": (0.3, 10.0),
         "finetune": (0.3, 10.0),
     }[name]
     fields = dict(batch_size=32, epochs=epochs, warmup_epochs=1.0, base_lr=rate)
-    fields |= dict(randaugment=(0, 9.0, 0.5)) if name == "finetune" else {}  # these are no colours
+    if name == "finetune":
+        fields.update(randaugment=(0, 9.0, 0.5))  # the features are not colors
     section = {**tiny.evaluator(name), **fields, **change}
-    return base.from_config({"it": section}, steps_per_epoch=1, has_target=False)[0].evaluator
+    (scheduled,) = base.from_config({"it": section}, steps_per_epoch=1, has_target=False)
+    return scheduled.evaluator
 
 
 @pytest.mark.parametrize("name", ["linear_probe", "attentive_probe", "finetune"])
 def test_perfect_features_score_100_and_others_chance(name):
-    assert trainer(name).run(Method, PARAMS, Data(*splits(True))) == {"top1": 100.0, "top5": 100.0}
-    found = trainer(name).run(Method, PARAMS, Data(*splits(False)))
+    assert make(name).run(Method, PARAMS, Data(*splits(True))) == {"top1": 100.0, "top5": 100.0}
+    found = make(name).run(Method, PARAMS, Data(*splits(False)))
     assert found["top1"] == pytest.approx(100 / 7, abs=12)
     assert found["top5"] == pytest.approx(500 / 7, abs=15)
 
 
-def test_padding_changes_no_figure():
+def test_padding_changes_no_metric():
     data = splits(False)
     once, padded = (
-        trainer("linear_probe", epochs=2.0).run(Method, PARAMS, Data(*data, n)) for n in (0, 2)
+        make("linear_probe", epochs=2.0).run(Method, PARAMS, Data(*data, n)) for n in (0, 2)
     )
     assert once == padded
     assert once["top1"] * 90 / 100 == pytest.approx(round(once["top1"] * 90 / 100))  # of 90 images
 
 
 def losses(splits, seed, mesh):
-    """Of four steps of a linear probe."""
-    probe, data, found = trainer("linear_probe", seed=seed), Data(*splits), []
+    """The losses of four steps of a linear probe."""
+    probe = make("linear_probe", seed=seed)
+    data = Data(*splits)
     data.mesh = mesh
-    create, step, _ = probe_training._programs(
-        probe, probe_training.Task(Method, Same(), CLASSES), mesh, 4, 4, WIDTH
-    )
+    found = []
+    create, step, _ = build_programs(probe, Task(Method, Same(), CLASSES), mesh, 4, 4, WIDTH)
     state = create(PARAMS)
     for batch in data.training(32, 4, seed):
         state, loss = step(state, PARAMS, batch)
@@ -139,7 +152,8 @@ def test_training_repeats_on_any_number_of_devices():
 def test_batch_norm_is_torchs():
     """torch.nn.BatchNorm1d(affine=False, eps=1e-6), by its documentation, in float64."""
     running = probe_layers.batch_norm_init(5)
-    mean, variance = np.zeros(5), np.ones(5)
+    mean = np.zeros(5)
+    variance = np.ones(5)
     for step in range(4):
         x = (RNG.normal(size=(9, 5)) * (step + 1) + 50).astype(np.float32)
         y, running = jax.jit(probe_layers.batch_norm_train, static_argnums=2)(x, running, 1e-6)
@@ -157,10 +171,10 @@ def test_batch_norm_is_torchs():
     )
 
 
-def test_unlabelled_data_has_no_figures():
+def test_unlabeled_data_has_no_metrics():
     data = Data(*splits(True))
     data.classes = ()
-    assert trainer("linear_probe").run(Method, PARAMS, data) == {}
+    assert make("linear_probe").run(Method, PARAMS, data) == {}
 
 
 @pytest.mark.parametrize(
@@ -169,35 +183,31 @@ def test_unlabelled_data_has_no_figures():
 )
 def test_a_bad_batch_is_named(change, message):
     with pytest.raises(UserError, match=message):
-        trainer("linear_probe", **change).run(Method, PARAMS, Data(*splits(True)))
+        make("linear_probe", **change).run(Method, PARAMS, Data(*splits(True)))
 
 
 def test_a_bad_feature_is_named():
     with pytest.raises(
-        UserError, match="feature 'clss': the method has none of that name; did you mean cls"
+        UserError, match="feature 'clss': the method has no feature of that name; did you mean cls"
     ):
-        trainer("linear_probe", feature="clss").run(Method, PARAMS, Data(*splits(True)))
+        make("linear_probe", feature="clss").run(Method, PARAMS, Data(*splits(True)))
     with pytest.raises(UserError, match="feature='cls' has no patches"):
-        trainer("attentive_probe", feature="cls").run(Method, PARAMS, Data(*splits(True)))
+        make("attentive_probe", feature="cls").run(Method, PARAMS, Data(*splits(True)))
 
 
-def test_a_linear_probe_takes_features_side_by_side():
-    probe, task = (
-        trainer("linear_probe", feature="cls+patches+pixels"),
-        probe_training.Task(Method, Same(), CLASSES),
-    )
+def test_a_linear_probe_concatenates_features():
+    probe = make("linear_probe", feature="cls+patches+pixels")
+    task = Task(Method, Same(), CLASSES)
     x = RNG.normal(size=(2, 5, 1, WIDTH)).astype(np.float32)
-    found = probe._features(task, PARAMS, jnp.asarray(x))
+    found = probe.frozen_vectors(task, PARAMS, jnp.asarray(x))
     expected = np.concatenate([x[:, 0, 0], x[:, :, 0].mean(1), x.reshape(2, -1)], axis=1)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_one_query_reads_the_tokens():
-    """The pooled token is the average of the values by how well the query fits the keys, head by head."""
-    probe, task = (
-        trainer("attentive_probe", feature="patches"),
-        probe_training.Task(Method, Same(), 3),
-    )
+def test_one_query_attends_to_the_tokens():
+    """The pooled token is the mean of the values, weighted by attention."""
+    probe = make("attentive_probe", feature="patches")
+    task = Task(Method, Same(), 3)
     x = RNG.normal(size=(2, 5, 1, WIDTH)).astype(np.float32)
     trained, buffers = probe.init(
         task, PARAMS, jax.ShapeDtypeStruct((1, 5, 1, WIDTH), np.float32), jax.random.key(0)
@@ -213,25 +223,33 @@ def test_one_query_reads_the_tokens():
     pooled = (weights[..., None] * both[..., WIDTH:]).sum(1)
     expected = pooled @ trained["head"]["kernel"] + trained["head"]["bias"]
     np.testing.assert_allclose(
-        probe.logits(task, PARAMS, trained, buffers, x), expected, rtol=1e-4, atol=1e-4
+        probe.logits(task, Weights(PARAMS, trained, buffers), x), expected, rtol=1e-4, atol=1e-4
     )
     assert attentive_probe.HEAD_WIDTH == 64
 
 
 def test_the_encoder_is_frozen():
-    probe, task = trainer("linear_probe"), probe_training.Task(Method, Same(), CLASSES)
+    probe = make("linear_probe")
+    task = Task(Method, Same(), CLASSES)
     (x, y), _ = splits(True)
     trained, buffers = probe.init(
         task, PARAMS, jax.ShapeDtypeStruct((1, 2, 1, WIDTH), np.float32), jax.random.key(0)
     )
-    loss = lambda params: probe.loss(task, params, trained, buffers, x, y, None, None)[0]
-    assert float(np.abs(jax.grad(loss)(PARAMS)["encoder"]["block00"]["kernel"]).max()) == 0
+    batch = TrainingBatch(x, y, rng=None, keys=None)
+
+    def loss(params):
+        value, _ = probe.loss(task, Weights(params, trained, buffers), batch)
+        return value
+
+    gradient = jax.grad(loss)(PARAMS)["encoder"]["block00"]["kernel"]
+    assert float(np.abs(gradient).max()) == 0
     assert linear_probe.EPSILON == 1e-6
 
 
 def test_finetuning_trains_the_encoder_and_nothing_else_of_the_method():
-    tuned, task, mesh = trainer("finetune"), probe_training.Task(Method, Same(), CLASSES), Data.mesh
-    create, step, _ = probe_training._programs(tuned, task, mesh, 4, 4, WIDTH)
+    probe = make("finetune")
+    task = Task(Method, Same(), CLASSES)
+    create, step, _ = build_programs(probe, task, Data.mesh, 4, 4, WIDTH)
     state = create(PARAMS)
     assert state["trained"].keys() == {"encoder", "fc_norm", "head"}
     for batch in Data(*splits(True)).training(32, 4, 0):
@@ -240,4 +258,4 @@ def test_finetuning_trains_the_encoder_and_nothing_else_of_the_method():
     assert np.abs(kernel - np.eye(WIDTH)).max() > 1e-3
     np.testing.assert_array_equal(
         PARAMS["encoder"]["block00"]["kernel"], np.eye(WIDTH)
-    )  # the run goes on with its own
+    )  # the weights of the run stay as they are

@@ -1,4 +1,4 @@
-"""Clusters and probes of patches against masks; `shapes` with several objects; masks and folders of masks."""
+"""Clusters and classifiers of patches against masks; scenes; masks and folders of masks."""
 
 import hashlib
 import io
@@ -32,11 +32,13 @@ SMALL = dict(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """IMAGES and MASKS: 20 images of 32 x 32 pixels whose level tells the class of each patch of 4 x 4, 0 .. 3."""
+    """20 images of 32 x 32 pixels, whose level is the class 0 .. 3 of each 4 x 4 patch; masks."""
     root = tmp_path_factory.mktemp("masked")
     for i in range(20):
         cells = np.zeros((8, 8), int)
-        cells[1:4, 1:4], cells[5:8, 2:6], cells[2:4, 5:8] = 1, 2, 3 * (i % 2)
+        cells[1:4, 1:4] = 1
+        cells[5:8, 2:6] = 2
+        cells[2:4, 5:8] = 3 * (i % 2)
         mask = np.kron(np.roll(cells, RNG.integers(0, 2, 2), (0, 1)), np.ones((4, 4), int))
         annotated.save(root / "images" / "sub" / f"{i:02d}.png", mask, annotated.STEP)
         annotated.save(root / "masks" / "sub" / f"{i:02d}.png", mask)
@@ -58,7 +60,7 @@ def test_perfect_features_score_100_and_shuffled_ones_do_not(folders):
     assert shuffled["linear_miou"] < 35
 
 
-def test_padding_and_batch_size_change_no_figure(folders):
+def test_padding_and_batch_size_change_no_metric(folders):
     assert run(folders, batch_size=8) == run(folders, batch_size=24)
 
 
@@ -77,76 +79,77 @@ def test_matching_equals_the_best_of_all_pairings():
     # 6 patches of 4 pixels; clusters 0 0 1 1 2 2, truth: background (8 pixels), class 1 (16 pixels)
     counts = np.array([[4, 0], [4, 0], [0, 4], [0, 4], [0, 4], [0, 4]])
     # cluster 2 is left over and becomes background: background 8 / 16, class 1: 8 / 16
-    assert segmentation.matched(np.array([0, 0, 1, 1, 2, 2]), counts, 0) == pytest.approx(0.5)
-    assert segmentation.matched(np.array([0, 0, 1, 1, 1, 1]), counts, 0) == 1
-    assert segmentation.matched(np.array([0, 0, 1, 1, 2, 2]), counts, None) == pytest.approx(
+    assert segmentation.matched_iou(np.array([0, 0, 1, 1, 2, 2]), counts, 0) == pytest.approx(0.5)
+    assert segmentation.matched_iou(np.array([0, 0, 1, 1, 1, 1]), counts, 0) == 1
+    assert segmentation.matched_iou(np.array([0, 0, 1, 1, 2, 2]), counts, None) == pytest.approx(
         (1 + 0.5) / 2
     )
     for _ in range(20):
-        clusters, truth = RNG.integers(0, 4, 30), RNG.integers(0, 3, 30)
+        clusters = RNG.integers(0, 4, 30)
+        truth = RNG.integers(0, 3, 30)
         table = np.array(
             [[np.sum((clusters == k) & (truth == c)) for c in range(3)] for k in range(4)]
         )
         overlap = table / (table.sum(1, keepdims=True) + table.sum(0) - table)
-        best = max(
-            itertools.permutations(range(4), 3),
-            key=lambda rows: sum(overlap[r, c] for c, r in enumerate(rows)),
-        )
+        pairings = list(itertools.permutations(range(4), 3))
+        totals = [overlap[list(rows), range(3)].sum() for rows in pairings]
+        best = pairings[int(np.argmax(totals))]
         label = np.zeros(4, int)
         label[list(best)] = range(3)
         found = label[clusters]
-        expected = [
-            np.sum((found == c) & (truth == c)) / np.sum((found == c) | (truth == c))
-            for c in range(3)
-        ]
-        assert segmentation.matched(clusters, np.eye(3, dtype=int)[truth], 0) == pytest.approx(
-            np.mean(expected)
-        )
+        expected = []
+        for c in range(3):
+            intersection = np.sum((found == c) & (truth == c))
+            expected.append(intersection / np.sum((found == c) | (truth == c)))
+        result = segmentation.matched_iou(clusters, np.eye(3, dtype=int)[truth], 0)
+        assert result == pytest.approx(np.mean(expected))
 
 
 def test_ignored_pixels_count_for_nothing():
     maps = np.array([[[0, 0, 255, 255], [0, 0, 255, 1]]])
-    assert segmentation.pixels(maps, [0, 1], 2).tolist() == [[[4, 0], [0, 1]]]
-    assert segmentation.iou(np.array([0, 1]), np.array([[4, 0], [0, 1]]), 2).tolist() == [1, 1]
-    assert segmentation.iou(np.array([0, 0]), np.array([[4, 0], [0, 1]]), 2).tolist() == [0.8, 0]
+    assert segmentation.count_pixels(maps, [0, 1], 2).tolist() == [[[4, 0], [0, 1]]]
+    counts = np.array([[4, 0], [0, 1]])
+    assert segmentation.iou(np.array([0, 1]), counts).tolist() == [1, 1]
+    assert segmentation.iou(np.array([0, 0]), counts).tolist() == [0.8, 0]
 
 
-def test_neighbours_and_regression_equal_scikit_learn():
+def test_neighbors_and_regression_equal_scikit_learn():
     neighbors = pytest.importorskip("sklearn.neighbors")
     linear_model = pytest.importorskip("sklearn.linear_model")
     labels = RNG.integers(0, 3, 120)
     x = (RNG.normal(size=(3, 6))[labels] + RNG.normal(size=(120, 6))).astype(np.float32)
     queries = RNG.normal(size=(50, 6)).astype(np.float32)
     reference = neighbors.KNeighborsClassifier(1, metric="cosine").fit(x, labels)
-    assert (
-        classifiers.neighbours(x, labels, queries, 1, 3, MESH) == reference.predict(queries)
-    ).all()
-    scale = lambda a: (a - x.mean(0)) / x.std(0)
-    model = linear_model.LogisticRegression(C=1 / (1e-2 * 120), tol=1e-8, max_iter=1000).fit(
-        scale(x), labels
+    by_neighbors = classifiers.predict_by_neighbors(
+        x, labels, queries, k=1, num_classes=3, mesh=MESH
     )
-    assert (
-        classifiers.linear(x, labels, queries, 3, (1e-2,), 200, MESH).classes
-        == model.predict(scale(queries))
-    ).all()
+    assert (by_neighbors == reference.predict(queries)).all()
+    model = linear_model.LogisticRegression(C=1 / (1e-2 * 120), tol=1e-8, max_iter=1000)
+    model.fit((x - x.mean(0)) / x.std(0), labels)
+    by_regression = classifiers.predict_by_regression(
+        x, labels, queries, num_classes=3, l2=(1e-2,), iterations=200, mesh=MESH
+    )
+    expected = model.predict((queries - x.mean(0)) / x.std(0))
+    assert (by_regression.classes == expected).all()
 
 
 def test_a_mask_lies_where_its_image_is():
     augment = annotated.evaluation().augment
     mask = RNG.integers(0, 3, (64, 96))  # twice as high: every second row and column of the middle
-    np.testing.assert_array_equal(segmentation_masks.placed(mask, augment), mask[1::2, 17:80:2])
+    found = segmentation_masks.resize_and_crop(mask, augment)
+    np.testing.assert_array_equal(found, mask[1::2, 17:80:2])
 
 
-def test_numbers_of_palette_and_grey_files():
+def test_numbers_of_palette_and_gray_files():
     stream = io.BytesIO()
     image = Image.fromarray(np.array([[0, 1], [2, 255]], np.uint8)).convert("P")
     image.putpalette(list(range(255, -1, -1)) * 3)
     image.save(stream, format="PNG")
-    assert segmentation_masks.numbers(stream.getvalue()).tolist() == [[0, 1], [2, 255]]
+    assert segmentation_masks.decode_mask(stream.getvalue()).tolist() == [[0, 1], [2, 255]]
     stream = io.BytesIO()
     Image.fromarray(RNG.integers(0, 255, (4, 4, 3)).astype(np.uint8)).save(stream, format="PNG")
-    with pytest.raises(segmentation_masks.BadImage, match="a mask of colours"):
-        segmentation_masks.numbers(stream.getvalue())
+    with pytest.raises(segmentation_masks.BadImage, match="a mask in colors"):
+        segmentation_masks.decode_mask(stream.getvalue())
 
 
 def test_bad_input_is_named(folders, tmp_path):
@@ -156,13 +159,13 @@ def test_bad_input_is_named(folders, tmp_path):
     annotated.save(tmp_path / "one" / "z.png", np.zeros((8, 8), int))
     for change, message in (
         ({"images": "", "masks": ""}, "no masks.*set `images` and `masks`"),
-        ({"images": str(tmp_path / "none")}, "images=.*is no folder"),
+        ({"images": str(tmp_path / "none")}, "images=.*is not a folder"),
         ({"masks": str(tmp_path / "text")}, "masks=.*no images in this folder"),
         ({"masks": str(tmp_path / "other")}, r"no mask in .* is named like an image"),
         ({"images": str(tmp_path / "one"), "masks": str(tmp_path / "other")}, "too few"),
         (
             {"feature": "cls"},
-            "feature='cls' is not one of patches; there are: patches, pixels, histogram",
+            "feature='cls' has no vector per patch; choices: patches, pixels, histogram",
         ),
     ):
         with pytest.raises(UserError, match=message) as error:
@@ -182,9 +185,9 @@ def test_the_default_shapes_are_as_they_were():
 
 
 def test_stills_show_what_they_say():
-    stills = [scenes.still("train", i) for i in range(40)]
-    np.testing.assert_array_equal(stills[3][0], scenes.still("train", 3)[0])
-    assert (stills[3][0] != scenes.still("test", 3)[0]).any()
+    stills = [scenes.draw_still("train", i) for i in range(40)]
+    np.testing.assert_array_equal(stills[3][0], scenes.draw_still("train", 3)[0])
+    assert (stills[3][0] != scenes.draw_still("test", 3)[0]).any()
     assert {count for _, _, count, _ in stills} == set(scenes.COUNTS)
     low, high = scenes.NEAREST
     assert all(low <= nearest <= high for *_, nearest in stills)
@@ -192,13 +195,15 @@ def test_stills_show_what_they_say():
         assert (picture.shape, mask.shape, mask.dtype) == ((64, 64, 3), (64, 64), np.uint8)
         assert 1 <= len(set(np.unique(mask)) - {0}) <= count
         assert mask.max() <= len(drawing.CLASSES)
-    centers = scenes._centers(np.random.default_rng(1), 5, 15.0)
+    centers = scenes._draw_centers(np.random.default_rng(1), 5, 15.0)
     apart = np.linalg.norm(centers[:, None] - centers, axis=-1) + 99 * np.eye(5)
     assert apart.min() == pytest.approx(15.0)
 
 
 def test_half_of_the_images_test_where_there_is_one_split(folders):
     data = annotated.evaluation()
-    picked = data.masked(folders["images"], folders["masks"], (99, 99), data.augment).sources
+    picked = segmentation_masks.open_images_with_masks(
+        data, **folders, max_train=99, max_test=99, augment=data.augment
+    ).sources
     assert (len(picked["train"]), len(picked["test"])) == (10, 10)
     assert not set(picked["train"].indices) & set(picked["test"].indices)

@@ -9,7 +9,12 @@ from lmim_jax.data import tfds_source
 from lmim_jax.data.eval import video_clips
 from lmim_jax.data.synthetic import scenes, shapes
 from lmim_jax.evaluators import video_segmentation
-from lmim_jax.evaluators.common import davis_metrics
+from lmim_jax.evaluators.common.davis_metrics import (
+    contour_accuracy,
+    contour_pixels,
+    object_scores,
+    region_similarity,
+)
 from lmim_jax.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -23,16 +28,15 @@ def square(top, left, size=6, side=3):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two sequences of 5 frames, 16 x 32 and 16 x 16 pixels; levels tell the number of the object, 1 or 2."""
+    """Two sequences of 5 frames of 16 x 32 and 16 x 16 pixels; levels give the object, 1 or 2."""
     root = tmp_path_factory.mktemp("davis")
     for name, width in (("wide", 32), ("small", 16)):
         for time in range(5):
             mask = np.zeros((16, width), int)
             mask[2:8, 2 * time : 2 * time + 6] = 1
             mask[10:14, width - 6 - 2 * time : width - 2 * time] = 2
-            annotated.save(
-                root / "JPEGImages" / "480p" / name / f"{time:05d}.png", mask, annotated.STEP
-            )
+            frame = root / "JPEGImages" / "480p" / name / f"{time:05d}.png"
+            annotated.save(frame, mask, annotated.STEP)
             path = root / "Annotations" / "480p" / name / f"{time:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(mask.astype(np.uint8)).convert("P")
@@ -44,16 +48,17 @@ def folder(tmp_path_factory):
 
 
 def run(method=None, patch_size=1, **change):
-    evaluator = annotated.evaluator(
-        "video_segmentation", **{"side": 16, "batch_size": 8, "radius": 6, "past": 2, **change}
-    )
+    options = {"side": 16, "batch_size": 8, "radius": 6, "past": 2, **change}
+    evaluator = annotated.evaluator("video_segmentation", **options)
     method = method or annotated.Sees()
     method.patch_size = patch_size
     return evaluator.run(method, {}, annotated.evaluation())
 
 
 def test_region_and_contour_by_hand():
-    """3 x 3 squares in 6 x 6 pixels, moved to the right by one and by two columns. 0.008 diagonals: up to 1 pixel.
+    """3 x 3 squares in 6 x 6 pixels, moved to the right by one and by two columns.
+
+    The tolerance of 0.008 x the diagonal is up to 1 pixel.
 
         square     its contour: pixels that differ from the one to the right, below or below right
         . . . . . .    x x x x . .
@@ -63,12 +68,15 @@ def test_region_and_contour_by_hand():
         . . . . . .    . . . . . .
 
     One column: 6 of 12 pixels in both. Each contour pixel lies beside one of the other.
-    Two columns: 3 of 15 in both. The moved contour is cut by the border, which is none: 4 + 1 + 1 + 4 = 10 pixels.
-    Of the first's, rows 0 and 3 have 3 of 4 near one of it, rows 1 and 2 have 1 of 2 (column 3): recall 8 / 12.
-    Of its own, rows 0 and 3 have 3 of 4 near the first's, rows 1 and 2 have 1 of 1: precision 8 / 10.
+    Two columns: 3 of 15 in both. The moved contour is cut by the border, which is not a contour:
+    4 + 1 + 1 + 4 = 10 pixels. Of the first contour, rows 0 and 3 have 3 of 4 pixels near one of
+    it, rows 1 and 2 have 1 of 2 (column 3): recall 8 / 12. Of its own pixels, rows 0 and 3 have 3
+    of 4 near the first contour, rows 1 and 2 have 1 of 1: precision 8 / 10.
     F = 2 x 2/3 x 4/5 / (2/3 + 4/5) = 8 / 11.
     """
-    first, second, third = square(1, 1), square(1, 2), square(1, 3)
+    first = square(1, 1)
+    second = square(1, 2)
+    third = square(1, 3)
     contour = [
         [1, 1, 1, 1, 0, 0],
         [1, 0, 0, 1, 0, 0],
@@ -77,17 +85,20 @@ def test_region_and_contour_by_hand():
         [0] * 6,
         [0] * 6,
     ]
-    assert (davis_metrics.boundary(first) * 1).tolist() == contour
-    assert (davis_metrics.region(first, second), davis_metrics.contour(first, second)) == (1 / 2, 1)
-    assert davis_metrics.region(first, third) == 3 / 15
-    assert davis_metrics.contour(first, third) == pytest.approx(8 / 11)
+    assert (contour_pixels(first) * 1).tolist() == contour
+    assert region_similarity(first, second) == 1 / 2
+    assert contour_accuracy(first, second) == 1
+    assert region_similarity(first, third) == 3 / 15
+    assert contour_accuracy(first, third) == pytest.approx(8 / 11)
 
 
 def test_empty_masks():
-    empty, some = np.zeros((6, 6), bool), square(1, 1)
-    assert (davis_metrics.region(empty, empty), davis_metrics.contour(empty, empty)) == (1, 1)
-    assert (davis_metrics.region(some, empty), davis_metrics.contour(some, empty)) == (0, 0)
-    assert (davis_metrics.region(empty, some), davis_metrics.contour(empty, some)) == (0, 0)
+    empty = np.zeros((6, 6), bool)
+    some = square(1, 1)
+    for measure in (region_similarity, contour_accuracy):
+        assert measure(empty, empty) == 1
+        assert measure(some, empty) == 0
+        assert measure(empty, some) == 0
 
 
 def test_contours_equal_the_official_way():
@@ -98,59 +109,64 @@ def test_contours_equal_the_official_way():
         masks = [ndimage.gaussian_filter(RNG.normal(size=(90, 120)), 5) > 0.02 for _ in range(2)]
         edges = []
         for mask in masks:
-            shifted = [np.zeros_like(mask) for _ in range(3)]
-            shifted[0][:, :-1], shifted[1][:-1], shifted[2][:-1, :-1] = (
-                mask[:, 1:],
-                mask[1:],
-                mask[1:, 1:],
-            )
-            edge = (mask ^ shifted[0]) | (mask ^ shifted[1]) | (mask ^ shifted[2])
-            edge[-1], edge[:, -1] = mask[-1] ^ shifted[0][-1], mask[:, -1] ^ shifted[1][:, -1]
+            right = np.zeros_like(mask)
+            right[:, :-1] = mask[:, 1:]
+            below = np.zeros_like(mask)
+            below[:-1] = mask[1:]
+            diagonal = np.zeros_like(mask)
+            diagonal[:-1, :-1] = mask[1:, 1:]
+            edge = (mask ^ right) | (mask ^ below) | (mask ^ diagonal)
+            edge[-1] = mask[-1] ^ right[-1]
+            edge[:, -1] = mask[:, -1] ^ below[:, -1]
             edge[-1, -1] = 0
             edges.append(edge)
         y, x = np.mgrid[-2:3, -2:3]  # ceil(0.008 x 150) = 2
         wide = [ndimage.binary_dilation(edge, x * x + y * y <= 4) for edge in edges]
         precision = (edges[1] & wide[0]).sum() / edges[1].sum()
         recall = (edges[0] & wide[1]).sum() / edges[0].sum()
-        assert davis_metrics.contour(*masks) == pytest.approx(
-            2 * precision * recall / (precision + recall)
-        )
+        expected = 2 * precision * recall / (precision + recall)
+        assert contour_accuracy(masks[0], masks[1]) == pytest.approx(expected)
 
 
 def test_first_and_last_frame_are_not_scored():
     truth = np.stack([square(1, 1) * 1] * 4)
     found = truth.copy()
     found[0] = found[-1] = 0
-    assert davis_metrics.scores(truth, found).tolist() == [[1, 1]]
+    assert object_scores(truth, found).tolist() == [[1, 1]]
     found[1] = 0
-    assert davis_metrics.scores(truth, found).tolist() == [[0.5, 0.5]]
-    truth[2] = 2  # an object that the first frame does not show is none
-    assert len(davis_metrics.scores(truth, found)) == 1
+    assert object_scores(truth, found).tolist() == [[0.5, 0.5]]
+    truth[2] = 2  # an object that the first frame does not show is not scored
+    assert len(object_scores(truth, found)) == 1
 
 
 def test_perfect_features_score_100_and_shuffled_ones_do_not(folder):
     found = run(path=str(folder))
     assert found["J"] == found["F"] == found["JF"] == pytest.approx(100)
     assert found["still_JF"] < 60
-    assert run(annotated.Sees(shuffled=True), path=str(folder), patch_size=1)["JF"] < 40
+    shuffled = run(annotated.Sees(shuffled=True), path=str(folder), patch_size=1)
+    assert shuffled["JF"] < 40
     assert run(path=str(folder), patch_size=2)["J"] > 80  # whole patches, but for enlarging
 
 
-def test_padding_changes_no_figure(folder):
+def test_padding_changes_no_metric(folder):
     assert run(path=str(folder), patch_size=4, batch_size=8) == run(
         path=str(folder), patch_size=4, batch_size=24
     )
 
 
 def test_a_list_names_the_sequences(folder):
-    assert [clip.name for clip in video_clips.folder(folder)] == ["small", "wide"]
-    assert [clip.name for clip in video_clips.folder(folder, "ImageSets/val.txt")] == ["wide"]
+    assert [clip.name for clip in video_clips.open_folder(folder)] == ["small", "wide"]
+    assert [clip.name for clip in video_clips.open_folder(folder, "ImageSets/val.txt")] == ["wide"]
 
 
 def test_propagation_equals_a_plain_computation():
-    (h, w), frames, width = (3, 4), 3, 5
-    tokens, labels = RNG.normal(size=(frames, h * w, width)), RNG.uniform(size=(frames, h * w, 2))
-    frame, there = RNG.normal(size=(h * w, width)), np.array([True, True, False])
+    h, w = 3, 4
+    frames = 3
+    width = 5
+    tokens = RNG.normal(size=(frames, h * w, width)).astype(np.float32)
+    labels = RNG.uniform(size=(frames, h * w, 2)).astype(np.float32)
+    frame = RNG.normal(size=(h * w, width)).astype(np.float32)
+    valid = np.array([True, True, False])
     expected = np.zeros((h * w, 2))
     for n in range(h * w):
         weights = []
@@ -159,43 +175,37 @@ def test_propagation_equals_a_plain_computation():
                 if max(abs(n // w - m // w), abs(n % w - m % w)) <= 1:
                     weights.append((np.exp(frame[n] @ tokens[f, m] / 0.7), f, m))
         best = sorted(weights, reverse=True)[:3]
-        expected[n] = sum(weight * labels[f, m] for weight, f, m in best) / sum(
-            weight for weight, *_ in best
-        )
-    step = video_segmentation._propagate((h, w), 3, 1, 0.7, frames)
-    found = step(*(np.asarray(x, np.float32) for x in (frame, tokens, labels)), there)
+        total = sum(weight for weight, _, _ in best)
+        expected[n] = sum(weight * labels[f, m] for weight, f, m in best) / total
+    propagate = video_segmentation.jit_propagate(
+        grid=(h, w), topk=3, radius=1, temperature=0.7, context=frames
+    )
+    found = propagate(frame, tokens, labels, valid)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_frames_are_resized_to_whole_patches():
     frames = np.zeros((1, 48, 85, 3), np.uint8)
-    assert video_segmentation._resized(frames, 480, 64).shape == (
-        1,
-        480,
-        832,
-        3,
-    )  # as DINO does it with DAVIS's 480 x 854
-    assert video_segmentation._resized(frames.transpose(0, 2, 1, 3), 480, 64).shape == (
-        1,
-        832,
-        480,
-        3,
-    )
-    assert video_segmentation._resized(frames[:, :, :48], 480, 64).shape == (1, 480, 480, 3)
+    upright = frames.transpose(0, 2, 1, 3)
+    square_frames = frames[:, :, :48]
+    # As DINO resizes the 480 x 854 pixels of DAVIS
+    assert video_segmentation.resize_frames(frames, 480, 64).shape == (1, 480, 832, 3)
+    assert video_segmentation.resize_frames(upright, 480, 64).shape == (1, 832, 480, 3)
+    assert video_segmentation.resize_frames(square_frames, 480, 64).shape == (1, 480, 480, 3)
 
 
 def test_bad_input_is_named(folder, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("no clip")
     for change, message in (
-        ({"path": str(tmp_path / "none")}, "there is no .*JPEGImages.*a folder of clips holds"),
-        ({"path": str(tmp_path / "text")}, "there is no .*JPEGImages.*a folder of clips holds"),
+        ({"path": str(tmp_path / "none")}, "there is no .*JPEGImages.*a folder of clips contains"),
+        ({"path": str(tmp_path / "text")}, "there is no .*JPEGImages.*a folder of clips contains"),
         ({"path": str(folder), "listed": "no.txt"}, "listed='no.txt' cannot be read"),
         (
             {"path": str(folder), "side": 30, "patch_size": 4},
-            "side=30 is no multiple of the patch size, 4",
+            "side=30 is not a multiple of the patch size, 4",
         ),
-        ({"path": str(folder), "feature": "cls"}, "feature='cls' is not one of patches"),
+        ({"path": str(folder), "feature": "cls"}, "feature='cls' has no vector per patch"),
     ):
         with pytest.raises(UserError, match=message):
             run(**change)
@@ -212,7 +222,7 @@ def test_bad_input_is_named(folder, tmp_path):
 
 
 def test_embedded_clips_are_drawn_once_and_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tfds_source, "cache", lambda: tmp_path)
+    monkeypatch.setattr(tfds_source, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(shapes, "CLIPS", {"test": 3})
     found = video_clips.embedded()
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
@@ -222,7 +232,8 @@ def test_embedded_clips_are_drawn_once_and_read(tmp_path, monkeypatch):
     assert len(found) == 3
     for clip in found:
         assert (len(clip), clip.frame(0, 3).shape) == (scenes.FRAMES, (64, 64, 3))
-        first, last = clip.mask(0), clip.mask(len(clip) - 1)
+        first = clip.mask(0)
+        last = clip.mask(len(clip) - 1)
         assert 1 <= first.max() <= 3
         assert (first != last).any()
     result = run(feature="pixels", side=64, patch_size=8, radius=3)
