@@ -1,26 +1,29 @@
-"""Train: python main.py --config=configs/vit_b.py --workdir=DIR [--config.KEY=VALUE ...]
+"""Pretrains an encoder with a recipe, or resumes a run.
 
-Running the same command again goes on where it stopped. Only flags live here; the story is in lmim_jax/train/loop.py.
+    lmim train --config=vit_b --config.data.path=IMAGES --workdir=RUN
+    lmim train --config=quickstart --config.batch_size=64 --config.epochs=20
+
+Running the same command again resumes the run. Exit codes: 2 for a mistake in flags or config, 1
+if the run diverged or cannot save, 75 if it was interrupted and has saved its state.
 """
 
 import pathlib
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
-from lmim_jax.utils.errors import UserError, fail
+from lmim_jax.cli import app
+from lmim_jax.distributed import multihost, preemption
+from lmim_jax.train import checkpoints, loop, metric_logger, workdir
+from lmim_jax.utils.errors import fail
 from lmim_jax.utils.logging import log_to_console
 
 RECIPES: dict[str, str | None] = {"config": "quickstart"}
 
 
-def main(arguments):
-    """Train as the flags say; one line, and exit code 2 for what only the user can mend, 1 for a run that diverged."""
-    import jax  # neither this nor the rest for loader workers
-
-    from lmim_jax.distributed import multihost, preemption
-    from lmim_jax.train import checkpoints, loop, metric_logger, workdir
-
+def main(arguments: list[str]) -> None:
+    """Train."""
     given = flags.FLAGS
     recipe = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
     folder = given.workdir or f"runs/{recipe}"
@@ -30,57 +33,39 @@ def main(arguments):
             given.coordinator, given.num_processes, given.process_id, given.heartbeat
         )
         log_to_console()
-        if arguments:
-            raise UserError(
-                f"unknown argument {arguments[0]!r}; flags look like --config.batch_size=256"
-            )
+        app.no_arguments(arguments, "--config.batch_size=256")
         loop.train(given.config, folder)
     except (metric_logger.NonFinite, checkpoints.SaveFailed) as error:
         fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        told = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         fail(
-            f"an operation over all processes failed; was one lost? The same command goes on. {told}",
+            "an operation over all processes failed; was one lost? Run the same command again to "
+            f"resume. {reason}",
             1,
         )
     except preemption.Preempted as error:
         fail(
-            f"{error}; its state is saved, run the same command again to go on",
+            f"{error}; its state is saved, run the same command again to resume",
             preemption.EXIT_CODE,
         )
 
 
-def define_flags():
+def define_flags() -> None:
     """Define the flags of the command."""
-    config_flags.DEFINE_config_file(
+    app.define_recipe(
         "config",
-        None,
-        "Recipe: its name or a file. Examples: --config=vit_b, --config=mine.py, --config.batch_size=256.",
-        lock_config=True,
+        "The recipe: a name or a file. "
+        "Examples: --config=vit_b, --config=mine.py, --config.batch_size=256",
     )
     flags.DEFINE_string(
         "workdir",
         None,
-        "Folder of the run; runs/RECIPE if not given. Example: --workdir=runs/vit_b",
+        "The folder of the run, by default runs/NAME_OF_THE_RECIPE. Example: --workdir=runs/vit_b",
     )
-    flags.DEFINE_string(
-        "coordinator",
-        "",
-        "Several processes: host and port of the first one; detected if not given. "
-        "Example: --coordinator=10.0.0.2:8482",
-    )
-    flags.DEFINE_integer(
-        "num_processes",
-        0,
-        "With --coordinator: the number of processes. Example: --num_processes=4",
-    )
-    flags.DEFINE_integer(
-        "process_id",
-        -1,
-        "With --coordinator: the number of this process, from 0. Example: --process_id=0",
-    )
+    app.define_processes()
     flags.DEFINE_integer(
         "heartbeat",
         30,
