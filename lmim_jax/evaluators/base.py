@@ -36,6 +36,9 @@ WEIGHTS = ("online", "target")
 class EvaluatedMethod(Protocol):
     """What evaluators use of a method; methods/base.py has the complete contract."""
 
+    def __hash__(self) -> int:
+        """Methods are frozen: compiled functions are cached by method."""
+
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
@@ -43,6 +46,10 @@ class EvaluatedMethod(Protocol):
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of images."""
 
     @property
     def image_size(self) -> tuple[int, int]:

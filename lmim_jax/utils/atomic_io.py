@@ -5,7 +5,7 @@ import os
 import pathlib
 
 
-def write(path: str | os.PathLike[str], content: str | bytes) -> None:
+def write(path: str | os.PathLike[str], content: str | bytes | memoryview) -> None:
     """Write a file atomically: to a temporary file beside it, flushed to disk, then renamed."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

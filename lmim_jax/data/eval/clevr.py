@@ -47,9 +47,8 @@ class CountsAndDistances:
             nearest = coordinates[2::3].min()  # of (x, y, distance)
             distance = np.searchsorted(CLEVR_BOUNDARIES, nearest)
         else:
-            count = self.images.feature_values(index, "count")[0]
-            nearest = self.images.feature_values(index, "nearest")[0]
-            distance = np.searchsorted(SEVERAL_BOUNDARIES, nearest)
+            count = self._scalar(index, "count")
+            distance = np.searchsorted(SEVERAL_BOUNDARIES, self._scalar(index, "nearest"))
         encoded, _ = self.images.record(index)
         return encoded, int(count * DISTANCE_BINS + distance)
 
@@ -64,6 +63,12 @@ class CountsAndDistances:
     def identity(self) -> dict[str, Any]:
         """What distinguishes these images from others, as JSON values."""
         return self.images.identity()
+
+    def _scalar(self, index: int, feature: str) -> Any:
+        """The value of a scalar feature of an embedded scene."""
+        values = self.images.feature_values(index, feature)
+        assert values is not None, f"{self.images.title} has no feature {feature}"
+        return values[0]
 
 
 def open_split(name: str, folder: str, split: str) -> CountsAndDistances:

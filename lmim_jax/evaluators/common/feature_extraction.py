@@ -7,38 +7,23 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float32, Int32, UInt8
 from PIL import Image
 
 from lmim_jax.data import decode
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.distributed import sharding
-from lmim_jax.evaluators.base import Params
+from lmim_jax.evaluators.base import EvaluatedMethod, Params
 
 KINDS = ("cls", "mean", "patches")
 MAX_ASPECT = 20  # the patches of more elongated images may not fit in memory
 
 Size = tuple[int, int]
-
-
-class ExtractedFrom(Protocol):
-    """What the extraction uses of a method; methods/base.py has the complete contract."""
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-
-    @property
-    def channels(self) -> int:
-        """Channels of images."""
-
-    def features(self, params: Params, images: Float[Array, "B H W C"]) -> dict[str, Array]:
-        """Features of normalized images, by name."""
 
 
 class ExtractedFeatures(NamedTuple):
@@ -69,7 +54,7 @@ class Extractor:
 
     def __init__(
         self,
-        method: ExtractedFrom,
+        method: EvaluatedMethod,
         params: Params,
         transform: Augment,
         *,

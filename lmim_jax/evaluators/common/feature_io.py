@@ -6,6 +6,7 @@ Letters: I images, P patches of all images, D width.
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int
@@ -71,7 +72,7 @@ def _concatenate(grids: Grids, features: Features) -> dict[str, np.ndarray]:
 
 
 def _write_npz(path: pathlib.Path, names: list[str], grids: Grids, features: Features) -> None:
-    arrays = _concatenate(grids, features)
+    arrays: dict[str, Any] = _concatenate(grids, features)
     with path.open("wb") as file:
         np.savez(file, name=np.array(names), **arrays)
 

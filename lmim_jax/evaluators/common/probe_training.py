@@ -148,7 +148,7 @@ class Probe(base.Evaluator, abc.ABC):
         steps_per_epoch = images // self.batch_size  # the remainder of an epoch is dropped
         steps = max(1, round(self.epochs * steps_per_epoch))
         augment = dataclasses.replace(
-            data.augment, scale=tuple(self.scale), image_size=data.augment.eval_size
+            data.augment, scale=self.scale, image_size=data.augment.eval_size
         )
         task = Task(method, augment, len(data.classes))
         programs = build_programs(
