@@ -174,7 +174,9 @@ def test_batch_norm_is_torchs():
 def test_unlabeled_data_has_no_metrics():
     data = Data(*splits(True))
     data.classes = ()
-    assert make("linear_probe").run(Method, PARAMS, data) == {}
+    probe = make("linear_probe")
+    assert probe.needs_labels
+    assert probe.run(Method, PARAMS, data) == {}
 
 
 @pytest.mark.parametrize(

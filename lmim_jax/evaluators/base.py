@@ -52,6 +52,10 @@ class EvaluatedMethod(Protocol):
         """Channels of images."""
 
     @property
+    def width(self) -> int:
+        """Size of a feature vector."""
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of training images in pixels."""
 

@@ -101,6 +101,8 @@ class Probe(base.Evaluator, abc.ABC):
     scale: tuple[float, float]
     seed: int
 
+    needs_labels = True
+
     @property
     def name(self) -> str:
         """The name of the evaluator, that of its module."""
