@@ -242,6 +242,7 @@ def test_bad_input_is_one_line_and_exit_code_2(made, images, tmp_path):
         "--evaluators=kn": "--evaluators=kn: no such evaluator; did you mean knn?",
         "--evaluators=zzzz": "--evaluators=zzzz: no such evaluator .choices: .*knn, .*logistic_regression",
         "--config.knn.kk=3": "unknown config key config.knn.kk",
+        "--config.linear.l2=(1.0,)": "config.linear.l2.*evaluator is called logistic_regression",
         "--data.pth=x": "unknown config key data.pth",
         f"--data.path={texts}": "texts/train: no images in this folder",
         f"--data.path={flat} --evaluators=fewshot": "--evaluators=fewshot: the images have no classes",

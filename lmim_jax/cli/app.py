@@ -144,12 +144,22 @@ def _user_error(error: BaseException) -> BaseException:
     return found
 
 
+def _former_evaluator(key: str) -> str:
+    """A hint if a key is the name of an evaluator before version 0.2; else ""."""
+    from lmim_jax.evaluators.base import FORMER_NAMES  # slow to import
+
+    if key in FORMER_NAMES:
+        return f"Since version 0.2 this evaluator is called {FORMER_NAMES[key]}"
+    return ""
+
+
 def _unknown_key(error: Exception, argv: Sequence[str]) -> str:
     """The message for a config key that does not exist, with the flag that names it."""
     reason: Any = error
     while isinstance(reason.args[0], Exception):  # ml_collections wraps its message
         reason = reason.args[0]
     key, _, hint = str(reason.args[0]).partition("\n")
+    hint = _former_evaluator(key.strip("'")) or hint
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
         if key.strip("'") in name.split("."):
