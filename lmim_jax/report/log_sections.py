@@ -187,7 +187,7 @@ def evaluations_section(folder: str | pathlib.Path, log: MetricLog) -> Section |
         return None
     look = (
         "Evaluation of the frozen features; accuracies are in percent. "
-        "docs/features.md explains each metric."
+        "docs/evaluation.md explains each metric."
     )
     combined = elements.concatenate(content)
     return html.explained_section("evaluations", "Evaluations", look, "", combined)
