@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on this machine: ./launch/local.sh [--processes=N] [--fake_devices=N] [flags of main.py]
-# Makes .venv on the first call (PYTHON chooses the interpreter), then runs main.py; no flags: configs/quickstart.py.
-# One process uses all GPUs there are. --processes: several, which share them. --fake_devices: CPU devices per process.
+# Creates .venv on the first call (PYTHON selects the interpreter), then runs main.py; without flags, the recipe
+# quickstart. One process uses all GPUs; several (--processes) share them. --fake_devices: CPU devices per process.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh requirements.txt
@@ -22,7 +22,7 @@ if [ "${JAX_PLATFORMS:-}" != cpu ] && { command -v nvidia-smi >/dev/null && nvid
   if ! python -c 'import sys, jax; sys.exit(jax.default_backend() == "cpu")' 2>/dev/null; then
     echo "error: this machine has an NVIDIA GPU, but jax sees only the CPU." >&2
     echo "  Install: .venv/bin/pip install 'jax[cuda13]'   (jax[cuda12] for drivers older than 580)" >&2
-    echo "  or run on the CPU on purpose: JAX_PLATFORMS=cpu $0 $*" >&2
+    echo "  or run on the CPU: JAX_PLATFORMS=cpu $0 $*" >&2
     exit 2
   fi
 fi

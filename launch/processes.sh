@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Several processes of one run on this machine: launch/processes.sh COUNT COMMAND [ARGUMENTS]
-# Adds --coordinator, --num_processes and --process_id to COMMAND; output is marked [0], [1], ... Says which process
-# ended and how, and ends the others; the exit code is that of the first that failed. SIGTERM, SIGUSR1 and Ctrl-C reach all.
-# On NVIDIA GPUs each process gets its own share of them.
+# Adds --coordinator, --num_processes and --process_id to COMMAND and marks output by [0], [1], ... Reports which
+# process ended and how; the exit code is that of the first one that failed. SIGTERM, SIGUSR1 and Ctrl-C are forwarded
+# to all processes. NVIDIA GPUs are divided evenly among them.
 set -uo pipefail
 count="$1"
 shift
-case "$count" in "" | *[!0-9]* | 0) echo "error: --processes=$count is no number of processes" >&2; exit 2 ;; esac
+case "$count" in "" | *[!0-9]* | 0) echo "error: --processes=$count is not a number of processes" >&2; exit 2 ;; esac
 port="${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
 gpus=()
 if [ "${JAX_PLATFORMS:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
@@ -25,9 +25,9 @@ for ((i = 0; i < count; i++)); do
   "$@" --coordinator="localhost:$port" --num_processes="$count" --process_id="$i" > >(sed -u "s/^/[$i] /") 2>&1 &
   pids+=($!)
 done
-tell() { kill -"$1" "${pids[@]}" 2>/dev/null; }
-trap 'tell TERM' TERM INT
-trap 'tell USR1' USR1
+forward() { kill -"$1" "${pids[@]}" 2>/dev/null; }
+trap 'forward TERM' TERM INT
+trap 'forward USR1' USR1
 
 first=0
 while [ "${#pids[@]}" -gt 0 ]; do

@@ -5,12 +5,12 @@
 #   ./launch/tpu_pod.sh train [flags of main.py]    create, wait, copy, install, start on all workers; again: resume
 #   ./launch/tpu_pod.sh status | logs | stop | delete
 #
-# Also: PROJECT; SPOT=1 (cheaper, may be taken away); NFS=HOST:/SHARE, mounted as /mnt/nfs on all workers, for --workdir
-# and data. `train` may be repeated at any time: what is there is kept, a slice that was taken away is asked for again,
-# and the run goes on from its last checkpoint. See launch/README.md.
+# Also: PROJECT; SPOT=1 (cheaper, may be preempted); NFS=HOST:/SHARE, mounted as /mnt/nfs on all workers, for --workdir
+# and data. `train` may be repeated at any time: an existing slice is kept, a preempted one is re-created, and the run
+# resumes from its last checkpoint. See launch/README.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-POLL="${POLL:-30}"  # seconds between looks at a slice that is waited for
+POLL="${POLL:-30}"  # seconds between two queries while waiting for a slice
 
 fail() { echo "error: $*" >&2; exit 2; }
 [ -n "${TPU_NAME:-}" ] && [ -n "${ZONE:-}" ] || fail "set TPU_NAME and ZONE"
@@ -20,15 +20,15 @@ tpus() { gcloud compute tpus "$@" --zone="$ZONE" ${PROJECT:+--project="$PROJECT"
 workers() { tpus tpu-vm ssh "$TPU_NAME" --worker="$1" --command="$2"; }  # all, or a number
 state() { tpus queued-resources describe "$TPU_NAME" --format='value(state.state)' 2>/dev/null || echo NONE; }
 
-step() {  # NAME COMMAND...: say what is done, and stop with the command's exit code if it fails
+step() {  # NAME COMMAND...: run it, and exit with its exit code if it fails
   local name="$1" code
   shift
   echo "== $name" >&2
   "$@"
   code=$?
   [ "$code" = 0 ] && return
-  echo "error: '$name' failed with exit code $code. Nothing was deleted; run the same command again to go on," >&2
-  echo "  or remove the slice: ./launch/tpu_pod.sh delete" >&2
+  echo "error: '$name' failed with exit code $code. Nothing was deleted; run the same command again to resume," >&2
+  echo "  or delete the slice: ./launch/tpu_pod.sh delete" >&2
   exit "$code"
 }
 
@@ -46,7 +46,7 @@ wait_until_active() {
     case "$now" in
       FAILED | SUSPENDED | NONE) echo "the slice is $now" >&2; return 1 ;;
     esac
-    echo "the slice is $now; looking again in $POLL s" >&2
+    echo "the slice is $now; checking again in $POLL s" >&2
     sleep "$POLL"
   done
 }
@@ -58,7 +58,7 @@ copy() {
     tpus tpu-vm scp "$archive" "$TPU_NAME:lmim_jax.tar.gz" --worker=all
 }
 
-# The images of TPU machines bring an older Python, so uv fetches one
+# The images of TPU machines have an older Python, so uv installs one
 INSTALL='set -e; mkdir -p lmim_jax; tar xzf lmim_jax.tar.gz -C lmim_jax; cd lmim_jax
 [ -x .venv/bin/python ] || { python3 -m pip install --user -q uv; python3 -m uv venv -q --python 3.12 .venv; }
 python3 -m uv pip install -q --python .venv/bin/python "jax[tpu]" -r requirements.txt'
@@ -70,7 +70,7 @@ sudo mount -t nfs $(printf %q "$NFS") /mnt/nfs && sudo chmod 777 /mnt/nfs; }"
 
 ALIVE='[ -f train.pid ] && kill -0 "$(cat train.pid)" 2>/dev/null'
 
-start() {  # quoted twice: for the shell here, and for the one over there
+start() {  # quoted twice: for the local shell and the remote one
   workers all "cd lmim_jax; if $ALIVE; then echo already running; else
 nohup setsid .venv/bin/python main.py$( [ $# = 0 ] || printf ' %q' "$@") >>train.log 2>&1 </dev/null & echo \$! >train.pid; fi"
 }
@@ -81,9 +81,9 @@ case "$command" in
   train)
     now="$(state)"
     case "$now" in
-      FAILED | SUSPENDED) step "remove the slice that was taken away ($now)" delete; now=NONE ;;
+      FAILED | SUSPENDED) step "delete the preempted slice ($now)" delete; now=NONE ;;
     esac
-    [ "$now" = NONE ] && step "ask for a slice" create
+    [ "$now" = NONE ] && step "request a slice" create
     step "wait for the slice" wait_until_active
     step "copy the code" copy
     step "install" workers all "$INSTALL"
@@ -96,7 +96,7 @@ case "$command" in
     workers all "cd lmim_jax && if $ALIVE; then echo running; else echo not running; fi; tail -n 1 train.log"
     ;;
   logs) workers 0 "tail -n 100 -F lmim_jax/train.log" ;;
-  stop) step "tell all workers to save and stop" workers all "cd lmim_jax && kill -TERM \"\$(cat train.pid)\"" ;;
+  stop) step "save and stop on all workers" workers all "cd lmim_jax && kill -TERM \"\$(cat train.pid)\"" ;;
   delete) step "delete the slice" delete ;;
   *) fail "no command ${command:-given}: train | status | logs | stop | delete" ;;
 esac

@@ -1,4 +1,4 @@
-# Sourced: makes .venv with what the file $1 asks for, unless it is up to date, and activates it.
+# Sourced: creates .venv with the requirements in the file $1, unless it is up to date, and activates it.
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-.venv}"
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then

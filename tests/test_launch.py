@@ -1,4 +1,4 @@
-"""Launchers: the exact commands they give, and what they do when one fails. The cloud is a stand-in."""
+"""Launchers: the commands they run, and what they do if one fails. gcloud is a mock."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import yaml
 
 ROOT = pathlib.Path(__file__).parent.parent
 GCLOUD = """#!{python}
-# Writes down its arguments; answers `describe` with the next of STATES; fails where its arguments hold FAIL.
+# Records its arguments; answers `describe` with the next of STATES; fails if FAIL is in its arguments.
 import json, os, pathlib, sys
 folder = pathlib.Path({folder!r})
 with (folder / "calls").open("a") as calls:
@@ -31,7 +31,7 @@ if os.environ.get("FAIL") and os.environ["FAIL"] in " ".join(sys.argv):
 
 @pytest.fixture
 def cloud(tmp_path):
-    """Run tpu_pod.sh with states of the slice as seen one after the other: (completed process, calls of gcloud)."""
+    """Runs tpu_pod.sh with a sequence of states of the slice: (process, calls of gcloud)."""
     (tmp_path / "gcloud").write_text(GCLOUD.format(python=sys.executable, folder=str(tmp_path)))
     (tmp_path / "gcloud").chmod(0o755)
 
@@ -54,13 +54,14 @@ def cloud(tmp_path):
 
 
 def tpus(*words):
+    """The arguments of gcloud for a command on TPUs."""
     return ["compute", "tpus", *words, "--zone=us-west4-a"]
 
 
 DESCRIBE = tpus("queued-resources", "describe", "pod", "--format=value(state.state)")
 
 
-def test_a_new_slice_is_asked_for_waited_for_and_started(cloud):
+def test_a_new_slice_is_requested_and_started(cloud):
     flags = (
         "--config=configs/vit_b.py",
         "--workdir=/mnt/nfs/it's mine",
@@ -74,7 +75,10 @@ def test_a_new_slice_is_asked_for_waited_for_and_started(cloud):
         PROJECT="p",
     )
     assert done.returncode == 0, done.stderr
-    project = lambda call: [*call, "--project=p"]
+
+    def project(call):
+        return [*call, "--project=p"]
+
     create = tpus(
         "queued-resources", "create", "pod", "--node-id=pod", "--accelerator-type=v5litepod-16"
     )
@@ -88,7 +92,7 @@ def test_a_new_slice_is_asked_for_waited_for_and_started(cloud):
     for call in (install, start):
         assert call[:6] == ["compute", "tpus", "tpu-vm", "ssh", "pod", "--worker=all"]
     assert '"jax[tpu]" -r requirements.txt' in install[6]
-    # What the worker's shell makes of the line: the flags as they were given here
+    # The worker's shell sees the flags as they were given here
     (line,) = [line for line in start[6].splitlines() if "main.py" in line]
     words = shlex.split(line)
     assert words[words.index("main.py") + 1 :][:3] == list(flags)
@@ -97,16 +101,19 @@ def test_a_new_slice_is_asked_for_waited_for_and_started(cloud):
 def test_the_copied_archive_holds_the_program_and_nothing_hidden(cloud, tmp_path):
     (tmp_path / "keep").mkdir()
     script = (tmp_path / "gcloud").read_text()
-    keep = f'\nif "scp" in sys.argv:\n    import shutil\n    shutil.copy(sys.argv[5], {str(tmp_path / "keep")!r})\n'
+    keep = f"""
+if "scp" in sys.argv:
+    import shutil
+    shutil.copy(sys.argv[5], {str(tmp_path / "keep")!r})
+"""
     (tmp_path / "gcloud").write_text(script + keep)
     assert cloud("train", states="ACTIVE")[0].returncode == 0
     names = subprocess.run(
         ["tar", "tzf", tmp_path / "keep" / "lmim_jax.tar.gz"], capture_output=True, text=True
     )
     names = names.stdout.splitlines()
-    assert {"./main.py", "./requirements.txt", "./lmim_jax/train.py", "./configs/vit_b.py"} <= set(
-        names
-    )
+    needed = {"./main.py", "./requirements.txt", "./lmim_jax/cli/train.py", "./configs/vit_b.py"}
+    assert needed <= set(names)
     assert not [name for name in names if name.startswith("./.") and name != "./"]
 
 
@@ -139,7 +146,7 @@ def test_train_again_on_a_living_slice_keeps_it(cloud):
 @pytest.mark.parametrize(
     ("fail", "name", "states", "count"),
     [
-        ("create", "ask for a slice", "NONE", 2),
+        ("create", "request a slice", "NONE", 2),
         (" scp ", "copy the code", "ACTIVE", 3),
         ("requirements.txt", "install", "ACTIVE", 4),
         ("main.py", "start on all workers", "ACTIVE", 5),
@@ -156,7 +163,7 @@ def test_a_command_that_fails_stops_the_rest_and_is_named(cloud, fail, name, sta
     assert not [call for call in calls if "delete" in call]
 
 
-def test_a_request_that_fails_while_waiting_is_told(cloud):
+def test_a_request_that_fails_while_waiting_is_reported(cloud):
     done, calls = cloud("train", states="NONE PROVISIONING FAILED")
     assert done.returncode == 1
     assert "the slice is FAILED" in done.stderr
@@ -204,6 +211,7 @@ PROGRAM = "import sys, time; a = sys.argv; i = int(a[-1].split('=')[1]); print('
 
 
 def launch(program, count="3"):
+    """Run a Python program as several processes."""
     command = [
         str(ROOT / "launch" / "processes.sh"),
         count,
@@ -233,7 +241,7 @@ def test_the_process_that_dies_first_is_named_and_gives_the_exit_code():
     assert launch("", count="none").returncode == 2
 
 
-def test_the_job_sets_are_whole():
+def test_the_job_sets_are_complete():
     values = dict(IMAGE="image", CLAIM="claim", RECIPE="configs/vit_b.py", RUN="b", HOSTS="4")
     text = (ROOT / "launch" / "gke_jobset.yaml").read_text()
     for name, value in values.items():
@@ -262,6 +270,6 @@ def test_the_job_sets_are_whole():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.s*")), ids=lambda path: path.name)
-def test_shell_scripts_parse_and_say_how_they_are_called(path):
+def test_shell_scripts_parse_and_document_their_call(path):
     assert subprocess.run(["bash", "-n", path]).returncode == 0
     assert path.name in path.read_text().split("\n\n")[0] or path.name == "venv.sh"
