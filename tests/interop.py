@@ -66,7 +66,7 @@ def checksum(tensors):
 
 def contents(library, name):
     """(tensors, texts) that are exported of a case."""
-    return LIBRARIES[library].contents(torch_encoder.of(*case(name)), AS_IN_TRAINING)
+    return LIBRARIES[library].contents(torch_encoder.from_method(*case(name)), AS_IN_TRAINING)
 
 
 def main():
@@ -93,9 +93,9 @@ def main():
                 for file, content in texts.items():
                     pathlib.Path(folder, file).write_text(json.dumps(content))
                 array_io.write(pathlib.Path(folder, "model.safetensors"), arrays, {"format": "pt"})
-                tokens, _ = parity_check.OPEN[library](folder)
+                foreign = parity_check.OPENERS[library](folder)
                 with torch.no_grad():
-                    found[f"{name}/{library}/tokens"] = tokens(
+                    found[f"{name}/{library}/tokens"] = foreign.encode(
                         torch.from_numpy(images().transpose(0, 3, 1, 2))
                     ).numpy()
             found[f"{name}/{library}/checksum"] = np.array(checksum(arrays))

@@ -62,7 +62,7 @@ def test_features_are_those_that_the_library_made_of_the_exported_tensors(name, 
     """tests/interop.npz was made by `python tests/interop.py`, with the versions it names, on a CPU in float32."""
     with np.load(interop.STORED) as stored:
         method, params = interop.case(name)
-        out = jax.jit(lambda images: parity_check.tokens_of(method.features(params, images)))(
+        out = jax.jit(lambda images: parity_check.concatenate_tokens(method.features(params, images)))(
             interop.images()
         )
         np.testing.assert_allclose(out, stored[f"{name}/{library}/tokens"], rtol=0, atol=1e-4)
@@ -74,7 +74,7 @@ def test_features_are_those_that_the_library_made_of_the_exported_tensors(name, 
 
 def test_the_positions_of_latent_mim_are_written_as_they_are():
     method, params = interop.case("latent_mim")
-    found = torch_encoder.of(method, params).tensors["pos_embed"]
+    found = torch_encoder.from_method(method, params).tensors["pos_embed"]
     assert not found[0, 0].any()  # CLS
     np.testing.assert_array_equal(found[0, 1:], sincos_positions((4, 4), 16))
 
@@ -86,7 +86,7 @@ def test_sizes_that_timm_knows_go_by_its_names():
         lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0))
     )
     images = {**interop.AS_IN_TRAINING, "resize": 256}
-    _, texts = timm.contents(torch_encoder.of(method, params), images)
+    _, texts = timm.contents(torch_encoder.from_method(method, params), images)
     config = texts["config.json"]
     assert config["architecture"] == "vit_tiny_patch16_224"
     assert config["model_args"] == {"global_pool": "avg", "fc_norm": False}
@@ -117,7 +117,7 @@ def test_what_a_library_cannot_hold_is_said(changes, library, message):
         lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0))
     )
     with pytest.raises(UserError, match=message):
-        library.contents(torch_encoder.of(method, params), interop.AS_IN_TRAINING)
+        library.contents(torch_encoder.from_method(method, params), interop.AS_IN_TRAINING)
 
 
 def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
@@ -143,7 +143,7 @@ def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
         f'AutoModel.from_pretrained("{tmp_path / "out"}", add_pooling_layer=False)',
         "| knn/knn5 | online | patches_prenorm | 30 | 40 | 61.5 |",
         "| linear/accuracy | target | cls |  | 11 | 77.25 |",
-        "collapse index (1 is total): 0.5",
+        "collapse index (1 means total collapse): 0.5",
         '"num_visible": 4',
     ):
         assert line in card

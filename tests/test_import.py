@@ -83,7 +83,7 @@ def test_reference_weights_go_in_and_out_and_back_unchanged(stem, tmp_path):
     export.export(model, "safetensors", "both", tmp_path / "out")
     again, _ = array_io.read(tmp_path / "out" / "model.safetensors")
     assert again.keys() == arrays.keys()
-    fixed = official.describe(model.method).fixed
+    fixed = official.describe(model.method).constants
     for name, value in arrays.items():
         if name not in fixed:
             np.testing.assert_array_equal(again[name], value, err_msg=name)

@@ -75,7 +75,7 @@ def _contents(run: runs.Run, kind: str, which: str) -> Contents:
         return official.to_official(run.method, run.params, run.target), {}
     params = run.encoder_params(which)
     if kind == "flax":
-        config = model_card.public(run.config)
+        config = model_card.public_config(run.config)
         config["exported"] = {"step": run.step, "weights": which}
         return runs.flatten_params(params), {"config.json": config}
     augment = run.config.augment
@@ -85,7 +85,7 @@ def _contents(run: runs.Run, kind: str, which: str) -> Contents:
         "interpolation": augment.interpolation,
         "resize": augment.eval_resize,
     }
-    return LIBRARIES[kind].contents(torch_encoder.of(run.method, params), preprocessing)
+    return LIBRARIES[kind].contents(torch_encoder.from_method(run.method, params), preprocessing)
 
 
 def read_some_images(run: runs.Run, folder: str | None) -> list[bytes]:

@@ -78,7 +78,7 @@ def read(
       UserError: naming the file and what is missing, unexpected or different.
     """
     trained = official.entries(method)
-    needed = trained | official.describe(method).fixed
+    needed = trained | official.describe(method).constants
     arrays, not_read = array_io.read(path, roots={name.split(".")[0] for name in needed})
     dropped = [name for name in arrays if _matches_any(drop, name)]
     arrays = {name: array for name, array in arrays.items() if name not in dropped}
@@ -89,7 +89,7 @@ def read(
     _check_used("drop", drop, dropped, min(needed))
     _check_used("fresh", fresh, absent, min(needed))
     try:
-        official.check(method, arrays, missing_ok=absent.__contains__)
+        official.check(method, arrays, missing_ok=absent)
     except UserError as error:
         hint = "--fresh=REGEX initializes what is missing; --drop=REGEX leaves arrays out"
         raise UserError(f"{path} does not fit the recipe: {error}; {hint}") from error

@@ -1,9 +1,26 @@
-"""The model card of an exported folder, README.md: what it is, how to open it, what was measured on it."""
+"""The model card of an exported folder, README.md.
 
+It says what the model is, how to open it, how it was trained and how it performed.
+"""
+
+import dataclasses
 import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmim_jax.convert.trained_model import TrainedModel
+
+FRONT_MATTER = """---
+library_name: {library}
+pipeline_tag: image-feature-extraction
+tags: ["masked-image-modeling"]
+---"""
+LIBRARIES = {"timm": "timm", "hf": "transformers", "flax": "lmim_jax", "safetensors": "safetensors"}
 
 USAGE = {
-    "timm": """import timm, torch
+    "timm": """```python
+import timm, torch
 from PIL import Image
 
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
@@ -12,8 +29,9 @@ images = prepare(Image.open("image.jpg").convert("{mode}"))[None]
 with torch.no_grad():
     mean = model(images)                     # [1, {width}]: the mean of the patches
     tokens = model.forward_features(images)  # [1, {tokens}, {width}]: {order}
-""",
-    "hf": """import torch
+```""",
+    "hf": """```python
+import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
@@ -22,175 +40,297 @@ prepare = AutoImageProcessor.from_pretrained("{folder}")
 images = prepare(Image.open("image.jpg").convert("{mode}"), return_tensors="pt")
 with torch.no_grad():
     tokens = model(**images).last_hidden_state  # [1, {tokens}, {width}]: {order}
-mean = tokens[:, {first}:].mean(dim=1)
-""",
-    "flax": """import lmim_jax
+mean = tokens[:, {first_patch}:].mean(dim=1)
+```""",
+    "flax": """```python
+import lmim_jax
 
 model = lmim_jax.load("{folder}")
-images = model.preprocess(["image.jpg"])  # [1, {height}, {image_width}, {channels}], as described below
+images = model.preprocess(["image.jpg"])  # [1, {image_height}, {image_width}, {channels}], as described below
 features = model.encode(images)           # features.mean, features.patches; features.cls, if any
-""",
-    "safetensors": """lmim import-weights {folder}/model.safetensors --format={method} \\
+```""",  # noqa: E501
+    "safetensors": """```sh
+lmim import-weights {folder}/model.safetensors --format={method} \\
     --config=RECIPE --workdir=RUN
-""",
+```""",
 }
-SIZES = {
+OTHER_SIZES = {
     "timm": "`create_model(..., img_size=...)`",
     "hf": "`model(..., interpolate_pos_encoding=True)`",
 }
-ODD_MARGINS = " Half an odd margin is rounded down by transformers and to even by `lmim_jax`: one pixel, at times."
-LIBRARY = {"timm": "timm", "hf": "transformers", "flax": "lmim_jax", "safetensors": "safetensors"}
 WEIGHTS = {
     "online": "the trained encoder",
-    "target": "the teacher, its moving average",
-    "both": "all its networks",
+    "target": "the teacher, an exponential moving average of the encoder",
+    "both": "all networks",
 }
-PRIVATE = ("path", "dir", "classes")  # of config.data: where things lie on the machine of the run
+MACHINE_KEYS = ("path", "dir", "classes")  # of config.data: paths on the machine of the run
+
+# Columns of the table of results: key of a value -> head
 COLUMNS = {
     "pixels": "raw pixels",
-    "histogram": "colours",
+    "histogram": "colors",
     "untrained": "untrained",
     "trained": "trained",
 }
-WORDS = {
-    "collapse_index": "collapse index (1 is total)",
+COLLAPSE_METRICS = {
+    "collapse_index": "collapse index (1 means total collapse)",
     "effective_rank": "effective rank of features",
 }
+# Keys of summary.json with the baselines of a metric, where the two differ
+BASELINE_KEYS = {"accuracy": "linear"}
 
 
-def write(model, kind, which, folder):
-    """The text of the card.
+def write(model: TrainedModel, kind: str, which: str, folder: str | pathlib.Path) -> str:
+    """Write the text of the card.
 
     Args:
-      model: a `runs.Run`. kind: the --format. which: "online", "target" or "both". folder: its name, for examples.
+      model: the exported model.
+      kind: --format of the export.
+      which: the exported weights: "online", "target" or "both".
+      folder: the exported folder, as examples name it.
     """
-    method, config = model.method, model.config
-    first = int("cls_token" in model.params["encoder"])
-    grid, (height, width) = f"{method.grid[0]} x {method.grid[1]} patches", method.feature_size
-    filled = dict(
-        folder=folder,
-        width=method.width,
-        tokens=method.num_patches + first,
-        first=first,
-        height=height,
-    )
-    filled |= dict(image_width=width, channels=method.channels, method=config.method.name)
-    filled |= dict(
-        order=f"CLS, then {grid}" if first else grid, mode="RGB" if method.channels == 3 else "L"
-    )
-    numbers = lambda values: ", ".join(f"{value:g}" for value in values)
-    augment = config.augment
-    sections = (
-        f"# {config.method.name}: {method.depth} layers, {method.width} wide, patches of {method.patch_size}",
-        f"A Vision Transformer pretrained without labels by {config.method.name}, with `lmim_jax`: {WEIGHTS[which]}. "
-        f"It takes images of {height} x {width} pixels and gives {method.width} numbers for each of {grid}. "
-        "All weights are float32" + (", and there is no head." if which != "both" else "."),
+    has_cls = "cls_token" in model.params["encoder"]
+    sections = [
+        FRONT_MATTER.format(library=LIBRARIES[kind]),
+        *_introduction(model, which),
         "## Use",
-        f"```{'sh' if kind == 'safetensors' else 'python'}\n{USAGE[kind].format(**filled).rstrip()}\n```",
-        *_advice(kind, first),
+        USAGE[kind].format(**_usage_values(model, folder, has_cls)),
+        _advice(kind, has_cls),
         "## Images",
-        f"The short side to {augment.eval_resize} pixels ({augment.interpolation}, antialiased); of that the centre, "
-        f"{height} x {width}; channels, from 0 to 1, less ({numbers(augment.mean)}), "
-        f"divided by ({numbers(augment.std)}).{ODD_MARGINS if kind == 'hf' else ''}",
+        _preprocessing(model, kind),
         "## Training",
         _training(model),
         "## Results",
         _results(model),
         "## Config",
-        f"```json\n{json.dumps(public(config), indent=2)}\n```",
-    )
-    tags = f'library_name: {LIBRARY[kind]}\npipeline_tag: image-feature-extraction\ntags: ["masked-image-modeling"]'
-    return "\n\n".join((f"---\n{tags}\n---", *sections)) + "\n"
+        f"```json\n{json.dumps(public_config(model.config), indent=2)}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
-def public(config):
-    """The config as a plain dict, without the paths of the machine it ran on."""
+def public_config(config: Any) -> dict[str, Any]:
+    """Convert a ConfigDict to plain values, without the paths of the machine that it ran on."""
     plain = json.loads(config.to_json())
-    plain["data"] |= {key: "" for key in PRIVATE if key in plain["data"]}
+    for key in MACHINE_KEYS:
+        if key in plain["data"]:
+            plain["data"][key] = ""
     return plain
 
 
-def _advice(kind, first):
-    """Paragraphs: what a user would get wrong."""
-    if kind == "safetensors":
-        return [
-            "Names and layouts are those of the method's official PyTorch code, constant positions included."
-        ]
-    told = ["Features are taken after the final norm."]
-    if kind in SIZES:
-        told += [
-            f"Other image sizes: {SIZES[kind]}; positions are interpolated then, not quite as `lmim_jax` does it."
-        ]
-    if first:
-        told += [
-            "Not every method trains its CLS token for something; when in doubt, take the mean of the patches."
-        ]
-    return [" ".join(told)]
+def _grid_text(model: TrainedModel) -> str:
+    rows, columns = model.method.grid
+    return f"{rows} x {columns} patches"
 
 
-def _training(model):
-    """A list: on what, how long, from what."""
-    config = model.config.to_dict()
-    source = {key: config["data"].get(key) for key in ("source", "name")}
-    source["images"] = config.get("training_images", {}).get(
-        "images"
-    )  # unknown where weights came without images
-    lines = ["- data: " + ", ".join(f"{key} {value}" for key, value in source.items() if value)]
-    lines += [
-        f"- {model.step} steps with {config['batch_size']} images each, seed {config['seed']}"
+def _introduction(model: TrainedModel, which: str) -> list[str]:
+    """Title and first paragraph."""
+    method = model.method
+    name = model.config.method.name
+    height, width = method.feature_size
+    text = (
+        f"A Vision Transformer pretrained by {name} without labels, with `lmim_jax`: "
+        f"{WEIGHTS[which]}. It takes images of {height} x {width} pixels and computes "
+        f"{method.width} features for each of {_grid_text(model)}. All weights are float32."
+    )
+    if which != "both":
+        text += " There is no head."
+    return [
+        f"# {name}: {method.depth} layers, width {method.width}, patch size {method.patch_size}",
+        text,
     ]
-    if origin := _read(model.path / "imported.json"):
-        lines += [f"- began with imported weights: {origin['file']}, SHA-256 {origin['sha256']}"]
-        lines += (
-            [f"- {len(origin['fresh'])} arrays were not in that file, and began afresh"]
-            if origin["fresh"]
-            else []
+
+
+def _usage_values(model: TrainedModel, folder: str | pathlib.Path, has_cls: bool) -> dict[str, Any]:
+    """Values to fill into USAGE."""
+    method = model.method
+    height, width = method.feature_size
+    order = _grid_text(model)
+    if has_cls:
+        order = f"CLS, then {order}"
+    mode = "RGB"
+    if method.channels != 3:
+        mode = "L"
+    return {
+        "folder": folder,
+        "method": model.config.method.name,
+        "mode": mode,
+        "width": method.width,
+        "tokens": method.num_patches + int(has_cls),
+        "first_patch": int(has_cls),
+        "order": order,
+        "image_height": height,
+        "image_width": width,
+        "channels": method.channels,
+    }
+
+
+def _advice(kind: str, has_cls: bool) -> str:
+    """A paragraph on what is easily overlooked."""
+    if kind == "safetensors":
+        return (
+            "Names and layouts are those of the method's official PyTorch code, including constant "
+            "positions."
         )
+    sentences = ["Features are taken after the final norm."]
+    if kind in OTHER_SIZES:
+        sentences.append(
+            f"For other image sizes, use {OTHER_SIZES[kind]}, which interpolates the positions in "
+            "a slightly different way than `lmim_jax`."
+        )
+    if has_cls:
+        sentences.append(
+            "Not every method trains its CLS token; when in doubt, take the mean of the patches."
+        )
+    return " ".join(sentences)
+
+
+def _preprocessing(model: TrainedModel, kind: str) -> str:
+    """A paragraph on how images must be prepared."""
+    augment = model.config.augment
+    height, width = model.method.feature_size
+    text = (
+        f"Resize the short side to {augment.eval_resize} pixels ({augment.interpolation}, "
+        f"antialiased), crop the center of {height} x {width} pixels, scale channels to 0 .. 1, "
+        f"subtract ({_join_numbers(augment.mean)}), and divide by ({_join_numbers(augment.std)})."
+    )
+    if kind == "hf":
+        text += (
+            " If the margin of the crop is odd, transformers rounds its half down and `lmim_jax` "
+            "to even, so crops can differ by one pixel."
+        )
+    return text
+
+
+def _join_numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _training(model: TrainedModel) -> str:
+    """A list: data, length, origin of the initial weights."""
+    config = model.config.to_dict()
+    data = {
+        "source": config["data"].get("source"),
+        "name": config["data"].get("name"),
+        "images": config.get("training_images", {}).get("images"),  # none if imported with --nodata
+    }
+    known = [f"{key} {value}" for key, value in data.items() if value]
+    lines = [
+        f"- data: {', '.join(known)}",
+        f"- {model.step} steps of {config['batch_size']} images each, seed {config['seed']}",
+    ]
+    origin = _read_json(model.folder / "imported.json")
+    if origin:
+        lines.append(
+            f"- initialized with imported weights: {origin['file']}, SHA-256 {origin['sha256']}"
+        )
+        if origin["fresh"]:
+            lines.append(
+                f"- {len(origin['fresh'])} arrays were not in that file, and initialized at random"
+            )
     return "\n".join(lines)
 
 
-def _results(model):
-    """One table of what was measured on this step: while training (summary.json), and since (evaluations/*.json)."""
-    rows, gauges = {}, []
-    summary = _read(model.path / "summary.json")
-    if summary.get("steps") == model.step:
-        for name, value in summary.items():
-            section = model.config.evaluators.get(name.split("/")[0]) if "/" in name else None
-            if section and "_" not in name:
-                baselines = summary.get(name.split("/")[1])  # a dict of rows, where there is one
-                baselines = baselines if isinstance(baselines, dict) else {}
-                rows[_row(name, section)] = {**baselines, "trained": value}
-        gauges = [f"{WORDS[name]}: {summary[name]:.3g}" for name in WORDS if name in summary]
-    for path in sorted((model.path / "evaluations").glob("*.json")):
-        found = _read(path)
-        what = found.get("evaluated", {})
-        if what.get("step") == model.step:
-            for name, values in found["figures"].items():
-                title = name.split("/")[0]
-                rows[_row(name, found["config"][title], what["weights"].get(title))] = values
-    if not rows and not gauges:
-        return "None: nothing was measured on these weights."
-    columns = [column for column in COLUMNS if any(column in values for values in rows.values())]
-    head = ["figure", "weights", "feature", *(COLUMNS[column] for column in columns)]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)] if rows else []
-    for row, values in rows.items():
-        cells = [f"{values[column]:.4g}" if column in values else "" for column in columns]
-        lines += [f"| {' | '.join([*row, *cells])} |"]
+@dataclasses.dataclass(frozen=True)
+class _Measurement:
+    """What a row of the table of results measures; all fields are shown.
+
+    Attributes:
+      metric: name of the metric, such as "knn/knn20".
+      weights: "online" or "target".
+      feature: name of the evaluated feature; "" where the evaluator chooses it.
+    """
+
+    metric: str
+    weights: str
+    feature: str
+
+
+Rows = dict[_Measurement, Mapping[str, float]]
+
+
+def _results(model: TrainedModel) -> str:
+    """A table of all metrics of this step: from training, then from later evaluations."""
+    summary = _read_json(model.folder / "summary.json")
+    if summary.get("steps") != model.step:
+        summary = {}
+    rows = {**_summary_rows(model, summary), **_evaluation_rows(model)}
+    paragraphs = []
     if rows:
-        lines += [
-            "",
-            "Accuracies are percentages of test images. The labels served to measure, never to train.",
-        ]
-        lines += [
-            "`patches` is the mean of an image's patches after the final norm, `patches_prenorm` that before it."
-        ]
-    return "\n".join([*lines, *(["", "; ".join(gauges) + "."] if gauges else [])])
+        paragraphs.append(_table(rows))
+        paragraphs.append(
+            "Accuracies are percentages of test images. Labels are used for evaluation only, never "
+            "for training.\n`patches` is the mean of an image's patches after the final norm, "
+            "`patches_prenorm` the mean before it."
+        )
+    collapse = []
+    for name, text in COLLAPSE_METRICS.items():
+        if name in summary:
+            collapse.append(f"{text}: {summary[name]:.3g}")
+    if collapse:
+        paragraphs.append("; ".join(collapse) + ".")
+    if not paragraphs:
+        return "None: these weights have not been evaluated."
+    return "\n\n".join(paragraphs)
 
 
-def _row(name, section, weights=None):
-    """(figure, weights, feature) that a line is told by."""
-    return name, weights or section["params"], section.get("feature", "")
+def _summary_rows(model: TrainedModel, summary: Mapping[str, Any]) -> Rows:
+    """Rows from summary.json: the metrics of the run's own evaluators, with their baselines."""
+    rows: Rows = {}
+    for name, value in summary.items():
+        title, _, metric = name.partition("/")
+        section = model.config.evaluators.get(title)
+        # Metrics with an underscore are those of baselines, and other by-products.
+        if not metric or not section or "_" in metric:
+            continue
+        baselines = summary.get(BASELINE_KEYS.get(metric, metric))
+        if not isinstance(baselines, dict):
+            baselines = {}
+        measurement = _Measurement(name, section["params"], section.get("feature", ""))
+        rows[measurement] = {**baselines, "trained": value}
+    return rows
 
 
-def _read(path):
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _evaluation_rows(model: TrainedModel) -> Rows:
+    """Rows from evaluations/*.json, which `lmim evaluate` writes."""
+    rows: Rows = {}
+    for path in sorted((model.folder / "evaluations").glob("*.json")):
+        content = _read_json(path)
+        evaluated = content.get("evaluated", {})
+        if evaluated.get("step") != model.step:
+            continue
+        for name, values in content["figures"].items():
+            title, _, _ = name.partition("/")
+            section = content["config"][title]
+            weights = evaluated["weights"].get(title) or section["params"]
+            rows[_Measurement(name, weights, section.get("feature", ""))] = values
+    return rows
+
+
+def _table(rows: Rows) -> str:
+    """Format rows as a Markdown table, without empty columns."""
+    columns = []
+    for column in COLUMNS:
+        if any(column in values for values in rows.values()):
+            columns.append(column)
+    heads = ["metric", "weights", "feature"] + [COLUMNS[column] for column in columns]
+    lines = [_table_line(heads), "|" + "---|" * len(heads)]
+    for measurement, values in rows.items():
+        cells = [measurement.metric, measurement.weights, measurement.feature]
+        for column in columns:
+            cell = ""
+            if column in values:
+                cell = f"{values[column]:.4g}"
+            cells.append(cell)
+        lines.append(_table_line(cells))
+    return "\n".join(lines)
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Read a JSON file; {} if it does not exist."""
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text())

@@ -1,103 +1,181 @@
-"""The exported folder in the library it is for, beside the method itself: the largest difference of features."""
+"""Compares an exported folder, opened by the library it is for, with the method itself.
+
+Letters: B batch, H W image height and width, C channels, N patches, D width.
+"""
 
 import contextlib
 import dataclasses
 import io
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from lmim_jax.convert.trained_model import TrainedModel
 from lmim_jax.data import decode
-from lmim_jax.data.augment import device
+from lmim_jax.data.augment.device import Augment
+from lmim_jax.methods.base import Features, Params
 from lmim_jax.utils.errors import UserError
 
 PACKAGES = {"timm": "torch timm", "hf": "torch transformers torchvision"}
 
+Pixels = UInt8[np.ndarray, "h w C"]
 
-def compare(kind, folder, model, params, images):
-    """Run both on the same images.
+
+@dataclasses.dataclass(frozen=True)
+class ForeignModel:
+    """An exported folder, opened by another library.
+
+    Attributes:
+      encode: torch tensor of images [B, C, H, W] -> torch tensor of tokens [B, 1 + N, D].
+      preprocess: Pillow image -> numpy array [C, H, W].
+    """
+
+    encode: Callable[[Any], Any]
+    preprocess: Callable[[Image.Image], np.ndarray]
+
+
+def compare(
+    kind: str,
+    folder: str | pathlib.Path,
+    model: TrainedModel,
+    params: Params,
+    images: Sequence[bytes],
+) -> dict[str, float]:
+    """Run both encoders and both kinds of preprocessing on the same images.
 
     Args:
-      kind: "timm" or "hf". folder: the exported one. model: the `saved.Model`; params: the weights that were exported.
-      images: encoded bytes of some images, at least one.
+      kind: "timm" or "hf".
+      folder: the exported folder.
+      model: what was exported.
+      params: the exported weights.
+      images: encoded bytes of one image or more.
 
     Returns:
-      {"features": largest difference of any token, "size": largest feature, "pixels": mean difference, in levels of
-      0 .. 255, between how the folder's own preprocessing and this project's evaluation prepare the images}.
+      "features": the largest difference of any feature, on images as this project prepares them.
+      "size": the largest absolute feature.
+      "pixels": mean difference between the images as the library and as this project prepare them,
+        in levels of 0 .. 255.
 
     Raises:
       UserError: the other library is not installed.
     """
-    try:
-        import torch
-
-        open_folder = OPEN[kind]
-        with contextlib.redirect_stdout(io.StringIO()):
-            tokens, prepare = open_folder(folder)
-    except ImportError as error:
-        raise UserError(
-            f"--check needs what is not installed here ({error}): pip install {PACKAGES[kind]}"
-        ) from error
-    config, channels = model.config, model.method.channels
-    sizes = dict(image_size=model.method.image_size, eval_size=model.method.feature_size)
-    transform = device.from_config(config.augment, **sizes)
-    # As large a canvas as the largest image needs: the other libraries resize whole images, too.
-    pixels = [decode.decode(data, 0, channels) for data in images]
-    side = max(max(x.shape[:2]) for x in pixels)
-    canvases, places = np.empty((len(pixels), side, side, channels), np.uint8), []
-    for x, canvas in zip(pixels, canvases, strict=True):
-        places.append(decode.place_on_canvas(x, canvas))
-    ours = jax.jit(transform.evaluation)({"image": canvases, "size": np.array(places, np.int32)})
-
-    method = dataclasses.replace(model.method, dtype="float32", attention="xla")
-    with jax.default_matmul_precision("float32"):
-        expected = np.asarray(
-            jax.jit(lambda params, images: tokens_of(method.features(params, images)))(params, ours)
-        )
-    ours = np.asarray(ours).transpose(0, 3, 1, 2)
-    with torch.no_grad():
-        theirs = tokens(torch.from_numpy(ours.copy())).numpy()
-    mode = decode.MODES[channels]
-    prepared = np.stack(
-        [prepare(Image.fromarray(x.squeeze(-1) if mode == "L" else x, mode)) for x in pixels]
-    )
-    deviation = np.asarray(config.augment.std, np.float32).reshape(-1, 1, 1)
+    foreign = _open_folder(kind, folder)
+    pixels = [decode.decode(data, 0, model.method.channels) for data in images]
+    prepared = _preprocess(model, pixels)
+    features = _encode(model, params, prepared)
+    channels_first = prepared.transpose(0, 3, 1, 2)
+    foreign_features = _encode_with_torch(foreign, channels_first)
+    foreign_pixels = np.stack([foreign.preprocess(_to_pillow(image)) for image in pixels])
+    stddev = np.asarray(model.config.augment.std, np.float32).reshape(-1, 1, 1)
     return {
-        "features": float(np.abs(theirs - expected).max()),
-        "size": float(np.abs(expected).max()),
-        "pixels": float(np.abs((prepared - ours) * deviation * 255).mean()),
+        "features": float(np.abs(foreign_features - features).max()),
+        "size": float(np.abs(features).max()),
+        "pixels": float(np.abs((foreign_pixels - channels_first) * stddev * 255).mean()),
     }
 
 
-def tokens_of(features):
-    """[B, 1 + N, D], CLS first where there is one."""
-    patches = features["patches"]
-    return (
-        jnp.concatenate([features["cls"][:, None], patches], axis=1)
-        if "cls" in features
-        else patches
+def _open_folder(kind: str, folder: str | pathlib.Path) -> ForeignModel:
+    """Open an exported folder without the library's printed messages."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return OPENERS[kind](folder)
+    except ImportError as error:
+        raise UserError(
+            f"--check needs packages that are not installed ({error}): pip install {PACKAGES[kind]}"
+        ) from error
+
+
+def _preprocess(model: TrainedModel, pixels: Sequence[Pixels]) -> Float[np.ndarray, "B H W C"]:
+    """Prepare decoded images as this project's evaluation does."""
+    augment = Augment.from_config(
+        model.config.augment,
+        image_size=model.method.image_size,
+        eval_size=model.method.feature_size,
     )
+    # The other libraries resize whole images, so the canvas is as large as the largest image.
+    side = max(max(image.shape[:2]) for image in pixels)
+    canvases = np.empty((len(pixels), side, side, model.method.channels), np.uint8)
+    sizes = np.empty((len(pixels), 2), np.int32)
+    for i, image in enumerate(pixels):
+        sizes[i] = decode.place_on_canvas(image, canvases[i])
+    return np.asarray(jax.jit(augment.evaluation)({"image": canvases, "size": sizes}))
 
 
-def open_timm(folder):
-    """(function from images [B, C, H, W] to tokens, function from a Pillow image to [C, H, W])."""
+def _encode(
+    model: TrainedModel, params: Params, images: Float[np.ndarray, "B H W C"]
+) -> Float[np.ndarray, "B 1+N D"]:
+    """Compute the tokens of the method itself, in full float32 precision."""
+    method: Any = model.method
+    method = dataclasses.replace(method, dtype="float32", attention="xla")
+
+    @jax.jit
+    def encode(params: Params, images: Array) -> Array:
+        return concatenate_tokens(method.features(params, images))
+
+    with jax.default_matmul_precision("float32"):
+        return np.asarray(encode(params, images))
+
+
+def _encode_with_torch(
+    foreign: ForeignModel, images: Float[np.ndarray, "B C H W"]
+) -> Float[np.ndarray, "B 1+N D"]:
+    """Compute the tokens of the other library."""
+    import torch
+
+    with torch.no_grad():
+        return foreign.encode(torch.from_numpy(images.copy())).numpy()
+
+
+def _to_pillow(pixels: Pixels) -> Image.Image:
+    mode = decode.MODES[pixels.shape[-1]]
+    if mode == "L":
+        pixels = pixels.squeeze(-1)
+    return Image.fromarray(pixels, mode)
+
+
+def concatenate_tokens(features: Features) -> Float[Array, "B 1+N D"]:
+    """Put the CLS token, if there is one, in front of the patch tokens."""
+    if "cls" not in features:
+        return features["patches"]
+    return jnp.concatenate([features["cls"][:, None], features["patches"]], axis=1)
+
+
+def open_timm(folder: str | pathlib.Path) -> ForeignModel:
+    """Open a folder of --format=timm; it needs the packages torch and timm."""
     import timm
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    return model.forward_features, lambda image: prepare(image).numpy()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+    def preprocess(image: Image.Image) -> np.ndarray:
+        return transform(image).numpy()
+
+    return ForeignModel(model.forward_features, preprocess)
 
 
-def open_hf(folder):
-    """The same of transformers."""
+def open_hf(folder: str | pathlib.Path) -> ForeignModel:
+    """Open a folder of --format=hf; it needs the packages torch, torchvision and transformers."""
     from transformers import AutoImageProcessor, AutoModel
 
     model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
-    prepare = lambda image: processor(image, return_tensors="np")["pixel_values"][0]
-    return lambda images: model(images).last_hidden_state, prepare
+
+    def encode(images: Any) -> Any:
+        return model(images).last_hidden_state
+
+    def preprocess(image: Image.Image) -> np.ndarray:
+        return processor(image, return_tensors="np")["pixel_values"][0]
+
+    return ForeignModel(encode, preprocess)
 
 
-OPEN = {"timm": open_timm, "hf": open_hf}
+OPENERS: dict[str, Callable[[str | pathlib.Path], ForeignModel]] = {
+    "timm": open_timm,
+    "hf": open_hf,
+}

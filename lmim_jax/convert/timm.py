@@ -1,11 +1,16 @@
-"""The folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` opens."""
+"""Folders that `timm.create_model("local-dir:FOLDER", pretrained=True)` opens."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+
+from lmim_jax.convert.torch_encoder import TorchEncoder
 from lmim_jax.models.vit import VARIANTS
 from lmim_jax.utils.errors import UserError
 
-# timm's names of sizes that we name too; all other sizes are arguments to the first of them.
+# timm's names of the sizes in VARIANTS; other sizes are arguments to the first of them.
 ARCHITECTURES = {
     "Ti/16": "vit_tiny_patch16_224",
     "S/16": "vit_small_patch16_224",
@@ -13,55 +18,35 @@ ARCHITECTURES = {
     "L/16": "vit_large_patch16_224",
     "H/14": "vit_huge_patch14_224",
 }
-EPS = {
-    1e-6: {},
-    1e-5: {"pre_norm": False},
-}  # of norms -> arguments; timm has 1e-5 in CLIP's towers alone
-CLIP = "vit_base_patch16_clip_224"
+# Only timm's CLIP towers have norms with an epsilon of 1e-5 instead of 1e-6.
+CLIP_ARCHITECTURE = "vit_base_patch16_clip_224"
+CLIP_EPS = 1e-5
+USUAL_EPS = 1e-6
 
 
-def contents(encoder, images):
-    """(tensors, {file name: JSON}) of the folder.
+def contents(
+    encoder: TorchEncoder, images: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+    """Compute the contents of the folder.
 
     Args:
-      encoder: an `encoder.Encoder`. images: {"mean", "std", "interpolation", "resize" (short side before the crop)}.
+      encoder: the encoder to export.
+      images: how images are prepared: "mean", "std", "interpolation", "resize" (the short side in
+        pixels before the center crop).
+
+    Returns:
+      (tensors, {file name: JSON}).
 
     Raises:
-      UserError: timm cannot hold it.
+      UserError: timm cannot hold this encoder.
     """
-    if encoder.norm_eps not in EPS:
-        raise UserError(
-            f"config.method.norm_eps={encoder.norm_eps}: timm's Vision Transformers have 1e-6 or 1e-5"
-        )
-    size = dict(
-        width=encoder.width, depth=encoder.depth, heads=encoder.heads, patch_size=encoder.patch_size
-    )
-    known = next((name for name, variant in VARIANTS.items() if variant == size), None)
-    architecture = CLIP if encoder.norm_eps == 1e-5 else ARCHITECTURES[known or "Ti/16"]
-    pooled = {"global_pool": "avg", "fc_norm": False}  # mean of patches, after the norm
-    arguments = {
-        "img_size": list(encoder.image_size),
-        "patch_size": encoder.patch_size,
-        "in_chans": encoder.channels,
-        "embed_dim": encoder.width,
-        "depth": encoder.depth,
-        "num_heads": encoder.heads,
-        "mlp_ratio": encoder.hidden / encoder.width,
-        "qkv_bias": encoder.qkv_bias,
-        "class_token": encoder.cls,
-    }
-    usual = (
-        encoder.image_size == (224, 224)
-        and encoder.hidden == 4 * encoder.width
-        and encoder.channels == 3
-    )
-    if known and architecture != CLIP and usual and encoder.cls and encoder.qkv_bias:
-        arguments = {}
+    architecture, arguments = _architecture(encoder)
     config = {
         "architecture": architecture,
         "num_classes": 0,
         "num_features": encoder.width,
-        "model_args": {**arguments, **EPS[encoder.norm_eps], **pooled},
+        # Pooling is the mean of patches after the norm.
+        "model_args": {**arguments, "global_pool": "avg", "fc_norm": False},
         "pretrained_cfg": {
             "num_classes": 0,
             "input_size": [encoder.channels, *encoder.image_size],
@@ -78,7 +63,71 @@ def contents(encoder, images):
     return encoder.tensors, {"config.json": config}
 
 
-def crop_share(size, resize):
-    """The crop_pct by which timm resizes to `resize` pixels: it takes floor(size / crop_pct)."""
+def _architecture(encoder: TorchEncoder) -> tuple[str, dict[str, Any]]:
+    """Find timm's name of an architecture, and the arguments in which the encoder differs from it.
+
+    Raises:
+      UserError: timm has no such norms.
+    """
+    size_arguments = {
+        "img_size": list(encoder.image_size),
+        "patch_size": encoder.patch_size,
+        "in_chans": encoder.channels,
+        "embed_dim": encoder.width,
+        "depth": encoder.depth,
+        "num_heads": encoder.heads,
+        "mlp_ratio": encoder.hidden / encoder.width,
+        "qkv_bias": encoder.qkv_bias,
+        "class_token": encoder.cls,
+    }
+    if encoder.norm_eps == CLIP_EPS:
+        return CLIP_ARCHITECTURE, {**size_arguments, "pre_norm": False}
+    if encoder.norm_eps != USUAL_EPS:
+        raise UserError(
+            f"config.method.norm_eps={encoder.norm_eps}: timm's Vision Transformers have "
+            f"{USUAL_EPS} or {CLIP_EPS}"
+        )
+    variant = _variant(encoder)
+    if variant is None:
+        return ARCHITECTURES["Ti/16"], size_arguments
+    if _is_standard(encoder):
+        return ARCHITECTURES[variant], {}
+    return ARCHITECTURES[variant], size_arguments
+
+
+def _variant(encoder: TorchEncoder) -> str | None:
+    """Find the name in VARIANTS of the encoder's sizes."""
+    sizes = {
+        "width": encoder.width,
+        "depth": encoder.depth,
+        "heads": encoder.heads,
+        "patch_size": encoder.patch_size,
+    }
+    for name, variant in VARIANTS.items():
+        if variant == sizes:
+            return name
+    return None
+
+
+def _is_standard(encoder: TorchEncoder) -> bool:
+    """Decide whether all options that VARIANTS do not contain have timm's default values."""
+    return (
+        encoder.image_size == (224, 224)
+        and encoder.channels == 3
+        and encoder.hidden == 4 * encoder.width
+        and encoder.cls
+        and encoder.qkv_bias
+    )
+
+
+def crop_share(size: int, resize: int) -> float:
+    """Compute the `crop_pct` for which timm resizes images as this project's evaluation does.
+
+    Args:
+      size: side of the center crop in pixels.
+      resize: short side in pixels before the crop; timm computes it as floor(size / crop_pct).
+    """
     share = size / resize
-    return share if math.floor(size / share) == resize else math.nextafter(share, 0)
+    if math.floor(size / share) == resize:
+        return share
+    return math.nextafter(share, 0)

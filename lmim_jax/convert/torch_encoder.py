@@ -1,25 +1,41 @@
-"""An encoder on its way out: the Vision Transformer that `method.features` runs, in PyTorch's names and layouts."""
+"""An encoder in PyTorch layout: the ViT that `method.features` runs, with timm's names.
+
+Letters: B batch, N patches, D width, C channels, p patch size.
+"""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float
 
 from lmim_jax.convert.official.base import convolution, layout_of, torch_name, with_cls
+from lmim_jax.methods.base import Method, Params
 from lmim_jax.models.vit import ViT
 from lmim_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
-    """What other libraries need to know of it.
+class TorchEncoder:
+    """The sizes and the weights of a ViT, as other libraries need them.
 
-    image_size: (height, width) in pixels that its positions are for. hidden: width of the MLPs. qkv_bias: whether
-    queries, keys and values have a bias; where only some have, the others' is 0. tensors: {name: float32 array}, named
-    as in timm: `patch_embed.proj.weight` [D, C, p, p], `pos_embed` [1, 1 + N, D] with CLS in front (or [1, N, D]).
+    Attributes:
+      image_size: (height, width) in pixels that its positions belong to.
+      patch_size: p.
+      channels: C.
+      width: D.
+      depth: number of blocks.
+      heads: attention heads.
+      hidden: width of the MLPs.
+      norm_eps: epsilon of all norms.
+      cls: whether it has a CLS token.
+      qkv_bias: whether queries, keys or values have a bias; those without have a bias of 0 here.
+      tensors: {name: float32 array}, named as in timm: `patch_embed.proj.weight` [D, C, p, p],
+        `pos_embed` [1, 1 + N, D] with CLS in front (or [1, N, D]), ...
     """
 
     image_size: tuple[int, int]
@@ -32,36 +48,32 @@ class Encoder:
     norm_eps: float
     cls: bool
     qkv_bias: bool
-    tensors: dict
+    tensors: dict[str, np.ndarray]
 
 
-def of(method, params):
-    """The Encoder of a method.
+def from_method(method: Method, params: Params) -> TorchEncoder:
+    """Convert the encoder of a method.
+
+    Args:
+      method: the method.
+      params: contains "encoder" and what else `method.features` needs.
 
     Raises:
-      UserError: it has what no other library's Vision Transformer has.
+      UserError: no Vision Transformer of other libraries has this architecture.
     """
-    vit, positions = _as_called(method, params)
+    vit, positions = _capture_vit(method, params)
     if vit.final_norm_eps not in (None, vit.norm_eps):
         raise UserError(
-            f"config.method.norm_eps={vit.norm_eps} and final_norm_eps={vit.final_norm_eps} differ, and timm and "
-            "transformers have one for all norms; only --format=flax | safetensors can hold this encoder"
+            f"config.method.norm_eps={vit.norm_eps} and final_norm_eps={vit.final_norm_eps} differ"
+            ", but timm and transformers have one for all norms; only --format=flax and "
+            "--format=safetensors can hold this encoder"
         )
     if vit.width % vit.heads:
         raise UserError(
-            f"config.method.heads={vit.heads} must divide width={vit.width} for timm and transformers"
+            f"config.method.heads={vit.heads} must divide width={vit.width} for timm and "
+            "transformers"
         )
-    patch_embed = (r"patch_embed/kernel", convolution(method.patch_size))
-    tensors = {"pos_embed": (with_cls(positions) if vit.cls else positions)[None]}
-    for path, value in flatten_dict(params["encoder"], sep="/").items():
-        if path == "positions":  # learned ones: in pos_embed already
-            continue
-        name = torch_name(path).replace("patch_embed.", "patch_embed.proj.")
-        value = np.asarray(value, np.float32)
-        if path.endswith("qkv/bias"):
-            value = _whole_bias(value, vit)
-        tensors[name] = np.ascontiguousarray(layout_of(path, (patch_embed,)).theirs(value))
-    return Encoder(
+    return TorchEncoder(
         image_size=method.feature_size,
         patch_size=method.patch_size,
         channels=method.channels,
@@ -72,30 +84,56 @@ def of(method, params):
         norm_eps=vit.norm_eps,
         cls=vit.cls,
         qkv_bias=bool(np.any(vit.qkv_bias)),
-        tensors=tensors,
+        tensors=_torch_tensors(vit, positions, params["encoder"], method.patch_size),
     )
 
 
-def _as_called(method, params):
-    """(the ViT, its positions [N, D]) as `method.features` calls it: whatever a method does, this is what it gives."""
-    seen = {}
+def _capture_vit(method: Method, params: Params) -> tuple[ViT, Float[np.ndarray, "N D"]]:
+    """Find the ViT and the positions with which `method.features` calls it.
 
-    def catch(call, arguments, options, context):
+    Whatever a method does to its positions, these are the ones its encoder gets.
+    """
+    captured: dict[str, Any] = {}
+
+    def interceptor(call, args, kwargs, context):
         if isinstance(context.module, ViT) and context.method_name == "__call__":
-            seen.update(vit=context.module, positions=arguments[1])
-        return call(*arguments, **options)
+            captured["vit"] = context.module
+            captured["positions"] = args[1]
+        return call(*args, **kwargs)
 
-    def positions(params):
-        with nn.intercept_methods(catch):
-            method.features(params, jnp.zeros((1, *method.feature_size, method.channels)))
-        return seen["positions"][0]
+    @jax.jit
+    def compute_positions(params: Params) -> Array:
+        images = jnp.zeros((1, *method.feature_size, method.channels))
+        with nn.intercept_methods(interceptor):
+            method.features(params, images)
+        return captured["positions"][0]
 
-    return (lambda found: (seen["vit"], np.asarray(found, np.float32)))(jax.jit(positions)(params))
+    positions = np.asarray(compute_positions(params), np.float32)
+    return captured["vit"], positions
 
 
-def _whole_bias(bias, vit):
-    """Bias [3 D] of queries, keys and values from that of those which have one."""
-    on = np.repeat(np.broadcast_to(vit.qkv_bias, 3), vit.width)
-    whole = np.zeros(3 * vit.width, np.float32)
-    whole[on] = bias
-    return whole
+def _torch_tensors(
+    vit: ViT, positions: Float[np.ndarray, "N D"], encoder: Params, patch_size: int
+) -> dict[str, np.ndarray]:
+    """Convert the parameters of an encoder to {timm's name: float32 array}."""
+    if vit.cls:
+        positions = with_cls(positions)
+    tensors = {"pos_embed": positions[None]}
+    layouts = ((r"patch_embed/kernel", convolution(patch_size)),)
+    for path, leaf in flatten_dict(encoder, sep="/").items():
+        if path == "positions":  # learned ones, which are in pos_embed already
+            continue
+        array = np.asarray(leaf, np.float32)
+        if path.endswith("qkv/bias"):
+            array = _full_qkv_bias(array, vit)
+        name = torch_name(path).replace("patch_embed.", "patch_embed.proj.")
+        tensors[name] = np.ascontiguousarray(layout_of(path, layouts).to_official(array))
+    return tensors
+
+
+def _full_qkv_bias(bias: Float[np.ndarray, " biases"], vit: ViT) -> Float[np.ndarray, " 3*D"]:
+    """Fill the biases of queries, keys or values that have none with zeros."""
+    has_bias = np.repeat(np.broadcast_to(vit.qkv_bias, 3), vit.width)
+    full = np.zeros(3 * vit.width, np.float32)
+    full[has_bias] = bias
+    return full

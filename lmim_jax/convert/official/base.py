@@ -1,183 +1,283 @@
-"""State dicts of the authors' PyTorch code: what each of our arrays is called there, and how it lies in memory.
+"""State dicts of the authors' PyTorch code: the name and the memory layout of each array there.
 
-A file of this folder describes one method, the module in methods/ of that name: `describe(method) -> Official`.
-Our trees are {"params": ..., "target": ...}; paths into them are written "params/encoder/block00/attn/qkv/kernel".
+A file of this folder describes one method, the module in methods/ with the same name, by a function
+`describe(method) -> StateDictSpec`. Parameter trees of this project are {"params": ..., "target":
+...}; paths into them are written "params/encoder/block00/attn/qkv/kernel".
 """
 
 import dataclasses
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float
 
+import lmim_jax.convert.official
+from lmim_jax.methods.base import Method, Params
 from lmim_jax.utils.errors import UserError
 
 TOLERANCE = 1e-5  # of constants such as positions, which every code computes for itself
 
+Arrays = dict[str, np.ndarray]
+Convert = Callable[[np.ndarray], np.ndarray]
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Two functions of numpy arrays, each the inverse of the other: our array to theirs, and theirs to ours."""
+    """Conversions of one array between this project and the official code, inverse to each other.
 
-    theirs: Callable
-    ours: Callable
+    Attributes:
+      to_official: converts an array of this project.
+      to_ours: converts an official array.
+    """
+
+    to_official: Convert
+    to_ours: Convert
 
 
-SAME = Layout(lambda x: x, lambda x: x)
+def _identity(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+SAME = Layout(_identity, _identity)
 LINEAR = Layout(np.transpose, np.transpose)  # kernel [in, out] <-> weight [out, in]
 
 
-def convolution(patch_size):
-    """Kernel [p p C, D] of a patch embedding, pixels in order (row, column, channel) <-> weight [D, C, p, p]."""
-    return Layout(
-        lambda x: x.reshape(patch_size, patch_size, -1, x.shape[1]).transpose(3, 2, 0, 1),
-        lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
-    )
+def convolution(patch_size: int) -> Layout:
+    """Layout of a patch embedding: kernel [p p C, D] <-> weight [D, C, p, p].
+
+    The rows of the kernel are pixels in the order (row, column, channel).
+
+    Args:
+      patch_size: p.
+    """
+
+    def to_official(kernel: np.ndarray) -> np.ndarray:
+        pixels = kernel.reshape(patch_size, patch_size, -1, kernel.shape[1])
+        return pixels.transpose(3, 2, 0, 1)
+
+    def to_ours(weight: np.ndarray) -> np.ndarray:
+        return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
+
+    return Layout(to_official, to_ours)
 
 
-def with_cls(positions):
-    """Positions [N, D] with that of CLS in front, which is zero: [1 + N, D]."""
+def with_cls(positions: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "1+N D"]:
+    """Put the position of CLS, which is zero, in front of those of patches."""
     return np.pad(positions, ((1, 0), (0, 0)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Official:
-    """Where a method's official names and layouts differ from those of `torch_name` and LINEAR.
+class StateDictSpec:
+    """How the state dict of a method's official code differs from `torch_name` and LINEAR.
 
-    renamed: (regex, replacement), applied one after the other. layouts: (regex on our path, Layout), first full match.
-    fixed: {their name: array}, what their state dicts hold and is a constant here.
+    Attributes:
+      renames: (regex, replacement) pairs, applied one after the other to a `torch_name`.
+      layouts: (regex, Layout) pairs; the first regex that matches a whole path of ours counts.
+      constants: {official name: array}, arrays of the state dict that are not parameters here.
     """
 
-    renamed: tuple[tuple[str, str], ...]
+    renames: tuple[tuple[str, str], ...]
     layouts: tuple[tuple[str, Layout], ...]
-    fixed: dict[str, np.ndarray]
+    constants: Arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One of our arrays: its path, the layouts, and its shape in theirs."""
+    """One array of ours.
+
+    Attributes:
+      path: where it is in the tree.
+      layout: its conversions.
+      shape: in the official code.
+    """
 
     path: str
     layout: Layout
     shape: tuple[int, ...]
 
 
-def names():
-    """The methods whose official names are known."""
-    import lmim_jax.convert.official as package
-
-    return sorted(
-        module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base"
-    )
+def names() -> list[str]:
+    """List the methods whose official state dicts are described here."""
+    modules = pkgutil.iter_modules(lmim_jax.convert.official.__path__)
+    return sorted(module.name for module in modules if module.name != "base")
 
 
-def describe(method):
-    """The Official of a method.
+def describe(method: Method) -> StateDictSpec:
+    """Describe the official state dict of a method.
 
     Raises:
-      UserError: there is none, or the official code has no such variant.
+      UserError: it is not known, or the official code has no such variant of the method.
     """
-    modules = [kind.__module__ for kind in type(method).__mro__]
-    name = next(name for name in modules if name.startswith("lmim_jax.methods.")).rpartition(".")[2]
+    name = _method_name(method)
     if name not in names():
         raise UserError(
-            f"the names in {name}'s official code are not known here (of: {', '.join(names())})"
+            f"the names in {name}'s official code are not known (known: {', '.join(names())})"
         )
-    return importlib.import_module(f"lmim_jax.convert.official.{name}").describe(method)
+    module = importlib.import_module(f"lmim_jax.convert.official.{name}")
+    return module.describe(method)
 
 
-def torch_name(path):
-    """Our path as PyTorch names things: params/encoder/block00/norm1/scale -> encoder.blocks.0.norm1.weight."""
+def _method_name(method: Method) -> str:
+    """Name of the module in methods/ that a method, or the class it is derived from, belongs to."""
+    for ancestor in type(method).__mro__:
+        package, _, name = ancestor.__module__.rpartition(".")
+        if package == "lmim_jax.methods":
+            return name
+    raise TypeError(f"{type(method)} is not derived from a class of lmim_jax.methods")
+
+
+def torch_name(path: str) -> str:
+    """Translate one of our paths to PyTorch's conventions.
+
+    Example: params/encoder/block00/norm1/scale -> encoder.blocks.0.norm1.weight.
+    """
     name = path.removeprefix("params/").replace("/", ".")
-    name = re.sub(r"\bblock(\d+)\.", lambda match: f"blocks.{int(match[1])}.", name)
+    name = re.sub(r"\bblock(\d+)\.", _torch_block_name, name)
     return re.sub(r"\.(kernel|scale)$", ".weight", name)
 
 
-def layout_of(path, layouts=()):
-    """The first Layout that fits, else LINEAR for kernels and SAME for all other arrays."""
-    found = next((layout for pattern, layout in layouts if re.fullmatch(pattern, path)), None)
-    return found or (LINEAR if path.endswith("/kernel") else SAME)
+def _torch_block_name(match: re.Match[str]) -> str:
+    return f"blocks.{int(match[1])}."
 
 
-def entries(method):
-    """{official name: Entry} of all that the method trains and tracks."""
-    official = describe(method)
+def layout_of(path: str, layouts: Collection[tuple[str, Layout]] = ()) -> Layout:
+    """Find the layout of an array.
+
+    Args:
+      path: one of our paths.
+      layouts: (regex, Layout) pairs; the first regex that matches the whole path counts.
+
+    Returns:
+      If no regex matches, LINEAR for kernels and SAME for all other arrays.
+    """
+    for pattern, layout in layouts:
+        if re.fullmatch(pattern, path):
+            return layout
+    if path.endswith("/kernel"):
+        return LINEAR
+    return SAME
+
+
+def entries(method: Method) -> dict[str, Entry]:
+    """List all parameters of a method and of its teacher as {official name: Entry}.
+
+    Raises:
+      UserError: see `describe`.
+    """
+    spec = describe(method)
     params = jax.eval_shape(method.init, jax.random.key(0))
     tree = flatten_dict({"params": params, "target": method.target_of(params)}, sep="/")
     found = {}
     for path, leaf in tree.items():
-        name, layout = torch_name(path), layout_of(path, official.layouts)
-        for pattern, replacement in official.renamed:
+        name = torch_name(path)
+        for pattern, replacement in spec.renames:
             name = re.sub(pattern, replacement, name)
-        found[name] = Entry(path, layout, layout.theirs(np.empty(leaf.shape, np.float32)).shape)
+        layout = layout_of(path, spec.layouts)
+        shape = layout.to_official(np.empty(leaf.shape, np.float32)).shape
+        found[name] = Entry(path, layout, shape)
     return found
 
 
-def to_official(method, params, target):
-    """{official name: array} of a whole model, constants included."""
+def to_official(method: Method, params: Params, target: Params) -> Arrays:
+    """Convert a whole model to the official state dict, constants included.
+
+    Args:
+      method: the method.
+      params: as returned by `method.init`.
+      target: as returned by `method.target_of`.
+
+    Returns:
+      {official name: contiguous array}.
+
+    Raises:
+      UserError: see `describe`.
+    """
     ours = flatten_dict({"params": params, "target": target}, sep="/")
-    theirs = {
-        name: entry.layout.theirs(np.asarray(ours[entry.path]))
-        for name, entry in entries(method).items()
-    }
-    return {
-        name: np.ascontiguousarray(value)
-        for name, value in (theirs | describe(method).fixed).items()
-    }
+    arrays = {}
+    for name, entry in entries(method).items():
+        arrays[name] = entry.layout.to_official(np.asarray(ours[entry.path]))
+    arrays |= describe(method).constants
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def from_official(method, arrays):
-    """Our tree of those arrays that have a counterpart in it: {"params": ..., "target": ...}, or less; see `check`."""
+def from_official(method: Method, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Convert official arrays to our tree.
+
+    Args:
+      method: the method.
+      arrays: {official name: array}; those without a counterpart are left out, see `check`.
+
+    Returns:
+      {"params": ..., "target": ...}, without what the arrays lack.
+
+    Raises:
+      UserError: see `describe`.
+    """
     known = entries(method)
-    ours = {
-        known[name].path: known[name].layout.ours(value)
-        for name, value in arrays.items()
-        if name in known
-    }
+    ours = {}
+    for name, array in arrays.items():
+        if name in known:
+            entry = known[name]
+            ours[entry.path] = entry.layout.to_ours(array)
     return unflatten_dict(ours, sep="/")
 
 
-def check(method, arrays, missing_ok=lambda name: False):
-    """Compare names and shapes of a state dict, and its constants, with what the method needs.
+def check(
+    method: Method, arrays: Mapping[str, np.ndarray], missing_ok: Collection[str] = ()
+) -> None:
+    """Compare the names, shapes and constants of a state dict with what a method needs.
 
     Args:
-      arrays: {official name: array}. missing_ok: of which names it is fine that the file lacks them.
+      method: the method.
+      arrays: {official name: array}.
+      missing_ok: official names that may be missing.
 
     Raises:
       UserError: listing what is missing, unexpected or different.
     """
-    known, fixed = entries(method), describe(method).fixed
-    shapes = {name: entry.shape for name, entry in known.items()} | {
-        name: x.shape for name, x in fixed.items()
+    constants = describe(method).constants
+    shapes = {name: entry.shape for name, entry in entries(method).items()}
+    for name, constant in constants.items():
+        shapes[name] = constant.shape
+    required = shapes.keys() - set(missing_ok)
+    problems = {
+        "missing": [name for name in shapes if name in required and name not in arrays],
+        "unexpected": [name for name in arrays if name not in shapes],
+        "of another shape": _different_shapes(shapes, arrays),
+        "other constants than this method's": _different_constants(constants, arrays),
     }
-    problems = []
-    for what, listed in (
-        ("missing", [name for name in shapes if name not in arrays and not missing_ok(name)]),
-        ("unexpected", [name for name in arrays if name not in shapes]),
-        (
-            "of another shape",
-            [
-                f"{name} {tuple(arrays[name].shape)} instead of {shape}"
-                for name, shape in shapes.items()
-                if name in arrays and arrays[name].shape != shape
-            ],
-        ),
-        (
-            "other constants than this method's",
-            [
-                f"{name} (difference {np.abs(arrays[name] - value).max():.2g})"
-                for name, value in fixed.items()
-                if name in arrays
-                and arrays[name].shape == value.shape
-                and not np.allclose(arrays[name], value, rtol=0, atol=TOLERANCE)
-            ],
-        ),
-    ):
+    messages = []
+    for problem, listed in problems.items():
         if listed:
-            problems.append(f"{len(listed)} {what}: {', '.join(listed)}")
-    if problems:
-        raise UserError("; ".join(problems))
+            messages.append(f"{len(listed)} {problem}: {', '.join(listed)}")
+    if messages:
+        raise UserError("; ".join(messages))
+
+
+def _different_shapes(
+    shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray]
+) -> list[str]:
+    """List the arrays that have another shape than expected."""
+    different = []
+    for name, shape in shapes.items():
+        if name in arrays and arrays[name].shape != shape:
+            different.append(f"{name} {tuple(arrays[name].shape)} instead of {shape}")
+    return different
+
+
+def _different_constants(constants: Arrays, arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """List the constants that have the expected shape but other values."""
+    different = []
+    for name, constant in constants.items():
+        if name not in arrays or arrays[name].shape != constant.shape:
+            continue
+        difference = np.abs(arrays[name] - constant)
+        if not np.all(difference <= TOLERANCE):
+            different.append(f"{name} (difference {difference.max():.2g})")
+    return different

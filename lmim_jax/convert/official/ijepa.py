@@ -1,9 +1,10 @@
-"""Names of facebookresearch/ijepa, whose files hold the state dicts `encoder`, `predictor` and `target_encoder`."""
+"""The state dicts of facebookresearch/ijepa: `encoder`, `predictor` and `target_encoder`."""
 
-from lmim_jax.convert.official.base import Official, convolution
+from lmim_jax.convert.official.base import StateDictSpec, convolution
+from lmim_jax.methods.ijepa import Method
 from lmim_jax.models.layers import sincos_positions
 
-RENAMED = (
+RENAMES = (
     (r"^target\.encoder\.", "target_encoder."),
     (r"\.patch_embed\.", ".patch_embed.proj."),
     (r"^predictor\.head\.", "predictor.predictor_proj."),
@@ -11,9 +12,16 @@ RENAMED = (
 )
 
 
-def describe(method):
-    """The Official of a `methods.ijepa.Method`."""
-    table = lambda width: sincos_positions(method.grid, width, integer=True)[None]
-    fixed = {f"{name}.pos_embed": table(method.width) for name in ("encoder", "target_encoder")}
-    fixed["predictor.predictor_pos_embed"] = table(method.decoder_width)
-    return Official(RENAMED, ((r".*/patch_embed/kernel", convolution(method.patch_size)),), fixed)
+def describe(method: Method) -> StateDictSpec:
+    """Describe the state dicts of I-JEPA."""
+    encoder_positions = sincos_positions(method.grid, method.width, integer=True)
+    predictor_positions = sincos_positions(method.grid, method.decoder_width, integer=True)
+    return StateDictSpec(
+        renames=RENAMES,
+        layouts=((r".*/patch_embed/kernel", convolution(method.patch_size)),),
+        constants={
+            "encoder.pos_embed": encoder_positions[None],
+            "target_encoder.pos_embed": encoder_positions[None],
+            "predictor.predictor_pos_embed": predictor_positions[None],
+        },
+    )

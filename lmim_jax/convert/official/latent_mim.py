@@ -1,10 +1,14 @@
-"""Names of yibingwei-1/LatentMIM: the projector is the encoder's head, patches are embedded by a linear layer."""
+"""The state dict of yibingwei-1/LatentMIM.
 
-from lmim_jax.convert.official.base import Official, with_cls
+Its projector is the head of the encoder, and patches are embedded by a linear layer.
+"""
+
+from lmim_jax.convert.official.base import StateDictSpec, with_cls
+from lmim_jax.methods.latent_mim import Method
 from lmim_jax.models.layers import sincos_positions
 from lmim_jax.utils.errors import UserError
 
-RENAMED = (
+RENAMES = (
     (r"^target\.projector\.", "target_encoder.head."),
     (r"^target\.encoder\.", "target_encoder."),
     (r"^projector\.", "encoder.head."),
@@ -13,24 +17,30 @@ RENAMED = (
 )
 
 
-def describe(method):
-    """The Official of a `methods.latent_mim.Method`.
+def describe(method: Method) -> StateDictSpec:
+    """Describe the state dict of Latent MIM.
 
     Raises:
-      UserError: a decoder or target that the official code does not have.
+      UserError: the official code does not have this decoder or target.
     """
-    for key, value, known in (
-        ("decoder", method.decoder, ("cross",)),
-        ("target", method.target, ("ema", "random")),
-    ):
-        if value not in known:
-            raise UserError(
-                f"config.method.{key}={value} is not in the official code ({' | '.join(known)})"
-            )
-    table = lambda width: with_cls(sincos_positions(method.grid, width))
-    fixed = {
-        f"{name}.pos_embed.pos_embeds": table(method.width)
-        for name in ("encoder", "target_encoder")
-    }
-    fixed["decoder.pos_embed.pos_embeds"] = table(method.decoder_width)
-    return Official(RENAMED, (), fixed)
+    _check_supported("decoder", method.decoder, ("cross",))
+    _check_supported("target", method.target, ("ema", "random"))
+    encoder_positions = with_cls(sincos_positions(method.grid, method.width))
+    decoder_positions = with_cls(sincos_positions(method.grid, method.decoder_width))
+    return StateDictSpec(
+        renames=RENAMES,
+        layouts=(),
+        constants={
+            "encoder.pos_embed.pos_embeds": encoder_positions,
+            "target_encoder.pos_embed.pos_embeds": encoder_positions,
+            "decoder.pos_embed.pos_embeds": decoder_positions,
+        },
+    )
+
+
+def _check_supported(key: str, value: str, supported: tuple[str, ...]) -> None:
+    if value not in supported:
+        raise UserError(
+            f"config.method.{key}={value} is not in the official code, which has "
+            f"{' | '.join(supported)}"
+        )

@@ -1,0 +1,30 @@
+"""What exporting needs of a trained model."""
+
+import pathlib
+from typing import Any, Protocol
+
+from lmim_jax.methods.base import Method, Params
+
+
+class TrainedModel(Protocol):
+    """A trained model; `train.runs.Run` is one."""
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Folder of the run, with its summary and evaluations."""
+
+    @property
+    def config(self) -> Any:
+        """The ConfigDict that it was trained with."""
+
+    @property
+    def method(self) -> Method:
+        """The method, without schedules."""
+
+    @property
+    def params(self) -> Params:
+        """The online weights."""
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps done."""
