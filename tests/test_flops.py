@@ -10,7 +10,6 @@ import tiny
 from lmim_jax.methods import base
 from lmim_jax.perf import flops
 
-
 WIDTH = 768  # of configs/vit_b.py, like the numbers below
 DEPTH = 12
 VISIBLE = 20

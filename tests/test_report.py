@@ -148,18 +148,15 @@ def test_unlabeled_images_have_neighbors_other_than_themselves(folder, images, t
 
 
 def test_bad_input_is_one_line(images, tmp_path):
+    folder = tmp_path / "begun"
+    workdir.claim(folder, tiny.get_config().to_dict(), {})
     with pytest.raises(UserError, match="no checkpoints here"):
-        folder = tmp_path / "begun"
-        config = tiny.get_config()
-        workdir.claim(folder, config.to_dict(), {})
         _ = runs.open_run(folder).weights
     command = [sys.executable, "-m", "lmim_jax.cli", "report", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
-    assert (
-        result.stderr
-        == f"error: {tmp_path} is no run: it has no config.json; give the --workdir of one\n"
-    )
+    message = f"{tmp_path} is not a run: it has no config.json; give the --workdir of one"
+    assert result.stderr == f"error: {message}\n"
 
 
 @pytest.mark.parametrize("seed", range(5))
