@@ -260,7 +260,7 @@ def _read_labels(source: TfdsSource) -> Int[np.ndarray, " N"]:
             return labels
     log.info("reading the labels of %s, once: %d records", source.title, len(source))
 
-    def read_label(index):
+    def read_label(index: int) -> int:
         return source.record(index)[1]
 
     with futures.ThreadPoolExecutor(READERS) as pool:

@@ -281,7 +281,7 @@ class Augment:
         if "size" not in batch:
             return self.normalize(batch["image"])
 
-        def augment_image(key, image, size):
+        def augment_image(key: Array, image: Array, size: Array) -> Array:
             draw = self.draw(key)
             box = fit_crop(draw, size, image.shape[0], self.ratio)
             crop = crop_resize(image, box, self.image_size, self.kernel)
@@ -301,7 +301,7 @@ class Augment:
           float32 [B, *eval_size, C].
         """
 
-        def transform_image(image, size):
+        def transform_image(image: Array, size: Array) -> Array:
             return resample(
                 image,
                 grids=self._evaluation_grids(size),

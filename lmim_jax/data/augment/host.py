@@ -80,7 +80,7 @@ class HostCrop:
 def _jitted_draws(augment: Augment, keys: DrawKeys) -> Callable[[Any, Any], CropDraw]:
     """Jitted (step, positions [B]) -> draws, with a leading batch axis."""
 
-    def draw_batch(step, positions):
+    def draw_batch(step: Array, positions: Array) -> CropDraw:
         return jax.vmap(augment.draw)(keys(step, positions))
 
     return jax.jit(draw_batch)

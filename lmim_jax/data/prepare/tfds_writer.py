@@ -79,9 +79,9 @@ def write_shard(task: ShardTask) -> None:
     """Write one shard and the note about it, unless they exist."""
     if task.note_path.exists():
         return
-    bad = []
+    bad: list[str] = []
 
-    def examples():
+    def examples() -> Iterator[bytes]:
         for index, file in enumerate(task.source.files):
             try:
                 data, label = task.source.record(index)
