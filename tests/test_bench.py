@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # Where a bfloat16 step may multiply float32, and why.
 FLOAT32 = {
-    r"vmap\((sj,ijc->isc|ti,isc->tsc)\)": "resizing: pixels need more than 8 bits",
+    r"vmap\((tj,ijc->itc|si,itc->stc)\)": "resizing: pixels need more than 8 bits",
     # Their weights come from constants, and small changes in them have large effects
     r"jvp\(LatentDecoder\)/bmd,bvd->bmv": "visual cues",
     # Differences of cosines are divided by tau

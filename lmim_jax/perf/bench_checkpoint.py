@@ -82,7 +82,9 @@ def _measure_ours(
         safe = time.perf_counter() - began
     with Checkpoints(workdir, config) as checkpoints:
         began = time.perf_counter()
-        jax.block_until_ready(checkpoints.restore(state, shardings).params)
+        restored = checkpoints.restore(state, shardings)
+        assert restored is not None, "the checkpoint that was just saved is missing"
+        jax.block_until_ready(restored.params)
         restore = time.perf_counter() - began
     return CheckpointTimes(stall, safe, restore)
 

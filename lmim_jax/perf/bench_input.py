@@ -88,8 +88,8 @@ def measure(config: ConfigDict, images: int, repeats: int) -> dict[str, Any]:
     pipeline = _build_pipeline(config, images)
     stages = _Stages(pipeline).by_name()
     wholes = _whole_pipelines(pipeline)
-    stage_rates: dict[str, list[float]] = {name: [] for name in stages}
-    whole_rates: dict[str, list[Rate]] = {name: [] for name in wholes}
+    stage_rates: dict[str, list[float]] = collections.defaultdict(list)
+    whole_rates: dict[str, list[Rate]] = collections.defaultdict(list)
     for _ in range(repeats):
         for name, run in stages.items():
             stage_rates[name].append(_stage_rate(run, pipeline.indices.size))

@@ -47,6 +47,7 @@ def measure_loop(
       UserError: there are no images or too few, or the batch cannot be split over the devices.
     """
     source = sources.from_config(config.data, "train")
+    assert source is not None, "every dataset has a training split"
     step = BenchmarkStep(config, loader.steps_per_epoch(source, config.batch_size))
     batches = loader.training_batches(
         source,

@@ -104,8 +104,8 @@ def count_by_module(
       {module: (forward, backward)}; the module is the class of the outermost Linen module, or
       "loss" for what is in none.
     """
-    forward: dict[str, float] = collections.Counter()
-    backward: dict[str, float] = collections.Counter()
+    forward: collections.Counter[str] = collections.Counter()
+    backward: collections.Counter[str] = collections.Counter()
     modules: dict[str, None] = {}  # in the order of their appearance
     for name_stack, flops in _products(jax.make_jaxpr(function)(*args).jaxpr):
         module = _outermost_module(name_stack)

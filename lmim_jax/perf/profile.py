@@ -46,9 +46,12 @@ def record(
     path = max(traces, key=_modification_time)
     program = program_stats.instructions(step.compiled.as_text())
     operations = _sum_operations(path, program, steps)
-    total = sum(operation["milliseconds"] for operation in operations)
-    products = [operation for operation in operations if operation["product"]]
-    product_milliseconds = sum(operation["milliseconds"] for operation in products)
+    total = 0.0
+    product_milliseconds = 0.0
+    for operation in operations:
+        total += operation["milliseconds"]
+        if operation["product"]:
+            product_milliseconds += operation["milliseconds"]
     return {
         "trace": str(path),
         "steps": steps,

@@ -101,8 +101,9 @@ def collect_values(folders: SeedFolders) -> Values:
     runs = [last_values(folders[seed]) for seed in sorted(folders)]
     values: Values = {}
     for metric in COLUMNS:
-        if runs and all(metric in run for run in runs):
-            values[metric] = [run[metric] for run in runs]
+        logged = [run[metric] for run in runs if metric in run]
+        if logged and len(logged) == len(runs):
+            values[metric] = logged
     return values
 
 
@@ -239,7 +240,7 @@ def plot_curves(
     Returns:
       The picture; None if no metric was logged.
     """
-    panels = []
+    panels: list[plotting.Panel] = []
     for metric, column in COLUMNS.items():
         lines = {}
         for name in names:

@@ -41,7 +41,8 @@ def nearest_recipe(config: dict[str, Any]) -> RecipeMatch | None:
     Returns:
       The match, or None if there are no recipes.
     """
-    config = {key: value for key, value in config.items() if key != "training_images"}
+    config = dict(config)
+    config.pop("training_images", None)  # which images the run was trained on
     best_name = ""
     best_recipe = None
     best_differences: Differences = {}

@@ -84,10 +84,12 @@ def table(evaluated: Mapping[str, Any], metrics: Metrics) -> str:
       metrics: {"title/name": {column: value}}, columns as in `summary.ROWS`.
     """
     columns = []
-    for column in ROWS:
+    titles = []
+    for column, title in ROWS.items():
         if any(column in values for values in metrics.values()):
             columns.append(column)
-    rows = [[""] + [ROWS[column] for column in columns] + [""]]
+            titles.append(title)
+    rows = [[""] + titles + [""]]
     for name in without_spreads(metrics):
         rows.append(_row(name, metrics, columns))
     lines = [""] + _heading(evaluated) + [""] + _align(rows) + [""]
