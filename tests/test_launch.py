@@ -13,7 +13,7 @@ import yaml
 
 ROOT = pathlib.Path(__file__).parent.parent
 GCLOUD = """#!{python}
-# Records its arguments; answers `describe` with the next of STATES; fails if FAIL is in its arguments.
+# Records its arguments; answers `describe` with the next of STATES; fails if FAIL is in them.
 import json, os, pathlib, sys
 folder = pathlib.Path({folder!r})
 with (folder / "calls").open("a") as calls:
