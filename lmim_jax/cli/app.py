@@ -19,6 +19,7 @@ from lmim_jax.utils.errors import DataLoaderTimeout, UserError, fail
 
 HELP = ("--help", "-help", "-h", "--helpshort")
 WIDTH = 100  # columns of the help
+_OWN_FLAGS: dict[str, list[str]] = {}  # name of a command's module -> its flags
 
 
 class Command(Protocol):
@@ -27,6 +28,7 @@ class Command(Protocol):
     Its docstring is the first part of its help: one line, then examples.
     """
 
+    __name__: str
     __doc__: str | None
     # Flags that hold a config -> the default recipe; None: no default
     RECIPES: Mapping[str, str | None]
@@ -70,12 +72,13 @@ def run(command: Command, argv: Sequence[str]) -> None:
     )
 
 
-@functools.cache
-def _define(command: Any) -> tuple[str, ...]:
+def _define(command: Command) -> list[str]:
     """Define the flags of a command, once; their names, in order."""
-    before = set(flags.FLAGS)
-    command.define_flags()
-    return tuple(name for name in flags.FLAGS if name not in before)
+    if command.__name__ not in _OWN_FLAGS:
+        before = set(flags.FLAGS)
+        command.define_flags()
+        _OWN_FLAGS[command.__name__] = [name for name in flags.FLAGS if name not in before]
+    return _OWN_FLAGS[command.__name__]
 
 
 def parse_flags(default_recipes: Mapping[str, str | None], argv: Sequence[str]) -> list[str]:
@@ -135,6 +138,8 @@ def _locate(flag: str, recipe: str) -> str:
 
 def _user_error(error: BaseException) -> BaseException:
     """The UserError of a recipe's `get_config`, which other libraries wrap; else `error`."""
+    if isinstance(error, UserError):
+        return error
     cause: BaseException | None = error
     found = error
     while cause is not None:

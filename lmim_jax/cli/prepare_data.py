@@ -91,7 +91,7 @@ def convert_folder(
     _claim(target, {"shrink": shrink, "images": identities})
     if not (target / tfds_writer.MANIFEST).exists():
         (target / tfds_writer.UNFINISHED).mkdir(exist_ok=True)
-        tasks = []
+        tasks: list[tfds_writer.ShardTask] = []
         for split, source in found.items():
             tasks += tfds_writer.plan_shards(target, name, split, source, shrink)
         sizes = [len(task.source) for task in tasks]
@@ -101,12 +101,12 @@ def convert_folder(
     return target
 
 
-def _open_splits(folder: pathlib.Path) -> dict[str, sources.Source]:
+def _open_splits(folder: pathlib.Path) -> dict[str, sources.FolderSource]:
     """The splits of a folder of images: its sub-folders, or all images as "train"."""
     splits: Sequence[str] = ("train",)
     if (folder / "train").is_dir():
         splits = SPLITS
-    found: dict[str, sources.Source] = {}
+    found: dict[str, sources.FolderSource] = {}
     for split in splits:
         source = sources.open_folder(folder, split)
         if source:

@@ -185,7 +185,7 @@ def newest_good_step(workdir: str | os.PathLike[str], quarantine: bool = False) 
     Raises:
       UserError: steps were committed, and none of them is good.
     """
-    problems = []
+    problems: list[str] = []
     for step, path in reversed(steps(workdir).items()):
         status = verify(path)
         if status.state == "good":

@@ -11,7 +11,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from lmim_jax.data import decode
 from lmim_jax.train.runs import Run, open_run
 from lmim_jax.utils.errors import UserError
 
-ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Array
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Array
 
 
 class EncodedImages(NamedTuple):

@@ -105,8 +105,8 @@ def _make_mesh(config: ConfigDict) -> Mesh:
 def _open_sources(config: ConfigDict) -> Sources:
     """The images of both splits."""
     splits = {split: sources.from_config(config.data, split) for split in ("train", "test")}
-    test_images = len(splits["test"]) if splits["test"] else 0
-    log.info("%d training and %d test images", len(splits["train"]), test_images)
+    counts = {split: len(source) if source else 0 for split, source in splits.items()}
+    log.info("%d training and %d test images", counts["train"], counts["test"])
     return splits
 
 

@@ -11,8 +11,7 @@ from jaxtyping import Array, Int, Key
 from lmim_jax.distributed import sharding
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that training needs to resume, and all that a checkpoint holds.
 
     Attributes:
