@@ -54,6 +54,7 @@ def get_config(part: str = "evaluators") -> ConfigDict:
         held_out=0.1,  # share of the training images on which it is chosen
         iterations=300,  # of L-BFGS, at most
         seed=0,  # of the choice of held-out images
+        baselines=False,  # also raw pixels and color histograms, in training; here: --baselines
     )
     config.fewshot = dict(
         type="fewshot",  # logistic regression with few labels

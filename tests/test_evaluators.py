@@ -187,6 +187,18 @@ def test_baselines_need_no_encoder_and_are_computed_once(run):
         del data.batches
 
 
+def test_baselines_of_logistic_regression_stand_beside_its_accuracy(run):
+    method, params, data = run
+    evaluator = make("logistic_regression", baselines=True)
+    found = evaluator.run(method, params, data)
+    assert {"accuracy", "pixels_accuracy", "histogram_accuracy"} <= found.keys()
+    for feature in ("pixels", "histogram"):
+        replaced = dataclasses.replace(evaluator, feature=feature, baselines=False)
+        alone = replaced.run(method, params, data)
+        assert found[f"{feature}_accuracy"] == alone["accuracy"]
+    assert found["histogram_accuracy"] == 100  # the two classes of these images differ in color
+
+
 def test_a_histogram_is_the_share_of_pixels_in_each_color():
     levels = np.zeros((1, 2, 2, 3), np.float32)
     levels[0, 0] = 255

@@ -6,9 +6,16 @@ one (of equally good ones, the largest) is solved again on all training images, 
 solution is evaluated on the test images, once. The minimum is unique, so there is neither a
 learning rate nor a number of epochs to choose. The protocol of MAE, with augmentation and LARS, is
 the evaluator linear_probe.
+
+Metrics:
+  accuracy   percent of the test images
+  held_out   percent of the held-out training images
+  l2         the chosen strength
+On request, also the accuracy of features that need no encoder: pixels_accuracy, histogram_accuracy.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from jax.sharding import Mesh
@@ -17,7 +24,7 @@ from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers
-from lmim_jax.evaluators.common.image_features import Labeled, split_features
+from lmim_jax.evaluators.common.image_features import ENCODER_FREE, Labeled, split_features
 from lmim_jax.utils.errors import UserError
 
 
@@ -31,6 +38,7 @@ class Evaluator(base.Evaluator):
     held_out: float
     iterations: int
     seed: int
+    baselines: bool
 
     needs_labels = True
     supports_pixel_baselines = True
@@ -42,14 +50,24 @@ class Evaluator(base.Evaluator):
             )
 
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
-        """{"accuracy", "held_out", "l2"}, see `accuracies`; {} without classes or test images."""
+        """{"accuracy", "held_out", "l2", ...}; {} without classes or test images."""
         if not base.has_labels(data):
             return {}
-        train = split_features(method, params, data, "train", self.feature, self.batch_size)
-        test = split_features(method, params, data, "test", self.feature, self.batch_size)
         results: Results = {}
-        results.update(self.accuracies(train, test, len(data.classes), data.mesh))
+        results.update(self.evaluate_feature(method, params, data, self.feature))
+        if self.baselines:
+            for feature in ENCODER_FREE:
+                metrics = _baseline(self, method, data, feature)
+                results[f"{feature}_accuracy"] = metrics["accuracy"]
         return results
+
+    def evaluate_feature(
+        self, method: EvaluatedMethod, params: Params, data: EvaluationData, feature: str
+    ) -> dict[str, float]:
+        """The metrics of any image feature."""
+        train = split_features(method, params, data, "train", feature, self.batch_size)
+        test = split_features(method, params, data, "test", feature, self.batch_size)
+        return self.accuracies(train, test, len(data.classes), data.mesh)
 
     def accuracies(
         self, train: Labeled, test: Labeled, num_classes: int, mesh: Mesh
@@ -76,3 +94,11 @@ class Evaluator(base.Evaluator):
             "held_out": 100 * found.held_out,
             "l2": found.l2,
         }
+
+
+@functools.lru_cache(maxsize=8)
+def _baseline(
+    evaluator: Evaluator, method: EvaluatedMethod, data: EvaluationData, feature: str
+) -> dict[str, float]:
+    """The metrics of a feature without an encoder, which never change: computed once."""
+    return evaluator.evaluate_feature(method, {}, data, feature)
