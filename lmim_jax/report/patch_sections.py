@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from sklearn.manifold import TSNE
 
-from lmim_jax.evaluators.common import clustering
+from lmim_jax.evaluators.common import classifiers, clustering
 from lmim_jax.report import elements
 from lmim_jax.report.run_features import EncodedImages
 from lmim_jax.utils import html, plotting
@@ -197,7 +197,7 @@ def _similarity_card(
 
 def _cosines(tokens: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N N"]:
     """Cosine similarity of all pairs."""
-    unit = tokens / np.maximum(np.linalg.norm(tokens, axis=1, keepdims=True), 1e-12)
+    unit = classifiers.l2_normalize_rows(tokens)
     return np.clip(unit @ unit.T, -1, 1)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import EvaluationData, Subset
 from lmim_jax.evaluators import visualization
+from lmim_jax.evaluators.common import classifiers
 from lmim_jax.train.runs import Run
 
 FEATURE = "patches_prenorm"  # the official feature: patch tokens before the final norm
@@ -291,7 +292,8 @@ def nearest_neighbors(run: Run, queries: int, count: int, bank: int) -> tuple[li
     query_features = np.asarray(encode(run.placed_weights.params, batch["images"]))
     query_features = query_features[: len(query_indices)]
     bank_features, bank_ids = _encode_bank(run, encode, searched)
-    cosines = _normalize(query_features) @ _normalize(bank_features).T
+    queries_normalized = classifiers.l2_normalize_rows(query_features)
+    cosines = queries_normalized @ classifiers.l2_normalize_rows(bank_features).T
     if data.held_out == "train":  # an image is not its own neighbor
         cosines[np.asarray(query_indices)[:, None] == bank_ids[None]] = -np.inf
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
@@ -335,11 +337,6 @@ def _encode_bank(
 def _with_train_source(data: EvaluationData, source: Subset) -> EvaluationData:
     """The same preprocessing for other training images."""
     return EvaluationData({"train": source, "test": None}, data.config, data.augment, data.mesh)
-
-
-def _normalize(features: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M D"]:
-    """Rows scaled to unit length."""
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def _as_seen(data: EvaluationData, batch: dict[str, Any]) -> UInt8[np.ndarray, "B H W C"]:
