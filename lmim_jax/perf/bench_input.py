@@ -316,8 +316,9 @@ def _loader_rate(pipeline: Pipeline, crop: HostCrop | None, threads: int, worker
     for _ in range(pipeline.batches):
         next(pool)
     count = pipeline.batches * order.batch_size
+    cpu_seconds = max(_cpu_seconds(processes) - cpu_start, 1 / _ticks_per_second())
     rate = Rate(
-        cpu=count / (_cpu_seconds(processes) - cpu_start),
+        cpu=count / cpu_seconds,
         wall=count / (time.perf_counter() - wall_start),
     )
     collections.deque(pool, maxlen=0)  # read the rest, so that the workers' shared memory is freed
@@ -335,8 +336,13 @@ def _cpu_seconds(processes: list[int]) -> float:
         fields = status.rpartition(")")[2].split()
         user = int(fields[11])
         system = int(fields[12])
-        total += (user + system) / os.sysconf("SC_CLK_TCK")
+        total += (user + system) / _ticks_per_second()
     return total
+
+
+def _ticks_per_second() -> int:
+    """The resolution of the CPU time of other processes."""
+    return os.sysconf("SC_CLK_TCK")
 
 
 def table(measured: dict[str, Any]) -> str:
