@@ -1,10 +1,11 @@
-"""Encoders and images on which this project and PyTorch's libraries must agree, and what those libraries made of them.
+"""Encoders and images on which this project and PyTorch's libraries must agree.
 
     python -m pip install -r requirements-interop.txt
-    PYTHONPATH=.:tests python tests/interop.py        # writes tests/interop.npz anew
+    PYTHONPATH=.:tests python tests/interop.py        # writes tests/interop.npz
 
-The stored file has, for every method and library, the tokens of IMAGES and a checksum of the exported tensors, and the
-versions it was made with. So the default suite checks the mapping without those libraries.
+The stored file contains, for every method and library, the tokens that the library computed and a
+checksum of the exported tensors, and the versions of the libraries. So the default test suite
+checks exported weights without those libraries.
 """
 
 import hashlib
@@ -28,23 +29,27 @@ AS_IN_TRAINING = dict(
 
 
 def case(name):
-    """(method, params) of a tiny encoder; weights are random, biases and norms too, and the same everywhere."""
+    """(method, params) of a tiny encoder; all weights are random, and the same on any machine."""
     section = tiny.method(name)
     section.depth = 2
     method = base.from_config(section, total_steps=1, steps_per_epoch=1)
     rng = np.random.default_rng(0)
-    draw = lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    def draw(leaf):
+        return (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
+
     return method, jax.tree.map(draw, jax.eval_shape(method.init, jax.random.key(0)))
 
 
 def images():
-    """Normalised images [2, 16, 16, 3] for `case`, made by numpy alone."""
+    """Normalized images [2, 16, 16, 3] for `case`, made by numpy alone."""
     return np.random.default_rng(1).standard_normal((2, 16, 16, 3)).astype(np.float32)
 
 
 def jpeg(height, width, seed=0):
     """The bytes of a JPEG: discs on a gradient."""
-    rng, (y, x) = np.random.default_rng(seed), np.mgrid[:height, :width]
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
     pixels = np.stack([x * 255 / width, y * 255 / height, (x + y) % 256], axis=-1)
     for _ in range(6):
         row, column, radius = rng.integers((0, 0, 4), (height, width, max(height, width) // 3 + 5))
@@ -65,7 +70,7 @@ def checksum(tensors):
 
 
 def contents(library, name):
-    """(tensors, texts) that are exported of a case."""
+    """(tensors, texts) of the exported folder of a case."""
     return LIBRARIES[library].contents(torch_encoder.from_method(*case(name)), AS_IN_TRAINING)
 
 

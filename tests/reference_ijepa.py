@@ -1,4 +1,4 @@
-"""Reads reference cases of the official I-JEPA: sizes, weights and inputs in this project's terms."""
+"""Converts reference cases of the official I-JEPA to this project's terms."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from lmim_jax.train.step import update_target
 
 
 class Perturbed(Method):
-    """The cases' encoders have random noise on everything, fixed positions included: read them from the weights."""
+    """A method that reads positions from the weights: in the cases, they contain random noise."""
 
     def _positions(self, encoder):
         return jax.lax.stop_gradient(encoder["positions"])
@@ -52,31 +52,32 @@ def tree(method, case, prefix):
     """Our tree of a case's arrays below a prefix, with the positions of encoders in it."""
     arrays = group(case, prefix)
     out = from_official(method, arrays)
-    for root, name, official in (
-        ("params", "encoder", "encoder"),
-        ("target", "encoder", "target_encoder"),
-    ):
+    for root, official in (("params", "encoder"), ("target", "target_encoder")):
         if f"{official}.pos_embed" in arrays:
-            out[root][name]["positions"] = arrays[f"{official}.pos_embed"]
+            out[root]["encoder"]["positions"] = arrays[f"{official}.pos_embed"]
     return out
 
 
 def load(case, config):
-    """(method, params, target, images [B, H, W, C], views), the views padded by what must not matter."""
-    context, targets = (case[f"in/{name}_idx"].astype(np.int32) for name in ("context", "target"))
+    """(method, params, target, images [B, H, W, C], views), with padded views."""
+    context = case["in/context_idx"].astype(np.int32)
+    targets = case["in/target_idx"].astype(np.int32)
+    context_padding = ((0, 0), (0, 3))
+    target_padding = ((0, 0), (0, 0), (0, 2))
     views = {
-        "visible": np.pad(context, ((0, 0), (0, 3))),
-        "targets": np.pad(targets, ((0, 0), (0, 0), (0, 2))),
+        "visible": np.pad(context, context_padding),
+        "visible_mask": np.pad(np.ones(context.shape, bool), context_padding),
+        "targets": np.pad(targets, target_padding),
+        "target_mask": np.pad(np.ones(targets.shape, bool), target_padding),
     }
-    views["visible_mask"] = np.pad(np.ones(context.shape, bool), ((0, 0), (0, 3)))
-    views["target_mask"] = np.pad(np.ones(targets.shape, bool), ((0, 0), (0, 0), (0, 2)))
     ours = method(config, targets.shape[1])
-    state, images = tree(ours, case, "state/"), case["in/images_nchw"].transpose(0, 2, 3, 1)
+    state = tree(ours, case, "state/")
+    images = case["in/images_nchw"].transpose(0, 2, 3, 1)
     return ours, state["params"], state["target"], images, views
 
 
 def outputs(case, run):
-    """Pairs (ours, theirs) of what the forward pass gives and the loss reports; `run`: see test_reference.py."""
+    """Yield (ours, theirs) of the forward pass and the loss; `run`: see test_reference.py."""
     real = case["out/pred"].shape[2]
     yield run.forward["predictions"][:, :, :real], case["out/pred"]
     yield run.forward["targets"][:, :, :real], case["out/target"]
@@ -91,7 +92,7 @@ def gradients(case, method):
 
 
 def ema(case, run):
-    """The cases hold none: the teacher after an update at momentum 0.996, worked out by numpy."""
+    """(ours, expected) teacher after an update; no case has one, so numpy computes it."""
     updated = update_target(run.target, run.method.target_of(run.params), run.method.ema_rate(0))
     both = run.target["encoder"], run.params["encoder"]
     return updated, {"encoder": jax.tree.map(lambda old, new: 0.996 * old + 0.004 * new, *both)}

@@ -1,4 +1,4 @@
-"""Reads reference cases of the official Latent MIM: sizes, weights and inputs in this project's terms."""
+"""Converts reference cases of the official Latent MIM to this project's terms."""
 
 import numpy as np
 from test_reference import group
@@ -61,7 +61,7 @@ def views(case):
 
 
 def load(case, config):
-    """(method, params, target, images [B, H, W, C], views); the EMA moves before the targets are made."""
+    """(method, params, target, images [B, H, W, C], views); target is after the EMA update."""
     ours = method(config)
     state = from_official(ours, group(case, "state/"))
     target = update_target(state["target"], ours.target_of(state["params"]), ours.ema_rate(0))
@@ -69,7 +69,7 @@ def load(case, config):
 
 
 def outputs(case, run):
-    """Pairs (ours, theirs) of what the forward pass gives and the loss reports; `run`: see test_reference.py."""
+    """Yield (ours, theirs) of the forward pass and the loss; `run`: see test_reference.py."""
     names = {
         "visible": "encoder_tokens",
         "targets": "target_tokens",

@@ -1,4 +1,4 @@
-"""Reads reference cases of the official MAE: sizes, weights and inputs in this project's terms."""
+"""Converts reference cases of the official MAE to this project's terms."""
 
 import numpy as np
 from test_reference import group
@@ -44,7 +44,7 @@ def load(case, config):
 
 
 def outputs(case, run):
-    """Pairs (ours, theirs) of what the forward pass gives and the loss reports; `run`: see test_reference.py."""
+    """Yield (ours, theirs) of the forward pass and the loss; `run`: see test_reference.py."""
     order = np.concatenate([run.views["visible"], run.views["masked"]], axis=1)
     yield run.forward["pixels"], np.take_along_axis(case["out/pred"], order[..., None], 1)
     yield (

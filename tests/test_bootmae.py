@@ -1,4 +1,4 @@
-"""BootMAE against a numpy version in the layout of the released code, and its masks against the released sampler."""
+"""BootMAE compared with a numpy version of the released code, and with its mask sampler."""
 
 import functools
 import math
@@ -45,14 +45,19 @@ def outputs():
 
 @functools.cache
 def case():
-    """(method, params, target, images, views): a wide grid, decoder heads that do not divide their width."""
+    """(method, params, target, images, views), where heads do not divide the decoder's width."""
     method = small(depth=2, grid=(4, 5), width=24, heads=3, decoder_width=20, num_visible=6)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(3, *method.image_size, 3)).astype(np.float32)
-    noisy = lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(np.float32)
-    params, target = (
-        jax.tree.map(noisy, jax.jit(method.init)(jax.random.key(seed))) for seed in (0, 1)
-    )
+
+    def noisy_init(seed):
+        params = jax.jit(method.init)(jax.random.key(seed))
+        return jax.tree.map(
+            lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape).astype(np.float32), params
+        )
+
+    params = noisy_init(0)
+    target = noisy_init(1)
     views = method.sample(jax.random.key(2), jax.random.split(jax.random.key(3), 3))
     return method, params, method.target_of(target), images, views
 
@@ -69,15 +74,17 @@ def norm(x, p=None):
     return x if p is None else x * p["scale"] + p["bias"]
 
 
+def split_heads(x, heads):
+    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
 def attention(q, k, v, heads):
-    split = lambda x: x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
-    q, k, v = split(q), split(k), split(v)
+    q = split_heads(q, heads)
+    k = split_heads(k, heads)
+    v = split_heads(v, heads)
     scores = np.exp(q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[-1]))
-    return (
-        (scores / scores.sum(-1, keepdims=True) @ v)
-        .transpose(0, 2, 1, 3)
-        .reshape(len(q), q.shape[2], -1)
-    )
+    out = scores / scores.sum(-1, keepdims=True) @ v
+    return out.transpose(0, 2, 1, 3).reshape(len(q), q.shape[2], -1)
 
 
 def self_attention(p, x, heads):
@@ -110,7 +117,8 @@ def positions(h, w, width):
 
 def embed(method, p, images):
     """Convolution of the whole image, CLS in front."""
-    (h, w), size = method.grid, method.patch_size
+    h, w = method.grid
+    size = method.patch_size
     kernel = p["patch_embed"]["kernel"].reshape(size, size, 3, -1)
     cells = images.reshape(len(images), 3, h, size, w, size)
     x = (
@@ -133,7 +141,7 @@ def encode(method, p, x):
 
 
 def decode(method, p, tokens, context, order, width):
-    """Sequence in raster order, mask tokens with positions at masked places only; normed tokens without CLS."""
+    """Normalized patch tokens; only mask tokens have positions, and the order is that of raster."""
     rows = np.arange(len(tokens))[:, None]
     masked = order[:, tokens.shape[1] :] - 1
     slots = p["mask_token"] + positions(*method.grid, width)[masked]
@@ -141,8 +149,9 @@ def decode(method, p, tokens, context, order, width):
     for i in range(method.decoder_depth):
         block = p[f"block{i:02d}"]
         x = x + self_attention(block["self_attn"], norm(x, block["norm1"]), method.heads)
-        queries, seen = norm(x, block["norm2q"]), norm(context, block["norm2kv"])
-        x = x + cross_attention(block["cross_attn"], queries, seen, method.heads)
+        queries = norm(x, block["norm2q"])
+        keys = norm(context, block["norm2kv"])
+        x = x + cross_attention(block["cross_attn"], queries, keys, method.heads)
         x = x + mlp(block["mlp"], norm(x, block["norm3"]))
     return norm(x, p["norm"])[:, 1:]
 
@@ -151,11 +160,16 @@ def numpy_losses():
     """(loss of pixels, loss of features, predictions, targets [B, N, D], pixels [B, 3, H, W])."""
     method, *arrays, views = case()
     params, target, images = jax.tree.map(lambda x: np.asarray(x, float), arrays)
-    (h, w), size, images = method.grid, method.patch_size, images.transpose(0, 3, 1, 2)
-    visible, masked = np.asarray(views["visible"]), np.asarray(views["masked"])
+    h, w = method.grid
+    size = method.patch_size
+    images = images.transpose(0, 3, 1, 2)
+    visible = np.asarray(views["visible"])
+    masked = np.asarray(views["masked"])
     order = np.concatenate([np.zeros((len(images), 1), int), visible + 1, masked + 1], 1)
     rows = np.arange(len(images))[:, None]
-    encoder, regressor, predictor = params["encoder"], params["regressor"], params["predictor"]
+    encoder = params["encoder"]
+    regressor = params["regressor"]
+    predictor = params["predictor"]
     layers = encode(
         method, encoder, embed(method, encoder, images)[rows, order[:, : 1 + visible.shape[1]]]
     )
@@ -183,20 +197,22 @@ def numpy_losses():
     wanted = (cells - cells.mean((3, 5), keepdims=True)) / np.sqrt(
         cells.var((3, 5), keepdims=True) + 1e-5
     )
-    of_pixel = np.repeat(np.repeat(weight, size, 1), size, 2)[:, None]
-    of_pixels = np.mean(of_pixel * (pixels - wanted.reshape(images.shape)) ** 2) / mask.mean()
-    predictions, targets = norm(predictions), norm(targets)
-    of_features = (
-        np.mean(weight.reshape(len(images), -1, 1) * (targets - predictions) ** 2) / mask.mean()
-    )
-    return of_pixels, of_features, predictions, targets, pixels
+    pixel_weight = np.repeat(np.repeat(weight, size, 1), size, 2)[:, None]
+    pixel_errors = (pixels - wanted.reshape(images.shape)) ** 2
+    pixel_loss = np.mean(pixel_weight * pixel_errors) / mask.mean()
+    predictions = norm(predictions)
+    targets = norm(targets)
+    feature_weight = weight.reshape(len(images), -1, 1)
+    feature_loss = np.mean(feature_weight * (targets - predictions) ** 2) / mask.mean()
+    return pixel_loss, feature_loss, predictions, targets, pixels
 
 
 def test_losses_and_predictions_equal_those_of_numpy():
     method, _, _, images, views = case()
-    of_pixels, of_features, predictions, targets, pixels = numpy_losses()
+    pixel_loss, feature_loss, predictions, targets, pixels = numpy_losses()
     forward, losses_at = outputs()
-    rows, masked = np.arange(len(images))[:, None], np.asarray(views["masked"])
+    rows = np.arange(len(images))[:, None]
+    masked = np.asarray(views["masked"])
     patches = patchify(
         pixels.transpose(0, 2, 3, 1).astype(np.float32), method.grid, method.patch_size
     )
@@ -209,9 +225,9 @@ def test_losses_and_predictions_equal_those_of_numpy():
     for step, (loss, metrics) in losses_at.items():
         weight = min(4 * (step // 5 + 1) / 20, 1)  # of 20 epochs of 5 steps
         assert float(metrics["feature_weight"]) == pytest.approx(weight, rel=1e-6)
-        np.testing.assert_allclose(metrics["pixel_loss"], of_pixels, rtol=1e-5)
-        np.testing.assert_allclose(metrics["feature_loss"], of_features, rtol=1e-5)
-        np.testing.assert_allclose(loss, of_pixels + weight * of_features, rtol=1e-5)
+        np.testing.assert_allclose(metrics["pixel_loss"], pixel_loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics["feature_loss"], feature_loss, rtol=1e-5)
+        np.testing.assert_allclose(loss, pixel_loss + weight * feature_loss, rtol=1e-5)
 
 
 def test_a_perfect_regressor_reconstructs_the_image():
@@ -244,7 +260,7 @@ def test_features_of_any_image_size():
     assert method.features(params, images[:, :8])["patches"].shape == (3, 10, 24)
 
 
-def test_neighbours_of_a_known_mask():
+def test_neighbors_of_a_known_mask():
     # X X .
     # X X .    and a mask of all nine
     shares = losses.masked_neighbors(np.array([[0, 1, 3, 4]]), (3, 3))
@@ -317,18 +333,18 @@ def test_a_bad_value_is_named(change, message):
 
 def official_mask(rng, grid, total, smallest, largest, aspect):
     """The released generator, one block at a time, retried until it fits."""
-    mask, (h, w) = np.zeros(grid, bool), grid
+    h, w = grid
+    mask = np.zeros(grid, bool)
     while mask.sum() < total:
         limit = min(total - mask.sum(), largest)
         area = smallest + (limit - smallest) * rng.random()  # backwards where limit < smallest
         stretch = math.exp(rng.uniform(math.log(aspect), -math.log(aspect)))
-        height, width = round(math.sqrt(area * stretch)), round(math.sqrt(area / stretch))
+        height = round(math.sqrt(area * stretch))
+        width = round(math.sqrt(area / stretch))
         if height >= h or width >= w:
             continue
-        top, left = (
-            rng.integers(0, h - height, endpoint=True),
-            rng.integers(0, w - width, endpoint=True),
-        )
+        top = rng.integers(0, h - height, endpoint=True)
+        left = rng.integers(0, w - width, endpoint=True)
         block = np.zeros(grid, bool)
         block[top : top + height, left : left + width] = True
         if 0 < (block & ~mask).sum() <= limit:
@@ -349,11 +365,9 @@ COUNT = 3000
 
 @functools.cache
 def samples():
-    """Masks [COUNT, 14, 14] of blocks alone and final ones, ours and the released sampler's; our visible patches."""
+    """Masks [COUNT, 14, 14] of blocks and final ones, ours, then official; our visible patches."""
     keys = jax.random.split(jax.random.key(0), (2, COUNT))
-    draw = jax.jit(
-        jax.vmap(lambda key: masking.block_mask(key, GRID, **BLOCKS))
-    )
+    draw = jax.jit(jax.vmap(lambda key: masking.block_mask(key, GRID, **BLOCKS)))
     split = jax.jit(jax.vmap(lambda key, mask: masking.block_split(key, mask, 49, 2)))
     blocks = draw(keys[0])
 
@@ -363,9 +377,7 @@ def samples():
         return out.reshape(-1, *GRID)
 
     rng = np.random.default_rng(0)
-    theirs = np.stack(
-        [official_mask(rng, GRID, **BLOCKS) for _ in range(COUNT)]
-    )
+    theirs = np.stack([official_mask(rng, GRID, **BLOCKS) for _ in range(COUNT)])
     order = np.stack([official_order(rng, mask.ravel(), 2) for mask in theirs])
     visible, masked = split(keys[1], blocks)
     return (
@@ -383,7 +395,7 @@ def deviations(ours, theirs):
     return np.abs(ours.mean(0) - theirs.mean(0)) / np.maximum(error, 1e-9)
 
 
-def test_blocks_cover_exactly_so_many_patches_and_the_split_is_a_partition():
+def test_blocks_cover_the_exact_number_of_patches_and_the_split_is_a_partition():
     blocks, masks, _, _, visible = samples()
     assert (blocks.sum((1, 2)) == BLOCKS["total"]).all()
     assert (masks.sum((1, 2)) == 147).all()
@@ -392,7 +404,7 @@ def test_blocks_cover_exactly_so_many_patches_and_the_split_is_a_partition():
     assert ((blocks & (masks == 0)).sum((1, 2)) == 2).all()  # exposed
 
 
-def test_blocks_that_cannot_be_are_given_up():
+def test_impossible_blocks_are_abandoned():
     key = jax.random.key(0)
     assert (
         masking.block_mask(key, (4, 4), total=8, smallest=9, largest=9, aspect=1.0).sum() == 0
@@ -402,7 +414,8 @@ def test_blocks_that_cannot_be_are_given_up():
 def test_masks_have_the_statistics_of_the_released_sampler():
     blocks, masks, official_blocks, official_masks, _ = samples()
     for ours, theirs in ((blocks, official_blocks), (masks, official_masks)):
-        ours, theirs = ours.astype(float), theirs.astype(float)
+        ours = ours.astype(float)
+        theirs = theirs.astype(float)
         assert deviations(ours, theirs).max() < 4.5  # of 196 positions
         for shift, axis in (
             (1, 1),
@@ -435,10 +448,9 @@ def test_exposed_is_one_draw_for_the_batch_and_uniform():
     @jax.vmap
     def exposed(rng):
         """Patches of the blocks of each image that are visible."""
-        block = lambda key: masking.block_mask(
-            jax.random.split(key)[0], GRID, **BLOCKS
-        )
-        blocks = jax.vmap(block)(keys).reshape(2, -1)
+        block_keys = jax.vmap(lambda key: jax.random.split(key)[0])(keys)
+        blocks = jax.vmap(lambda key: masking.block_mask(key, GRID, **BLOCKS))(block_keys)
+        blocks = blocks.reshape(2, -1)
         return jnp.take_along_axis(blocks, method.sample(rng, keys)["visible"], axis=1).sum(axis=1)
 
     drawn = np.asarray(exposed(jax.random.split(jax.random.key(0), 400)))

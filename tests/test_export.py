@@ -1,4 +1,4 @@
-"""What leaves for other libraries: their names and layouts, their features, the model card, and every refusal."""
+"""Exporting: names and layouts of other libraries, equal features, the model card, and errors."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ import tiny
 
 import lmim_jax
 from lmim_jax.cli import export
-from lmim_jax.convert import hf, parity_check, timm, torch_encoder
+from lmim_jax.convert import hf, model_card, parity_check, timm, torch_encoder
 from lmim_jax.methods import base
 from lmim_jax.models.layers import sincos_positions
 from lmim_jax.train import runs
@@ -39,7 +39,7 @@ def in_memory(folder, config, method, params):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of Latent MIM that has not trained, with figures as after training."""
+    """A run of Latent MIM that has not trained, with metrics as after training."""
     folder = tiny.run(recipe(decoder="cross"), tmp_path_factory.mktemp("run"))
     summary = {
         "steps": 0,
@@ -49,37 +49,40 @@ def run(tmp_path_factory):
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "evaluations").mkdir()
-    figures = {"linear/accuracy": {"untrained": 11.0, "trained": 77.25}}
-    found = {"evaluated": {"step": 0, "weights": {"linear": "target"}}, "figures": figures}
-    found["config"] = {"linear": {"params": "online", "feature": "cls"}}
-    (folder / "evaluations" / "0-linear.json").write_text(json.dumps(found))
+    evaluation = {
+        "evaluated": {"step": 0, "weights": {"linear": "target"}},
+        "config": {"linear": {"params": "online", "feature": "cls"}},
+        "figures": {"linear/accuracy": {"untrained": 11.0, "trained": 77.25}},
+    }
+    (folder / "evaluations" / "0-linear.json").write_text(json.dumps(evaluation))
     return folder
 
 
 @pytest.mark.parametrize("library", interop.LIBRARIES)
 @pytest.mark.parametrize("name", interop.METHODS)
-def test_features_are_those_that_the_library_made_of_the_exported_tensors(name, library):
-    """tests/interop.npz was made by `python tests/interop.py`, with the versions it names, on a CPU in float32."""
+def test_features_equal_those_of_the_library_with_the_exported_tensors(name, library):
+    """`python tests/interop.py` wrote tests/interop.npz, on a CPU in float32."""
     with np.load(interop.STORED) as stored:
         method, params = interop.case(name)
-        out = jax.jit(lambda images: parity_check.concatenate_tokens(method.features(params, images)))(
-            interop.images()
-        )
+        out = jax.jit(
+            lambda images: parity_check.concatenate_tokens(method.features(params, images))
+        )(interop.images())
         np.testing.assert_allclose(out, stored[f"{name}/{library}/tokens"], rtol=0, atol=1e-4)
         tensors_out, _ = interop.contents(library, name)
         assert interop.checksum(tensors_out) == stored[f"{name}/{library}/checksum"], (
-            "names, shapes or values of exported tensors have changed; if that is meant, run tests/interop.py"
+            "names, shapes or values of exported tensors have changed; if that is intended, run "
+            "tests/interop.py"
         )
 
 
-def test_the_positions_of_latent_mim_are_written_as_they_are():
+def test_the_positions_of_latent_mim_are_exported_unchanged():
     method, params = interop.case("latent_mim")
     found = torch_encoder.from_method(method, params).tensors["pos_embed"]
     assert not found[0, 0].any()  # CLS
     np.testing.assert_array_equal(found[0, 1:], sincos_positions((4, 4), 16))
 
 
-def test_sizes_that_timm_knows_go_by_its_names():
+def test_sizes_that_timm_knows_get_its_names():
     sizes = dict(grid=(14, 14), patch_size=16, width=192, depth=12, heads=3)
     method = base.from_config(recipe(**sizes).method, total_steps=1, steps_per_epoch=1)
     params = jax.tree.map(
@@ -111,7 +114,7 @@ def test_timm_resizes_to_what_evaluation_does(size):
         (dict(grid=(4, 2)), hf, "grid is not square"),
     ],
 )
-def test_what_a_library_cannot_hold_is_said(changes, library, message):
+def test_unsupported_encoders_are_rejected(changes, library, message):
     method = base.from_config(recipe("pilamim", **changes).method, total_steps=1, steps_per_epoch=1)
     params = jax.tree.map(
         lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0))
@@ -120,7 +123,7 @@ def test_what_a_library_cannot_hold_is_said(changes, library, message):
         library.contents(torch_encoder.from_method(method, params), interop.AS_IN_TRAINING)
 
 
-def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
+def test_a_folder_is_complete_and_describes_its_origin(run, tmp_path):
     model = runs.open_run(run)
     export.export(model, "hf", "online", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -151,12 +154,32 @@ def test_a_folder_is_complete_and_tells_where_it_comes_from(run, tmp_path):
         export.export(model, "hf", "online", tmp_path / "out")
 
 
+def test_the_card_lists_evaluators_with_underscores_but_not_the_metrics_of_baselines(tmp_path):
+    config = recipe()
+    with config.unlocked():
+        config.evaluators.logistic_regression = tiny.evaluator("logistic_regression")
+    config.evaluators.logistic_regression.feature = "cls"
+    summary = {
+        "steps": 0,
+        "linear": {"pixels": 11.0, "untrained": 22.0, "trained": 33.0},
+        "logistic_regression/accuracy": 33.0,
+        "logistic_regression/pixels_accuracy": 11.0,
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    run = in_memory(tmp_path, config, *interop.case("latent_mim"))
+    card = model_card.write(run, "flax", "online", "DIR")
+    assert "| logistic_regression/accuracy | online | cls | 11 | 22 | 33 |" in card
+    assert "pixels_accuracy" not in card
+
+
 @pytest.mark.parametrize("which", ["online", "target"])
 def test_an_exported_flax_folder_opens_like_a_run(run, tmp_path, which):
     export.export(runs.open_run(run), "flax", which, tmp_path / "out")
     again = runs.open_run(tmp_path / "out")
     for params in (lmim_jax.load(tmp_path / "out").params, again.encoder_params(which)):
-        jax.tree.map(np.testing.assert_array_equal, params, runs.open_run(run).encoder_params(which))
+        jax.tree.map(
+            np.testing.assert_array_equal, params, runs.open_run(run).encoder_params(which)
+        )
     assert again.step == 0 and again.choose_weights(None) == which
     if which == "online":
         with pytest.raises(UserError, match="holds the online weights"):
@@ -176,7 +199,7 @@ def test_there_is_no_export_without_official_names_or_a_teacher(tmp_path):
 
 
 def tool(*words, hide=()):
-    """Run `lmim export` in a process of its own, without the modules to hide: (exit code, stderr)."""
+    """Run `lmim export` in a new process, without the modules to hide: (exit code, stderr)."""
     hidden = f"import sys; sys.modules.update(dict.fromkeys({hide!r})); "
     script = f"from lmim_jax.cli.__main__ import main; main({['export', *map(str, words)]!r})"
     environment = {**os.environ, "XLA_FLAGS": ""}
@@ -190,10 +213,10 @@ def tool(*words, hide=()):
     return done.returncode, done.stderr.strip().splitlines()
 
 
-def test_a_check_without_the_library_says_so(run, images, tmp_path):
+def test_a_check_without_the_library_is_an_error(run, images, tmp_path):
     words = run, "--format=timm", f"--out={tmp_path / 'out'}", "--check", f"--images={images}"
-    code, told = tool(*words, hide=("torch", "timm"))
-    assert code == 2 and "pip install torch timm" in told[-1], told
+    code, lines = tool(*words, hide=("torch", "timm"))
+    assert code == 2 and "pip install torch timm" in lines[-1], lines
     assert (tmp_path / "out" / "README.md").exists()
 
 
@@ -244,12 +267,10 @@ def test_transformers_misses_nothing_and_takes_other_sizes(tmp_path):
     from transformers import AutoModel
 
     method, params = interop.case("latent_mim")
-    export.export(
-        in_memory(tmp_path, recipe(), method, params), "hf", "online", tmp_path / "out"
-    )
+    export.export(in_memory(tmp_path, recipe(), method, params), "hf", "online", tmp_path / "out")
     options = dict(add_pooling_layer=False, output_loading_info=True)
-    model, told = AutoModel.from_pretrained(tmp_path / "out", **options)
-    assert not any(told.values()), told
+    model, problems = AutoModel.from_pretrained(tmp_path / "out", **options)
+    assert not any(problems.values()), problems
     with torch.no_grad():
         tokens = model(torch.zeros(1, 3, 24, 32), interpolate_pos_encoding=True).last_hidden_state
     assert tokens.shape == (1, 1 + 6 * 8, 16)
@@ -260,9 +281,7 @@ def test_timm_takes_other_sizes_and_pools_patches(tmp_path):
     import torch
 
     method, params = interop.case("latent_mim")
-    export.export(
-        in_memory(tmp_path, recipe(), method, params), "timm", "online", tmp_path / "out"
-    )
+    export.export(in_memory(tmp_path, recipe(), method, params), "timm", "online", tmp_path / "out")
     library = importlib.import_module("timm")
     model = library.create_model(
         f"local-dir:{tmp_path / 'out'}", pretrained=True, img_size=(24, 32)

@@ -1,4 +1,4 @@
-"""Official checkpoints: in by import_weights, out by export, and back, to the bit; and every refusal."""
+"""Official checkpoints: importing, exporting and importing again changes no bit; and errors."""
 
 import argparse
 import dataclasses
@@ -30,17 +30,14 @@ DROP = {"ijepa": ["(target_)?encoder.pos_embed"]}
 
 
 def load(stem):
-    """(recipe, {official name: array}) of a reference case; the recipe as tests/tiny.py, with the case's method."""
+    """(recipe, {official name: array}) of a reference case; the recipe has the case's method."""
     with np.load(CASES[stem]) as file:
         case = dict(file)
     name = next(name for name in official.names() if stem.startswith(name))
     method = importlib.import_module(f"reference_{name}").load(
         case, json.loads(str(case["config_json"]))
     )[0]
-    fields = {
-        field.name: getattr(method, field.name)
-        for field in dataclasses.fields(method)
-    }
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     config = tiny.get_config()
     config.method = ConfigDict(
         {key: x for key, x in fields.items() if key not in ("total_steps", "steps_per_epoch")}
@@ -94,10 +91,12 @@ def test_reference_weights_go_in_and_out_and_back_unchanged(stem, tmp_path):
     assert rest == [[], [], []]
     expected = {"params": model.params, "target": model.target}
     assert runs.flatten_params(tree).keys() == runs.flatten_params(expected).keys()
-    jax.tree.map(np.testing.assert_array_equal, runs.flatten_params(tree), runs.flatten_params(expected))
+    jax.tree.map(
+        np.testing.assert_array_equal, runs.flatten_params(tree), runs.flatten_params(expected)
+    )
 
 
-def test_an_imported_run_goes_on_training(file, images, tmp_path):
+def test_an_imported_run_resumes_training(file, images, tmp_path):
     config, arrays, path = file
     config = ConfigDict(config.to_dict())
     config.data.update(source="folder", path=str(images))
@@ -125,7 +124,7 @@ def test_an_imported_run_goes_on_training(file, images, tmp_path):
         import_weights.import_weights(path, config, tmp_path / "run", None)
 
 
-def test_what_is_missing_starts_afresh_only_where_asked(file, tmp_path):
+def test_missing_arrays_are_initialized_only_on_request(file, tmp_path):
     config, arrays, _ = file
     encoder = {
         name: x for name, x in arrays.items() if not name.startswith(("decoder", "mask_token"))
@@ -195,7 +194,7 @@ def test_arrays_that_do_not_fit_are_listed(file, tmp_path, changes, options, mes
         import_weights.read(tmp_path / "x.safetensors", method_of(config), **options)
 
 
-def test_dropped_arrays_are_told(file, tmp_path):
+def test_dropped_arrays_are_listed(file, tmp_path):
     config, arrays, _ = file
     array_io.write(
         tmp_path / "x.safetensors",
@@ -216,7 +215,7 @@ def test_dropped_arrays_are_told(file, tmp_path):
         ("damaged.safetensors", b"\xff" * 40, "cannot be read"),
     ],
 )
-def test_files_that_are_none_are_named(tmp_path, name, content, message):
+def test_unreadable_files_are_named(tmp_path, name, content, message):
     if content:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}.*{message}"):
@@ -244,7 +243,7 @@ def test_half_precision_becomes_float32_and_parallel_names_plain(tmp_path):
     }
 
 
-def test_without_pytorch_its_files_are_refused_kindly(tmp_path, monkeypatch):
+def test_without_pytorch_its_files_are_rejected_with_a_hint(tmp_path, monkeypatch):
     (tmp_path / "x.pth").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"pip install 'torch>=2.6'"):

@@ -1,4 +1,4 @@
-"""Losses against their definitions, samplers against their promises."""
+"""Losses equal their definitions; samplers have the documented properties."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_infonce_of_perfect_predictions_is_nearly_zero_and_all_right():
     )
 
 
-def test_standardised_predictions_have_mean_0_and_deviation_1_per_channel():
+def test_standardized_predictions_have_mean_0_and_deviation_1_per_channel():
     z = losses.standardize_over_patches(X * 9 + 4)
     np.testing.assert_allclose(z.mean(1), 0, atol=1e-5)
     np.testing.assert_allclose(np.std(z, axis=1, ddof=1), 1, atol=1e-3)
@@ -65,7 +65,8 @@ def test_gradients_are_finite_at_zero(loss):
 
 
 def test_losses_are_float32_whatever_comes_in():
-    x, y = jnp.asarray(X, jnp.bfloat16), jnp.asarray(Y, jnp.bfloat16)
+    x = jnp.asarray(X, jnp.bfloat16)
+    y = jnp.asarray(Y, jnp.bfloat16)
     assert all(loss(x, y).dtype == jnp.float32 for loss in losses.REGRESSION_LOSSES.values())
     assert (
         losses.discrimination_logits(x, y, 0.2).dtype == losses.similarity(x).dtype == jnp.float32

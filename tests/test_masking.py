@@ -1,4 +1,4 @@
-"""The mask samplers: what they cover, and how often, beside an independent version of the official ones."""
+"""The mask samplers: their coverage, compared with an independent version of the official ones."""
 
 import functools
 
@@ -8,7 +8,10 @@ import pytest
 
 from lmim_jax.methods.common import masking
 
-GRID, SCALE, ASPECT, CONTEXT = (14, 14), (0.15, 0.2), (0.75, 1.5), (0.85, 1.0)
+GRID = (14, 14)
+SCALE = (0.15, 0.2)
+ASPECT = (0.75, 1.5)
+CONTEXT = (0.85, 1.0)
 
 
 def multiblock(group, biased=True, capacity=169):
@@ -35,10 +38,11 @@ def draws(group, biased=True, batches=40, images=32):
 
 
 def official_contexts(group, rng, batches):
-    """Contexts of `batches` groups of images as the released sampler draws them: bool [batches, N], one image each.
+    """Contexts as the released sampler draws them: bool [batches, N], one image of each group.
 
-    Written from its description: one draw sets scale and aspect, sizes are shared by the group, starts never reach the
-    last place, contexts are cut to the shortest of the group in raster order.
+    Written from its description: one draw sets scale and aspect, sizes are shared by the group,
+    starts never reach the last place, contexts are truncated to the shortest of the group in raster
+    order.
     """
     height, width = GRID
 
@@ -52,21 +56,23 @@ def official_contexts(group, rng, batches):
 
     def block(h, w):
         out = np.zeros(GRID, bool)
-        top, left = rng.integers(0, height - h), rng.integers(0, width - w)
+        top = rng.integers(0, height - h)
+        left = rng.integers(0, width - w)
         out[top : top + h, left : left + w] = True
         return out
 
-    def image(of_target, of_context):
-        targets = np.any([block(*of_target) for _ in range(4)], axis=0)
+    def image(target_size, context_size):
+        targets = np.any([block(*target_size) for _ in range(4)], axis=0)
         while True:
-            context = block(*of_context) & ~targets
+            context = block(*context_size) & ~targets
             if context.sum() > 10:
                 return np.flatnonzero(context)
 
     out = np.zeros((batches, height * width), bool)
     for row in out:
-        of_target, of_context = size(SCALE, ASPECT), size(CONTEXT, (1, 1))
-        contexts = [image(of_target, of_context) for _ in range(group)]
+        target_size = size(SCALE, ASPECT)
+        context_size = size(CONTEXT, (1, 1))
+        contexts = [image(target_size, context_size) for _ in range(group)]
         row[contexts[0][: min(map(len, contexts))]] = True
     return out
 

@@ -1,7 +1,9 @@
-"""Every file of methods/ keeps the contract; the switches of Latent MIM do what they say."""
+"""Every file of methods/ fulfills the interface; all options have the documented effect."""
 
 import dataclasses
 import functools
+import importlib
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
+import lmim_jax.methods
 from lmim_jax.methods import base
 from lmim_jax.models.layers import patchify
 
 NAMES = base.names()
-SWITCHES = [  # each value of each switch at least once
+OPTIONS = [  # each value of each option at least once
     {"target": "joint", "loss": "mse"},
     {"target": "stop_gradient", "loss": "l1"},
     {"target": "random", "loss": "smooth_l1"},
@@ -44,12 +47,8 @@ def inputs(method, batch=3):
     rng = np.random.default_rng(0)
     images = rng.normal(size=(batch, *method.image_size, method.channels)).astype(np.float32)
     params = jax.jit(method.init)(jax.random.key(0))
-    return (
-        params,
-        method.target_of(params),
-        images,
-        method.sample(jax.random.key(1), jax.random.split(jax.random.key(2), batch)),
-    )
+    views = method.sample(jax.random.key(1), jax.random.split(jax.random.key(2), batch))
+    return params, method.target_of(params), images, views
 
 
 @functools.cache
@@ -64,8 +63,50 @@ def size(tree):
     return sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(tree))
 
 
+def test_files_are_registered_and_sub_packages_are_shared(tmp_path, monkeypatch):
+    folder = pathlib.Path(base.__file__).parent
+    files = {path.stem for path in folder.glob("*.py")}
+    assert set(NAMES) == files - {"__init__", "base"}
+    assert (folder / "common" / "__init__.py").is_file()
+
+    (tmp_path / "new_method.py").write_text("from lmim_jax.methods.mae import Method\n")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "__init__.py").write_text("")
+    monkeypatch.setattr(lmim_jax.methods, "__path__", [*lmim_jax.methods.__path__, str(tmp_path)])
+    assert set(base.names()) == {*NAMES, "new_method"}
+    config = {**tiny.method("mae"), "name": "new_method"}
+    method = base.from_config(config, total_steps=1, steps_per_epoch=1)
+    assert method == build("mae")
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_contract(name):
+def test_methods_have_all_of_the_protocol_and_no_default_values(name):
+    method_class = importlib.import_module(f"lmim_jax.methods.{name}").Method
+    fields = {field.name: field for field in dataclasses.fields(method_class)}
+    for member in vars(base.Method):
+        if not member.startswith("_"):
+            assert member in fields or hasattr(method_class, member), member
+    for field in fields.values():
+        assert field.default is dataclasses.MISSING, field.name
+        assert field.default_factory is dataclasses.MISSING, field.name
+
+
+def test_only_methods_with_schedules_take_the_length_of_the_run():
+    lengths = {}
+    for name in NAMES:
+        method = build(name)
+        lengths[name] = (getattr(method, "total_steps", 0), getattr(method, "steps_per_epoch", 0))
+    assert lengths == {
+        "bootmae": (10, 5),
+        "ijepa": (10, 0),
+        "latent_mim": (10, 0),
+        "mae": (0, 0),
+        "pilamim": (10, 0),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interface(name):
     method = build(name)
     params, loss, metrics, grads, target_grads = one_step(method)
     assert loss.shape == ()
@@ -81,22 +122,26 @@ def test_contract(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_views_are_drawn_per_image(name):
-    method, keys = build(name), jax.random.split(jax.random.key(2), 6)
-    whole, part = (
-        method.sample(jax.random.key(1), keys),
-        method.sample(jax.random.key(1), keys[2:4]),
-    )
+    method = build(name)
+    keys = jax.random.split(jax.random.key(2), 6)
+    whole = method.sample(jax.random.key(1), keys)
+    part = method.sample(jax.random.key(1), keys[2:4])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:4], b), whole, part)
     assert any((leaf[0] != leaf[1]).any() for leaf in jax.tree.leaves(whole))
 
 
-@pytest.mark.parametrize("change", SWITCHES, ids=str)
-def test_every_switch_trains(change):
+@pytest.mark.parametrize("change", OPTIONS, ids=str)
+def test_every_option_trains(change):
     _, loss, metrics, grads, target_grads = one_step(build(**change))
     assert jnp.isfinite(loss)
     assert all(jnp.isfinite(value) for value in metrics.values())
     assert size(grads["encoder"]) > 0
     assert size(target_grads) == 0
+
+
+def squared_sum_of_targets(method, params, teacher, images, views, encoder):
+    forward = method.forward({**params, "encoder": encoder}, teacher, images, views)
+    return forward["targets"].sum() ** 2
 
 
 def test_targets_get_gradient_in_joint_training_only():
@@ -105,32 +150,27 @@ def test_targets_get_gradient_in_joint_training_only():
         method = build(target=target, loss="mse", similarity_weight=0.0)
         params, teacher, images, views = inputs(method)
 
-        def of_targets(
-            encoder, method=method, params=params, teacher=teacher, images=images, views=views
-        ):
-            return (
-                method.forward({**params, "encoder": encoder}, teacher, images, views)[
-                    "targets"
-                ].sum()
-                ** 2
-            )
-
-        assert (size(jax.jit(jax.grad(of_targets))(params["encoder"])) > 0) == reaches
+        squared_sum = functools.partial(
+            squared_sum_of_targets, method, params, teacher, images, views
+        )
+        gradient = jax.jit(jax.grad(squared_sum))(params["encoder"])
+        assert (size(gradient) > 0) == reaches
 
 
-def test_masked_pixels_do_not_reach_the_online_tokens_nor_visible_ones_the_target():
-    method = build(target="joint")  # the one kind of target that a gradient can be asked of
+def test_online_tokens_depend_on_visible_pixels_and_targets_on_masked_ones():
+    method = build(target="joint")  # the only kind of target with a gradient
     params, target, images, views = inputs(method)
 
     def influence(name):
         """How much each patch [B, N] moves the tokens of that name."""
-        weigh = lambda tokens: (tokens * np.random.default_rng(0).normal(size=tokens.shape)).sum()
-        pixels = jax.jit(jax.grad(lambda x: weigh(method.forward(params, target, x, views)[name])))(
-            images
-        )
-        return patchify(
-            np.abs(pixels), method.grid, method.patch_size, method.gap, views["offsets"]
-        ).sum(-1)
+
+        def weighted_sum(images):
+            tokens = method.forward(params, target, images, views)[name]
+            return (tokens * np.random.default_rng(0).normal(size=tokens.shape)).sum()
+
+        pixels = np.abs(jax.jit(jax.grad(weighted_sum))(images))
+        patches = patchify(pixels, method.grid, method.patch_size, method.gap, views["offsets"])
+        return patches.sum(-1)
 
     for name, seen, hidden in (("visible", "visible", "masked"), ("targets", "masked", "visible")):
         pixels = influence(name)
@@ -139,32 +179,31 @@ def test_masked_pixels_do_not_reach_the_online_tokens_nor_visible_ones_the_targe
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_encoder_does_not_see_does_not_reach_predictions(name):
+def test_predictions_depend_on_visible_patches_only(name):
     method = build(name)
     params, target, images, views = inputs(method)
 
-    def weighed(images):
+    def weighted_sum(images):
         forward = method.forward(params, target, images, views)
-        told = [forward[key] for key in ("pixels", "latents", "predictions") if key in forward]
-        return sum((x * np.random.default_rng(0).normal(size=x.shape)).sum() for x in told)
+        total = 0.0
+        for key in ("pixels", "latents", "predictions"):
+            if key in forward:
+                weights = np.random.default_rng(0).normal(size=forward[key].shape)
+                total += (forward[key] * weights).sum()
+        return total
 
-    gradient = jax.jit(jax.grad(weighed))(images)
+    gradient = np.abs(jax.jit(jax.grad(weighted_sum))(images))
     gap = getattr(method, "gap", 0)
-    moved = (
-        patchify(np.abs(gradient), method.grid, method.patch_size, gap, views.get("offsets")).sum(
-            -1
-        )
-        > 0
-    )
-    seen = np.zeros(moved.shape, bool)
-    for row, visible, counts in zip(
-        seen, views["visible"], views.get("visible_mask", views["visible"] >= 0), strict=True
-    ):
-        row[visible[counts]] = True
-    np.testing.assert_array_equal(moved, seen)
+    patches = patchify(gradient, method.grid, method.patch_size, gap, views.get("offsets"))
+    influential = patches.sum(-1) > 0
+    expected = np.zeros(influential.shape, bool)
+    masks = views.get("visible_mask", views["visible"] >= 0)
+    for row, visible, mask in zip(expected, views["visible"], masks, strict=True):
+        row[visible[mask]] = True
+    np.testing.assert_array_equal(influential, expected)
 
 
-def test_standardisation_matters_to_infonce_alone():
+def test_standardization_changes_infonce_only():
     losses = {
         loss: [one_step(build(loss=loss, standardize=on))[1] for on in (True, False)]
         for loss in ("patch_infonce", "mse")
@@ -182,7 +221,7 @@ def test_ema_rate_follows_the_published_schedule():
     assert build(target="random").ema_rate(3) == 0
 
 
-def test_random_projection_never_moves():
+def test_random_projection_never_changes():
     method = build(target="random_projection")
     params, _, _, grads, _ = one_step(method)
     assert params["target_embed"]["kernel"].shape == (48, 16)

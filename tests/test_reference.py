@@ -1,7 +1,8 @@
-"""The official implementations' numbers: tokens, losses, gradients and EMA of tests/reference/*.npz.
+"""Tokens, losses, gradients and EMA equal those of the official code in tests/reference/*.npz.
 
-A file's prefix names the method, and tests/reference_<method>.py reads its cases. Tolerances are those the numbers were
-published with: outputs rtol 2e-4, atol 2e-5; gradients rtol 2e-3, atol 2e-5.
+A file's prefix names the method, and tests/reference_<method>.py reads its cases. Tolerances are
+those that the numbers were published with: outputs rtol 2e-4, atol 2e-5; gradients rtol 2e-3, atol
+2e-5.
 """
 
 import functools
@@ -16,7 +17,8 @@ import pytest
 
 from lmim_jax.methods import base
 
-OUTPUT, GRADIENT = dict(rtol=2e-4, atol=2e-5), dict(rtol=2e-3, atol=2e-5)
+OUTPUT = dict(rtol=2e-4, atol=2e-5)
+GRADIENT = dict(rtol=2e-3, atol=2e-5)
 CASES = sorted((pathlib.Path(__file__).parent / "reference").glob("*.npz"))
 each_case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 
@@ -28,7 +30,7 @@ def group(case, prefix):
 
 @functools.cache
 def run(path):
-    """Run a case once: (its arrays, its reader, everything that came out of it)."""
+    """Run a case once: (its arrays, its reader, inputs and results of our method)."""
     with np.load(path, allow_pickle=False) as file:
         case = dict(file)
     name = next(name for name in base.names() if path.stem.startswith(name))
@@ -37,23 +39,33 @@ def run(path):
     forward = jax.jit(method.forward)(params, target, images, views)
     value = jax.jit(jax.value_and_grad(method.loss_fn, has_aux=True))
     (loss, metrics), grads = value(params, target, images, views, 0)
-    inputs = dict(method=method, params=params, target=target, images=images, views=views)
-    return (
-        case,
-        reader,
-        types.SimpleNamespace(**inputs, forward=forward, loss=loss, metrics=metrics, grads=grads),
+    ours = types.SimpleNamespace(
+        method=method,
+        params=params,
+        target=target,
+        images=images,
+        views=views,
+        forward=forward,
+        loss=loss,
+        metrics=metrics,
+        grads=grads,
     )
+    return case, reader, ours
+
+
+def flatten(tree):
+    """{path: leaf} of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def compare(actual, expected, tolerance):
     """Assert that two trees agree in names and values."""
-    actual, expected = (
-        dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (actual, expected)
-    )
-    name = jax.tree_util.keystr
-    assert {name(path) for path in actual} == {name(path) for path in expected}
-    for path, value in expected.items():
-        np.testing.assert_allclose(actual[path], value, **tolerance, err_msg=name(path))
+    actual = flatten(actual)
+    expected = flatten(expected)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, **tolerance, err_msg=name)
 
 
 @each_case
