@@ -1,5 +1,6 @@
 """Meshes, shards, loops and rematerialization change no number; only gradients are communicated."""
 
+import dataclasses
 import functools
 import types
 
@@ -237,6 +238,64 @@ def test_a_mesh_that_is_not_all_devices_is_an_error(data, fsdp):
         UserError, match=rf"config.mesh.data={data} x config.mesh.fsdp={fsdp} is not .* devices, 8"
     ):
         sharding.make_mesh(data, fsdp)
+
+
+@dataclasses.dataclass(frozen=True)
+class MockDevice:
+    """What arranging a mesh asks of a device; each slice has one process."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    core_on_chip: int = 0
+
+    @property
+    def process_index(self):
+        return self.slice_index
+
+
+def mock_slices(*sizes, **kind):
+    """Slices of so many devices each, numbered in an order that mixes them, as jax does not."""
+    devices = []
+    for index, size in enumerate(sizes):
+        for number in range(size):
+            coords = (number % 2, number // 2, 0)
+            devices.append(MockDevice(len(devices), index, coords, **kind))
+    return devices[::2] + devices[1::2]
+
+
+V5E = dict(platform="tpu", device_kind="TPU v5 lite")
+
+
+@pytest.mark.parametrize("kind", [{}, dict(platform="gpu", device_kind="NVIDIA H100"), V5E])
+@pytest.mark.parametrize("sizes", [(4, 4), (2, 2, 2, 2)])
+@pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
+def test_shards_stay_inside_a_host_or_slice_as_far_as_they_fit(kind, sizes, fsdp):
+    mesh = sharding.make_mesh(-1, fsdp, mock_slices(*sizes, **kind))
+    assert mesh.devices.shape == (8 // fsdp, fsdp)
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    assert len(set(mesh.devices.flat)) == 8
+    for copy in mesh.devices:
+        owners = [device.slice_index for device in copy]
+        assert owners == sorted(owners)  # neighbors are on one host
+        assert len(set(owners)) == max(1, fsdp // sizes[0])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fsdp", "slices_of_a_copy"),
+    [
+        ((3, 3), 2, 2),  # two hosts divide only `fsdp`: all shards of a copy are on different hosts
+        ((6, 6, 6, 6), 4, 2),  # pairs of shards on a host
+        ((4, 2), 2, 1),  # unequal hosts: one after the other
+    ],
+)
+def test_hosts_that_do_not_divide_the_copies_have_a_mesh_too(sizes, fsdp, slices_of_a_copy):
+    mesh = sharding.make_mesh(-1, fsdp, mock_slices(*sizes))
+    assert len(set(mesh.devices.flat)) == sum(sizes)
+    for copy in mesh.devices:
+        assert len({device.slice_index for device in copy}) == slices_of_a_copy
 
 
 def test_rows_keep_their_place_in_the_batch_wherever_a_process_has_its_devices():

@@ -6,6 +6,7 @@ divided into `fsdp` shards.
 Letters: B global batch size.
 """
 
+import collections
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
@@ -30,6 +32,10 @@ DEFAULT_RULES: Rules = ((".*", "largest"),)
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Create a mesh with axes `data` and `fsdp`.
 
+    Shards of a copy are neighbors: `fsdp` stays inside a TPU slice or a host with GPUs as far as it
+    divides their devices, so that parameters are gathered over the fast interconnect, and gradients
+    are averaged over the network between slices or hosts.
+
     Args:
       data: number of copies of the state; -1: as many as the devices allow.
       fsdp: number of shards of each copy; -1: as many as the devices allow.
@@ -38,9 +44,49 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     Raises:
       UserError: see `mesh_sizes`.
     """
-    sizes = mesh_sizes(data, fsdp, len(devices or jax.devices()))
+    devices = devices or jax.devices()
+    sizes = mesh_sizes(data, fsdp, len(devices))
     # Auto axes: Linen does not support Explicit ones, the default of jax.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    axis_types = (AxisType.Auto,) * 2
+    per_slice = collections.Counter(_slice_index(device) for device in devices)
+    if len(per_slice) == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+    # jax.make_mesh refuses several slices.
+    return Mesh(_arrange_slices(devices, sizes, per_slice), AXES, axis_types=axis_types)
+
+
+def _slice_index(device: jax.Device) -> int:
+    """The TPU slice of a device, or its host where it is a GPU or CPU: jax numbers both alike."""
+    return getattr(device, "slice_index", 0)
+
+
+def _arrange_slices(
+    devices: Sequence[jax.Device], sizes: tuple[int, int], per_slice: Mapping[int, int]
+) -> np.ndarray:
+    """Arrange the devices of several slices as a mesh.
+
+    Args:
+      devices: of all slices.
+      sizes: (data, fsdp).
+      per_slice: number of devices by slice.
+
+    Returns:
+      [data, fsdp], devices.
+    """
+    count = per_slice[_slice_index(devices[0])]
+    if set(per_slice.values()) != {count}:  # slices of unequal sizes: simply one after the other
+        ordered = sorted(devices, key=lambda device: (_slice_index(device), device.id))
+        return np.array(ordered).reshape(sizes)
+    data, fsdp = sizes
+    inner_fsdp = math.gcd(fsdp, count)
+    # It divides `data`: a / b in lowest terms is count / fsdp, and data = slices * a / b.
+    inner_data = count // inner_fsdp
+    return mesh_utils.create_hybrid_device_mesh(
+        (inner_data, inner_fsdp),
+        (data // inner_data, fsdp // inner_fsdp),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
