@@ -264,7 +264,8 @@ def command(images, workdir, *flags):
 def test_the_recipe_is_chosen_by_flag(flags, recipe):
     script = (
         "import sys; from lmim_jax.cli import app, train; train.define_flags();"
-        "app.parse_flags(train.RECIPES, sys.argv); print(train.flags.FLAGS['config'].config_filename)"
+        "app.parse_flags(train.RECIPES, sys.argv);"
+        "print(train.flags.FLAGS['config'].config_filename)"
     )
     told = subprocess.run(
         [sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True, check=True

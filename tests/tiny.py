@@ -62,7 +62,7 @@ def _shrink(section):
 
 
 def run(config, folder):
-    """Make `folder` a run of `config` that has not trained: its fresh state as the checkpoint of step 0."""
+    """Make `folder` a run of `config` with its fresh state as the checkpoint of step 0."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])  # quicker than eight
     model = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
     optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=0, total_steps=1)

@@ -30,7 +30,7 @@ def describe() -> dict[str, Any]:
     """
     return {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command_line(),
         "system": platform.platform(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
@@ -56,3 +56,11 @@ def record_start(workdir: str | os.PathLike[str]) -> None:
         atomic_io.write(pathlib.Path(workdir, NAME), json.dumps(records, indent=2) + "\n")
     except OSError as error:
         log.warning("%s was not written: %s", NAME, error)
+
+
+def _command_line() -> str:
+    """The command that started this process: "lmim train ..." or "python main.py ..."."""
+    program = pathlib.Path(sys.argv[0]).name
+    if program in ("lmim", "__main__.py"):  # the latter of python -m lmim_jax.cli
+        return shlex.join(["lmim"] + sys.argv[1:])
+    return shlex.join(["python"] + sys.argv)

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch under a real Slurm of this one machine: signal, queue, resume. Only with --faults."""
+"""launch/slurm.sbatch under a real Slurm of this machine: signal, queue, resume (--faults only)."""
 
 import re
 import subprocess
