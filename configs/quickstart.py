@@ -7,7 +7,7 @@ It is the default recipe of `lmim train` and `./launch/local.sh`.
 
 from ml_collections import ConfigDict
 
-from lmim_jax.configs import vit_b
+from lmim_jax.configs import evaluate, vit_b
 
 
 def get_config() -> ConfigDict:
@@ -27,6 +27,10 @@ def get_config() -> ConfigDict:
     # On flat shapes, 0.75 adds a constant to all latents
     config.method.update(similarity_start=0.5, similarity_end=0.0)
     config.optimizer.update(base_lr=4e-3, warmup_epochs=1.0)
+    config.evaluators.logistic_regression = evaluate.get_config().logistic_regression
+    config.evaluators.logistic_regression.update(every=4.0, batch_size=64, baselines=True)
+    # Fewer than usual, for speed: weak ones for features, and strong ones for raw pixels
+    config.evaluators.logistic_regression.update(l2=(1e-6, 1e-5, 1e-4, 1.0, 10.0), iterations=150)
     config.evaluators.knn.update(every=4.0, batch_size=64, baselines=True)
     config.evaluators.visualization.every = 4.0
     config.update(log_every=64, checkpoint_every=256, gauge_images=256)

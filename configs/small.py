@@ -28,6 +28,7 @@ def get_config(which: str = "latent_mim,shapes") -> ConfigDict:
     method, _, dataset = which.partition(",")
     config = quickstart.get_config()
     config.update(epochs=8, log_every=32)
+    del config.evaluators.logistic_regression
     config.evaluators.knn.baselines = False
     config.evaluators.visualization.every = 0.0
     for name, choices in ((method, METHODS), (dataset, DATASETS)):

@@ -242,7 +242,7 @@ def _accuracy_panels(series: dict[str, Any]) -> list[Panel]:
             curves = _select(series, [f"{title}/accuracy"])
             linear.append((f"{title}: linear accuracy, %", curves, baselines))
         else:
-            curves = _select(series, [name for name in names if "_" not in name])
+            curves = _select(series, [name for name in names if "_" not in name.partition("/")[2]])
             dashed = {key: value for key, value in baselines.items() if "_knn" in key}
             neighbors.append((f"{title}: accuracy of nearest neighbors, %", curves, dashed))
     return [*linear, *neighbors]
