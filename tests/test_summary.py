@@ -31,7 +31,8 @@ LINES = [
         "regression/l2": 1e-4,
         "regression/pixels_accuracy": 68.5,
         "regression/histogram_accuracy": 53.0,
-        "other/score": 1.0,
+        "segments/knn_miou": 40.0,  # not an accuracy of images
+        "segments/linear_accuracy": 90.0,
     },
 ]
 LINEAR = {"pixels": 68.5, "histogram": 53.0, "untrained": 61.0, "trained": 81.5}
@@ -55,6 +56,7 @@ def test_the_summary_has_the_linear_accuracy_beside_the_neighbors():
     assert found["linear"] == LINEAR
     assert found["knn20"] == NEIGHBORS
     assert found["regression/accuracy"] == 81.5
+    assert [key for key, value in found.items() if isinstance(value, dict)] == ["linear", "knn20"]
 
 
 def test_the_table_shows_linear_first():
@@ -91,7 +93,7 @@ def test_curves_of_accuracies_come_first_with_their_baselines():
         "knn: accuracy of nearest neighbors, %",
         "loss",
     ]
-    assert titles[-1] == "other"
+    assert titles[-1] == "segments"
     _, curves, constants = panels[0]
     assert curves == {"regression/accuracy": ([0, 8], [61.0, 81.5])}
     assert constants == {"pixels_accuracy": 68.5, "histogram_accuracy": 53.0}

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import statistics
 from typing import Any
 
@@ -15,6 +16,9 @@ from lmim_jax.utils import plotting
 Line = dict[str, Any]  # of metrics.jsonl
 Panel = tuple[str, dict[str, Any], dict[str, float]]  # see `plotting.plot_curves`
 
+KNN = re.compile(r"knn\d+")
+LOSS = re.compile(r".*_loss")
+SIMILARITY = re.compile(r"similarity_.*")
 METRICS = ("loss", "collapse_index", "effective_rank", "feature_std")
 LINEAR = "linear"  # key of the accuracy of logistic regression in the summary
 BASELINES = ("pixels", "histogram")  # features that need no encoder
@@ -64,14 +68,19 @@ def summarize(lines: list[Line], *, total_steps: int, seconds: float) -> dict[st
         if line["step"] == 0:
             first |= line
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    summary = {
+    summary: dict[str, Any] = {
         "steps": total_steps,
         "images_per_second": statistics.median(speeds),
         "wall_seconds": seconds,
     }
-    summary |= {name: last[name] for name in METRICS if name in last}
-    evaluated = {name: value for name, value in last.items() if "/" in name}
-    return {**summary, **_accuracies(first, last), **evaluated}
+    for name in METRICS:
+        if name in last:
+            summary[name] = last[name]
+    summary |= _accuracies(first, last)
+    for name, value in last.items():
+        if "/" in name:
+            summary[name] = value
+    return summary
 
 
 def _accuracies(first: Line, last: Line) -> dict[str, dict[str, float]]:
@@ -87,10 +96,14 @@ def _accuracies(first: Line, last: Line) -> dict[str, dict[str, float]]:
         key = _accuracy_key(metric)
         if key is None or key in found:
             continue
-        rows = {row: last.get(f"{title}/{row}_{metric}") for row in BASELINES}
-        rows["untrained"] = first.get(name)
+        rows = {}
+        for baseline in BASELINES:
+            if f"{title}/{baseline}_{metric}" in last:
+                rows[baseline] = last[f"{title}/{baseline}_{metric}"]
+        if name in first:
+            rows["untrained"] = first[name]
         rows["trained"] = last[name]
-        found[key] = {row: value for row, value in rows.items() if value is not None}
+        found[key] = rows
     return _linear_first(found)
 
 
@@ -98,7 +111,7 @@ def _accuracy_key(metric: str) -> str | None:
     """The key in the summary of an evaluator's metric: "linear", "knn20", or None for others."""
     if metric == "accuracy":  # of logistic_regression
         return LINEAR
-    return metric if metric.startswith("knn") else None
+    return metric if KNN.fullmatch(metric) else None
 
 
 def _linear_first(accuracies: dict[str, Any]) -> dict[str, Any]:
@@ -116,13 +129,15 @@ def format_summary(summary: dict[str, Any], workdir: str | os.PathLike[str]) -> 
         "metrics.jsonl": f"every logged line; also in {folder}/tensorboard",
         "checkpoints": "the weights",
     }
-    lines = [*_accuracy_table(summary), *_collapse_lines(summary)]
+    lines = _accuracy_table(summary) + _collapse_lines(summary)
     lines.append(f"  speed               {summary['images_per_second']:6.0f} images/s")
     lines += ["", f"In {folder}:", ""]
-    lines += [f"  {name:<18}  {what}" for name, what in files.items()]
+    for name, contents in files.items():
+        lines.append(f"  {name:<18}  {contents}")
     lines += ["", "Next steps:", ""]
-    lines += [f"  {what:<18}  {how.format(run=folder)}" for what, how in NEXT_STEPS.items()]
-    return "\n".join([*lines, ""])
+    for goal, how in NEXT_STEPS.items():
+        lines.append(f"  {goal:<18}  {how.format(run=folder)}")
+    return "\n".join(lines) + "\n"
 
 
 def _accuracy_table(summary: dict[str, Any]) -> list[str]:
@@ -131,22 +146,23 @@ def _accuracy_table(summary: dict[str, Any]) -> list[str]:
     accuracies = _linear_first(accuracies)
     if not accuracies:
         return [""]
-    titles = {key: key.replace("knn", "k-NN ") for key in accuracies}
-    head = "".join(f"{title:>10}" for title in titles.values())
+    head = ""
+    for key in accuracies:
+        head += f"{key.replace('knn', 'k-NN '):>10}"
     lines = ["", "Accuracy on the test images, in percent:", "", f"  {'':<20}{head}"]
     for row, name in ROWS.items():
-        if not any(row in values for values in accuracies.values()):
-            continue
         cells = ""
         for values in accuracies.values():
             cells += f"{values[row]:10.1f}" if row in values else f"{'':>10}"
-        lines.append(f"  {name:<20}{cells}")
+        if cells.strip():
+            lines.append(f"  {name:<20}{cells}")
     lines.append("")
     if LINEAR in accuracies:
         lines.append("  linear: logistic regression on frozen features")
-    if len(accuracies) > (LINEAR in accuracies):
+    if accuracies.keys() - {LINEAR}:
         lines.append("  k-NN:   vote of the nearest training images, by cosine similarity")
-    return [*lines, ""]
+    lines.append("")
+    return lines
 
 
 def _collapse_lines(summary: dict[str, Any]) -> list[str]:
@@ -170,7 +186,7 @@ def draw_curves(lines: list[Line], workdir: str | os.PathLike[str]) -> UInt8[np.
 def curve_panels(lines: list[Line]) -> list[Panel]:
     """The curves of a run as panels of `plotting.plot_curves`, accuracies first; none is empty."""
     series = _series(lines)
-    panels = [*_accuracy_panels(series), *_training_panels(series), *_other_panels(series)]
+    panels = _accuracy_panels(series) + _training_panels(series) + _other_panels(series)
     return [panel for panel in panels if panel[1]]
 
 
@@ -187,8 +203,8 @@ def _series(lines: list[Line]) -> dict[str, tuple[list[int], list[float]]]:
 
 def _training_panels(series: dict[str, Any]) -> list[Panel]:
     """Loss and collapse metrics."""
-    losses = ["loss", "reconstruction"] + [name for name in series if name.endswith("_loss")]
-    similarities = [name for name in series if name.startswith("similarity_")]
+    losses = ["loss", "reconstruction"] + list(filter(LOSS.fullmatch, series))
+    similarities = list(filter(SIMILARITY.fullmatch, series))
     chance = {}
     if "patch_chance" in series:
         chance["chance"] = series["patch_chance"][1][-1]
@@ -221,37 +237,38 @@ def _evaluations(series: dict[str, Any]) -> dict[str, list[str]]:
     return found
 
 
-def _is_accuracy(name: str) -> bool:
-    """Whether "title/metric" is an accuracy of logistic regression or of the k-NN."""
-    return _accuracy_key(name.partition("/")[2]) is not None
+def _has_accuracy(names: list[str]) -> bool:
+    """Whether a "title/metric" is an accuracy of logistic regression or of the k-NN."""
+    return any(_accuracy_key(name.partition("/")[2]) for name in names)
 
 
 def _accuracy_panels(series: dict[str, Any]) -> list[Panel]:
     """A panel for each logistic regression, then one for each k-NN; baselines are dashed lines."""
-    linear = []
-    neighbors = []
+    linear: list[Panel] = []
+    neighbors: list[Panel] = []
     for title, names in _evaluations(series).items():
-        if not any(_is_accuracy(name) for name in names):
+        if not _has_accuracy(names):
             continue
+        is_linear = f"{title}/accuracy" in names
+        curves = {}
         baselines = {}
         for name in names:
             metric = name.partition("/")[2]
-            if metric.startswith(tuple(f"{row}_" for row in BASELINES)):
+            if metric.endswith("_accuracy") or "_knn" in metric:
                 baselines[metric] = series[name][1][-1]
-        if f"{title}/accuracy" in names:
-            curves = _select(series, [f"{title}/accuracy"])
+            elif "_" not in metric and (metric == "accuracy" or not is_linear):
+                curves[name] = series[name]
+        if is_linear:
             linear.append((f"{title}: linear accuracy, %", curves, baselines))
         else:
-            curves = _select(series, [name for name in names if "_" not in name.partition("/")[2]])
-            dashed = {key: value for key, value in baselines.items() if "_knn" in key}
-            neighbors.append((f"{title}: accuracy of nearest neighbors, %", curves, dashed))
-    return [*linear, *neighbors]
+            neighbors.append((f"{title}: accuracy of nearest neighbors, %", curves, baselines))
+    return linear + neighbors
 
 
 def _other_panels(series: dict[str, Any]) -> list[Panel]:
     """A panel for each other evaluator."""
     panels: list[Panel] = []
     for title, names in _evaluations(series).items():
-        if not any(_is_accuracy(name) for name in names):
+        if not _has_accuracy(names):
             panels.append((title, _select(series, names), {}))
     return panels
