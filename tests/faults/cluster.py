@@ -1,9 +1,13 @@
-"""A Slurm cluster of this one machine, for as long as a `with` block: Debian's slurm-wlm, without a database."""
+"""A Slurm cluster of this one machine, for as long as a `with` block.
+
+Debian's slurm-wlm, without a database. The node claims 16 CPUs and two GPUs, which are copies of /dev/null.
+"""
 
 import os
 import pathlib
 import shutil
 import socket
+import stat
 import subprocess
 import time
 
@@ -20,6 +24,8 @@ WHY_NOT = (
     else "Slurm's daemons need root"
 )
 
+CPUS = 16  # that the node claims to have
+
 CONFIG = """ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
@@ -35,13 +41,16 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-SelectType=select/linear
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+GresTypes=gpu
 SchedulerType=sched/backfill
 MpiDefault=none
 JobRequeue=1
 ReturnToService=2
 KillWait=30
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Gres=gpu:2 State=UNKNOWN
 PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -64,8 +73,12 @@ class Cluster:
         for one in sockets:
             one.close()
         host = socket.gethostname().partition(".")[0]
-        text = CONFIG.format(folder=self.folder, host=host, ports=ports, cpus=os.cpu_count())
+        text = CONFIG.format(folder=self.folder, host=host, ports=ports, cpus=CPUS)
         (self.folder / "slurm.conf").write_text(text)
+        for number in range(2):
+            os.mknod(self.folder / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        gpus = f"Name=gpu Flags=nvidia_gpu_env File={self.folder}/gpu[0-1]\n"
+        (self.folder / "gres.conf").write_text(gpus)
         for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", host]):
             self._daemons.append(
                 subprocess.Popen(command, env=self.environment, stderr=subprocess.DEVNULL)

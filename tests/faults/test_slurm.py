@@ -10,6 +10,16 @@ import processes
 import pytest
 
 TASKS, STEPS = 2, 40
+# Options of sbatch: (CPUs of each task, CUDA_VISIBLE_DEVICES of each task); 16 CPUs and 2 GPUs
+BINDINGS = {
+    "--ntasks-per-node=2": ("1", ["", ""]),
+    "--ntasks-per-node=2 --cpus-per-task=3": ("3", ["", ""]),
+    "--ntasks-per-node=2 --gpus-per-node=2 --exclusive": ("8", ["0,1", "0,1"]),
+    "--ntasks-per-node=2 --gpus-per-node=2 --cpus-per-gpu=4": ("4", ["0,1", "0,1"]),
+    "--ntasks-per-node=2 --gpus-per-task=1 --exclusive": ("8", ["0", "1"]),
+    "--ntasks-per-node=2 --gpus-per-task=1 --cpus-per-gpu=4": ("4", ["0", "1"]),
+    "--ntasks-per-node=1 --gpus-per-node=2 --exclusive": ("16", ["0,1"]),
+}
 LIVING = "PENDING", "RUNNING", "COMPLETING", "COMPLETED"
 
 
@@ -70,3 +80,30 @@ def test_a_job_of_two_tasks_saves_on_its_signal_goes_back_into_the_queue_and_fin
     assert f"{TASKS} process(es)" in told
     assert sorted(processes.losses(workdir)) == list(range(1, STEPS + 1))
     assert (workdir / "summary.json").exists()
+
+
+@pytest.mark.skipif(bool(cluster.WHY_NOT), reason=cluster.WHY_NOT or "-")
+def test_every_task_gets_its_share_of_the_cpus_and_its_gpus(tmp_path, full):
+    if not full:
+        pytest.skip("half a minute; ./launch/test.sh --faults")
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\necho "task $SLURM_LOCALID: $SLURM_CPUS_PER_TASK $CUDA_VISIBLE_DEVICES."\n'
+    )
+    program.chmod(0o755)
+    with cluster.Cluster(tmp_path / "slurm") as slurm:
+        environment = {**slurm.environment, "PYTHON": str(program)}
+        for number, (options, (cpus, gpus)) in enumerate(BINDINGS.items()):
+            log = tmp_path / f"{number}.log"
+            command = [
+                "sbatch",
+                "--wait",
+                f"--output={log}",
+                *options.split(),
+                "launch/slurm.sbatch",
+            ]
+            subprocess.run(command, cwd=processes.ROOT, env=environment, check=True, timeout=60)
+            told = re.findall(r"task (\d): (\d+) (.*)\.", log.read_text())
+            wanted = [(str(task), cpus, visible) for task, visible in enumerate(gpus)]
+            assert sorted(told) == wanted, options
+            assert f"{cpus} CPU(s) each" in log.read_text()
