@@ -24,10 +24,20 @@ LIMIT = 300  # seconds that anything may take on a busy machine
 def start(
     images, workdir, *flags, processes=1, devices=1, launcher=(), different=(), program="main.py"
 ):
-    """main.py as users call it, as so many processes of so many devices each: a list of Popen.
+    """Start main.py as users do.
 
-    launcher: a command that starts all processes; different: a list of more flags for each process; program: with the
-    flags of main.py.
+    Args:
+      images: a folder of images.
+      workdir: of the run.
+      *flags: of main.py.
+      processes: how many.
+      devices: of each process.
+      launcher: a command that starts all processes.
+      different: a list of more flags for each process.
+      program: a script with the flags of main.py.
+
+    Returns:
+      A list of Process.
     """
     fake = f"{conftest.FAST} --xla_force_host_platform_device_count={devices}"
     environment = {
@@ -36,30 +46,40 @@ def start(
         "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
         "JAX_PLATFORMS": "cpu",
     }
-    common = [
+    command = [
         *launcher,
         sys.executable,
         program,
         "--config=tests/tiny.py",
         f"--config.data.path={images}",
+        f"--workdir={workdir}",
+        "--config.log_every=1",
+        "--config.evaluators.knn.every=0",
+        "--config.evaluators.visualization.every=0",
+        *flags,
     ]
-    common += [f"--workdir={workdir}", "--config.log_every=1", "--config.evaluators.knn.every=0"]
-    common += ["--config.evaluators.visualization.every=0", *flags]
-    ranks = [[]]
-    if processes > 1 and not launcher:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        where = [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
-        ranks = [
-            [*where, f"--process_id={i}", *(different[i] if different else ())]
-            for i in range(processes)
-        ]
-    return [Process([*common, *rank], cwd=ROOT, env=environment) for rank in ranks]
+    if processes == 1 or launcher:
+        return [Process(command, cwd=ROOT, env=environment)]
+    coordinator = f"localhost:{free_port()}"
+    started = []
+    for rank in range(processes):
+        own = [f"--coordinator={coordinator}", f"--num_processes={processes}"]
+        own.append(f"--process_id={rank}")
+        if different:
+            own += different[rank]
+        started.append(Process([*command, *own], cwd=ROOT, env=environment))
+    return started
+
+
+def free_port():
+    """A port of this machine that is not in use."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 class Process(subprocess.Popen):
-    """A process whose output is read all the time: one that writes into a full pipe would stand still."""
+    """A process whose output is read continuously: a full pipe would block it."""
 
     def __init__(self, command, **how):
         super().__init__(
@@ -69,20 +89,20 @@ class Process(subprocess.Popen):
         self._reader = threading.Thread(target=lambda: self._lines.extend(self.stdout), daemon=True)
         self._reader.start()
 
-    def told(self):
-        """What it and its children wrote, once all of them have ended."""
+    def output(self):
+        """What it and its children have written, once all of them have ended."""
         self._reader.join(LIMIT)
-        assert not self._reader.is_alive(), "somebody still holds its output"
+        assert not self._reader.is_alive(), "a process is still writing to the pipe"
         return "".join(self._lines)
 
 
 def finish(running):
     """Wait for processes: [(exit code, output)]."""
-    return [(process.wait(timeout=LIMIT), process.told()) for process in running]
+    return [(process.wait(timeout=LIMIT), process.output()) for process in running]
 
 
 def lines(workdir):
-    """The complete metric lines of a run, which may be going on."""
+    """The complete metric lines of a run, which may still be running."""
     path = pathlib.Path(workdir, "metrics.jsonl")
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
@@ -99,38 +119,37 @@ def step_of(workdir):
 
 
 def wait_for(condition, running):
-    """Wait until a condition holds; the processes must live meanwhile."""
+    """Wait until a condition holds, while the processes run."""
     deadline = time.monotonic() + LIMIT
     while not condition():
         for process in running:
-            assert process.poll() is None, process.told()
-        assert time.monotonic() < deadline, "nothing happened"
+            assert process.poll() is None, process.output()
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.002)
 
 
 def saving(workdir):
-    """Whether a save is under way: a step without a manifest."""
-    return any(
-        not (path / checkpoint_manifest.NAME).exists()
-        for path in checkpoints.steps(workdir).values()
-    )
+    """Whether a save is in progress: a step without a manifest."""
+    folders = checkpoints.steps(workdir).values()
+    return not all(checkpoint_manifest.is_committed(path) for path in folders)
 
 
 def digest(workdir, step):
-    """SHA-256 over all tensors of a saved step, names and bytes, as read by Orbax."""
-    path, reader = checkpoints.steps(workdir)[step].absolute() / "state", ocp.PyTreeCheckpointer()
-    # as plain arrays, wherever the devices were that saved them
-    plain = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree
-    )
-    return digest_of(reader.restore(path, restore_args=plain))
+    """SHA-256 over the names and bytes of all tensors of a saved step, as read by Orbax."""
+    path = checkpoints.steps(workdir)[step].absolute() / "state"
+    reader = ocp.PyTreeCheckpointer()
+    tree = reader.metadata(path).item_metadata.tree
+    # As numpy arrays, whatever devices saved them
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return digest_of_tree(reader.restore(path, restore_args=as_numpy))
 
 
-def digest_of(state):
-    """The same of a tree of arrays."""
-    whole = hashlib.sha256()
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    leaves = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-    for path, leaf in sorted(leaves.items()):
-        whole.update(path.encode() + np.asarray(leaf).tobytes())
-    return whole.hexdigest()
+def digest_of_tree(tree):
+    """SHA-256 over the names and bytes of a tree of arrays."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaves[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
+    digest = hashlib.sha256()
+    for name, leaf in sorted(leaves.items()):
+        digest.update(name.encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -37,7 +37,7 @@ def main(_):
     assert bool(sharded) == (mesh.shape["fsdp"] > 1)
     state = state.replace(rng=jax.random.key_data(state.rng))
     state = multihost_utils.process_allgather(state, tiled=True)
-    print("step", int(state.step), processes.digest_of(state))
+    print("step", int(state.step), processes.digest_of_tree(state))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Damage, full disks and lost folders. Numbers in brackets: by default / with --faults."""
+"""Damage, full disks and missing folders. In brackets: by default / with --faults."""
 
 import json
 import os
@@ -26,22 +26,32 @@ MESH = sharding.make_mesh()
 def state(seed, size=40):
     """A state of a few small tensors (size^2 numbers each)."""
     key = jax.random.key(seed)
-    tensor = lambda i: jax.random.normal(jax.random.fold_in(key, i), (size, size))
-    params = {
-        "encoder": {f"block{i:02d}": {"kernel": tensor(i), "bias": tensor(i)[0]} for i in range(3)}
-    }
+    encoder = {}
+    for i in range(3):
+        tensor = jax.random.normal(jax.random.fold_in(key, i), (size, size))
+        encoder[f"block{i:02d}"] = {"kernel": tensor, "bias": tensor[0]}
     return TrainState(
-        jnp.int32(seed), params, {"encoder": params["encoder"]["block00"]}, (jnp.int32(3),), key
+        step=jnp.int32(seed),
+        params={"encoder": encoder},
+        target={"encoder": encoder["block00"]},
+        opt_state=(jnp.int32(3),),
+        rng=key,
     )
 
 
-def shardings(of):
-    return jax.tree.map(lambda _: sharding.replicated(MESH), of)
+def shardings(tree):
+    """Replicated, a tree like the given one."""
+    return jax.tree.map(lambda _: sharding.replicated(MESH), tree)
+
+
+def as_numpy(state):
+    """A state as numpy arrays, with the key as plain numbers."""
+    return jax.tree.map(np.asarray, state.replace(rng=jax.random.key_data(state.rng)))
 
 
 def same(a, b):
-    plain = lambda x: jax.tree.map(np.asarray, x.replace(rng=jax.random.key_data(x.rng)))
-    return jax.tree.all(jax.tree.map(np.array_equal, plain(a), plain(b)))
+    """Whether two states are bitwise equal."""
+    return jax.tree.all(jax.tree.map(np.array_equal, as_numpy(a), as_numpy(b)))
 
 
 def save(workdir, *steps, size=40, **change):
@@ -81,17 +91,18 @@ def test_what_is_saved_is_restored(tmp_path):
 def test_every_flipped_bit_is_detected_and_its_file_named(tmp_path, full):
     """[100 / 1,000 bits, over all files of a step, evenly]"""
     save(tmp_path, 1)
-    step, rng = tmp_path / "checkpoints" / "1", random.Random(0)
+    step = tmp_path / "checkpoints" / "1"
+    rng = random.Random(0)
     paths = files(step)
     for i in range(1000 if full else 100):
         path = paths[i % len(paths)]
         good = path.read_bytes()
         flip(path, rng)
-        verdict = checkpoint_manifest.verify(step)
-        assert verdict.state == "damaged", path
-        assert path.name in verdict.problems[0]
+        status = checkpoint_manifest.verify(step)
+        assert status.state == "damaged", path
+        assert path.name in status.problems[0]
         if path.parent.name.startswith("params."):
-            assert f"(tensor {path.parent.name.replace('.', '/')})" in verdict.problems[0]
+            assert f"(tensor {path.parent.name.replace('.', '/')})" in status.problems[0]
         path.write_bytes(good)
     assert checkpoint_manifest.verify(step).state == "good"
 
@@ -107,17 +118,16 @@ def damage(path, kind, rng):
 
 
 def test_a_damaged_step_is_set_aside_and_the_one_before_restored(tmp_path, caplog, full):
-    """[8 / 50 flips; cuts to 0, 50 and 99.9 %; every file deleted in turn (by default every fifth)]"""
+    """[8 / 50 flips; truncation to 0, 50 and 99.9 %; deletion of every fifth / every file]"""
     save(tmp_path / "good", 1, 2)
-    paths, rng = files(tmp_path / "good" / "checkpoints" / "2"), random.Random(1)
+    paths = files(tmp_path / "good" / "checkpoints" / "2")
+    rng = random.Random(1)
     cases = [(rng.choice(paths), "flip") for _ in range(50 if full else 8)]
     cases += [(rng.choice(paths), share) for share in (0, 0.5, 0.999)]
     cases += [(path, "delete") for path in paths[:: 1 if full else 5]]
-    cases += (
-        [(paths[0].parents[0] / checkpoint_manifest.NAME, "delete")]
-        if paths[0].parents[0].name == "2"
-        else []
-    )
+    manifest = paths[0].parent / checkpoint_manifest.NAME
+    if manifest.parent.name == "2":
+        cases.append((manifest, "delete"))
     for i, (path, kind) in enumerate(cases):
         run = tmp_path / f"run{i}"
         shutil.copytree(tmp_path / "good", run)
@@ -130,9 +140,8 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_restored(tmp_path, caplo
         assert "RESTORING AN OLDER CHECKPOINT, step 1: step 2 is" in warning
         assert path.name in warning
         assert list(checkpoint.steps(run)) == [1]
-        assert [path.name.split("-")[0] for path in (run / "checkpoints" / "aside").iterdir()] == [
-            "2"
-        ]
+        (quarantined,) = (run / "checkpoints" / "aside").iterdir()
+        assert quarantined.name.split("-")[0] == "2"
         shutil.rmtree(run)
 
 
@@ -144,7 +153,7 @@ def test_without_any_good_step_the_error_says_so(tmp_path):
         UserError, match=r"no good checkpoint: step 2 is damaged: state/.*; step 1 is damaged"
     ):
         restore(tmp_path)
-    with pytest.raises(UserError, match="no good checkpoint: all of them are gone"):
+    with pytest.raises(UserError, match="no good checkpoint: all of them have been deleted"):
         shutil.rmtree(tmp_path / "checkpoints" / "aside")
         restore(tmp_path)
 
@@ -180,16 +189,12 @@ def test_retention_keeps_the_newest_every_mth_and_the_best(tmp_path):
     change = {"checkpoint_keep": 2, "checkpoint_keep_every": 4, "checkpoint_best": "knn/knn5"}
     save(tmp_path, *range(1, 10), **change)
     assert list(checkpoint.steps(tmp_path)) == [3, 4, 8, 9]
-    assert all(
-        checkpoint_manifest.verify(path).state == "good"
-        for path in checkpoint.steps(tmp_path).values()
-    )
+    for path in checkpoint.steps(tmp_path).values():
+        assert checkpoint_manifest.verify(path).state == "good"
 
 
 def test_a_step_stays_though_old_ones_cannot_be_deleted(tmp_path, caplog):
-    save(
-        tmp_path, 1, checkpoint_best="knn/knn5"
-    )  # and there is no metrics.jsonl to find the best in
+    save(tmp_path, 1, checkpoint_best="knn/knn5")  # there is no metrics.jsonl to find the best in
     assert "old checkpoints could not be deleted" in caplog.text
     assert same(restore(tmp_path), state(1))
 
@@ -214,7 +219,7 @@ def used(path):
     return shutil.disk_usage(path).used
 
 
-def test_a_full_disk_is_told_at_once_leaks_nothing_and_is_tried_again(small_disk, caplog):
+def test_a_full_disk_is_logged_at_once_leaks_nothing_and_is_tried_again(small_disk, caplog):
     size = 1000  # 4 MB a tensor, 16 MB a state
     save(small_disk, 1, size=size)
     filler = small_disk / "filler"
@@ -265,7 +270,7 @@ import os, pathlib, sys
 sys.path[:0] = ["tests", "tests/faults", "."]
 import test_checkpoints as t
 warm, run = (pathlib.Path(path) for path in sys.argv[1:])
-t.save(warm, 1)  # imports all there is, while it may
+t.save(warm, 1)  # imports everything, while it may
 if os.geteuid() == 0:  # permissions do not stop root
     os.setgroups([])
     os.setegid(65534)
@@ -305,14 +310,19 @@ def test_metrics_wait_for_space_and_are_all_there_in_the_end(small_disk, caplog)
             pass
     for step in range(2, 400):  # more than the pages at hand
         writer.write(step, {"loss": float(step), "padding" * 20: 1.0})
-        writer.draw(step, {"given": np.zeros((300, 300, 3), np.uint8)} if step == 5 else {})
-    assert (
-        1 <= caplog.text.count("cannot write to") < 10
-    )  # small pieces of space turn up now and then
+        if step == 5:
+            writer.write_pictures(step, {"given": np.zeros((300, 300, 3), np.uint8)})
+    # A little space becomes free now and then
+    assert 1 <= caplog.text.count("cannot write to") < 10
     filler.unlink()
     writer.write(400, {"loss": 400.0})
     writer.close()
     assert [line["step"] for line in metric_writer.read_metrics(small_disk)] == list(range(1, 401))
+
+
+def listed_states(lines):
+    """The states in the lines of the steps."""
+    return [line.split()[1] for line in lines if line.split()[0].isdigit()]
 
 
 def test_the_tool_lists_every_step_and_finds_the_damage(tmp_path):
@@ -323,17 +333,9 @@ def test_the_tool_lists_every_step_and_finds_the_damage(tmp_path):
     path = files(tmp_path / "checkpoints" / "3" / "state")[-1]
     flip(path, random.Random(0))
     by_size, _ = tool.table(tmp_path, verify=False)
-    assert [line.split()[1] for line in by_size if line.split()[0].isdigit()] == [
-        "good",
-        "partial",
-        "good",
-    ]
+    assert listed_states(by_size) == ["good", "partial", "good"]
     by_content, all_good = tool.table(tmp_path, verify=True)
-    assert [line.split()[1] for line in by_content if line.split()[0].isdigit()] == [
-        "good",
-        "partial",
-        "damaged",
-    ]
+    assert listed_states(by_content) == ["good", "partial", "damaged"]
     assert any(path.name in line and "wrong checksum" in line for line in by_content)
     assert not all_good
     with pytest.raises(UserError, match="no checkpoints here"):

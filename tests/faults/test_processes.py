@@ -1,4 +1,4 @@
-"""Kills, signals and rivals: real processes. Numbers in brackets: by default / with --faults.
+"""Kills, signals and second writers: real processes. In brackets: by default / with --faults.
 
 Runs are of 30 steps / 120, with a checkpoint every 3.
 """
@@ -11,6 +11,8 @@ import time
 
 import processes
 import pytest
+
+from lmim_jax.train import checkpoint_manifest, checkpoints
 
 SELDOM = "--config.checkpoint_every=1000"  # at the end
 
@@ -29,7 +31,7 @@ def flags(last):
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory, last, flags):
-    """The digest of the last state, and the losses, of an uninterrupted run of so many processes: a function."""
+    """A function of the number of processes: digest of the last state and losses of a whole run."""
 
     @functools.cache
     def run(number):
@@ -46,21 +48,37 @@ def whole(images, tmp_path_factory, last, flags):
 
 
 def equals(whole, workdir):
-    """Assert that a run has ended in the same state, by the same losses, as the uninterrupted one."""
+    """Check that a run has the same losses and the same last state as the uninterrupted one."""
     digest, losses = whole
     assert processes.losses(workdir) == losses
     assert processes.digest(workdir, len(losses)) == digest
 
 
 def moments(number, last):
-    """When to kill, given the folder of a run: before the first save, inside a save, or at a random step."""
-    before = lambda workdir, first: True
-    inside = lambda workdir, first: processes.saving(workdir)
-    ahead = lambda steps: (
-        lambda workdir, first: processes.step_of(workdir) >= min(first + steps, last - 1)
-    )
-    some = lambda: random.randrange(1, last // 5)
-    return [(before, inside, ahead(some()), ahead(some()))[i % 4] for i in range(number)]
+    """When to kill: functions (workdir, first step) -> whether it is time.
+
+    In turn before the first save, during a save, and at random steps.
+    """
+
+    def immediately(workdir, first):
+        return True
+
+    def during_a_save(workdir, first):
+        return processes.saving(workdir)
+
+    def after_some_steps(workdir, first, steps):
+        return processes.step_of(workdir) >= min(first + steps, last - 1)
+
+    found = []
+    for i in range(number):
+        if i % 4 == 0:
+            found.append(immediately)
+        elif i % 4 == 1:
+            found.append(during_a_save)
+        else:
+            steps = random.randrange(1, last // 5)
+            found.append(functools.partial(after_some_steps, steps=steps))
+    return found
 
 
 @pytest.mark.parametrize("part", range(5))
@@ -96,9 +114,9 @@ def test_kill_9_at_any_moment_changes_no_bit(images, whole, tmp_path, part, full
 def test_a_signal_saves_the_step_and_exits_with_75(
     images, whole, tmp_path, number, repetition, full, last, flags
 ):
-    """[1 + 1 runs / 10 with one process and 10 with two]; SIGTERM and SIGUSR1 in turn, to one of the processes.
+    """[1 + 1 runs / 10 with one process and 10 with two]
 
-    [Two processes go on after it only with --faults]
+    SIGTERM and SIGUSR1 in turn, to one of the processes. Two processes resume only with --faults.
     """
     if repetition and not full:
         pytest.skip("more of the same; ./launch/test.sh --faults")
@@ -108,14 +126,13 @@ def test_a_signal_saves_the_step_and_exits_with_75(
     began = time.monotonic()
     random.choice(running).send_signal((signal.SIGTERM, signal.SIGUSR1)[repetition % 2])
     ended = processes.finish(running)
-    assert time.monotonic() - began < (30 if full else 120), (
-        ended
-    )  # other tests run beside this one by default
+    limit = 30 if full else 120  # by default, other tests run beside this one
+    assert time.monotonic() - began < limit, ended
     assert [code for code, _ in ended] == [75] * number, ended
     (step,) = {int(re.search(r"stopped after step (\d+)", output)[1]) for _, output in ended}
     assert moment <= step < last
-    assert list(processes.checkpoint.steps(tmp_path)) == [step]
-    assert processes.manifest.verify(processes.checkpoint.steps(tmp_path)[step]).state == "good"
+    assert list(checkpoints.steps(tmp_path)) == [step]
+    assert checkpoint_manifest.verify(checkpoints.steps(tmp_path)[step]).state == "good"
     if number > 1 and not full:
         return
     for code, output in processes.finish(
@@ -132,7 +149,7 @@ def test_no_worker_outlives_a_killed_run(images, tmp_path):
     )
     processes.wait_for(lambda: processes.step_of(tmp_path) >= 1, running)
     process.send_signal(signal.SIGKILL)
-    process.told()  # ends when the last process that holds the pipe is gone
+    process.output()  # returns when the last process that holds the pipe has ended
 
 
 def test_a_second_writer_is_refused_and_a_dead_ones_lock_taken_over(images, tmp_path):

@@ -1,11 +1,10 @@
-"""Several processes: equal to one, alike or refused, ended together, resumed as others. Real processes."""
+"""Several real processes: equal to one, consistent, ended together, resumed with others."""
 
 import json
 import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ import numpy as np
 import processes
 import pytest
 
+from lmim_jax.train import checkpoint_manifest, checkpoints
+
 STEPS = 20
 FLAGS = (
     f"--config.total_steps={STEPS}",
@@ -21,7 +22,11 @@ FLAGS = (
     "--heartbeat=300",
 )  # on a busy machine
 RESTORE = "tests/faults/restore.py"
-CUT = "--config.mesh.fsdp=-1", "--config.mesh.data=1", "--config.mesh.min_size=64"
+NEVER_EVALUATE = (
+    "--config.evaluators.knn.every=1000",
+    "--config.evaluators.visualization.every=1000",
+)
+SHARDED = "--config.mesh.fsdp=-1", "--config.mesh.data=1", "--config.mesh.min_size=64"
 
 
 def run(images, workdir, *flags, **how):
@@ -32,10 +37,13 @@ def run(images, workdir, *flags, **how):
 
 
 def close(one, other, same_rows):
-    """Equal but for rounding.
+    """Check that losses are equal but for rounding.
 
-    same_rows: a device has as many rows in both, so that its crops are the same to the bit. Where it has not, a pixel
-    of a crop now and then falls to the other side of a level, which shows in the loss of that step.
+    Args:
+      one: {step: loss}.
+      other: the same of another run.
+      same_rows: a device has as many rows in both runs, so that its crops are bitwise equal.
+        Otherwise a pixel of a crop is sometimes rounded to another level, which changes the loss.
     """
     assert one.keys() == other.keys()
     off = np.array([abs(one[step] / other[step] - 1) for step in one])
@@ -46,32 +54,28 @@ def close(one, other, same_rows):
     assert off.max() < 1e-4, off
 
 
-@pytest.mark.parametrize("cut", [CUT, ()], ids=["cut", "copies"])
-def test_two_processes_train_as_one_does(images, tmp_path, cut, full):
-    """[state cut over both, without evaluators / also a copy in each, with both evaluators at the end]"""
-    if not cut and not full:
+def last_accuracy(workdir):
+    """The last k-NN accuracy of a run."""
+    values = [line["knn/nn1"] for line in processes.lines(workdir) if "knn/nn1" in line]
+    return values[-1]
+
+
+@pytest.mark.parametrize("mesh", [SHARDED, ()], ids=["sharded", "replicated"])
+def test_two_processes_train_as_one_does(images, tmp_path, mesh, full):
+    """[sharded state, without evaluators / also replicated, with both evaluators at the end]"""
+    if not mesh and not full:
         pytest.skip("more of the same; ./launch/test.sh --faults")
-    flags = (
-        FLAGS
-        if full
-        else (
-            *FLAGS,
-            *(f"--config.evaluators.{name}.every=1000" for name in ("knn", "visualization")),
-        )
-    )
+    flags = FLAGS
+    if not full:
+        flags = (*FLAGS, *NEVER_EVALUATE)
     one = run(images, tmp_path / "one", *flags, devices=2)
-    two = run(images, tmp_path / "two", *flags, *cut, processes=2)
+    two = run(images, tmp_path / "two", *flags, *mesh, processes=2)
     assert len(one) == STEPS
     close(one, two, same_rows=True)
     if not full:
         return
-    last = [
-        [line for line in processes.lines(tmp_path / name) if "knn/nn1" in line][-1]
-        for name in ("one", "two")
-    ]
-    assert last[0]["knn/nn1"] == pytest.approx(
-        last[1]["knn/nn1"], abs=15
-    )  # of 16 images, one or two may change side
+    # Of 16 images, one or two may change side
+    assert last_accuracy(tmp_path / "one") == pytest.approx(last_accuracy(tmp_path / "two"), abs=15)
 
 
 def test_a_process_that_was_started_otherwise_is_named(images, tmp_path):
@@ -111,9 +115,7 @@ print("all:", multihost.gather_json({"me": me}))
 
 
 def test_processes_wait_for_each_other_and_learn_who_failed():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{processes.free_port()}"
     environment = {**os.environ, "PYTHONPATH": str(processes.ROOT), "JAX_PLATFORMS": "cpu"}
     both = [
         processes.Process([sys.executable, "-c", BARRIERS, address, str(me)], env=environment)
@@ -160,60 +162,69 @@ def test_a_lost_process_ends_the_run_and_is_named(images, tmp_path, victim, full
 TOPOLOGIES = [  # (processes, devices of each, flags of the mesh)
     (2, 4, ["--config.mesh.fsdp=4", "--config.mesh.min_size=64"]),
     (1, 2, []),
-    (2, 1, CUT),
+    (2, 1, SHARDED),
 ]
 
 
-def test_a_run_goes_on_with_other_processes_and_devices(images, tmp_path, full):
-    """[only with --faults] 2 x 4 devices, cut in 4; then 1 x 2, whole; then 2 x 1, cut in 2; against 1 x 1."""
+def test_a_run_resumes_with_other_processes_and_devices(images, tmp_path, full):
+    """[only with --faults] 2 x 4 devices, 4 shards; 1 x 2, replicated; 2 x 1, 2 shards.
+
+    All equal a run on 1 x 1.
+    """
     if not full:
         pytest.skip("five runs; ./launch/test.sh --faults")
     expected = run(images, tmp_path / "one", *FLAGS)
     workdir, step = tmp_path / "moved", 0
     for number, devices, mesh in TOPOLOGIES:
         topology = dict(processes=number, devices=devices)
+        last = (number, devices) == TOPOLOGIES[-1][:2]
         if step:  # loaded on these devices, the state is the saved one, bit by bit
-            loaded = processes.finish(
-                processes.start(images, workdir, *FLAGS, *mesh, **topology, program=RESTORE)
-            )
+            started = processes.start(images, workdir, *FLAGS, *mesh, **topology, program=RESTORE)
+            loaded = processes.finish(started)
             assert [code for code, _ in loaded] == [0] * number, loaded
             assert f"step {step} {processes.digest(workdir, step)}" in loaded[0][1]
         running = processes.start(images, workdir, *FLAGS, *mesh, **topology)
-        if (number, devices) != TOPOLOGIES[-1][:2]:
+        if not last:
             processes.wait_for(lambda step=step: processes.step_of(workdir) >= step + 3, running)
             running[0].send_signal(signal.SIGTERM)
         ended = processes.finish(running)
-        assert {code for code, _ in ended} == {
-            75 if (number, devices) != TOPOLOGIES[-1][:2] else 0
-        }, ended
-        *_, step = processes.checkpoint.steps(workdir)
+        assert {code for code, _ in ended} == {0 if last else 75}, ended
+        *_, step = checkpoints.steps(workdir)
     assert step == STEPS
-    close(
-        expected, processes.losses(workdir), same_rows=False
-    )  # so the data came in the same order, too
+    # The data came in the same order, too
+    close(expected, processes.losses(workdir), same_rows=False)
 
 
 def test_a_save_that_fails_on_one_process_fails_on_all_and_is_tried_again(images, tmp_path, full):
-    """[only with --faults] Process 1 may write no more files for a while: the others are told, and nobody hangs."""
+    """[only with --faults] Process 1 cannot write files for a while, and no process hangs."""
     if not full:
         pytest.skip("a minute; ./launch/test.sh --faults")
-    flags = "--config.epochs=1000", "--config.checkpoint_max_failures=1000", "--heartbeat=300", *CUT
-    running = processes.start(images, tmp_path, *flags, processes=2)
-    saved = lambda: max(processes.checkpoint.steps(tmp_path), default=0)
-    processes.wait_for(lambda: saved() >= 3, running)
-    limit = lambda size: subprocess.run(
-        ["prlimit", "--pid", str(running[1].pid), f"--fsize={size}:"], check=True
+    flags = (
+        "--config.epochs=1000",
+        "--config.checkpoint_max_failures=1000",
+        "--heartbeat=300",
+        *SHARDED,
     )
-    limit(100)
+    running = processes.start(images, tmp_path, *flags, processes=2)
+    processes.wait_for(lambda: max(checkpoints.steps(tmp_path), default=0) >= 3, running)
+
+    def limit_file_size(size):
+        command = ["prlimit", "--pid", str(running[1].pid), f"--fsize={size}:"]
+        subprocess.run(command, check=True)
+
+    limit_file_size(100)
     first = processes.step_of(tmp_path)
     processes.wait_for(lambda: processes.step_of(tmp_path) >= first + 12, running)
-    limit("unlimited")
+    limit_file_size("unlimited")
     recovered = processes.step_of(tmp_path)
-    good = lambda path: processes.manifest.verify(path).state == "good"
-    steps = lambda: processes.checkpoint.steps(tmp_path).items()
-    processes.wait_for(
-        lambda: any(good(path) for step, path in steps() if step > recovered + 3), running
-    )
+
+    def saved_again():
+        for step, path in checkpoints.steps(tmp_path).items():
+            if step > recovered + 3 and checkpoint_manifest.verify(path).state == "good":
+                return True
+        return False
+
+    processes.wait_for(saved_again, running)
     running[0].send_signal(signal.SIGTERM)
     ended = processes.finish(running)
     assert [code for code, _ in ended] == [75, 75], ended
@@ -222,33 +233,34 @@ def test_a_save_that_fails_on_one_process_fails_on_all_and_is_tried_again(images
 
 
 def test_two_processes_evaluate_as_one_does(images, tmp_path, full):
-    """[only with --faults] The same figures; features are written by the first process, and read by both."""
+    """[only with --faults] Equal metrics; process 0 writes features, and both read them."""
     if not full:
         pytest.skip("four processes; ./launch/test.sh --faults")
     run(images, tmp_path, *FLAGS)
     script = [str(processes.ROOT / "launch" / "processes.sh"), "2"]
-    tool = [
+    evaluate = [
         sys.executable,
         "-m",
         "lmim_jax.cli",
         "evaluate",
         f"--workdir={tmp_path}",
         "--evaluators=knn,logistic_regression",
+        "--config.knn.batch_size=16",
+        "--config.logistic_regression.batch_size=16",
     ]
-    tool += ["--config.knn.batch_size=16", "--config.logistic_regression.batch_size=16"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    figures, cache = [], tmp_path / "evaluations" / "cache"
+    cache = tmp_path / "evaluations" / "cache"
+    metrics = []
     for name, launcher in (("two", script), ("again", script), ("one", [])):
-        command = [*launcher, *tool, f"--out={tmp_path / name}.json"]
-        told = subprocess.run(
+        command = [*launcher, *evaluate, f"--out={tmp_path / name}.json"]
+        done = subprocess.run(
             command, cwd=processes.ROOT, env=environment, capture_output=True, text=True
         )
-        assert told.returncode == 0, told.stdout + told.stderr
-        figures.append(json.loads((tmp_path / f"{name}.json").read_text())["figures"])
+        assert done.returncode == 0, done.stdout + done.stderr
+        metrics.append(json.loads((tmp_path / f"{name}.json").read_text())["figures"])
         assert len(list(cache.iterdir())) == 2
-        assert ("knn/nn1" in told.stdout) and told.stdout.count("knn/nn1") == 1
-        reads = (told.stderr + told.stdout).count(f"from {cache}")
-        assert reads == (
-            2 if name == "two" else 4
-        )  # of two splits, by the second evaluator; by both
-    assert figures[0] == figures[1] == figures[2]
+        assert done.stdout.count("knn/nn1") == 1
+        # The first time, the second evaluator reads the features of two splits; later, both do
+        reads = (done.stderr + done.stdout).count(f"from {cache}")
+        assert reads == (2 if name == "two" else 4)
+    assert metrics[0] == metrics[1] == metrics[2]
