@@ -9,7 +9,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The programs here run once or twice: compile them quickly, and the same one only once, in whatever process.
+# Most programs run once or twice: compile them quickly, and each only once over all processes.
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST}"
@@ -30,7 +30,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """A folder of 48 training and 16 test images in two classes, 20 to 40 pixels a side, JPEG and PNG."""
+    """A folder of 48 training and 16 test images, two classes, 20 to 40 pixels, JPEG and PNG."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 8)):
         for label, name in enumerate(("cat", "dog")):
@@ -56,6 +56,7 @@ def pytest_addoption(parser):
         action="store_true",
         help="comparisons with timm and transformers, and nothing else",
     )
+    parser.addoption("--slow", action="store_true", help="also the tests marked as slow")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -66,6 +67,8 @@ def pytest_collection_modifyitems(config, items):
         wanted = interop
     else:
         wanted = [item for item in items if item not in interop]
+        if not config.getoption("--slow"):
+            wanted = [item for item in wanted if not item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted
 

@@ -110,7 +110,9 @@ def test_a_sweep_recommends_the_fastest_that_fits(monkeypatch):
     assert best["change"] == {"micro_batches": 2}
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4y4", "h300:8", "v5e:0x4", ""])
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:4y4", "h300:8", "v5e:0x4", "2xh100:8", "0xv5e:4x4", ""]
+)
 def test_unknown_topologies_are_refused(name):
     with pytest.raises(UserError, match="must be one of: v5e:4x4"):
         accelerators.parse_topology(name)
@@ -122,6 +124,7 @@ def test_unknown_topologies_are_refused(name):
         ("v5e:4x4", 16, 4),
         ("v5p:2x2x4", 16, 4),
         ("v6e:8x8", 64, 16),
+        ("2xv5e:4x4", 32, 8),
         ("h200:8", 8, 1),
         ("h100:8x4", 32, 4),
     ],
@@ -132,13 +135,11 @@ def test_known_topologies(name, chips, hosts):
     assert topology.hosts == hosts
 
 
-def test_communication_between_nodes_takes_longer():
-    node = accelerators.parse_topology("h100:8").chip
-    cluster = accelerators.parse_topology("h100:8x4").chip
-    single = accelerators.parse_topology("h100:1").chip
-    inside = accelerators.network_seconds(node, 8, 1e9)
-    assert inside < accelerators.network_seconds(cluster, 32, 1e9)
-    assert accelerators.network_seconds(single, 1, 0) == 0
+@pytest.mark.parametrize(("one", "several"), [("h100:8", "h100:8x4"), ("v5e:4x4", "2xv5e:4x4")])
+def test_communication_between_nodes_or_slices_takes_longer(one, several):
+    inside = accelerators.network_seconds(accelerators.parse_topology(one), 1e9)
+    assert inside < accelerators.network_seconds(accelerators.parse_topology(several), 1e9)
+    assert accelerators.network_seconds(accelerators.parse_topology("h100:1"), 0) == 0
 
 
 def test_without_libtpu_it_says_how_to_get_it():
@@ -156,17 +157,24 @@ def test_without_libtpu_it_says_how_to_get_it():
 @pytest.mark.skipif(
     not importlib.util.find_spec("libtpu"), reason="pip install libtpu to compile for TPUs"
 )
-def test_the_tool_compiles_for_a_topology_that_is_not_there(tmp_path, full):
-    """[only with --faults] A tiny recipe for v5e:2x2, as users call it."""
-    if not full:
-        pytest.skip("a minute; ./launch/test.sh --faults")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "flags", "mesh"),
+    [
+        ("v5e:2x2", [], {"data": 4, "fsdp": 1}),
+        ("2xv5e:2x2", [], {"data": 8, "fsdp": 1}),
+        ("2xv5e:2x2", ["--config.mesh.fsdp=4"], {"data": 2, "fsdp": 4}),
+    ],
+)
+def test_the_tool_compiles_for_a_topology_that_is_not_there(topology, flags, mesh, tmp_path):
     command = [
         sys.executable,
         "-m",
         "lmim_jax.cli",
         "plan",
         "--config=tests/tiny.py",
-        "--topology=v5e:2x2",
+        f"--topology={topology}",
+        *flags,
     ]
     command += ["--config.batch_size=16", f"--json={tmp_path / 'plan.json'}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -174,7 +182,8 @@ def test_the_tool_compiles_for_a_topology_that_is_not_there(tmp_path, full):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["from"] == "compiler"
-    assert {one["kind"] for one in found["collectives"]} == {"all-reduce"}
+    assert found["mesh"] == mesh
+    assert "all-reduce" in {one["kind"] for one in found["collectives"]}
     params = parts_of(recipe("tiny", batch_size=16), images=100).abstract_state().params
     moved = sum(one["size"] for one in found["collectives"])
     assert moved >= sum(leaf.size * 4 for leaf in jax.tree.leaves(params))

@@ -4,7 +4,8 @@
     lmim plan --config=vit_b --topology=v5e:4x4 --sweep --json=plan.json
 
 TPUs (v5e, v5p, v6e): libtpu, which needs no TPU, compiles the train step for the real topology, and
-reports memory, FLOPs and collectives; this takes minutes. GPUs (h200:8, a100, b200, and h100:8x4:
+reports memory, FLOPs and collectives; this takes minutes. 2xv5e:4x4 is two slices with the data
+center network between them. GPUs (h200:8, a100, b200, and h100:8x4:
 GPUs per node x nodes): estimated from the traced program. Times are lower bounds from the chips'
 specifications (lmim_jax/perf/accelerators.py), and an estimate at an assumed utilization; none is
 measured.
@@ -66,9 +67,10 @@ def plan(config: ConfigDict, topology: str, settings: Settings) -> Plan:
     Returns:
       Plain values; "feasible" says whether the memory suffices.
     """
-    kind, chip, chips, hosts = accelerators.parse_topology(topology)
+    parsed = accelerators.parse_topology(topology)
+    chip, chips, hosts = parsed.chip, parsed.chips, parsed.hosts
     parts = aot.build_for_images(config, settings["images"])
-    is_tpu = kind in accelerators.TPUS
+    is_tpu = parsed.kind in accelerators.TPUS
     if is_tpu:
         source = "compiler"
         analysis = aot.compile_for_tpu(parts, topology)
@@ -77,7 +79,7 @@ def plan(config: ConfigDict, topology: str, settings: Settings) -> Plan:
         analysis = aot.analyze(parts, chips)
     memory = {"limit": chip.memory, **analysis.memory}
     flops = aot.flops_per_image(parts)
-    seconds = _step_seconds(parts, analysis, chip, chips, flops, settings["utilization"])
+    seconds = _step_seconds(parts, analysis, parsed, flops, settings["utilization"])
     images_per_second = config.batch_size / seconds["step"]
     total_images = (config.total_steps or 0) * config.batch_size
     if not total_images:
@@ -116,13 +118,13 @@ def plan(config: ConfigDict, topology: str, settings: Settings) -> Plan:
 def _step_seconds(
     parts: TrainingParts,
     analysis: aot.StepAnalysis,
-    chip: accelerators.Chip,
-    chips: int,
+    topology: accelerators.Topology,
     flops: dict[str, float],
     utilization: float,
 ) -> dict[str, float]:
     """Lower bounds on the time of a step, "compute", "memory" and "network", and its estimate."""
-    images = parts.config.batch_size / chips
+    chip = topology.chip
+    images = parts.config.batch_size / topology.chips
     state = aot.state_bytes(parts)
     _, activations = aot.activation_bytes(parts)
     # The state is read and written once, with the gradients; activations are written and read
@@ -131,7 +133,7 @@ def _step_seconds(
     seconds = {
         "compute": (flops["executed"] + flops["augmentation"]) * images / chip.flops,
         "memory": (state_traffic + 2 * images * activations) / chip.bandwidth,
-        "network": accelerators.network_seconds(chip, chips, wire_bytes),
+        "network": accelerators.network_seconds(topology, wire_bytes),
     }
     at_utilization = flops["executed"] * images / chip.flops / utilization
     seconds["step"] = max(at_utilization, max(seconds.values()))
@@ -359,8 +361,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "topology",
         "v5e:4x4",
-        "Chips: v5e:4x4, v5p:2x2x4, v6e:8x8, ... for TPUs, h200:8, ... for the GPUs of a node, "
-        "h100:8x4 for those of 4 nodes. Example: --topology=h200:8",
+        "Chips: v5e:4x4, v5p:2x2x4, v6e:8x8, ... for TPUs, 2xv5e:4x4 for two slices, h200:8, ... "
+        "for the GPUs of a node, h100:8x4 for those of 4 nodes. Example: --topology=h200:8",
     )
     flags.DEFINE_bool(
         "sweep",

@@ -1,7 +1,8 @@
 """Specifications of accelerators, and the lower bounds on communication time that follow from them.
 
 Sources: Cloud TPU documentation (pages v5e, v5p, v6e, machine types), NVIDIA's data sheets. FLOP/s
-are for dense bfloat16.
+are for dense bfloat16. Of the data center network of v5e and v6e, the documentation gives the
+bandwidth of a pod of 256 chips: 6.4 and 25.6 Tbit/s; of v5p, that of a chip: 50 Gbit/s.
 """
 
 import dataclasses
@@ -25,8 +26,7 @@ class Chip:
       link_bandwidth: bytes per second sent to neighbors, over all links, in one direction.
       chips_per_host: chips of one host.
       host_cores: virtual cores of that host (two to a physical core); 0: not known.
-      network_bandwidth: bytes per second per chip between hosts that are not part of the same
-        torus; 0: they are.
+      network_bandwidth: bytes per second per chip between nodes with GPUs, or TPU slices.
     """
 
     flops: float
@@ -35,7 +35,7 @@ class Chip:
     link_bandwidth: float
     chips_per_host: int
     host_cores: int
-    network_bandwidth: float = 0.0
+    network_bandwidth: float
 
 
 CHIPS = {
@@ -46,6 +46,7 @@ CHIPS = {
         link_bandwidth=200e9,
         chips_per_host=4,
         host_cores=112,
+        network_bandwidth=3.125e9,
     ),
     "v5p": Chip(
         flops=459e12,
@@ -54,6 +55,7 @@ CHIPS = {
         link_bandwidth=600e9,
         chips_per_host=4,
         host_cores=208,
+        network_bandwidth=6.25e9,
     ),
     "v6e": Chip(
         flops=918e12,
@@ -62,6 +64,7 @@ CHIPS = {
         link_bandwidth=400e9,
         chips_per_host=4,
         host_cores=180,
+        network_bandwidth=12.5e9,
     ),
     "a100": Chip(
         flops=312e12,
@@ -122,12 +125,14 @@ class Topology(NamedTuple):
       chip: its specification; for GPUs, `chips_per_host` is that of this topology.
       chips: number of chips.
       hosts: number of hosts.
+      slices: number of TPU slices, or of nodes with GPUs: inside one, chips have fast links.
     """
 
     kind: str
     chip: Chip
     chips: int
     hosts: int
+    slices: int
 
 
 def find_chip(device_kind: str) -> Chip | None:
@@ -139,42 +144,52 @@ def find_chip(device_kind: str) -> Chip | None:
 
 
 def parse_topology(name: str) -> Topology:
-    """Parse "v5e:4x4" (TPU chips along each axis) or "h200:8x4" (GPUs of a node x nodes).
+    """Parse the name of a topology.
+
+    Args:
+      name: "v5e:4x4", TPU chips along each axis; "2xv5e:4x4", two such slices; "h200:8x4", GPUs of
+        a node x nodes.
 
     Raises:
       UserError: the name is not of that form, or the kind of chip is not known.
     """
-    kind, _, shape = name.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    size = r"[1-9]\d*"
+    match = re.fullmatch(rf"(?:({size})x)?(\w+):({size}(?:x{size})*)", name)
+    count, kind, shape = None, "", ""
+    if match:
+        count, kind, shape = match.groups()
+    if kind not in CHIPS or (count and kind not in TPUS):
         raise UserError(
-            f"--topology={name} must be one of: v5e:4x4, v5p:2x2x4, v6e:8x8, ..., "
-            "h200:8, h100:8x4 (GPUs per node x nodes)"
+            f"--topology={name} must be one of: v5e:4x4, 2xv5e:4x4 (slices), v5p:2x2x4, v6e:8x8, "
+            "..., h200:8, h100:8x4 (GPUs per node x nodes)"
         )
     chip = CHIPS[kind]
     sizes = [int(size) for size in shape.split("x")]
     chips = math.prod(sizes)
     if kind in TPUS:
-        return Topology(kind, chip, chips, hosts=math.ceil(chips / chip.chips_per_host))
+        slices = int(count or 1)
+        hosts = slices * math.ceil(chips / chip.chips_per_host)
+        return Topology(kind, chip, slices * chips, hosts, slices)
     node = dataclasses.replace(chip, chips_per_host=sizes[0])
-    return Topology(kind, node, chips, hosts=chips // sizes[0])
+    nodes = chips // sizes[0]
+    return Topology(kind, node, chips, hosts=nodes, slices=nodes)
 
 
-def network_seconds(chip: Chip, chips: int, wire_bytes: float) -> float:
+def network_seconds(topology: Topology, wire_bytes: float) -> float:
     """A lower bound on the time of collectives.
 
-    Between GPU nodes, messages are first reduced inside the nodes, then each GPU exchanges its
-    share with other nodes.
+    Between TPU slices or nodes with GPUs, messages are first reduced inside each, then every chip
+    exchanges its share with the others.
 
     Args:
-      chip: the specification of each chip.
-      chips: number of chips.
+      topology: the chips.
       wire_bytes: what each chip would send in a ring of all chips.
     """
-    if chips == 1:
+    chip = topology.chip
+    if topology.chips == 1:
         return 0.0
     seconds = wire_bytes / (LINK_UTILIZATION * chip.link_bandwidth)
-    nodes = chips // chip.chips_per_host
-    if chip.network_bandwidth and nodes > 1:
-        per_chip = wire_bytes / chip.chips_per_host
+    if topology.slices > 1:
+        per_chip = wire_bytes / (topology.chips // topology.slices)
         seconds += per_chip / (LINK_UTILIZATION * chip.network_bandwidth)
     return seconds

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from lmim_jax.distributed import sharding
 from lmim_jax.models.layer_stack import with_remat_and_scan
-from lmim_jax.perf import flops, hlo
+from lmim_jax.perf import accelerators, flops, hlo
 from lmim_jax.train.build import TrainingParts, build
 from lmim_jax.utils.errors import UserError
 
@@ -185,7 +185,7 @@ def _device_part(leaf: Any, placement: Any) -> Any:
 
 
 def compile_for_tpu(parts: TrainingParts, topology: str) -> StepAnalysis:
-    """Compile the train step with libtpu for a topology such as "v5e:4x4".
+    """Compile the train step with libtpu for a topology such as "v5e:4x4" or "2xv5e:4x4".
 
     Returns:
       The analysis; where the memory does not suffice, it has only "needed" and "limit", and no
@@ -224,8 +224,10 @@ def _tpu_devices(topology: str) -> Any:
     if not importlib.util.find_spec("libtpu"):
         raise UserError(INSTALL)
     os.environ.update(LIBTPU_ENVIRONMENT)
+    slices = accelerators.parse_topology(topology).slices
+    name = topology.removeprefix(f"{slices}x")
     try:
-        return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+        return topologies.get_topology_desc(name, "tpu", num_slices=slices).devices
     except Exception as error:
         raise UserError(f"libtpu does not know the topology {topology}: {error}") from error
 
