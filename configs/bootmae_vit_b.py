@@ -47,8 +47,8 @@ def bootmae(channels: FieldReference) -> ConfigDict:
     # masks: blocks, then single patches at random
     method.num_visible = 49  # of grid[0] x grid[1] = 196
     method.block_total = 120  # patches masked by blocks
-    method.block_smallest = 16  # area of a block in patches
-    method.block_largest = 60
+    method.block_smallest = 16  # least area of a block in patches
+    method.block_largest = 60  # and the largest
     method.block_aspect = 0.3  # height / width of a block: 0.3 .. 1 / 0.3
     method.block_exposed = 3  # up to this many patches of the blocks stay visible, as released
     # two decoders: of pixels, and of features (as wide as the encoder)

@@ -36,10 +36,10 @@ def get_config(part: str = "evaluators") -> ConfigDict:
 
     config.knn = dict(
         type="knn",  # nearest neighbors by cosine similarity
-        every=0.0,
-        params="online",
+        every=0.0,  # epochs between evaluations in training; 0: at the end only
+        params="online",  # weights to evaluate: online | target
         batch_size=256,  # images at a time
-        feature="patches_prenorm",
+        feature="patches_prenorm",  # representation of an image, see above
         k=(10, 20, 100, 200),  # each is a metric
         temperature=0.07,  # a neighbor votes with weight exp(cosine / temperature)
         baselines=False,  # also raw pixels and color histograms, in training; here: --baselines
@@ -92,7 +92,7 @@ def spatial() -> ConfigDict:
         masks="",  # a folder of their masks with the same names: PNG, class numbers, 0 background
         ignore=-1,  # a number in masks that is not a class: 255 in VOC and ADE20K; -1: none
         train_images=200,  # to train the probes on; at most
-        test_images=200,
+        test_images=200,  # to measure on; at most
         feature="patches_prenorm",  # of patches; or pixels
         zoom=2,  # images are enlarged by this factor, for a finer grid of features
         center=True,  # subtract the mean over images at each position before clustering
@@ -109,12 +109,12 @@ def spatial() -> ConfigDict:
         batch_size=16,  # frames at a time
         path="",  # a folder with JPEGImages/480p/ and Annotations/480p/; "": synthetic clips
         listed="",  # its list of sequences, for DAVIS ImageSets/2017/val.txt; "": all of them
-        feature="patches",
+        feature="patches",  # of patches
         side=0,  # short side of frames, pixels: 480 for DAVIS; 0: twice that of the run's images
         topk=5,  # patches whose labels are averaged
         radius=12,  # how far these are away, at most, in patches along either axis
         past=7,  # frames in which they are, besides the first
-        temperature=0.1,
+        temperature=0.1,  # patches are weighted by exp(cosine / temperature)
     )
     config.clevr = dict(
         type="clevr",  # number of objects and distance, by logistic regression
@@ -123,7 +123,7 @@ def spatial() -> ConfigDict:
         batch_size=256,
         name="",  # clevr, prepared by TFDS; "": the synthetic images with several objects
         dir="",  # tfds: the folder that holds it; "": ~/tensorflow_datasets
-        train_split="train",
+        train_split="train",  # tfds: split to train on
         test_split="test",  # clevr: validation, its test split has no objects
         feature="patches_prenorm",  # averaged over patches; cls, pixels, histogram
         l2=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),  # as above
@@ -148,10 +148,10 @@ def trained() -> ConfigDict:
         epochs=10.0,  # MAE: 90
         warmup_epochs=1.0,  # MAE: 10
         base_lr=12.8,  # MAE: 0.1. Both give lr 6.4: LARS steps do not depend on the batch size
-        min_lr=0.0,
-        momentum=0.9,
-        weight_decay=0.0,
-        trust_coefficient=0.001,
+        min_lr=0.0,  # learning rate at which the cosine ends
+        momentum=0.9,  # of LARS
+        weight_decay=0.0,  # MAE: 0
+        trust_coefficient=0.001,  # of LARS: norm of a step / norm of the weights
         scale=(0.08, 1.0),  # share of the area that a crop covers; ratio and flip are the run's
         seed=0,  # of initial weights, order and augmentation
     )
@@ -165,8 +165,8 @@ def trained() -> ConfigDict:
         warmup_epochs=1.0,  # CAPI: a tenth
         base_lr=4e-3,  # CAPI: the best of ten, 1e-5 .. 1e-2
         min_lr=0.0,
-        b1=0.9,
-        b2=0.95,
+        b1=0.9,  # decay rate of the first moment of AdamW
+        b2=0.95,  # of the second moment
         weight_decay=1e-3,  # CAPI: the best of 5e-4, 1e-3, 5e-2
         scale=(0.08, 1.0),
         seed=0,
@@ -182,15 +182,15 @@ def trained() -> ConfigDict:
         min_lr=1e-6,
         layer_decay=0.65,  # factor of the learning rate from a block to the one below (L, H: 0.75)
         b1=0.9,
-        b2=0.999,
+        b2=0.999,  # of the second moment
         weight_decay=0.05,  # not of biases, norms, positions and CLS
         drop_path=0.1,  # stochastic depth of the last block, linear in depth (L: 0.2, H: 0.3)
         randaugment=(2, 9.0, 0.5),  # operations (0: none), their magnitude 0 .. 10, its deviation
         erasing=0.25,  # probability of random erasing
         mixup=0.8,  # parameter of the Beta distribution; 0: none
-        cutmix=1.0,
+        cutmix=1.0,  # the same for cutmix
         switch=0.5,  # share of batches with cutmix if both are used
-        label_smoothing=0.1,
+        label_smoothing=0.1,  # share of the label that is spread over all classes
         scale=(0.08, 1.0),
         remat="none",  # memory for time: none | dots | full, see vit_b.devices; of the encoder
         seed=0,

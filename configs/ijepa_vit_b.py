@@ -52,7 +52,7 @@ def ijepa(channels: FieldReference) -> ConfigDict:
     # masks
     method.blocks = 4  # target blocks per image
     method.target_scale = (0.15, 0.2)  # their share of the area
-    method.target_aspect = (0.75, 1.5)
+    method.target_aspect = (0.75, 1.5)  # their aspect ratios
     method.context_scale = (0.85, 1.0)  # of the context block, before the targets are removed
     method.context_capacity = 72  # the encoder's static length; in 3,000 batches at most 69 used
     method.min_context = 10  # draw again until the context has more patches than this
@@ -62,5 +62,5 @@ def ijepa(channels: FieldReference) -> ConfigDict:
     method.momentum_start = 0.996  # EMA momentum rises along a line
     method.momentum_end = 1.0
     method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32
-    method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
+    method.attention = "auto"  # auto | xla (anywhere) | cudnn (fused, NVIDIA GPUs, bfloat16)
     return method

@@ -42,8 +42,8 @@ def mae(channels: FieldReference) -> ConfigDict:
     method.decoder_depth = 8
     method.decoder_heads = 16
     method.sampler = "random"  # random | checkerboard | checkerboard2 (2 x 2), with ratio 0.5
-    method.mask_ratio = 0.75
+    method.mask_ratio = 0.75  # share of the patches
     method.norm_pix = True  # each patch of the target to mean 0, deviation 1
     method.dtype = "bfloat16"  # of activations; parameters, norms, softmax and losses are float32
-    method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
+    method.attention = "auto"  # auto | xla (anywhere) | cudnn (fused, NVIDIA GPUs, bfloat16)
     return method

@@ -42,19 +42,19 @@ def pilamim(channels: FieldReference) -> ConfigDict:
     method.mlp_ratio = 4.0
     method.norm_eps = 1e-5  # of blocks
     method.final_norm_eps = 1e-5  # of the encoder's last norm; decoders have none
-    method.qkv_bias = False
+    method.qkv_bias = False  # whether queries, keys and values have a bias
     method.decoder_width = 384
     method.decoder_depth = 6  # of both decoders
     method.decoder_heads = 12  # of both decoders
-    method.latent_decoder_width = 384
+    method.latent_decoder_width = 384  # of the decoder of latents
     method.sampler = "random"  # random | checkerboard | checkerboard2 (2 x 2), with ratio 0.5
-    method.mask_ratio = 0.75
+    method.mask_ratio = 0.75  # share of the patches
     method.align_targets = True  # False: latent targets in random order, as in the released code
-    method.pixel_weight = 1.0
-    method.latent_weight = 1.0
-    method.cls_weight = 1.0
+    method.pixel_weight = 1.0  # of the loss of pixels
+    method.latent_weight = 1.0  # of the loss of latents
+    method.cls_weight = 1.0  # of the loss of the CLS token
     method.momentum_start = 0.996  # EMA momentum rises along a line
     method.momentum_end = 1.0
     method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32
-    method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
+    method.attention = "auto"  # auto | xla (anywhere) | cudnn (fused, NVIDIA GPUs, bfloat16)
     return method

@@ -37,16 +37,16 @@ def get_config() -> ConfigDict:
     config.method = latent_mim(config.data.get_ref("channels"))
 
     optimizer = config.optimizer = ConfigDict()
-    optimizer.name = "adamw"
-    optimizer.base_lr = 1.5e-4
+    optimizer.name = "adamw"  # the only one
+    optimizer.base_lr = 1.5e-4  # per 256 images
     optimizer.lr = optimizer.get_ref("base_lr") * batch_size / 256  # peak: 2.4e-3
     optimizer.warmup_start = 0.25  # share of the peak at which the warm-up starts
-    optimizer.warmup_epochs = 40.0
+    optimizer.warmup_epochs = 40.0  # the learning rate rises on a line
     optimizer.floor = 0.25  # share of the peak at which the cosine ends
     optimizer.rebased = True  # the cosine starts after the warm-up; False: at step 0
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.95
-    optimizer.eps = 1e-8
+    optimizer.b1 = 0.9  # decay rate of the first moment
+    optimizer.b2 = 0.95  # of the second moment
+    optimizer.eps = 1e-8  # added to the root of the second moment
     optimizer.weight_decay = 0.05  # at the start
     optimizer.weight_decay_end = optimizer.get_ref("weight_decay")  # at the end of half a cosine
     # (regex on the parameter's path, decayed or not), first full match wins. As in the official
@@ -59,10 +59,10 @@ def get_config() -> ConfigDict:
         type="knn",  # a file in lmim_jax/evaluators/
         every=10.0,  # epochs, and at both ends of runs at least that long; 0: at the end only
         params="online",  # online | target
-        batch_size=512,
+        batch_size=512,  # images at a time
         feature="patches_prenorm",  # mean over patches before the final norm; see evaluate.py
         k=(20,),  # numbers of neighbors that vote; each is a metric
-        temperature=0.07,
+        temperature=0.07,  # a neighbor votes with weight exp(cosine / temperature)
         baselines=False,  # also raw pixels and color histograms; for small images only
     )
     config.evaluators.visualization = dict(
@@ -98,7 +98,7 @@ def data() -> ConfigDict:
     data.test_split = "test"  # "": none
     data.classes = ""  # a file with the names of the classes to keep, one per line; "": all
     data.train_per_class = 0  # folder: only the first images of each class, by file name; 0: all
-    data.test_per_class = 0
+    data.test_per_class = 0  # the same of the test split
     data.canvas = 512  # the host decodes into a canvas of this side; shrinks larger images
     data.channels = 3  # 1 gray, 3 RGB
     data.workers = 0  # decoding processes per host; 0: threads. The stream does not depend on it
@@ -133,19 +133,19 @@ def latent_mim(channels: FieldReference) -> ConfigDict:
     method = ConfigDict()
     method.name = "latent_mim"  # a file in lmim_jax/methods/
     method.grid = (14, 14)  # rows, columns of patches
-    method.patch_size = 16
+    method.patch_size = 16  # pixels
     method.gap = 4  # patches at random offsets in cells of patch_size + gap: crops have 280 pixels
-    method.channels = channels
+    method.channels = channels  # of images: data.channels
     # encoder; Ti, S, L, H: lmim_jax/models/vit.py VARIANTS
-    method.width = 768
-    method.depth = 12
-    method.heads = 12
-    method.mlp_ratio = 4.0
-    method.norm_eps = 1e-6
+    method.width = 768  # of tokens
+    method.depth = 12  # blocks
+    method.heads = 12  # attention heads of a block
+    method.mlp_ratio = 4.0  # hidden width of an MLP / width
+    method.norm_eps = 1e-6  # of LayerNorms
     # challenge 1, joint optimization collapses: where targets come from
     method.target = "ema"  # ema | joint | stop_gradient | random | random_projection
     method.momentum_start = 0.99  # EMA momentum rises along half a cosine
-    method.momentum_end = 1.0
+    method.momentum_end = 1.0  # at the end of training
     # challenge 2, direct regression has trivial solutions: the loss
     method.loss = "patch_infonce"  # patch_infonce | norm_l2 | mse | l1 | smooth_l1
     method.tau = 0.2  # temperature of patch_infonce
@@ -155,18 +155,18 @@ def latent_mim(channels: FieldReference) -> ConfigDict:
     method.target_patches = "masked"  # masked | all: which patches the target encoder sees
     method.similarity_weight = 0.1  # of the constraint on mean cosine similarities; 0: off
     method.similarity_start = 0.75  # its goal falls along half a cosine
-    method.similarity_end = 0.25
+    method.similarity_end = 0.25  # at the end of training
     # challenge 4, a decoder for latents: how predictions are conditioned
     method.decoder = (
         "cross"  # cross | self: attention to the visible tokens, or one sequence of all
     )
-    method.decoder_width = 512
-    method.decoder_depth = 3
-    method.decoder_heads = 16
+    method.decoder_width = 512  # of its tokens
+    method.decoder_depth = 3  # its blocks
+    method.decoder_heads = 16  # attention heads of a block
     method.visual_cues = True  # mask tokens start from the visible tokens nearby
     method.projector_depth = 3  # layers of the MLP behind both encoders; 0: none
-    method.projector_width = 4096
+    method.projector_width = 4096  # of its hidden layers
     # precision and kernels
     method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32
-    method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs)
+    method.attention = "auto"  # auto | xla (anywhere) | cudnn (fused, NVIDIA GPUs, bfloat16)
     return method

@@ -199,13 +199,32 @@ def read_recipe(name: str) -> tuple[list[Option], dict[str, Any], str]:
         sys.path.insert(0, str(ROOT))
     module = importlib.import_module(f"lmim_jax.configs.{name}")
     options = RecipeReader(ROOT / "configs" / f"{name}.py").options()
-    return options, flatten(module.get_config()), module.__doc__ or ""
+    return with_shared_texts(options), flatten(module.get_config()), module.__doc__ or ""
+
+
+def with_shared_texts(options: list[Option]) -> list[Option]:
+    """The options, with the text of an earlier option of the same name where one has none.
+
+    Recipes explain an option that several sections share once: in the first of these sections, or
+    in vit_b.
+    """
+    base = RecipeReader(ROOT / "configs" / "vit_b.py").options()
+    texts: dict[str, str] = {}
+    for option in [*options, *base]:
+        name = option.key.rpartition(".")[2]
+        if option.text and name not in texts:
+            texts[name] = option.text
+    completed = []
+    for option in options:
+        text = option.text or texts.get(option.key.rpartition(".")[2], "")
+        completed.append(dataclasses.replace(option, text=text))
+    return completed
 
 
 def undocumented(name: str) -> list[str]:
-    """Keys of a recipe that the reader does not find in its source."""
+    """Keys of a recipe that have no comment in its source, nor in that of vit_b."""
     options, values, _ = read_recipe(name)
-    found = {option.key for option in options}
+    found = {option.key for option in options if option.text or option.heading}
     return sorted(values.keys() - found)
 
 
