@@ -73,7 +73,7 @@ class RecipeReader:
         self.comments: dict[int, str] = {}
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type == tokenize.COMMENT:
-                self.comments[token.start[0]] = token.string.lstrip("# ").strip()
+                self.comments[token.start[0]] = token.string.lstrip("# -").strip()
 
     def options(self) -> list[Option]:
         """The options that `get_config` assigns, including those of the functions it calls."""
