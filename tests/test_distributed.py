@@ -2,6 +2,10 @@
 
 import collections
 import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
@@ -12,18 +16,37 @@ from lmim_jax.distributed import multihost
 from lmim_jax.train import workdir
 from lmim_jax.utils.errors import UserError
 
+ROOT = pathlib.Path(__file__).parent.parent
 SLURM = {
     "SLURM_JOB_ID": "4711",
     "SLURM_STEP_NODELIST": "gpu[07-08]",
     "SLURM_NTASKS": "16",
     "SLURM_PROCID": "9",
     "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
 }
 NOT_IN_SRUN = {key: value for key, value in SLURM.items() if key != "SLURM_STEP_NODELIST"}
-OMPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+OMPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
 ORTE = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
 GKE_TPU = {"TPU_WORKER_HOSTNAMES": "pod-0.set,pod-1.set", "TPU_WORKER_ID": "1"}
 ONE_SLICE = {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
+TPU_PROCESSES = {
+    "TPU_PROCESS_ADDRESSES": "localhost:8476,localhost:8477",
+    "TPU_VISIBLE_CHIPS": "2,3",
+    "CLOUD_TPU_TASK_ID": "1",
+}
+TPU_PROCESS = {
+    "coordinator_address": "localhost:8482",
+    "num_processes": 2,
+    "process_id": 1,
+    "cluster_detection_method": "deactivate",
+}
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
 
 
@@ -36,6 +59,7 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
         (NOT_IN_SRUN, (), 0, None),
         (OMPI | ORTE, (), 0, ("Open MPI", {"cluster_detection_method": "ompi"})),
         (OMPI, ("mpi4py",), 0, ("Open MPI", {"cluster_detection_method": "mpi4py"})),
+        (SLURM | OMPI | ORTE, (), 0, ("Open MPI", {"cluster_detection_method": "ompi"})),
         (OMPI | {"OMPI_COMM_WORLD_SIZE": "1"}, (), 0, None),
         (GKE_TPU, (), 0, ("Cloud TPU", {})),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, (), 0, None),
@@ -48,6 +72,9 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
         ({}, ("libtpu",), 4, ("Cloud TPU", {})),  # a virtual machine: jax asks the metadata server
         ({}, (), 4, None),  # devices handed through to something else
         ({"TPU_SKIP_MDS_QUERY": "1"}, ("libtpu",), 4, None),
+        ({"TPU_VISIBLE_CHIPS": "0"}, ("libtpu",), 4, None),  # another run may use the other chips
+        (TPU_PROCESSES, ("libtpu",), 4, ("Cloud TPU", TPU_PROCESS)),
+        (TPU_PROCESSES | {"MEGASCALE_NUM_SLICES": "2"}, ("libtpu",), 4, ("Cloud TPU", {})),
         (POD, ("kubernetes",), 0, ("Kubernetes", {"cluster_detection_method": "k8s"})),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ("kubernetes",), 0, None),  # a single pod
     ],
@@ -65,6 +92,113 @@ def test_a_missing_package_for_detection_is_named(environment, package, monkeypa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install '?{package}.*--coordinator"):
         multihost.detect(environment, tmp_path)
+
+
+def test_processes_that_share_tpu_chips_need_numbers(tmp_path):
+    with pytest.raises(UserError, match="set CLOUD_TPU_TASK_ID"):
+        multihost.detect({"TPU_PROCESS_ADDRESSES": "localhost:8476,localhost:8477"}, tmp_path)
+
+
+def slurm(node_tasks, node=0, local=0, **others):
+    """The environment of a task of srun."""
+    place = {"SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
+    return SLURM | place | {"SLURM_STEP_TASKS_PER_NODE": node_tasks} | others
+
+
+def open_mpi(processes, local):
+    """The environment of a process of mpirun."""
+    sizes = {"OMPI_COMM_WORLD_LOCAL_SIZE": str(processes)}
+    return OMPI | ORTE | sizes | {"OMPI_COMM_WORLD_LOCAL_RANK": str(local)}
+
+
+@pytest.mark.parametrize(
+    ("environment", "visible", "expected"),
+    [
+        # --ntasks-per-node=8 --gpus-per-node=8: every task sees all GPUs
+        (slurm("8(x2)", node=1, local=3), "0,1,2,3,4,5,6,7", [3]),
+        (slurm("8(x2)", node=1, local=3), None, [3]),  # no variable: eight files
+        # --gpus-per-task=1, or --gpu-bind=single:1: every task sees its own
+        (slurm("8(x2)", node=1, local=3, SLURM_GPUS_PER_TASK="1"), "0", [0]),
+        (slurm("4", local=3), "3", [0]),
+        # --gpus-per-task=2
+        (slurm("2(x2)", local=1, SLURM_GPUS_PER_TASK="h100:2"), "0,1", [0, 1]),
+        (slurm("2", local=1, SLURM_GPUS_PER_TASK="2"), "0,1,2,3", [2, 3]),  # --gpu-bind=none
+        # --ntasks-per-node=1 --gpus-per-node=8: one task with all GPUs of its node
+        (slurm("1(x2)", node=1), "0,1,2,3,4,5,6,7", [0, 1, 2, 3, 4, 5, 6, 7]),
+        (slurm("2,1", node=1), "4,6", [0, 1]),
+        # --ntasks-per-node=2 --gpus-per-node=8: half of them
+        (slurm("2(x2)", local=1), "0,1,2,3,4,5,6,7", [4, 5, 6, 7]),
+        (slurm("2"), "", None),  # no GPU
+        (slurm("2", local=1, JAX_LOCAL_DEVICE_IDS="0"), "0,1", None),  # jax reads it
+        (open_mpi(2, 1), "0,1", [1]),
+        (open_mpi(2, 1), "1", [0]),
+        (open_mpi(1, 0), "0,1", [0, 1]),
+        (SLURM | open_mpi(2, 0), "0,1", [0]),
+        ({}, "0,1", None),
+        (NOT_IN_SRUN | {"SLURM_STEP_TASKS_PER_NODE": ""}, "0,1", None),
+    ],
+)
+def test_every_process_gets_its_gpus(environment, visible, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(multihost, "_is_configured_for_cpu", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for number in range(8):
+        (tmp_path / f"nvidia{number}").touch()
+    count = multihost.visible_accelerators(tmp_path)
+    assert multihost.local_device_ids(environment, count) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "visible"),
+    [(slurm("4", local=1), 2), (slurm("2", local=1, SLURM_GPUS_PER_TASK="3"), 4)],
+)
+def test_more_processes_than_gpus_are_refused(environment, visible):
+    with pytest.raises(UserError, match=rf"processes of host .* share {visible} visible GPU"):
+        multihost.local_device_ids(environment, visible)
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "expected"),
+    [
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, [], "0"),  # jax by itself: 1, which is not there
+        (slurm("1(x2)", node=1) | {"CUDA_VISIBLE_DEVICES": "0,1,2"}, [], "0,1,2"),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, [], "1"),
+        (OMPI | ORTE | {"CUDA_VISIBLE_DEVICES": "4,5"}, [], "1"),
+        # Flags: all visible GPUs, or the given ones
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, ["host:1", 2, 1, 30], "all"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, ["host:1", 2, 1, 30, [1]], "1"),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, ["host:1", 2, 1, 30], "0"),
+        (SLURM | {"JAX_LOCAL_DEVICE_IDS": "5", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"}, [], "5"),
+    ],
+)
+def test_jax_is_told_the_gpus_of_the_process(environment, flags, expected):
+    """In a process without GPUs, up to where jax would connect to the others."""
+    program = f"""
+from jax._src import xla_bridge
+from jax._src.lib import _jax
+from lmim_jax.distributed import multihost
+
+class Connected(Exception):
+    pass
+
+def connect(*_, **__):
+    raise Connected
+
+_jax.get_distributed_runtime_service = _jax.get_distributed_runtime_client = connect
+try:
+    multihost.initialize(*{flags!r})
+except Connected:
+    print("visible:", xla_bridge.CUDA_VISIBLE_DEVICES.value)
+"""
+    inherited = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert f"visible: {expected}\n" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -99,6 +233,7 @@ def test_it_joins_given_or_detected_processes_with_a_heartbeat_and_otherwise_non
     )
     multihost.initialize(heartbeat=7)
     where = {"coordinator_address": "host:1", "num_processes": 4, "process_id": 3}
+    where["cluster_detection_method"] = "deactivate"  # the flags say everything
     assert calls == [where | timeouts, {"cluster_detection_method": "slurm"} | timeouts]
     with pytest.raises(UserError, match="needs --num_processes and --process_id, not 2 and 2"):
         multihost.initialize("host:1", 2, 2)
@@ -150,6 +285,20 @@ def test_config_code_and_data_are_what_is_compared(monkeypatch):
     assert facts["config.mesh.rules"] == [[".*", "largest"]]
     assert facts["data.images"] == 3
     assert {"version.code", "version.jax", "version.python"} <= facts.keys()
+
+
+@pytest.mark.parametrize(
+    ("variable", "count"),
+    [({"TPU_VISIBLE_CHIPS": "0,1"}, 2), ({"TPU_VISIBLE_DEVICES": "3"}, 1), ({}, 4)],
+)
+def test_chips_of_a_tpu_host_are_counted(variable, count, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+    monkeypatch.setattr(multihost, "_is_configured_for_cpu", lambda: False)
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    for number in range(4):
+        (tmp_path / f"accel{number}").touch()
+    assert multihost.visible_accelerators(tmp_path) == count
 
 
 @pytest.mark.parametrize(

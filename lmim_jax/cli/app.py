@@ -234,6 +234,24 @@ def define_processes() -> None:
         -1,
         "With --coordinator: which of them this is, counted from 0. Example: --process_id=0",
     )
+    flags.DEFINE_list(
+        "device_ids",
+        [],
+        "Several processes: which of the visible GPUs this one uses, counted from 0; by default "
+        "its share of them under Slurm and Open MPI, and otherwise all. Example: --device_ids=0,1",
+    )
+
+
+def device_ids() -> list[int]:
+    """The value of --device_ids.
+
+    Raises:
+      UserError: not numbers.
+    """
+    given = flags.FLAGS.device_ids
+    if not all(number.isdecimal() for number in given):
+        raise UserError(f"--device_ids={','.join(given)} must be numbers, such as --device_ids=0,1")
+    return [int(number) for number in given]
 
 
 def run_folder(arguments: Sequence[str]) -> str:

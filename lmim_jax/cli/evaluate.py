@@ -325,7 +325,9 @@ def file_name(step: int, titles: Sequence[str]) -> str:
 def main(arguments: list[str]) -> None:
     """Evaluate, print the table and write the files."""
     given = flags.FLAGS
-    multihost.initialize(given.coordinator, given.num_processes, given.process_id)
+    multihost.initialize(
+        given.coordinator, given.num_processes, given.process_id, device_ids=app.device_ids()
+    )
     log_to_console()
     workdir = app.run_folder(arguments)
     run = runs.open_run(workdir)

@@ -30,7 +30,11 @@ def main(arguments: list[str]) -> None:
     try:
         workdir.pin_kernels(folder, given.config.deterministic)
         multihost.initialize(
-            given.coordinator, given.num_processes, given.process_id, given.heartbeat
+            given.coordinator,
+            given.num_processes,
+            given.process_id,
+            given.heartbeat,
+            app.device_ids(),
         )
         log_to_console()
         app.no_arguments(arguments, "--config.batch_size=256")

@@ -1,4 +1,8 @@
-"""Several processes as one run: cluster detection, start-up, consistency checks, messages."""
+"""Several processes as one run: cluster detection, start-up, consistency checks, messages.
+
+Which GPUs a process uses is decided here and given to jax, which by itself takes the GPU with the
+number of the process on its host, even where only one GPU is visible.
+"""
 
 import collections
 import hashlib
@@ -8,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +26,13 @@ from jax.experimental import multihost_utils
 
 from lmim_jax.utils.errors import UserError
 
+COORDINATOR_PORT = 8482  # as jax chooses it on Cloud TPUs
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
 
 
 def detect(
     environment: Mapping[str, str], dev: str | os.PathLike[str] = "/dev"
-) -> tuple[str, dict[str, str]] | None:
+) -> tuple[str, dict[str, Any]] | None:
     """Detect the cluster in which this process was started as one of several.
 
     Args:
@@ -40,13 +46,16 @@ def detect(
     Raises:
       UserError: the environment does not say enough, and a package is missing that would help.
     """
+    if "," in environment.get("TPU_PROCESS_ADDRESSES", ""):
+        return "Cloud TPU", _tpu_processes(environment)
     if _is_cloud_tpu(environment, pathlib.Path(dev)):
         return "Cloud TPU", {}
+    # Before Slurm, by which mpirun may start its daemons.
+    if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
+        return "Open MPI", {"cluster_detection_method": _open_mpi_method(environment)}
     # SLURM_STEP_NODELIST is set inside srun, and not in the batch script.
     if "SLURM_STEP_NODELIST" in environment and _number(environment, "SLURM_NTASKS") > 1:
         return "Slurm", {"cluster_detection_method": "slurm"}
-    if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
-        return "Open MPI", {"cluster_detection_method": _open_mpi_method(environment)}
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         if not importlib.util.find_spec("kubernetes"):
             raise UserError(
@@ -61,12 +70,41 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(environment.get(name) or 1)
 
 
+def _tpu_processes(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of `jax.distributed.initialize` where TPU_PROCESS_ADDRESSES lists the processes.
+
+    It does so where processes share the chips of a host. libtpu is told the number of this one as
+    CLOUD_TPU_TASK_ID; jax reads only TPU_WORKER_ID.
+    """
+    number = environment.get("CLOUD_TPU_TASK_ID") or environment.get("TPU_WORKER_ID")
+    if number is None:
+        raise UserError("TPU_PROCESS_ADDRESSES lists several processes: set CLOUD_TPU_TASK_ID, too")
+    if _number(environment, "MEGASCALE_NUM_SLICES") > 1:
+        return {}
+    addresses = environment["TPU_PROCESS_ADDRESSES"].split(",")
+    host = addresses[0].split(":")[0]
+    return {
+        "coordinator_address": f"{host}:{COORDINATOR_PORT}",
+        "num_processes": len(addresses),
+        "process_id": int(number),
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def _tpu_chips(environment: Mapping[str, str]) -> str | None:
+    """The TPU chips of its host that this process may use, such as "0,1"; None: all of them."""
+    return environment.get("TPU_VISIBLE_CHIPS") or environment.get("TPU_VISIBLE_DEVICES")
+
+
 def _is_cloud_tpu(environment: Mapping[str, str], dev: pathlib.Path) -> bool:
     # Kubernetes describes TPU slices in variables.
     if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
         return True
     if _number(environment, "MEGASCALE_NUM_SLICES") > 1:
         return True
+    # Some chips of a host, and no address of another process: other runs use the other chips.
+    if _tpu_chips(environment) is not None:
+        return False
     # On virtual machines, jax asks Google's metadata server, for one host or many.
     if "TPU_SKIP_MDS_QUERY" in environment or not importlib.util.find_spec("libtpu"):
         return False
@@ -84,8 +122,68 @@ def _open_mpi_method(environment: Mapping[str, str]) -> str:
     )
 
 
+def local_device_ids(environment: Mapping[str, str], visible: int) -> list[int] | None:
+    """Choose the GPUs of this process: all visible ones, or its share of those of its host.
+
+    Slurm and Open MPI say how many processes the host has. Where Slurm gives every task GPUs of its
+    own (--gpus-per-task), they are the only visible ones; jax numbers visible GPUs from 0.
+
+    Args:
+      environment: such as os.environ.
+      visible: the number of visible GPUs.
+
+    Returns:
+      Numbers of visible GPUs; None: jax decides, by JAX_LOCAL_DEVICE_IDS or taking all.
+
+    Raises:
+      UserError: there are more processes than GPUs.
+    """
+    position = _position_on_host(environment)
+    if not visible or position is None or environment.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    index, processes = position
+    requested = _gpus_per_task(environment)
+    if visible in (1, requested) or processes == 1:
+        return list(range(visible))
+    share = requested or visible // processes
+    if not share or (index + 1) * share > visible:
+        raise UserError(
+            f"{processes} processes of host {socket.gethostname()} share {visible} visible GPU(s): "
+            "start one process for each GPU (Slurm: --ntasks-per-node equal to --gpus-per-node), "
+            "or one for the host"
+        )
+    return list(range(index * share, (index + 1) * share))
+
+
+def _position_on_host(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """(number of this process on its host, number of processes there); None: not known."""
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        rank = int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])
+        return rank, int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    # Such as "4(x2),3": by node of the step
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE")
+    if not tasks:
+        return None
+    counts = []
+    for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
+        counts += [int(count)] * int(repeats or 1)
+    return int(environment["SLURM_LOCALID"]), counts[int(environment["SLURM_NODEID"])]
+
+
+def _gpus_per_task(environment: Mapping[str, str]) -> int | None:
+    """Slurm's --gpus-per-task, such as "2" or "h100:2"; None where it was not given."""
+    text = environment.get("SLURM_GPUS_PER_TASK")
+    if not text:
+        return None
+    return sum(int(part.rpartition(":")[2]) for part in text.split(","))
+
+
 def initialize(
-    coordinator: str = "", num_processes: int = 0, process_id: int = -1, heartbeat: int = 30
+    coordinator: str = "",
+    num_processes: int = 0,
+    process_id: int = -1,
+    heartbeat: int = 30,
+    device_ids: Sequence[int] = (),
 ) -> None:
     """Join the other processes of this run, if there are any. Call it before any other use of jax.
 
@@ -95,9 +193,11 @@ def initialize(
       process_id: which one this is; only with `coordinator`.
       heartbeat: seconds without a sign of life after which a process counts as lost and the run
         ends.
+      device_ids: the visible GPUs that this process uses, counted from 0; (): chosen as by
+        `local_device_ids`.
 
     Raises:
-      UserError: a coordinator without the other two, or see `detect`.
+      UserError: a coordinator without the other two, or see `detect` and `local_device_ids`.
     """
     if coordinator:
         if not 0 <= process_id < num_processes:
@@ -106,13 +206,19 @@ def initialize(
                 f"{num_processes} and {process_id}"
             )
         cluster: dict[str, Any] = dict(
-            coordinator_address=coordinator, num_processes=num_processes, process_id=process_id
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            cluster_detection_method="deactivate",
         )
     else:
         detected = detect(os.environ)
         if detected is None:
             return
         _, cluster = detected
+    chosen = list(device_ids) or local_device_ids(os.environ, _visible_gpus())
+    if chosen is not None:
+        cluster["local_device_ids"] = chosen
     # The collectives of CPUs; other devices ignore it.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
@@ -176,8 +282,8 @@ def _check_used(processes: Sequence[Mapping[str, Any]]) -> None:
         if used[host] < count:
             raise UserError(
                 f"host {host} has {count} accelerators, of which this run uses {used[host]}: start "
-                "one process for each (Slurm: --ntasks-per-node), or hide the others "
-                "(CUDA_VISIBLE_DEVICES)"
+                "one process for the host (Slurm: --ntasks-per-node=1) or one for each "
+                "accelerator, or hide the others (CUDA_VISIBLE_DEVICES)"
             )
 
 
@@ -198,15 +304,30 @@ def visible_accelerators(dev: str | os.PathLike[str] = "/dev") -> int:
     Args:
       dev: the folder of device files.
     """
+    count = _visible_gpus(dev)
+    if "CUDA_VISIBLE_DEVICES" in os.environ or _is_configured_for_cpu():
+        return count
+    if importlib.util.find_spec("libtpu"):
+        chips = _tpu_chips(os.environ)
+        if chips is not None:
+            count += len(chips.split(","))
+        else:
+            count += _count_files(dev, "accel[0-9]*") + _count_files(dev, "vfio/[0-9]*")
+    return count
+
+
+def _visible_gpus(dev: str | os.PathLike[str] = "/dev") -> int:
+    """Count NVIDIA's GPUs that this process could use; 0 where jax is configured for the CPU."""
     if _is_configured_for_cpu():
         return 0
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         devices = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
         return sum(device.strip() not in ("", "-1") for device in devices)
-    patterns = ["nvidia[0-9]*"]
-    if importlib.util.find_spec("libtpu"):
-        patterns += ["accel[0-9]*", "vfio/[0-9]*"]
-    return sum(len(list(pathlib.Path(dev).glob(pattern))) for pattern in patterns)
+    return _count_files(dev, "nvidia[0-9]*")
+
+
+def _count_files(folder: str | os.PathLike[str], pattern: str) -> int:
+    return len(list(pathlib.Path(folder).glob(pattern)))
 
 
 def _is_configured_for_cpu() -> bool:
