@@ -99,9 +99,11 @@ def test_processes_that_share_tpu_chips_need_numbers(tmp_path):
         multihost.detect({"TPU_PROCESS_ADDRESSES": "localhost:8476,localhost:8477"}, tmp_path)
 
 
-def slurm(node_tasks, node=0, local=0, **others):
-    """The environment of a task of srun."""
+def slurm(node_tasks, node=0, local=0, gpus=None, **others):
+    """The environment of a task of srun; gpus: of its node."""
     place = {"SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
+    if gpus is not None:
+        place["SLURM_GPUS_ON_NODE"] = str(gpus)
     return SLURM | place | {"SLURM_STEP_TASKS_PER_NODE": node_tasks} | others
 
 
@@ -115,16 +117,17 @@ def open_mpi(processes, local):
     ("environment", "visible", "expected"),
     [
         # --ntasks-per-node=8 --gpus-per-node=8: every task sees all GPUs
-        (slurm("8(x2)", node=1, local=3), "0,1,2,3,4,5,6,7", [3]),
+        (slurm("8(x2)", node=1, local=3, gpus=8), "0,1,2,3,4,5,6,7", [3]),
         (slurm("8(x2)", node=1, local=3), None, [3]),  # no variable: eight files
         # --gpus-per-task=1, or --gpu-bind=single:1: every task sees its own
-        (slurm("8(x2)", node=1, local=3, SLURM_GPUS_PER_TASK="1"), "0", [0]),
+        (slurm("8(x2)", node=1, local=3, gpus=8), "3", [0]),
         (slurm("4", local=3), "3", [0]),
-        # --gpus-per-task=2
-        (slurm("2(x2)", local=1, SLURM_GPUS_PER_TASK="h100:2"), "0,1", [0, 1]),
-        (slurm("2", local=1, SLURM_GPUS_PER_TASK="2"), "0,1,2,3", [2, 3]),  # --gpu-bind=none
+        # --gpus-per-task=2, and with --gpu-bind=none
+        (slurm("2(x2)", local=1, gpus=4), "2,3", [0, 1]),
+        (slurm("2(x2)", local=1, gpus=4), "0,1,2,3", [2, 3]),
+        (slurm("2(x2)", local=1, gpus=4), None, [2, 3]),
         # --ntasks-per-node=1 --gpus-per-node=8: one task with all GPUs of its node
-        (slurm("1(x2)", node=1), "0,1,2,3,4,5,6,7", [0, 1, 2, 3, 4, 5, 6, 7]),
+        (slurm("1(x2)", node=1, gpus=8), "0,1,2,3,4,5,6,7", [0, 1, 2, 3, 4, 5, 6, 7]),
         (slurm("2,1", node=1), "4,6", [0, 1]),
         # --ntasks-per-node=2 --gpus-per-node=8: half of them
         (slurm("2(x2)", local=1), "0,1,2,3,4,5,6,7", [4, 5, 6, 7]),
@@ -151,10 +154,10 @@ def test_every_process_gets_its_gpus(environment, visible, expected, monkeypatch
 
 @pytest.mark.parametrize(
     ("environment", "visible"),
-    [(slurm("4", local=1), 2), (slurm("2", local=1, SLURM_GPUS_PER_TASK="3"), 4)],
+    [(slurm("4", local=1), 2), (slurm("2", local=1, gpus=1), 1), (slurm("8", gpus=8), 4)],
 )
 def test_more_processes_than_gpus_are_refused(environment, visible):
-    with pytest.raises(UserError, match=rf"processes of host .* share {visible} visible GPU"):
+    with pytest.raises(UserError, match=rf"processes of host .* share {visible} GPU"):
         multihost.local_device_ids(environment, visible)
 
 

@@ -125,12 +125,14 @@ def _open_mpi_method(environment: Mapping[str, str]) -> str:
 def local_device_ids(environment: Mapping[str, str], visible: int) -> list[int] | None:
     """Choose the GPUs of this process: all visible ones, or its share of those of its host.
 
-    Slurm and Open MPI say how many processes the host has. Where Slurm gives every task GPUs of its
-    own (--gpus-per-task), they are the only visible ones; jax numbers visible GPUs from 0.
+    Slurm and Open MPI say how many processes the host has, and Slurm how many GPUs. A process that
+    sees only GPUs of its own (Slurm: --gpus-per-task) uses all of them. jax numbers visible GPUs
+    from 0.
 
     Args:
       environment: such as os.environ.
-      visible: the number of visible GPUs.
+      visible: the number of visible GPUs. Without CUDA_VISIBLE_DEVICES, it may include GPUs of the
+        host that are not allotted to the job.
 
     Returns:
       Numbers of visible GPUs; None: jax decides, by JAX_LOCAL_DEVICE_IDS or taking all.
@@ -142,13 +144,14 @@ def local_device_ids(environment: Mapping[str, str], visible: int) -> list[int] 
     if not visible or position is None or environment.get("JAX_LOCAL_DEVICE_IDS"):
         return None
     index, processes = position
-    requested = _gpus_per_task(environment)
-    if visible in (1, requested) or processes == 1:
+    on_host = int(environment.get("SLURM_GPUS_ON_NODE") or max(visible, processes))
+    visible = min(visible, on_host)
+    if processes == 1 or visible * processes == on_host:
         return list(range(visible))
-    share = requested or visible // processes
-    if not share or (index + 1) * share > visible:
+    share = visible // processes
+    if not share:
         raise UserError(
-            f"{processes} processes of host {socket.gethostname()} share {visible} visible GPU(s): "
+            f"{processes} processes of host {socket.gethostname()} share {visible} GPU(s): "
             "start one process for each GPU (Slurm: --ntasks-per-node equal to --gpus-per-node), "
             "or one for the host"
         )
@@ -168,14 +171,6 @@ def _position_on_host(environment: Mapping[str, str]) -> tuple[int, int] | None:
     for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
         counts += [int(count)] * int(repeats or 1)
     return int(environment["SLURM_LOCALID"]), counts[int(environment["SLURM_NODEID"])]
-
-
-def _gpus_per_task(environment: Mapping[str, str]) -> int | None:
-    """Slurm's --gpus-per-task, such as "2" or "h100:2"; None where it was not given."""
-    text = environment.get("SLURM_GPUS_PER_TASK")
-    if not text:
-        return None
-    return sum(int(part.rpartition(":")[2]) for part in text.split(","))
 
 
 def initialize(
