@@ -160,7 +160,7 @@ mount_disk() {  # the one disk that is not the system's; noload: its journal can
   workers 'set -e
 mountpoint -q /mnt/disk && exit
 system="$(lsblk -no PKNAME "$(findmnt -no SOURCE /)")"
-disk="$(lsblk -dnro NAME,TYPE | sed -n "/^$system /d; s/ disk$//p" | head -n 1)"
+disk="$(lsblk -dnro NAME,TYPE | sed -n "/^$system /d; s/^\(sd.*\|nvme.*\) disk$/\1/p" | head -n 1)"
 sudo mkdir -p /mnt/disk
 sudo mount -o ro,noload "/dev/$disk" /mnt/disk'
 }

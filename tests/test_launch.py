@@ -1,10 +1,9 @@
-"""Launchers: the commands they run, and what they do if one fails. gcloud is a mock."""
+"""Launchers: the commands they run, and what they do if one fails. TPUs: test_tpu_pod.py."""
 
-import json
 import os
 import pathlib
 import re
-import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,201 +11,6 @@ import pytest
 import yaml
 
 ROOT = pathlib.Path(__file__).parent.parent
-GCLOUD = """#!{python}
-# Records its arguments; answers `describe` with the next of STATES; fails if FAIL is in them.
-import json, os, pathlib, sys
-folder = pathlib.Path({folder!r})
-with (folder / "calls").open("a") as calls:
-    calls.write(json.dumps(sys.argv[1:]) + "\\n")
-if "describe" in sys.argv:
-    states = (folder / "states").read_text().split()
-    (folder / "states").write_text(" ".join(states[1:] or states))
-    if states[0] == "NONE":
-        sys.exit(1)
-    print(states[0])
-if os.environ.get("FAIL") and os.environ["FAIL"] in " ".join(sys.argv):
-    sys.exit(7)
-"""
-
-
-@pytest.fixture
-def cloud(tmp_path):
-    """Runs tpu_pod.sh with a sequence of states of the slice: (process, calls of gcloud)."""
-    (tmp_path / "gcloud").write_text(GCLOUD.format(python=sys.executable, folder=str(tmp_path)))
-    (tmp_path / "gcloud").chmod(0o755)
-
-    def run(*arguments, states, **environment):
-        (tmp_path / "states").write_text(states)
-        (tmp_path / "calls").write_text("")
-        settings = {
-            "TPU_NAME": "pod",
-            "ZONE": "us-west4-a",
-            "TYPE": "v5litepod-16",
-            "RUNTIME": "v2-alpha-tpuv5-lite",
-        }
-        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "POLL": "0"}
-        command = [str(ROOT / "launch" / "tpu_pod.sh"), *arguments]
-        environment = {**os.environ, **settings, **path, **environment}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        return done, [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-
-    return run
-
-
-def tpus(*words):
-    """The arguments of gcloud for a command on TPUs."""
-    return ["compute", "tpus", *words, "--zone=us-west4-a"]
-
-
-DESCRIBE = tpus("queued-resources", "describe", "pod", "--format=value(state.state)")
-
-
-def test_a_new_slice_is_requested_and_started(cloud):
-    flags = (
-        "--config=configs/vit_b.py",
-        "--workdir=/mnt/nfs/it's mine",
-        "--config.data.path=$HOME/a b",
-    )
-    done, calls = cloud(
-        "train",
-        *flags,
-        states="NONE WAITING_FOR_RESOURCES PROVISIONING ACTIVE",
-        SPOT="1",
-        PROJECT="p",
-    )
-    assert done.returncode == 0, done.stderr
-
-    def project(call):
-        return [*call, "--project=p"]
-
-    create = tpus(
-        "queued-resources", "create", "pod", "--node-id=pod", "--accelerator-type=v5litepod-16"
-    )
-    create[-1:] = ["--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--zone=us-west4-a"]
-    assert calls[:2] == [project(DESCRIBE), project(create)]
-    assert calls[2:5] == [project(DESCRIBE)] * 3
-    copy, install, start = calls[5:]
-    assert copy[:4] == ["compute", "tpus", "tpu-vm", "scp"]
-    assert copy[4].endswith("/lmim_jax.tar.gz")
-    assert copy[5:] == ["pod:lmim_jax.tar.gz", "--worker=all", "--zone=us-west4-a", "--project=p"]
-    for call in (install, start):
-        assert call[:6] == ["compute", "tpus", "tpu-vm", "ssh", "pod", "--worker=all"]
-    assert '"jax[tpu]" -r requirements.txt' in install[6]
-    # The worker's shell sees the flags as they were given here
-    (line,) = [line for line in start[6].splitlines() if "main.py" in line]
-    words = shlex.split(line)
-    assert words[words.index("main.py") + 1 :][:3] == list(flags)
-
-
-def test_the_copied_archive_holds_the_program_and_nothing_hidden(cloud, tmp_path):
-    (tmp_path / "keep").mkdir()
-    script = (tmp_path / "gcloud").read_text()
-    keep = f"""
-if "scp" in sys.argv:
-    import shutil
-    shutil.copy(sys.argv[5], {str(tmp_path / "keep")!r})
-"""
-    (tmp_path / "gcloud").write_text(script + keep)
-    assert cloud("train", states="ACTIVE")[0].returncode == 0
-    names = subprocess.run(
-        ["tar", "tzf", tmp_path / "keep" / "lmim_jax.tar.gz"], capture_output=True, text=True
-    )
-    names = names.stdout.splitlines()
-    needed = {"./main.py", "./requirements.txt", "./lmim_jax/cli/train.py", "./configs/vit_b.py"}
-    assert needed <= set(names)
-    assert not [name for name in names if name.startswith("./.") and name != "./"]
-
-
-def test_train_again_after_preemption_replaces_the_slice_and_resumes(cloud):
-    done, calls = cloud(
-        "train", "--workdir=/mnt/nfs/b", states="SUSPENDED ACTIVE", NFS="10.0.0.2:/share"
-    )
-    assert done.returncode == 0, done.stderr
-    assert [call[3] for call in calls] == [
-        "describe",
-        "delete",
-        "create",
-        "describe",
-        "scp",
-        "ssh",
-        "ssh",
-        "ssh",
-    ]
-    assert calls[1] == tpus("queued-resources", "delete", "pod", "--force", "--quiet")
-    assert "sudo mount -t nfs 10.0.0.2:/share /mnt/nfs" in calls[6][6]
-    assert "already running" in calls[7][6]
-
-
-def test_train_again_on_a_living_slice_keeps_it(cloud):
-    done, calls = cloud("train", states="ACTIVE")
-    assert done.returncode == 0, done.stderr
-    assert [call[3] for call in calls] == ["describe", "describe", "scp", "ssh", "ssh"]
-
-
-@pytest.mark.parametrize(
-    ("fail", "name", "states", "count"),
-    [
-        ("create", "request a slice", "NONE", 2),
-        (" scp ", "copy the code", "ACTIVE", 3),
-        ("requirements.txt", "install", "ACTIVE", 4),
-        ("main.py", "start on all workers", "ACTIVE", 5),
-    ],
-)
-def test_a_command_that_fails_stops_the_rest_and_is_named(cloud, fail, name, states, count):
-    done, calls = cloud("train", states=states, FAIL=fail)
-    assert done.returncode == 7
-    assert (
-        f"error: '{name}' failed with exit code 7. Nothing was deleted; run the same command again"
-        in done.stderr
-    )
-    assert len(calls) == count  # nothing after it
-    assert not [call for call in calls if "delete" in call]
-
-
-def test_a_request_that_fails_while_waiting_is_reported(cloud):
-    done, calls = cloud("train", states="NONE PROVISIONING FAILED")
-    assert done.returncode == 1
-    assert "the slice is FAILED" in done.stderr
-    assert "'wait for the slice' failed" in done.stderr
-    assert [call[3] for call in calls] == ["describe", "create", "describe", "describe"]
-
-
-def test_the_other_commands(cloud):
-    _, calls = cloud("logs", states="ACTIVE")
-    assert calls == [
-        tpus("tpu-vm", "ssh", "pod", "--worker=0", "--command=tail -n 100 -F lmim_jax/train.log")
-    ]
-    _, calls = cloud("stop", states="ACTIVE")
-    assert calls == [
-        tpus(
-            "tpu-vm",
-            "ssh",
-            "pod",
-            "--worker=all",
-            '--command=cd lmim_jax && kill -TERM "$(cat train.pid)"',
-        )
-    ]
-    done, calls = cloud("status", states="ACTIVE")
-    assert "slice: ACTIVE" in done.stdout
-    _, calls = cloud("delete", states="ACTIVE")
-    assert calls == [tpus("queued-resources", "delete", "pod", "--force", "--quiet")]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
-    [
-        (["trian"], {}, "no command trian: train | status"),
-        ([], {}, "no command given"),
-        (["status"], {"ZONE": ""}, "set TPU_NAME and ZONE"),
-        (["train"], {"TYPE": ""}, "set TYPE and RUNTIME"),
-    ],
-)
-def test_mistakes_are_one_line(cloud, arguments, environment, message):
-    done, _ = cloud(*arguments, states="NONE", **environment)
-    assert done.returncode == 2
-    assert message in done.stderr
-
-
 PROGRAM = "import sys, time; a = sys.argv; i = int(a[-1].split('=')[1]); print('hello', a[1:-1]); "
 
 
@@ -241,32 +45,180 @@ def test_the_process_that_dies_first_is_named_and_gives_the_exit_code():
     assert launch("", count="none").returncode == 2
 
 
-def test_the_job_sets_are_complete():
-    values = dict(IMAGE="image", CLAIM="claim", RECIPE="configs/vit_b.py", RUN="b", HOSTS="4")
-    text = (ROOT / "launch" / "gke_jobset.yaml").read_text()
-    for name, value in values.items():
-        text = text.replace("${" + name + "}", value)
-    assert "${" not in text
-    sets = {one["metadata"]["labels"]["hardware"]: one for one in yaml.safe_load_all(text)}
-    assert sets.keys() == {"tpu", "gpu"}
-    for one in sets.values():
-        (replicated,) = one["spec"]["replicatedJobs"]
-        job = replicated["template"]["spec"]
-        assert job["parallelism"] == job["completions"] == 4
-        (container,) = job["template"]["spec"]["containers"]
-        (rule,) = job["podFailurePolicy"]["rules"]
-        assert rule["onExitCodes"] == {
-            "containerName": container["name"],
-            "operator": "In",
-            "values": [2],
-        }
-        assert {mount["name"] for mount in container["volumeMounts"]} == {
-            volume["name"] for volume in job["template"]["spec"]["volumes"]
-        }
+def slurm(folder, program="python", **environment):
+    """Run slurm.sbatch with an srun that shows its arguments: (its process, the arguments)."""
+    srun = folder / "srun"
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "gpu: ${SLURM_CPUS_PER_GPU:-}" >"$0.told"\n')
+    srun.chmod(0o755)
+    (folder / "python").write_text("#!/bin/sh\n")
+    (folder / "python").chmod(0o755)
+    job = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    variables = {**os.environ, **job, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": program}
+    command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "--x=1 2"]
+    done = subprocess.run(
+        command, cwd=folder, env={**variables, **environment}, capture_output=True, text=True
+    )
+    return done, (folder / "srun.told").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("environment", "cpus"),
+    [
+        ({}, 1),  # one task with one CPU
+        ({"SLURM_CPUS_PER_TASK": "12", "SLURM_JOB_CPUS_PER_NODE": "96"}, 12),  # as asked for
+        ({"SLURM_JOB_CPUS_PER_NODE": "96(x2)", "SLURM_TASKS_PER_NODE": "8(x2)"}, 12),  # exclusive
+        ({"SLURM_JOB_CPUS_PER_NODE": "96(x2)", "SLURM_TASKS_PER_NODE": "1(x2)"}, 96),
+        ({"SLURM_JOB_CPUS_PER_NODE": "96,40(x3)", "SLURM_TASKS_PER_NODE": "4(x4)"}, 10),
+        ({"SLURM_JOB_CPUS_PER_NODE": "4", "SLURM_TASKS_PER_NODE": "8"}, 1),
+        (
+            {
+                "SLURM_JOB_CPUS_PER_NODE": "32",
+                "SLURM_TASKS_PER_NODE": "4",
+                "SLURM_CPUS_PER_GPU": "8",
+            },
+            8,
+        ),
+    ],
+)
+def test_the_cpus_of_a_slurm_job_are_shared_by_its_tasks(tmp_path, environment, cpus):
+    done, told = slurm(tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert f"--cpus-per-task={cpus}" in told
+    assert "gpu: " in told  # srun refuses --cpus-per-gpu beside it
+    assert ("warning: 1 CPU per task" in done.stderr) == (cpus == 1)
+
+
+def test_slurm_tasks_in_containers(tmp_path):
+    _, told = slurm(tmp_path)
+    assert told[-4:-1] == ["python", "main.py", "--x=1 2"]
+    flags = {"SRUN_FLAGS": "--container-image=a.sqsh --container-mounts=/shared"}
+    done, told = slurm(tmp_path, program="", **flags)  # the python of the container
+    assert done.returncode == 0, done.stderr
+    assert told[2:-1] == ["--label", *flags["SRUN_FLAGS"].split(), "python", "main.py", "--x=1 2"]
+    container = ["apptainer", "exec", "--nv", "a.sif"]
+    done, told = slurm(tmp_path, program="", CONTAINER=" ".join(container))
+    assert told[2:-1] == ["--label", *container, "python", "main.py", "--x=1 2"]
+
+
+def job_set(name):
+    """A JobSet with its variables filled in."""
+    values = {"IMAGE": "image", "CLAIM": "claim", "RECIPE": "vit_b", "RUN": "b"}
+    values |= {"HOSTS": "4", "SLICES": "2"}
+    text = (ROOT / "launch" / name).read_text()
+    described = re.search(r"envsubst '(.*?)' <launch/" + name, text).group(1)
+    for key in described.split():  # the command of its first lines fills in all of them
+        text = text.replace("${" + key[1:] + "}", values[key[1:]])
+    assert "${" not in text.split("apiVersion", 1)[1]
+    return yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("name", ["gke_jobset.yaml", "gke_jobset_gpu.yaml"])
+def test_the_job_sets_are_complete(name):
+    one = job_set(name)
+    assert one.keys() == {"apiVersion", "kind", "metadata", "spec"}
+    assert (one["apiVersion"], one["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    policy = one["spec"]["failurePolicy"]
+    assert policy["rules"] == [
+        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
+    (replicated,) = one["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == 4
+    assert job["backoffLimit"] == 0
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    codes = {"containerName": container["name"], "operator": "In", "values": [2]}
+    assert rule == {"action": "FailJob", "onExitCodes": codes}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+    assert mounts.keys() == {"/shared", "/dev/shm"}
+    assert mounts["/dev/shm"]["emptyDir"] == {"medium": "Memory"}
+
+
+def test_slices_of_tpus_have_a_node_pool_each():
+    one = job_set("gke_jobset.yaml")
+    annotation = "alpha.jobset.sigs.k8s.io/exclusive-topology"
+    assert one["metadata"]["annotations"] == {annotation: "cloud.google.com/gke-nodepool"}
+    assert one["spec"]["replicatedJobs"][0]["replicas"] == 2
+
+
+def test_pods_with_gpus_find_their_driver_and_the_first_of_them():
+    one = job_set("gke_jobset_gpu.yaml")
+    name, (job,) = one["metadata"]["name"], one["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
     # Pod 0 of the job is reached as JOBSET-JOB-0-0.JOBSET
-    name, (job,) = sets["gpu"]["metadata"]["name"], sets["gpu"]["spec"]["replicatedJobs"]
-    (command,) = job["template"]["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert f"--coordinator={name}-{job['name']}-0-0.{name}:8482 " in command
+    assert f"--coordinator={name}-{job['name']}-0-0.{name}:8482 " in container["args"][0]
+    libraries = {"name": "LD_LIBRARY_PATH", "value": "/usr/local/nvidia/lib64"}
+    assert container["env"] == [libraries]
+    assert "LD_LIBRARY_PATH=/usr/local/nvidia/lib64" in (ROOT / "launch" / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("name", ["gke_jobset.yaml", "gke_jobset_gpu.yaml"])
+def test_kubernetes_would_accept_the_jobs(name):
+    schemas = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    for replicated in job_set(name)["spec"]["replicatedJobs"]:
+        kind = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}}
+        schemas.validate({**kind, **replicated["template"]}, "1.33", strict=True)
+
+
+def test_an_image_holds_what_training_needs_and_nothing_else(tmp_path):
+    ignored, *kept = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    assert ignored == "*"
+    assert kept.pop() == "**/__pycache__"
+    for pattern in kept:
+        source = ROOT / pattern.removeprefix("!")
+        if source.is_dir():
+            skip = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, tmp_path / source.name, ignore=skip)
+        else:
+            shutil.copy(source, tmp_path)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size < 3e6
+    command = [sys.executable, "main.py", "--config=vit_b", "--workdir=w", "--config.none=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2  # a mistake that is found after the imports
+    assert "none" in done.stderr
+    copied = re.findall(r"^COPY (\S+) ", (ROOT / "launch" / "Dockerfile").read_text(), re.M)
+    assert copied == ["requirements.txt", "."]
+
+
+def sky():
+    """The task of launch/skypilot.yaml."""
+    return yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+
+
+def test_skypilot_starts_one_process_per_node(tmp_path):
+    task = sky()
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("sudo", "mountpoint", ".venv/bin/python"):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    nodes = {"NODE_IPS": "10.0.0.5\n10.0.0.6", "NUM_NODES": "2", "NODE_RANK": "1"}
+    environment = {f"SKYPILOT_{key}": value for key, value in nodes.items()}
+    environment |= {**task["envs"], "NFS": "10.0.0.2:/share", "FLAGS": "--config.mesh.fsdp=2 --a=b"}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["bash", "-c", task["run"]]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert told[told.index("main.py") :] == [
+        "main.py",
+        "--config=vit_b",
+        "--config.data.path=/mnt/nfs/images",
+        "--workdir=/mnt/nfs/runs/b",
+        "--coordinator=10.0.0.5:8482",
+        "--num_processes=2",
+        "--process_id=1",
+        "--config.mesh.fsdp=2",
+        "--a=b",
+    ]
+    assert subprocess.run(["bash", "-n", "-c", task["setup"]]).returncode == 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.s*")), ids=lambda path: path.name)

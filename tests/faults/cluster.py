@@ -1,6 +1,7 @@
 """A Slurm cluster of this one machine, for as long as a `with` block.
 
-Debian's slurm-wlm, without a database. The node claims 16 CPUs and two GPUs, which are copies of /dev/null.
+Debian's slurm-wlm, without a database. The node claims 16 CPUs and two GPUs, which are copies of
+/dev/null.
 """
 
 import os
