@@ -19,6 +19,7 @@ import tiny
 
 import lmim_jax
 from lmim_jax.train import checkpoints, loop, metric_logger
+from lmim_jax.train.build import build
 from lmim_jax.train.metric_writer import read_metrics
 from lmim_jax.utils.errors import UserError
 
@@ -46,10 +47,10 @@ def finished(images, tmp_path_factory):
     return config, workdir, loop.train(config, workdir)
 
 
-def test_a_run_tells_what_it_did(finished):
+def test_a_run_logs_what_it_did(finished):
     _, workdir, summary = finished
-    told = lines(workdir)
-    training = [line for line in told if "loss" in line]
+    logged = lines(workdir)
+    training = [line for line in logged if "loss" in line]
     assert [line["step"] for line in training] == [2, 4, 6, 8, 10, 12]
     keys = {
         "grad_norm",
@@ -60,15 +61,15 @@ def test_a_run_tells_what_it_did(finished):
         "epoch",
     }
     assert keys <= training[0].keys()
-    assert [line["step"] for line in told if "knn/knn5" in line] == [0, 6, 12]
-    gauges = {
+    assert [line["step"] for line in logged if "knn/knn5" in line] == [0, 6, 12]
+    collapse_metrics = {
         "collapse_index",
         "effective_rank",
         "feature_std",
         "patch_chance",
         "similarity_targets",
     }
-    assert all(gauges <= line.keys() for line in training)
+    assert all(collapse_metrics <= line.keys() for line in training)
     assert {
         "knn/nn1",
         "knn/knn5",
@@ -77,9 +78,13 @@ def test_a_run_tells_what_it_did(finished):
         "wall_seconds",
         "collapse_index",
     } <= summary.keys()
-    assert summary["knn5"] == {"untrained": told[0]["knn/knn5"], "trained": summary["knn/knn5"]}
-    names = {f"{name}_{step:07d}.png" for name in ("given", "seen") for step in (0, 12)} | {
-        "curves.png"
+    assert summary["knn5"] == {"untrained": logged[0]["knn/knn5"], "trained": summary["knn/knn5"]}
+    names = {
+        "given_0000000.png",
+        "seen_0000000.png",
+        "given_0000012.png",
+        "seen_0000012.png",
+        "curves.png",
     }
     assert {path.name for path in (workdir / "pictures").iterdir()} == names
     assert json.loads((workdir / "summary.json").read_text()) == summary
@@ -102,10 +107,23 @@ def test_a_run_killed_before_its_summary_is_evaluated_again(finished):
     config, workdir, summary = finished
     (workdir / "summary.json").unlink()
     again = loop.train(config, workdir)
-    assert {name: again[name] for name in again if "knn/" in name} == {
-        n: summary[n] for n in summary if "knn/" in n
-    }
+    accuracies = {name: value for name, value in summary.items() if "knn/" in name}
+    assert {name: value for name, value in again.items() if "knn/" in name} == accuracies
     (workdir / "summary.json").write_text(json.dumps(summary))
+
+
+def test_the_parts_of_a_recipe_need_no_data():
+    parts = build(tiny.get_config(), steps_per_epoch=6)
+    assert (parts.total_steps, parts.steps_per_epoch) == (12, 6)
+    state = parts.abstract_state()
+    assert state.params["encoder"]["cls_token"].shape == (1, 1, 16)
+    shapes = {name: array.shape for name, array in parts.abstract_batch(8).items()}
+    assert shapes == {"image": (8, 40, 40, 3), "size": (8, 2), "label": (8,)}
+    assert [(one.title, one.every) for one in parts.schedule_evaluators()] == [
+        ("knn", 6),
+        ("visualization", 12),
+    ]
+    assert float(parts.learning_rate(3)) > float(parts.learning_rate(0))
 
 
 def test_weights_load_alone_in_a_notebook(finished, tmp_path):
@@ -117,11 +135,8 @@ def test_weights_load_alone_in_a_notebook(finished, tmp_path):
     saved = ocp.PyTreeCheckpointer().restore(newest.absolute() / "state")
     for params, name in ((online, "params"), (target, "target")):
         jax.tree.map(np.testing.assert_array_equal, params["encoder"], saved[name]["encoder"])
-    assert model.method.features(online, np.zeros((1, 16, 16, 3), np.float32))["patches"].shape == (
-        1,
-        16,
-        16,
-    )
+    features = model.method.features(online, np.zeros((1, 16, 16, 3), np.float32))
+    assert features["patches"].shape == (1, 16, 16)
     with pytest.raises(UserError, match=r"is not a run: it has no config.json"):
         lmim_jax.load(tmp_path)
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
@@ -163,10 +178,9 @@ def test_another_config_in_its_workdir_is_refused_by_key(finished, images, chang
     ) as refused:
         loop.train(recipe(images, **change), workdir)
     for key, value in change.items():
-        told = list(value) if isinstance(value, tuple) else value
-        assert re.search(
-            rf"{key} [^,]+(, [^,]+\])? -> {re.escape(str(told))}", str(refused.value)
-        ), refused.value
+        shown = list(value) if isinstance(value, tuple) else value
+        pattern = rf"{key} [^,]+(, [^,]+\])? -> {re.escape(str(shown))}"
+        assert re.search(pattern, str(refused.value)), refused.value
 
 
 def test_other_images_in_its_workdir_are_refused(finished, images, tmp_path):
@@ -184,7 +198,7 @@ def test_harmless_keys_may_change(finished, images):
     assert loop.train(recipe(images, **change), workdir) == summary
 
 
-NAN = {  # value to set -> the quantity named first
+NAN = {  # key to set -> (value, the quantity named first)
     "optimizer.base_lr": (1e30, "(loss|grad_norm|param_norm|target_norm)"),
     "augment.std": ((0.0, 0.0, 0.0), "input_mean"),
     "method.momentum_start": (math.nan, "target_norm"),
@@ -267,21 +281,18 @@ def test_the_recipe_is_chosen_by_flag(flags, recipe):
         "app.parse_flags(train.RECIPES, sys.argv);"
         "print(train.flags.FLAGS['config'].config_filename)"
     )
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert (ROOT / told.stdout.strip()).samefile(ROOT / "configs" / f"{recipe}.py")
+    assert (ROOT / done.stdout.strip()).samefile(ROOT / "configs" / f"{recipe}.py")
 
 
 def test_skipping_stops_after_too_many_in_a_row(images, tmp_path, caplog):
     change = {"augment.std": (0.0, 0.0, 0.0), "on_nonfinite": "skip", "max_skipped": 3, **SMALL}
     with pytest.raises(metric_logger.NonFinite, match=r"step 4: input_mean = "):
         loop.train(recipe(images, **change), tmp_path)
-    assert [record.args[:2] for record in caplog.records if "skipped" in record.msg] == [
-        (1, 1),
-        (2, 2),
-        (3, 3),
-    ]
+    skipped = [record.args[:2] for record in caplog.records if "skipped" in record.msg]
+    assert skipped == [(1, 1), (2, 2), (3, 3)]
 
 
 TOOLS = {
@@ -296,10 +307,10 @@ TOOLS = {
 @pytest.mark.parametrize("call", TOOLS)
 def test_a_tool_called_wrongly_says_so_in_one_line(call):
     command = [sys.executable, "-m", "lmim_jax.cli", *call.split()]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert told.returncode == 2, told.stderr
-    assert "Traceback" not in told.stderr
-    assert re.search(TOOLS[call], told.stderr.splitlines()[-1]), told.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(TOOLS[call], done.stderr.splitlines()[-1]), done.stderr
 
 
 BAD = {
@@ -313,6 +324,7 @@ BAD = {
     "--config.batch_size=4096": "more than the 48 training images",
     "--config.method.num_visible=16": "config.method.num_visible=16",
     "--config.data.source=foldr": "did you mean folder",
+    "--config.data.resize_on=devise": "config.data.resize_on='devise'",
     "--config.on_nonfinite=skp": "config.on_nonfinite='skp' must be one of: stop | skip",
 }
 
@@ -320,9 +332,9 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(images, tmp_path):
     running = {flags: command(images, tmp_path, *flags.split()) for flags in BAD}
     for flags, process in running.items():
-        told, _ = process.communicate(timeout=300)
-        assert process.returncode == 2, told
-        assert "Traceback" not in told
-        assert told.splitlines()[-1].startswith("error: ")
-        assert re.search(BAD[flags], told.splitlines()[-1]), told
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 2, output
+        assert "Traceback" not in output
+        assert output.splitlines()[-1].startswith("error: ")
+        assert re.search(BAD[flags], output.splitlines()[-1]), output
     assert not any(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The lock's judgement of its holder, and what is told to XLA."""
+"""Whose lock counts, and the flags passed to XLA."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from lmim_jax.utils.errors import UserError
 
 
 def hold(path, **change):
-    """Write a lock file of somebody else."""
+    """Write the lock file of another process."""
     holder = {
         "host": socket.gethostname(),
         "pid": 1,
@@ -23,7 +23,7 @@ def hold(path, **change):
     (path / "lock").write_text(json.dumps(holder | change))
 
 
-def test_a_lock_is_held_and_given_back(tmp_path):
+def test_a_lock_is_held_and_released(tmp_path):
     taken = pytest.raises(
         UserError, match=rf"pid {os.getpid()}, since 20.*choose another --workdir"
     )
@@ -36,9 +36,9 @@ def test_a_lock_is_held_and_given_back(tmp_path):
     ("change", "alive"),
     [
         ({}, True),
-        ({"start": 12345}, False),  # the number belongs to another process now
+        ({"start": 12345}, False),  # another process has this PID now
         ({"pid": 2**22 + 1}, False),
-        ({"host": "elsewhere"}, True),  # by its sign of life: the file is fresh
+        ({"host": "elsewhere"}, True),  # by the age of the file
     ],
 )
 def test_whose_lock_counts(tmp_path, change, alive):
@@ -50,7 +50,7 @@ def test_whose_lock_counts(tmp_path, change, alive):
         lock.Lock(tmp_path).release()
 
 
-def test_a_silent_lock_of_another_host_is_taken_over(tmp_path, caplog):
+def test_an_old_lock_of_another_host_is_taken_over(tmp_path, caplog):
     hold(tmp_path, host="elsewhere")
     long_ago = time.time() - 10 * lock.STALE
     os.utime(tmp_path / "lock", (long_ago, long_ago))
@@ -69,8 +69,12 @@ def test_kernels_are_pinned_where_there_is_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     file = tmp_path / "run" / "gpu_kernels_0.textproto"
     workdir.pin_kernels(tmp_path / "run", True)
-    wanted = f"--mine --xla_gpu_dump_autotune_results_to={file} --xla_gpu_exclude_nondeterministic_ops=true"
-    assert os.environ["XLA_FLAGS"] == wanted
+    expected = [
+        "--mine",
+        f"--xla_gpu_dump_autotune_results_to={file}",
+        "--xla_gpu_exclude_nondeterministic_ops=true",
+    ]
+    assert os.environ["XLA_FLAGS"].split() == expected
     file.touch()
     monkeypatch.setenv("XLA_FLAGS", "")
     workdir.pin_kernels(tmp_path / "run", False)

@@ -4,11 +4,9 @@ import jax
 
 from lmim_jax.configs import evaluate, small, vit_b
 from lmim_jax.distributed import sharding
-from lmim_jax.methods import base as methods
-from lmim_jax.optim import adamw
-from lmim_jax.train import checkpoints as checkpoint
 from lmim_jax.train import workdir
-from lmim_jax.train.state import create_state
+from lmim_jax.train.build import build
+from lmim_jax.train.checkpoints import Checkpoints
 
 SIZES = dict(
     grid=(4, 4), patch_size=4, gap=1, width=16, depth=1, heads=2, num_visible=4, projector_depth=1
@@ -64,12 +62,8 @@ def _shrink(section):
 def run(config, folder):
     """Make `folder` a run of `config` with its fresh state as the checkpoint of step 0."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])  # quicker than eight
-    model = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
-    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=0, total_steps=1)
-    state, _ = create_state(
-        model, optimizer, config.seed, mesh, rules=config.mesh.rules, min_size=config.mesh.min_size
-    )
-    with checkpoint.Checkpoints(folder, config) as checkpoints:
+    state, _ = build(config, steps_per_epoch=1).create_state(mesh)
+    with Checkpoints(folder, config) as checkpoints:
         checkpoints.save(state, 0)
     workdir.claim(folder, config.to_dict(), None)
     return folder
