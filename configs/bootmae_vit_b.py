@@ -63,5 +63,5 @@ def bootmae(channels: FieldReference) -> ConfigDict:
     method.momentum_epochs = (100, 400)  # epochs: a shorter run ends earlier on this line
     # precision and kernels
     method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32
-    method.attention = "xla"  # xla | cudnn (fused, NVIDIA GPUs; head widths divisible by 8, not 42)
+    method.attention = "auto"  # auto | xla (anywhere) | cudnn (fused; not here: heads are 42 wide)
     return method

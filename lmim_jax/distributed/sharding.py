@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
 from lmim_jax.utils.errors import UserError
@@ -87,6 +87,13 @@ def _arrange_slices(
         devices,
         allow_split_physical_axes=True,
     )
+
+
+def platform(mesh: Mesh | AbstractMesh) -> str:
+    """The platform of a mesh's devices; that of the default devices where it has none."""
+    if isinstance(mesh, AbstractMesh):
+        return jax.default_backend()
+    return mesh.devices.flat[0].platform
 
 
 def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:

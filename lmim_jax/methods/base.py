@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, Key
 
 import lmim_jax.methods
 from lmim_jax.methods.common.checks import check_choice, check_heads
+from lmim_jax.models import attention
 from lmim_jax.utils.errors import UserError, did_you_mean
 
 Params = dict[str, Any]  # a nested dict of float32 arrays
@@ -160,7 +161,7 @@ class BaseMethod:
     def __post_init__(self) -> None:
         """Check the fields; sub-classes extend this."""
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
-        check_choice("attention", self.attention, ("xla", "cudnn"))
+        check_choice("attention", self.attention, attention.IMPLEMENTATIONS)
         check_heads("width", self.width, "heads", self.heads)
 
     @property

@@ -78,19 +78,14 @@ class Method(BaseMethod):
 
     # Networks: Linen modules, each applied to one sub-tree of the parameters
 
-    def _options_for(self, width: int) -> dict[str, Any]:
-        """Options of the blocks of a network of this width."""
-        options = {**self.block_options, "qkv_bias": (True, False, True)}  # keys have no bias
-        # cuDNN needs heads whose width is a multiple of 8; the published pixel decoder has 42.
-        if width // self.heads % 8:
-            options["attention"] = "xla"
-        return options
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Options of the blocks of all networks."""
+        return {**self.block_options, "qkv_bias": (True, False, True)}  # keys have no bias
 
     @property
     def _encoder(self) -> vit.ViT:
-        return vit.ViT(
-            width=self.width, depth=self.depth, heads=self.heads, **self._options_for(self.width)
-        )
+        return vit.ViT(width=self.width, depth=self.depth, heads=self.heads, **self._options)
 
     @property
     def _regressor(self) -> TargetAwareDecoder:
@@ -102,7 +97,7 @@ class Method(BaseMethod):
             depth=self.decoder_depth,
             heads=self.heads,
             head=head,
-            **self._options_for(self.decoder_width),
+            **self._options,
         )
 
     @property
@@ -113,7 +108,7 @@ class Method(BaseMethod):
             depth=self.decoder_depth,
             heads=self.heads,
             head=head,
-            **self._options_for(self.width),
+            **self._options,
         )
 
     # The interface of a method, see methods/base.py

@@ -3,13 +3,28 @@
 Letters: B batch, T query tokens, S key tokens, A attention heads, K width of a head.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from lmim_jax.models import cudnn_attention
+from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.platform import current_platform
+
 # What the forward pass keeps for the backward pass, heads first: query, key, value,
 # exponentials, their sums, output
 Residuals = tuple[Array, Array, Array, Array, Array, Array]
+
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+FUSED_TOKENS = (
+    64  # from so many queries or keys on the fused kernel is faster (measured on an H100)
+)
+FUSED_DTYPES = (jnp.bfloat16, jnp.float16)
+FUSED_HEAD_WIDTH = 128  # at most, and divisible by 8
 
 
 def attend(
@@ -25,16 +40,62 @@ def attend(
       query: queries of every head.
       key: keys of every head.
       value: values of every head.
-      implementation: "xla" runs anywhere; "cudnn" is fused, and needs bfloat16 on an NVIDIA GPU.
+      implementation: "xla": plain matrix products, on any device; "cudnn": the fused kernel, which
+        needs bfloat16 and an NVIDIA GPU; "auto": the fused kernel where it is possible and faster.
       mask: True where a key may be attended to; None: every key may.
     """
+    if implementation == "auto":
+        implementation = "cudnn" if _fused_is_faster(query, key, mask) else "xla"
+    if implementation == "cudnn":
+        return cudnn_attention.attend(query, key, value, mask)
     if mask is not None:
         mask = mask[:, None, None, :]
-    if implementation != "xla":
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, implementation=implementation
-        )
     return _attend(query, key, value, mask)
+
+
+def check_fused(method: Mapping[str, Any]) -> None:
+    """Check that the fused kernel can be used, where a recipe asks for it.
+
+    Args:
+      method: `config.method`.
+
+    Raises:
+      UserError: `attention` is "cudnn", and device, dtype or the width of a head forbid it.
+    """
+    if method["attention"] != "cudnn":
+        return
+    problem = ""
+    if current_platform() != "gpu":
+        problem = f"needs an NVIDIA GPU, and the devices here are {current_platform()}s"
+    elif not cudnn_attention.available():
+        problem = "needs cuDNN, which jax does not find: pip install 'jax[cuda13]'"
+    elif method["dtype"] != "bfloat16":
+        problem = f"needs config.method.dtype=bfloat16, not {method['dtype']}"
+    else:
+        for key in method:
+            width = key.replace("heads", "width")
+            if width != key and (method[width] // method[key]) % 8:
+                problem = f"needs heads whose width is a multiple of 8: {width} / {key} is not"
+    if problem:
+        raise UserError(
+            f"config.method.attention=cudnn {problem}; config.method.attention=auto uses the fused "
+            "kernel wherever it can"
+        )
+
+
+def _fused_is_faster(query: Array, key: Array, mask: Array | None) -> bool:
+    """Whether the fused kernel can be used, and is faster than plain products."""
+    head_width = query.shape[-1]
+    tokens = max(query.shape[1], key.shape[1])
+    return (
+        current_platform() == "gpu"
+        and mask is None
+        and query.dtype in FUSED_DTYPES
+        and head_width % 8 == 0
+        and head_width <= FUSED_HEAD_WIDTH
+        and tokens >= FUSED_TOKENS
+        and cudnn_attention.available()
+    )
 
 
 def attention_weights(

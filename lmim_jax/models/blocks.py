@@ -6,7 +6,6 @@ Letters: B batch, T S tokens, D width, E width of the context, A attention heads
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
@@ -40,9 +39,9 @@ class Attention(nn.Module, kw_only=True):
         """Attend from every token to the tokens where `mask` is True."""
         batch, tokens, width = x.shape
         head_width = width // self.heads
-        qkv = Dense(3 * self.heads * head_width, self.dtype, self.qkv_bias, name="qkv")(x)
-        qkv = qkv.reshape(batch, tokens, -1, head_width)
-        query, key, value = jnp.split(qkv, 3, axis=2)
+        project = Dense(3 * self.heads * head_width, self.dtype, self.qkv_bias, name="qkv")
+        by_head = (batch, tokens, self.heads, head_width)
+        query, key, value = (part.reshape(by_head) for part in project.parts(x, 3))
         if self.is_mutable_collection("intermediates"):  # attention maps were requested
             self.sow("intermediates", "attention", attention_weights(query, key))
         x = attend(query, key, value, self.implementation, mask)
@@ -76,9 +75,9 @@ class CrossAttention(nn.Module, kw_only=True):
         query = Dense(self.heads * head_width, self.dtype, query_bias, name="q")(x)
         query = query.reshape(batch, tokens, -1, head_width)
         kv_bias = (key_bias, value_bias)
-        kv = Dense(2 * self.heads * head_width, self.dtype, kv_bias, name="kv")(context)
-        kv = kv.reshape(batch, -1, 2 * self.heads, head_width)
-        key, value = jnp.split(kv, 2, axis=2)
+        project = Dense(2 * self.heads * head_width, self.dtype, kv_bias, name="kv")
+        by_head = (batch, context.shape[1], self.heads, head_width)
+        key, value = (part.reshape(by_head) for part in project.parts(context, 2))
         x = attend(query, key, value, self.implementation)
         x = x.reshape(batch, tokens, -1)
         return Dense(width, self.dtype, name="proj")(x)

@@ -33,7 +33,7 @@ def visual_cues(
     Source: Latent MIM section 3.4; official `avg_vis_mask_token`.
     """
     # Scores in float32: they depend on constants only, and are the weights of all that follows.
-    scores = jnp.einsum("bmd,bvd->bmv", masked_positions, visible_positions)
+    scores = jnp.einsum("bmd,bvd->bmv", masked_positions, visible_positions, precision="highest")
     scores = scores * visible.shape[-1] ** -0.5
     return nn.softmax(scores).astype(visible.dtype) @ visible
 

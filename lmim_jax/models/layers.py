@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lmim_jax.utils.platform import current_platform
+
 Dtype = jnp.dtype
 
 
@@ -161,9 +163,32 @@ def resample_positions(
     return table.reshape(1, -1, width)
 
 
+@jax.custom_vjp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Exact GELU, x Phi(x), as torch computes it (Flax's default is the tanh approximation)."""
-    return nn.gelu(x, approximate=False)
+    """Exact GELU, x Phi(x), as torch computes it (Flax's default is the tanh approximation).
+
+    Computed in float32. Only x, in its own dtype, is kept for the backward pass: autodiff of flax's
+    form keeps a float32 array, and XLA makes two kernels of it on GPUs.
+    """
+    return (x * _normal_cdf(x)).astype(x.dtype)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
+    y = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * y * y) * np.float32((2 * np.pi) ** -0.5)
+    return (((_normal_cdf(x) + y * density) * dy).astype(x.dtype),)
+
+
+def _normal_cdf(x: Array) -> Array:
+    """The standard normal distribution function, float32."""
+    return 0.5 * (1 + jax.lax.erf(x.astype(jnp.float32) * np.float32(2**-0.5)))
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 @jax.custom_vjp
@@ -212,22 +237,42 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Apply the layer to the last axis."""
-        kernel = self.param(
-            "kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
-        )
-        y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel.astype(self.dtype))
-        if np.any(self.use_bias):
-            y = y + self._bias().astype(self.dtype)[None]
-        return y.reshape(x.shape[:-1] + (self.features,))
+        kernel, bias = self._parameters(x.shape[-1])
+        return _linear(x, kernel, bias, self.dtype)
 
-    def _bias(self) -> Float[Array, " O"]:
-        """The bias of every output; zero in the parts that have none."""
+    @nn.compact
+    def parts(self, x: Float[Array, "... I"], count: int) -> list[Float[Array, "... P"]]:
+        """Apply the layer to the last axis; the output in `count` equal parts.
+
+        On a GPU every part is a product of its own: dividing the output of one product would copy
+        it. Elsewhere the one product is faster.
+        """
+        kernel, bias = self._parameters(x.shape[-1])
+        if current_platform() != "gpu":
+            return jnp.split(_linear(x, kernel, bias, self.dtype), count, axis=-1)
+        kernels = jnp.split(kernel, count, axis=1)
+        biases = [None] * count if bias is None else jnp.split(bias, count)
+        return [_linear(x, k, b, self.dtype) for k, b in zip(kernels, biases, strict=True)]
+
+    def _parameters(self, width: int) -> tuple[Float[Array, "I O"], Float[Array, " O"] | None]:
+        """Kernel and bias of every output; a bias is zero in the parts that have none."""
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (width, self.features))
+        if not np.any(self.use_bias):
+            return kernel, None
         part_size = self.features // np.size(self.use_bias)
         has_bias = np.repeat(self.use_bias, part_size)
         bias = self.param("bias", nn.initializers.zeros, (int(has_bias.sum()),))
-        if has_bias.all():
-            return bias
-        return jnp.zeros(self.features).at[np.flatnonzero(has_bias)].set(bias)
+        if not has_bias.all():
+            bias = jnp.zeros(self.features).at[np.flatnonzero(has_bias)].set(bias)
+        return kernel, bias
+
+
+def _linear(x: Array, kernel: Array, bias: Array | None, dtype: Dtype) -> Array:
+    """Multiply the last axis of x by a kernel and add a bias, in `dtype`."""
+    y = matmul(x.reshape(-1, x.shape[-1]).astype(dtype), kernel.astype(dtype))
+    if bias is not None:
+        y = y + bias.astype(dtype)[None]
+    return y.reshape(x.shape[:-1] + y.shape[-1:])
 
 
 def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.LayerNorm:

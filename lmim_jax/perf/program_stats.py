@@ -43,11 +43,13 @@ def lowered_stats(lowered: jax.stages.Lowered) -> dict[str, Any]:
 
     Returns:
       {"products": number of matrix products and convolutions, "float32_products": {where: number}
-      of those that read float32, where being JAX's name stack without numbers, "host_transfers":
-      number}.
+      of those that read float32, where being JAX's name stack without numbers,
+      "imprecise_products": {where: number} of those among them that name no highest precision, and
+      so are TF32 on NVIDIA GPUs and bfloat16 on TPUs, "host_transfers": number}.
     """
     products = 0
     float32_products: collections.Counter[str] = collections.Counter()
+    imprecise_products: collections.Counter[str] = collections.Counter()
     host_transfers = 0
     module: Any = lowered.compiler_ir(dialect="stablehlo")
     for operation in _operations(module.operation):
@@ -55,11 +57,14 @@ def lowered_stats(lowered: jax.stages.Lowered) -> dict[str, Any]:
             products += 1
             if _reads_float32(operation):
                 float32_products[_name_stack(operation)] += 1
+                if not _is_highest_precision(operation):
+                    imprecise_products[_name_stack(operation)] += 1
         elif _is_host_transfer(operation):
             host_transfers += 1
     return {
         "products": products,
         "float32_products": dict(float32_products),
+        "imprecise_products": dict(imprecise_products),
         "host_transfers": host_transfers,
     }
 
@@ -76,6 +81,13 @@ def _operations(operation: Any) -> Iterator[Any]:
 def _reads_float32(operation: Any) -> bool:
     """Whether an operand of a StableHLO operation is a float32 array."""
     return any("xf32>" in str(operand.type) for operand in operation.operands)
+
+
+def _is_highest_precision(operation: Any) -> bool:
+    """Whether a StableHLO product names the highest precision for both operands."""
+    if "precision_config" not in operation.attributes:
+        return False
+    return str(operation.attributes["precision_config"]).count("HIGHEST") == 2
 
 
 def _is_host_transfer(operation: Any) -> bool:

@@ -17,6 +17,7 @@ from lmim_jax.data import loader, sources
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost, preemption, sharding
 from lmim_jax.evaluators import base as evaluators
+from lmim_jax.models import attention
 from lmim_jax.train import provenance
 from lmim_jax.train import summary as summaries
 from lmim_jax.train import workdir as workdirs
@@ -53,6 +54,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     """
     process_start = time.perf_counter()
     mesh = _make_mesh(config)
+    attention.check_fused(config.method)
     splits = _open_sources(config)
     parts = build(config, loader.steps_per_epoch(splits["train"], config.batch_size))
     scheduled = _schedule_evaluators(parts)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from lmim_jax.distributed import sharding
 from lmim_jax.models.layer_stack import with_remat_and_scan
 from lmim_jax.train.state import TrainState
+from lmim_jax.utils.platform import traced_for
 from lmim_jax.utils.prng import image_keys
 
 Batch = dict[str, Array]
@@ -188,8 +189,9 @@ def jit_train_step(
         skip_nonfinite=config.on_nonfinite == "skip",
         shardings=shardings,
     )
+    run = with_remat_and_scan(step, config.remat, config.scan_layers)
     return jax.jit(
-        with_remat_and_scan(step, config.remat, config.scan_layers),
+        traced_for(run, sharding.platform(mesh)),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
     )

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 # Keys that may change when a run resumes: they do not affect the training itself
 HARMLESS = re.compile(
     r"log_every|gauge_images|checkpoint_\w+|evaluators\..*|max_skipped|mesh\..*|remat|scan_layers"
+    r"|method\.attention"
     r"|data\.(path|dir|classes|test_split|workers|threads|timeout|max_bad_fraction)"
 )
 # Key of config.json: what identifies the training images; absent where weights were imported

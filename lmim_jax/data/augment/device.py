@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from lmim_jax.utils.errors import UserError, did_you_mean
+from lmim_jax.utils.platform import current_platform
 
 CROP_TRIES = 10
 TABLE_BITS = 12  # crop shapes are drawn from tables of this many bits
-PRECISION = jax.lax.Precision.HIGH  # pixel values need more than bfloat16's 8 bits
 
 Kernel = Callable[[Array], Array]
 AxisGrid = tuple[Any, Any, Any, Any]  # see `resize_weights`
@@ -102,9 +102,28 @@ def resample(
     top, left, bottom, right = valid
     row_weights = resize_weights(grids[0], top, bottom, canvas, size[0], kernel)
     column_weights = resize_weights(grids[1], left, right, canvas, size[1], kernel)
-    pixels = image.astype(jnp.float32)
-    pixels = _round_levels(jnp.einsum("tj,ijc->itc", column_weights, pixels, precision=PRECISION))
-    return _round_levels(jnp.einsum("si,itc->stc", row_weights, pixels, precision=PRECISION))
+    pixels = _weighted_levels("tj,ijc->itc", column_weights, image)
+    return _weighted_levels("si,itc->stc", row_weights, pixels)
+
+
+def _weighted_levels(
+    equation: str, weights: Float[Array, "T J"], levels: Array
+) -> Float[Array, "..."]:
+    """Multiply whole levels 0 .. 255 by a matrix of weights; whole levels again, float32.
+
+    bfloat16 holds every level exactly, so on accelerators only the weights are split, in two
+    bfloat16 parts: products at full speed whose sums are off by 0.003 levels at most. (At default
+    precision, float32 products would keep 8 to 11 bits of both.)
+    """
+    if current_platform() == "cpu":
+        product = jnp.einsum(equation, weights, levels.astype(jnp.float32), precision="highest")
+        return _round_levels(product)
+    levels = levels.astype(jnp.bfloat16)
+    high = weights.astype(jnp.bfloat16)
+    low = (weights - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    product = jnp.einsum(equation, high, levels, preferred_element_type=jnp.float32)
+    product += jnp.einsum(equation, low, levels, preferred_element_type=jnp.float32)
+    return _round_levels(product)
 
 
 def _round_levels(x: Float[Array, "..."]) -> Float[Array, "..."]:

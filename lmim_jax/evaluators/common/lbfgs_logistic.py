@@ -194,11 +194,11 @@ def _jit_solve(
                 x, labels, share = chunk
                 logits = jnp.matmul(x, weights, precision=EXACT) + biases[None]
                 entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-                return total + jnp.vdot(share, entropy), None
+                return total + jnp.vdot(share, entropy, precision=EXACT), None
 
             chunks = (x, labels, share)
             cross_entropy, _ = jax.lax.scan(jax.checkpoint(add_chunk), 0.0, chunks)
-            return cross_entropy + l2 / 2 * jnp.vdot(weights, weights)
+            return cross_entropy + l2 / 2 * _dot(weights, weights)
 
         def solve_one(l2: Array, units: Array) -> tuple[Array, Array, Array]:
             def loss_of_unknowns(theta: Array) -> Array:
