@@ -78,6 +78,67 @@ def test_two_processes_train_as_one_does(images, tmp_path, mesh, full):
     assert last_accuracy(tmp_path / "one") == pytest.approx(last_accuracy(tmp_path / "two"), abs=15)
 
 
+MESHES = """
+import sys
+import jax
+import numpy as np
+from lmim_jax.distributed import multihost, sharding
+me, hosts = int(sys.argv[2]), int(sys.argv[3])
+multihost.initialize(sys.argv[1], hosts, me)
+assert len({device.slice_index for device in jax.devices()}) == hosts
+rows = np.arange(16)
+half = slice(16 // hosts * me, 16 // hosts * (me + 1))
+for fsdp in (1, 2, 4, 8):
+    mesh = sharding.make_mesh(-1, fsdp)
+    copies = [{device.process_index for device in copy} for copy in mesh.devices]
+    print("fsdp", fsdp, "hosts of a copy", sorted(len(owners) for owners in copies))
+    batch = sharding.to_global({"rows": rows[half]}, mesh)["rows"]
+    for shard in batch.addressable_shards:
+        positions = sharding.batch_positions(mesh, 16)[shard.index[0]]
+        assert (np.asarray(shard.data) == rows[positions]).all()
+    total = jax.jit(lambda batch: (batch**2).sum())(batch)
+    assert int(total) == (rows**2).sum()
+"""
+needs_hosts = pytest.mark.skipif(bool(processes.why_one_host()), reason=processes.why_one_host())
+
+
+@needs_hosts
+@pytest.mark.parametrize(("hosts", "devices"), [(2, 4), (4, 2)])
+def test_a_mesh_over_hosts_keeps_shards_inside_and_rows_in_place(hosts, devices):
+    address = f"localhost:{processes.free_port()}"
+    environment = {**os.environ, "PYTHONPATH": str(processes.ROOT), "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    running = []
+    for rank in range(hosts):
+        command = [sys.executable, "-c", MESHES, address, str(rank), str(hosts)]
+        running.append(processes.Process(processes.on_host(rank, command), env=environment))
+    for code, output in processes.finish(running):
+        assert code == 0, output
+        for fsdp in (1, 2, 4, 8):
+            copies = [max(1, fsdp // devices)] * (8 // fsdp)
+            assert f"fsdp {fsdp} hosts of a copy {copies}\n" in output
+
+
+@pytest.fixture(scope="module")
+def one_host(images, tmp_path_factory, full):
+    """The losses of a run on one host with 8 devices."""
+    if not full:
+        pytest.skip("seven runs; ./launch/test.sh --faults")
+    return run(images, tmp_path_factory.mktemp("one_host"), *FLAGS, *NEVER_EVALUATE, devices=8)
+
+
+@needs_hosts
+@pytest.mark.parametrize("fsdp", [1, 2, 4])
+@pytest.mark.parametrize(("hosts", "devices"), [(2, 4), (4, 2)])
+def test_hosts_train_as_one_does(hosts, devices, fsdp, one_host, images, tmp_path):
+    """[only with --faults] Boot ids of their own."""
+    mesh = [f"--config.mesh.fsdp={fsdp}", "--config.mesh.min_size=64"]
+    topology = dict(processes=hosts, devices=devices)
+    several = run(images, tmp_path, *FLAGS, *NEVER_EVALUATE, *mesh, **topology)
+    assert len(several) == STEPS
+    close(one_host, several, same_rows=True)
+
+
 def test_a_process_that_was_started_otherwise_is_named(images, tmp_path):
     other = ["--config.seed=1", "--config.log_every=3"]
     running = processes.start(images, tmp_path, *FLAGS, processes=2, different=[[], other])
@@ -117,10 +178,10 @@ print("all:", multihost.gather_json({"me": me}))
 def test_processes_wait_for_each_other_and_learn_who_failed():
     address = f"localhost:{processes.free_port()}"
     environment = {**os.environ, "PYTHONPATH": str(processes.ROOT), "JAX_PLATFORMS": "cpu"}
-    both = [
-        processes.Process([sys.executable, "-c", BARRIERS, address, str(me)], env=environment)
-        for me in (0, 1)
-    ]
+    both = []
+    for me in (0, 1):
+        command = [sys.executable, "-c", BARRIERS, address, str(me)]
+        both.append(processes.Process(processes.on_host(me, command), env=environment))
     ended = processes.finish(both)
     assert [code for code, _ in ended] == [0, 0], ended
     assert re.search(

@@ -47,9 +47,8 @@ def start_process(images, coordinator, rank, workers, start):
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(conftest.ROOT),
     }
-    return subprocess.Popen(
-        [*map(str, command)], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    command = processes.on_host(rank, [*map(str, command)])
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def test_two_processes_share_the_batches_of_one(images):
