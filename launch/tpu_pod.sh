@@ -115,16 +115,20 @@ become_active() {
   return 1
 }
 
-gone() {  # whether Google has taken a slice away, although the queued resource may still be called active
-  local one now
-  now="$(state)" || return
-  [ "$now" = ACTIVE ] || return 0
+lost() {  # whether Google has taken a slice away, although the queued resource may still be called active
+  local one
   for one in "${slices[@]}"; do
     case "$(tpus tpu-vm describe "$one" --format='value(state)' 2>/dev/null)" in
       PREEMPTED | TERMINATED) return 0 ;;
     esac
   done
   return 1
+}
+
+gone() {
+  local now
+  now="$(state)" || return
+  [ "$now" != ACTIVE ] || lost
 }
 
 # ---- the workers ----
@@ -212,6 +216,7 @@ train() {
   [ -n "${TYPE:-}" ] || fail "set TYPE, such as v5litepod-16"
   [ -n "${RUNTIME:-}" ] || fail "set RUNTIME, such as v2-alpha-tpuv5-lite"
   step "ask for the slice" settle
+  if [ "$(<"$temporary/state")" = ACTIVE ] && lost; then echo SUSPENDED >"$temporary/state"; fi
   case "$(<"$temporary/state")" in
     FAILED | SUSPENDED)
       step "delete the slice ($(<"$temporary/state"))" delete

@@ -63,7 +63,7 @@ def main(arguments):
     if verb == "describe" and group == "queued-resources":
         describe()
     elif verb == "describe":
-        print("READY")
+        print("PREEMPTED" if (FOLDER / "preempted").exists() else "READY")
     elif verb == "create":
         create()
     elif verb in ("ssh", "scp") and (FOLDER / "preempted").exists():

@@ -191,7 +191,7 @@ def test_two_slices_are_one_run(cloud):
     cloud.runs("run", "run", "run", "run")
     done, calls = cloud.launch("train", states="ACTIVE", SLICES="2")
     assert done.returncode == 0, done.stderr
-    assert sorted(verbs(calls)) == ["describe", "scp", "scp", *["ssh"] * 6]
+    assert sorted(verbs(calls)) == [*["describe"] * 3, "scp", "scp", *["ssh"] * 6]
     assert len(cloud.files("flags", "pod-?.?")) == 4
     done, _ = cloud.launch("status", states="ACTIVE", SLICES="2")
     assert done.stdout.count(": running\n") == 4
@@ -214,13 +214,21 @@ def test_train_again_after_preemption_replaces_the_slice(cloud):
         assert "mount -o ro,noload /dev/sdb /mnt/disk\n" in done_as_root
 
 
+def test_a_preempted_slice_whose_request_is_still_active_is_replaced(cloud):
+    (cloud.folder / "preempted").touch()
+    done, calls = cloud.launch("train", states="ACTIVE")
+    assert done.returncode == 0, done.stderr
+    first = ["describe", "describe", "delete", "create", "describe", "ssh", "scp"]
+    assert verbs(calls) == [*first, "ssh", "ssh"]
+
+
 def test_a_slice_that_trains_is_left_alone(cloud):
     cloud.runs("run", "run")
     cloud.launch("train", states="ACTIVE")
     done, calls = cloud.launch("train", states="ACTIVE")
     assert done.returncode == 0, done.stderr
     assert "already running; nothing was changed" in done.stderr
-    assert verbs(calls) == ["describe", "ssh"]
+    assert verbs(calls) == ["describe", "describe", "ssh"]
     pid = int(cloud.files("lmim_jax/train.pid", "pod.1")[0])
     os.kill(pid, signal.SIGTERM)
     while pathlib.Path(f"/proc/{pid}").exists():
@@ -228,7 +236,7 @@ def test_a_slice_that_trains_is_left_alone(cloud):
     done, calls = cloud.launch("train", states="ACTIVE")
     assert done.returncode == 1
     assert "on some workers only" in done.stderr
-    assert verbs(calls) == ["describe", "ssh"]
+    assert verbs(calls) == ["describe", "describe", "ssh"]
 
 
 def test_an_error_of_gcloud_is_not_an_absent_slice(cloud):
@@ -245,10 +253,10 @@ def test_an_error_of_gcloud_is_not_an_absent_slice(cloud):
     ("fail", "name", "states", "count"),
     [
         ("create", "request a slice", "NONE", 2),
-        ("worker $(hostname)", "ask the workers", "ACTIVE", 2),
-        (" scp ", "copy the code", "ACTIVE", 3),
-        ("requirements.txt", "install", "ACTIVE", 4),
-        ("nohup", "start on all workers", "ACTIVE", 5),
+        ("worker $(hostname)", "ask the workers", "ACTIVE", 3),
+        (" scp ", "copy the code", "ACTIVE", 4),
+        ("requirements.txt", "install", "ACTIVE", 5),
+        ("nohup", "start on all workers", "ACTIVE", 6),
     ],
 )
 def test_a_command_that_fails_stops_the_rest_and_is_named(cloud, fail, name, states, count):
@@ -298,7 +306,12 @@ def test_watch_ends_when_the_run_is_stopped_by_hand(cloud):
     ended = []
     watch = threading.Thread(target=lambda: ended.append(cloud.launch("watch", states="ACTIVE")))
     watch.start()
-    while verbs(cloud.calls()) != ["describe", "ssh", "ssh"]:  # it has found the run and follows it
+
+    def follows():
+        seen = verbs(cloud.calls())
+        return "scp" not in seen and seen.count("ssh") >= 2
+
+    while watch.is_alive() and not follows():  # until it has found the run
         time.sleep(0.02)
     stop = 'cd "$1" && touch train.stopped && kill -TERM "$(cat train.pid)"'  # as the command
     for worker in cloud.folder.glob("workers/*/lmim_jax"):
