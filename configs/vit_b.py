@@ -19,7 +19,6 @@ def get_config() -> ConfigDict:
     config.batch_size = batch_size  # images per optimizer step, over all devices
     config.micro_batches = 1  # gradient accumulation: equal parts of the batch, one after the other
     config.epochs = 800  # an epoch is floor(images / batch_size) steps
-    config.deterministic = True  # GPUs: only deterministic kernels, so that runs repeat bit by bit
     config.total_steps = config_dict.placeholder(int)  # instead of epochs; warm-up scales with it
     config.update(devices())
 
@@ -112,6 +111,11 @@ def data() -> ConfigDict:
 def devices() -> ConfigDict:
     """How a run uses its devices, on all hosts; all of it may change when a run is resumed."""
     config = ConfigDict()
+    # GPUs: a run keeps XLA's choice of kernels, so that it resumes with the same ones. True: only
+    # kernels whose sums do not depend on timing, so that it repeats bit by bit; slower, and without
+    # fused attention
+    config.deterministic = False
+    config.xla_flags = "auto"  # auto: those of lmim_jax/utils/xla_flags.py | none; yours win
     config.remat = "none"  # memory for time: none | dots (keep products) | full (keep block inputs)
     config.scan_layers = False  # the blocks of a network as a loop: compiles faster, runs slower
     mesh = config.mesh = ConfigDict()

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base
 from lmim_jax.perf import accelerators, bench_step, flops, profile, program_stats
+from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -233,6 +234,69 @@ def test_the_step_with_a_profile(tmp_path):
     assert 0 < found["profile"]["product_share"] < 1
     assert "ms a step" in log
     assert "matrix products" in log
+
+
+GPU_TRACE = """
+planes {
+  name: "/device:GPU:0"
+  lines {
+    name: "Stream #13(Compute)"
+    events { metadata_id: 1 duration_ps: 4000000 stats { metadata_id: 1 str_value: "fusion.7" } }
+    events { metadata_id: 2 duration_ps: 9000000 }
+    events { metadata_id: 3 duration_ps: 6000000 }
+    events { metadata_id: 3 duration_ps: 2000000 }
+  }
+  lines {
+    name: "XLA Ops"
+    events { metadata_id: 2 duration_ps: 9000000 }
+  }
+  event_metadata { key: 1 value { id: 1 name: "loop_add_fusion" } }
+  event_metadata { key: 2 value { id: 2 name: "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNN" } }
+  event_metadata { key: 3 value { id: 3 name: "add_fusion_3" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+}
+planes {
+  name: "/host:CPU"
+  lines {
+    name: "python"
+    events { metadata_id: 1 duration_ps: 70000000 stats { metadata_id: 1 str_value: "fusion.7" } }
+  }
+  event_metadata { key: 1 value { id: 1 name: "launch" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+}
+"""
+GPU_PROGRAM = """
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %fusion.7 = f32[2]{0} fusion(%x), kind=kLoop, calls=%a, metadata={op_name="jit(train_step)/add"}
+  %add_fusion.3 = f32[2]{0} fusion(%x), kind=kLoop, calls=%b, metadata={op_name="jit(train_step)/b"}
+}
+"""
+
+
+def test_kernels_of_a_gpu_are_named_by_their_instruction_or_themselves(tmp_path):
+    """Kernels in a CUDA graph do not tell their instruction; XLA's own have its name."""
+    trace = jax.profiler.ProfileData.text_proto_to_serialized_xspace(GPU_TRACE)
+    path = tmp_path / "gpu.xplane.pb"
+    path.write_bytes(trace)
+    found = profile._sum_operations(path, program_stats.instructions(GPU_PROGRAM), steps=2)
+    assert [one["name"] for one in found] == [
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNN",
+        "add_fusion.3",
+        "fusion.7",
+    ]
+    assert [one["milliseconds"] for one in found] == pytest.approx([0.0045, 0.004, 0.002])
+    assert [one["times"] for one in found] == [0.5, 1, 0.5]
+    assert [one["product"] for one in found] == [True, False, False]
+    assert found[1]["where"] == "jit(train_step)/b"
+    assert found[0]["opcode"] == profile.KERNEL
+
+
+def test_a_trace_without_operations_is_refused(tmp_path):
+    trace = jax.profiler.ProfileData.text_proto_to_serialized_xspace('planes { name: "/host:CPU" }')
+    path = tmp_path / "empty.xplane.pb"
+    path.write_bytes(trace)
+    with pytest.raises(UserError, match="does not name the operations"):
+        profile._sum_operations(path, [], steps=1)
 
 
 def test_the_whole_loop(images):

@@ -93,6 +93,16 @@ def test_auto_is_plain_where_there_is_no_cudnn():
 METHOD = dict(attention="cudnn", dtype="bfloat16", width=768, heads=12)
 
 
+def test_nothing_is_fused_among_deterministic_kernels(cudnn, monkeypatch):
+    """XLA fails to compile the fused kernel with this flag."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=true")
+    assert "__cudnn" not in lower_for_gpu(177, 177, 64, "bfloat16")
+    with tracing_for("gpu"):
+        attention.check_fused({**METHOD, "attention": "auto"})
+        with pytest.raises(UserError, match=r"attention=cudnn needs config\.deterministic=False"):
+            attention.check_fused(METHOD)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,13 +1,17 @@
-"""Benchmarks the train step, the training loop, the input pipeline or checkpoints.
+"""Benchmarks the train step, its program, the training loop, the input pipeline or checkpoints.
 
     lmim bench --what=step --config=vit_b [--profile=DIR]
     lmim bench --what=step --config=vit_b --compare=vit_b --compare.KEY=VALUE
+    lmim bench --what=program --device=h100 --config=vit_b --config.batch_size=256
     lmim bench --what=train --config=vit_b --config.data.path=IMAGES
     lmim bench --what=input --config=vit_b --config.data.path=IMAGES
     lmim bench --what=checkpoint --config=vit_b [--folder=DIR]
 
 step: the train step by itself, on random images: images/s, utilization, compile time, memory, and
 properties of its program.
+program: the train step compiled for a GPU that need not be there (pip install '.[plan-gpu]'):
+kernels, memory traffic by part of the model, memory, products, and an estimate of its time. This
+takes minutes.
 train: the whole training loop with its input pipeline, compared with the step by itself.
 input: images per second that the host decodes, by stage and as a whole, compared with torchvision's
 way (Pillow and numpy).
@@ -24,7 +28,15 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lmim_jax.perf import bench_checkpoint, bench_input, bench_step, bench_train, profile
+from lmim_jax.perf import (
+    bench_checkpoint,
+    bench_input,
+    bench_program,
+    bench_step,
+    bench_train,
+    gpu_targets,
+    profile,
+)
 from lmim_jax.train import workdir
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
@@ -32,7 +44,7 @@ from lmim_jax.utils.logging import log_to_console
 log = logging.getLogger("lmim_jax.cli.bench")
 
 RECIPES: dict[str, str | None] = {"config": "quickstart", "compare": None}
-CHOICES = ("step", "train", "input", "checkpoint")  # of --what
+CHOICES = ("step", "program", "train", "input", "checkpoint")  # of --what
 
 
 def main(arguments: list[str]) -> None:
@@ -50,6 +62,12 @@ def main(arguments: list[str]) -> None:
         measured = bench_input.measure(given.config, given.images, given.repeats)
         print(json.dumps(measured, indent=2))
         print(f"\n{bench_input.table(measured)}")
+    elif given.what == "program":
+        jax.config.update("jax_platforms", "cpu")
+        log_to_console()
+        measured = bench_program.measure(given.config, given.device, given.program_text)
+        print(json.dumps(measured, indent=2))
+        log.info("\n%s", "\n".join(bench_program.table(measured)))
     else:
         bench_devices(given)
 
@@ -68,8 +86,10 @@ def bench_devices(given: Any) -> None:
             "--compare is for --what=step without --profile: it times two recipes in turn"
         )
     with tempfile.TemporaryDirectory() as folder:
-        workdir.pin_kernels(folder, given.config.deterministic)  # as training does
+        flags_of_xla = workdir.set_xla_flags(given.config, folder)  # as training does
         log_to_console()
+        for line in flags_of_xla:
+            log.info(line)
         if given.compare:
             measured = bench_step.compare(given.config, given.compare, given.steps)
             lines = bench_step.table(measured)
@@ -112,6 +132,18 @@ def define_flags() -> None:
         "step: a second recipe, run in turn with the first one. "
         "Example: --compare=vit_b --compare.remat=full",
         lock_config=True,
+    )
+    flags.DEFINE_enum(
+        "device",
+        "h100",
+        sorted(gpu_targets.TARGETS),
+        "program: the GPU to compile for. Example: --device=h200",
+    )
+    flags.DEFINE_string(
+        "program_text",
+        "",
+        "program: also write the compiled program, XLA's HLO, to this file. "
+        "Example: --program_text=step.hlo",
     )
     flags.DEFINE_integer(
         "steps",

@@ -7,6 +7,7 @@ Running the same command again resumes the run. Exit codes: 2 for a mistake in f
 if the run diverged or cannot save, 75 if it was interrupted and has saved its state.
 """
 
+import logging
 import pathlib
 
 import jax
@@ -19,6 +20,8 @@ from lmim_jax.train import checkpoints, loop, metric_logger, workdir
 from lmim_jax.utils.errors import fail
 from lmim_jax.utils.logging import log_to_console
 
+log = logging.getLogger("lmim_jax.cli.train")
+
 RECIPES: dict[str, str | None] = {"config": "quickstart"}
 
 
@@ -28,7 +31,7 @@ def main(arguments: list[str]) -> None:
     recipe = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
     folder = given.workdir or f"runs/{recipe}"
     try:
-        workdir.pin_kernels(folder, given.config.deterministic)
+        flags_of_xla = workdir.set_xla_flags(given.config, folder, given.coordinator)
         multihost.initialize(
             given.coordinator,
             given.num_processes,
@@ -37,6 +40,8 @@ def main(arguments: list[str]) -> None:
             app.device_ids(),
         )
         log_to_console()
+        for line in flags_of_xla:
+            log.info(line)
         app.no_arguments(arguments, "--config.batch_size=256")
         loop.train(given.config, folder)
     except (metric_logger.NonFinite, checkpoints.SaveFailed) as error:

@@ -211,7 +211,7 @@ def initialize(
         if detected is None:
             return
         _, cluster = detected
-    chosen = list(device_ids) or local_device_ids(os.environ, _visible_gpus())
+    chosen = list(device_ids) or local_device_ids(os.environ, visible_gpus())
     if chosen is not None:
         cluster["local_device_ids"] = chosen
     # The collectives of CPUs; other devices ignore it.
@@ -299,20 +299,31 @@ def visible_accelerators(dev: str | os.PathLike[str] = "/dev") -> int:
     Args:
       dev: the folder of device files.
     """
-    count = _visible_gpus(dev)
+    return visible_gpus(dev) + visible_tpu_chips(dev)
+
+
+def visible_tpu_chips(dev: str | os.PathLike[str] = "/dev") -> int:
+    """Count the TPU chips that this process could use; 0 where jax is configured for others.
+
+    Args:
+      dev: the folder of device files.
+    """
     if "CUDA_VISIBLE_DEVICES" in os.environ or _is_configured_for_cpu():
-        return count
-    if importlib.util.find_spec("libtpu"):
-        chips = _tpu_chips(os.environ)
-        if chips is not None:
-            count += len(chips.split(","))
-        else:
-            count += _count_files(dev, "accel[0-9]*") + _count_files(dev, "vfio/[0-9]*")
-    return count
+        return 0
+    if not importlib.util.find_spec("libtpu"):
+        return 0
+    chips = _tpu_chips(os.environ)
+    if chips is not None:
+        return len(chips.split(","))
+    return _count_files(dev, "accel[0-9]*") + _count_files(dev, "vfio/[0-9]*")
 
 
-def _visible_gpus(dev: str | os.PathLike[str] = "/dev") -> int:
-    """Count NVIDIA's GPUs that this process could use; 0 where jax is configured for the CPU."""
+def visible_gpus(dev: str | os.PathLike[str] = "/dev") -> int:
+    """Count NVIDIA's GPUs that this process could use; 0 where jax is configured for the CPU.
+
+    Args:
+      dev: the folder of device files.
+    """
     if _is_configured_for_cpu():
         return 0
     if "CUDA_VISIBLE_DEVICES" in os.environ:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lmim_jax.models import cudnn_attention
+from lmim_jax.utils import xla_flags
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.platform import current_platform
 
@@ -60,7 +61,7 @@ def check_fused(method: Mapping[str, Any]) -> None:
       method: `config.method`.
 
     Raises:
-      UserError: `attention` is "cudnn", and device, dtype or the width of a head forbid it.
+      UserError: `attention` is "cudnn", and device, flags, dtype or the width of a head forbid it.
     """
     if method["attention"] != "cudnn":
         return
@@ -69,6 +70,11 @@ def check_fused(method: Mapping[str, Any]) -> None:
         problem = f"needs an NVIDIA GPU, and the devices here are {current_platform()}s"
     elif not cudnn_attention.available():
         problem = "needs cuDNN, which jax does not find: pip install 'jax[cuda13]'"
+    elif xla_flags.is_deterministic():
+        problem = (
+            "needs config.deterministic=False: XLA fails to compile the fused kernel with "
+            "deterministic kernels only"
+        )
     elif method["dtype"] != "bfloat16":
         problem = f"needs config.method.dtype=bfloat16, not {method['dtype']}"
     else:
@@ -94,6 +100,7 @@ def _fused_is_faster(query: Array, key: Array, mask: Array | None) -> bool:
         and head_width % 8 == 0
         and head_width <= FUSED_HEAD_WIDTH
         and tokens >= FUSED_TOKENS
+        and not xla_flags.is_deterministic()  # with it, XLA fails at the fused kernel
         and cudnn_attention.available()
     )
 

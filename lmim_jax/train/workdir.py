@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from lmim_jax.distributed import multihost
-from lmim_jax.utils import atomic_io
+from lmim_jax.utils import atomic_io, xla_flags
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 # Keys that may change when a run resumes: they do not affect the training itself
 HARMLESS = re.compile(
     r"log_every|gauge_images|checkpoint_\w+|evaluators\..*|max_skipped|mesh\..*|remat|scan_layers"
-    r"|method\.attention"
+    # How to compute, not what: results differ by rounding
+    r"|method\.attention|deterministic|xla_flags"
     r"|data\.(path|dir|classes|test_split|workers|threads|timeout|max_bad_fraction)"
 )
 # Key of config.json: what identifies the training images; absent where weights were imported
@@ -116,7 +118,7 @@ def pin_kernels(workdir: str | os.PathLike[str], deterministic: bool) -> None:
 
     Args:
       workdir: of the run.
-      deterministic: also exclude kernels whose sums depend on timing.
+      deterministic: also exclude kernels whose sums depend on timing. XLA benchmarks none then.
     """
     if not shutil.which("nvidia-smi"):
         return
@@ -124,7 +126,33 @@ def pin_kernels(workdir: str | os.PathLike[str], deterministic: bool) -> None:
     path = pathlib.Path(workdir).absolute() / f"gpu_kernels_{rank}.textproto"
     path.parent.mkdir(parents=True, exist_ok=True)
     action = "load_autotune_results_from" if path.exists() else "dump_autotune_results_to"
-    flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_gpu_{action}={path}"]
+    flags = [f"--xla_gpu_{action}={path}"]
     if deterministic:
-        flags.append("--xla_gpu_exclude_nondeterministic_ops=true")
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+        flags.append(f"--{xla_flags.DETERMINISTIC}=true")
+    xla_flags.add("XLA_FLAGS", flags)
+
+
+def set_xla_flags(
+    config: ConfigDict, workdir: str | os.PathLike[str], coordinator: str = ""
+) -> list[str]:
+    """Set XLA's flags as a recipe asks for. Call it before jax looks for devices.
+
+    Args:
+      config: the recipe.
+      workdir: of the run, which keeps XLA's choice of kernels.
+      coordinator: host and port of the first of several processes; "": found by `multihost.detect`.
+
+    Returns:
+      Lines for the log.
+
+    Raises:
+      UserError: an unknown value of `xla_flags`, or see `multihost.detect`.
+    """
+    pin_kernels(workdir, config.deterministic)
+    several = bool(coordinator) or multihost.detect(os.environ) is not None
+    return xla_flags.set_for_run(
+        config.xla_flags,
+        gpus=multihost.visible_gpus(),
+        tpu=multihost.visible_tpu_chips() > 0,
+        several=several,
+    )
