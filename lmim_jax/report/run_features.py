@@ -134,8 +134,7 @@ def encode_images(run: Run, count: int) -> EncodedImages:
     augment, grid = _enlarged(run)
     encode = _make_encoder(method, augment)
     encoding = encode(run.placed_weights.params, canvases)
-    initial_params = jax.jit(method.init)(jax.random.key(run.config.seed))
-    untrained = encode(initial_params, canvases)
+    untrained = encode(run.initial_weights(run.mesh).params, canvases)
     heads = encoding.attention.shape[1]
     return EncodedImages(
         images=encoding.images[:count],
