@@ -66,6 +66,7 @@ def folder(images, tmp_path_factory):
         for step in (2, 4)
     ]
     lines += [{"step": step, "knn/knn5": 50.0 + step, f"{EVIL}/it": 1.0} for step in (0, 4)]
+    lines += [{"step": step, "regression/accuracy": 70.0 + step} for step in (0, 4)]
     (folder / "metrics.jsonl").write_text(
         "".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 5, "lo'
     )
@@ -127,6 +128,8 @@ def test_everything_is_escaped(text):
 def test_figures_are_those_of_the_files(text):
     assert "54.0 %" in text
     assert "untrained encoder: 50.0 %" in text
+    assert "untrained encoder: 70.0 %" in text
+    assert text.index("logistic regression on frozen features") < text.index("majority vote")
     assert "12.3" in text
     assert "cut.json</code> contains no readable metrics" in text
     assert f"jax {jax.__version__}" in text

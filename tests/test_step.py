@@ -95,7 +95,7 @@ def test_accumulation_equals_the_whole_batch(devices, micro_batches):
     parts, second, moved, steps, _ = run(devices, micro_batches, similarity_weight=0.0)
     np.testing.assert_allclose(parts, whole, rtol=1e-4)
     close(first, second, rtol=1e-3, atol=1e-6)
-    close(target, moved, rtol=1e-3, atol=1e-4)  # the EMA moved once per optimiser step
+    close(target, moved, rtol=1e-3, atol=1e-4)  # the EMA moved once per optimizer step
     assert steps == 4
 
 

@@ -6,6 +6,7 @@ A file that is missing leaves its part out; a damaged file is listed by name ins
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 from lmim_jax.report import config_diff, elements
@@ -78,7 +79,7 @@ def format_number(value: object) -> str:
 
 def page_header(run: Run, log: MetricLog) -> Html:
     """Title, a line that describes the run, and tiles with its main metrics."""
-    tiles = _knn_tiles(log) + _training_tiles(log, width=run.config.method.width)
+    tiles = _accuracy_tiles(log) + _training_tiles(log, width=run.config.method.width)
     name = run.folder.resolve().name
     parts = [
         html.tag("h1", f"Run {name}"),
@@ -110,21 +111,29 @@ def _describe_run(run: Run, log: MetricLog) -> str:
     return text
 
 
-def _knn_tiles(log: MetricLog) -> list[Tile]:
-    """A tile for each k-NN accuracy in the log."""
+def _accuracy_tiles(log: MetricLog) -> list[Tile]:
+    """A tile for each accuracy of logistic regression, then for each k-NN accuracy in the log."""
     last = _last_values(log)
     untrained = _untrained_values(log)
-    tiles = []
+    linear_tiles = []
+    knn_tiles = []
     for name in sorted(last):
-        metric = name.split("/")[-1]
-        if not metric.startswith("knn"):
+        metric = name.partition("/")[2]
+        if metric == "accuracy":
+            tiles = linear_tiles
+            title = "linear"
+            note = "test accuracy by logistic regression on frozen features"
+        elif re.fullmatch(r"knn\d+", metric):
+            tiles = knn_tiles
+            k = metric.removeprefix("knn")
+            title = f"k-NN {k}"
+            note = f"test accuracy by majority vote of the {k} nearest training images"
+        else:
             continue
-        k = metric.removeprefix("knn")
-        note = f"test accuracy by majority vote of the {k} nearest training images"
         if name in untrained:
             note += f"; untrained encoder: {format_number(untrained[name])} %"
-        tiles.append(Tile(f"k-NN {k}", f"{format_number(last[name])} %", note))
-    return tiles
+        tiles.append(Tile(title, f"{format_number(last[name])} %", note))
+    return linear_tiles + knn_tiles
 
 
 def _training_tiles(log: MetricLog, width: int) -> list[Tile]:
