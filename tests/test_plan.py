@@ -16,7 +16,9 @@ from lmim_jax.perf import accelerators, aot, hlo
 from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
-SETTINGS = dict(images=1_281_167, utilization=0.45, decode_rate=900.0, resize_rate=500.0)
+SETTINGS = dict(
+    compile=False, images=1_281_167, utilization=0.45, decode_rate=900.0, resize_rate=500.0
+)
 
 
 def recipe(name="lmim_jax.configs.vit_b", **change):
@@ -69,9 +71,38 @@ def test_the_table_is_complete(planned):
         "66.4",
         "1 x all-reduce among 8",
         "chip-hours",
+        "(the 75% of 141.00 GB that jax takes)",
+        "3 batches ahead 1.21 GB",
+        "collapse metrics of 512 images, and evaluation",
+        "from the traced program, not compiled",
     )
     for part in parts:
         assert part in text
+
+
+def test_how_to_get_the_compiled_program_is_said(planned, monkeypatch):
+    monkeypatch.setattr(aot, "compiles_for_gpu", lambda kind: False)
+    assert "pip install '.[plan-gpu]'" in "\n".join(plan.table(planned))
+    blackwell = "\n".join(plan.table({**planned, "topology": "b200:8"}))
+    assert "b200 is not described" in blackwell
+
+
+def test_memory_is_what_jax_leaves(monkeypatch):
+    config = recipe(**{"batch_size": 8, "method.depth": 1, "method.decoder_depth": 1})
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.002")
+    text = "\n".join(plan.table(plan.plan(config, "h100:1", SETTINGS)))
+    assert "DOES NOT FIT" in text
+    assert "it fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in text
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(UserError, match="XLA_PYTHON_CLIENT_MEM_FRACTION=most must be a number"):
+        plan.plan(config, "h100:1", SETTINGS)
+
+
+def test_speeds_of_tiny_models_are_left_out():
+    planned = plan.plan(recipe("tiny", batch_size=8), "h200:8", SETTINGS)
+    text = "\n".join(plan.table(planned))
+    assert "not estimated" in text
+    assert "images/s" not in text
 
 
 def parts_of(config, images=10**6):
@@ -101,6 +132,7 @@ def test_a_sweep_recommends_the_fastest_that_fits(monkeypatch):
             "memory": {"needed": needed, "limit": 11},
             "feasible": needed <= 11,
             "images_per_second": rate,
+            "estimable": True,
         }
 
     monkeypatch.setattr(plan, "plan", plan_of)

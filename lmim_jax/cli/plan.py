@@ -3,17 +3,21 @@
     lmim plan --config=vit_b --topology=h200:8
     lmim plan --config=vit_b --topology=v5e:4x4 --sweep --json=plan.json
 
-TPUs (v5e, v5p, v6e): libtpu, which needs no TPU, compiles the train step for the real topology, and
-reports memory, FLOPs and collectives; this takes minutes. 2xv5e:4x4 is two slices with the data
-center network between them. GPUs (h200:8, a100, b200, and h100:8x4:
-GPUs per node x nodes): estimated from the traced program. Times are lower bounds from the chips'
-specifications (lmim_jax/perf/accelerators.py), and an estimate at an assumed utilization; none is
-measured.
+The train step is compiled for the real topology, by compilers that need none of the devices; this
+takes minutes. TPUs (v5e, v5p, v6e; 2xv5e:4x4 is two slices with the data center network between
+them): by libtpu. GPUs (h200:8, a100, h100:8x4: GPUs per node x nodes): by jax's CUDA plugin (pip
+install '.[plan-gpu]'); without it, with --nocompile, and for b200, memory and messages are
+estimated from the traced program.
+
+Times are lower bounds from the chips' specifications (lmim_jax/perf/accelerators.py), and an
+estimate: of a program compiled for GPUs from its products, memory traffic and number of kernels
+(lmim_jax/perf/traffic.py), of others at an assumed utilization. None is measured.
 """
 
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -24,7 +28,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from lmim_jax.cli import app
-from lmim_jax.perf import accelerators, aot
+from lmim_jax.data.prefetch import PREFETCH_BATCHES
+from lmim_jax.perf import accelerators, aot, gpu_targets, traffic
 from lmim_jax.train.build import TrainingParts
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
@@ -42,8 +47,14 @@ CHOICES: tuple[dict[str, Any], ...] = (  # of --sweep: changes to the config
     {"mesh.fsdp": 4, "mesh.data": -1},
 )
 HOST_TOO_SLOW = "neither: the host is too slow"
+# Batches on the devices besides that of the step: in the queue, and one that waits for room in it
+BATCHES_AHEAD = PREFETCH_BATCHES + 1
+GPU_MEMORY_SHARE = 0.75  # of a GPU, that jax takes by default
+GPU_MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+# Steps of less work than that are bound by what is not estimated: starting kernels, the host
+SHORTEST_STEP = 1e-3  # seconds
 
-Settings = dict[str, Any]  # values of the flags images, utilization, decode_rate, resize_rate
+Settings = dict[str, Any]  # values of the flags compile, images, utilization, decode_rate, ...
 Plan = dict[str, Any]  # plain values, as in the JSON file
 
 log = logging.getLogger(__name__)
@@ -70,16 +81,18 @@ def plan(config: ConfigDict, topology: str, settings: Settings) -> Plan:
     parsed = accelerators.parse_topology(topology)
     chip, chips, hosts = parsed.chip, parsed.chips, parsed.hosts
     parts = aot.build_for_images(config, settings["images"])
-    is_tpu = parsed.kind in accelerators.TPUS
-    if is_tpu:
-        source = "compiler"
+    source = "compiler"
+    if parsed.kind in accelerators.TPUS:
         analysis = aot.compile_for_tpu(parts, topology)
+    elif settings["compile"] and aot.compiles_for_gpu(parsed.kind):
+        analysis = aot.compile_for_gpu(config, settings["images"], topology)
     else:
         source = "trace"
         analysis = aot.analyze(parts, chips)
-    memory = {"limit": chip.memory, **analysis.memory}
+    memory = _memory(parts, analysis, parsed)
     flops = aot.flops_per_image(parts)
     seconds = _step_seconds(parts, analysis, parsed, flops, settings["utilization"])
+    utilization = flops["method"] * config.batch_size / chips / chip.flops / seconds["step"]
     images_per_second = config.batch_size / seconds["step"]
     total_images = (config.total_steps or 0) * config.batch_size
     if not total_images:
@@ -106,13 +119,48 @@ def plan(config: ConfigDict, topology: str, settings: Settings) -> Plan:
         "flops_per_image": {**flops, "compiled": analysis.compiled_flops_per_image},
         "collectives": collectives,
         "seconds": seconds,
-        "utilization": settings["utilization"],
+        "utilization": utilization,
+        "estimable": _is_estimable(seconds),
         "images_per_second": images_per_second,
         "hours": hours,
         "chip_hours": hours * chips,
         "input": plan_input(parts, images_per_second / hosts, chip, settings),
         "compile_seconds": analysis.compile_seconds,
+        "gauge_images": config.gauge_images,
     }
+
+
+def _memory(
+    parts: TrainingParts, analysis: aot.StepAnalysis, topology: accelerators.Topology
+) -> dict[str, float]:
+    """Bytes of a device: those of the step, "batches_ahead", "needed" by all, and "limit".
+
+    The limit is what jax leaves to a program: all of a TPU, a share of a GPU ("device").
+    """
+    memory = {"limit": topology.chip.memory, **analysis.memory}
+    if topology.kind not in accelerators.TPUS:
+        memory["device"] = topology.chip.memory
+        memory["limit"] = _gpu_memory_share() * topology.chip.memory
+    images = parts.config.batch_size // topology.chips
+    memory["batches_ahead"] = BATCHES_AHEAD * aot.batch_bytes(parts, images)
+    memory["needed"] += memory["batches_ahead"]
+    return memory
+
+
+def _gpu_memory_share() -> float:
+    """The share of a GPU's memory that jax takes.
+
+    Raises:
+      UserError: the environment has a value that is not a number.
+    """
+    for name in GPU_MEMORY_VARIABLES:
+        value = os.environ.get(name)
+        if value:
+            try:
+                return float(value)
+            except ValueError:
+                raise UserError(f"{name}={value} must be a number, such as {name}=0.9") from None
+    return GPU_MEMORY_SHARE
 
 
 def _step_seconds(
@@ -122,7 +170,12 @@ def _step_seconds(
     flops: dict[str, float],
     utilization: float,
 ) -> dict[str, float]:
-    """Lower bounds on the time of a step, "compute", "memory" and "network", and its estimate."""
+    """Lower bounds on the time of a step, "compute", "memory" and "network", and its estimate.
+
+    The estimate, "step", of a program for GPUs is the sum of "products", "traffic" and
+    "kernel_starts" (see `traffic.estimate_seconds`) and "network": gradients are averaged at the
+    end of a step, when there is little else to do. Of others, it is the time at `utilization`.
+    """
     chip = topology.chip
     images = parts.config.batch_size / topology.chips
     state = aot.state_bytes(parts)
@@ -135,9 +188,22 @@ def _step_seconds(
         "memory": (state_traffic + 2 * images * activations) / chip.bandwidth,
         "network": accelerators.network_seconds(topology, wire_bytes),
     }
+    if analysis.program is not None:
+        step_flops = (flops["executed"] + flops["augmentation"]) * images
+        estimated = traffic.estimate_seconds(chip, step_flops, analysis.program)
+        return {
+            **seconds,
+            **estimated,
+            "step": sum(estimated.values()) + seconds["network"],
+        }
     at_utilization = flops["executed"] * images / chip.flops / utilization
     seconds["step"] = max(at_utilization, max(seconds.values()))
     return seconds
+
+
+def _is_estimable(seconds: dict[str, float]) -> bool:
+    """Whether the estimate of the time of a step means something; see SHORTEST_STEP."""
+    return max(seconds["compute"], seconds["memory"]) >= SHORTEST_STEP
 
 
 def plan_input(
@@ -184,18 +250,44 @@ def table(planned: Plan) -> list[str]:
     seconds = planned["seconds"]
     bounds = []
     for name in ("compute", "memory", "network"):
-        bounds.append(f"{name} {1e3 * seconds[name]:.1f} ms")
-    return [
+        bounds.append(f"{name} {1e3 * seconds[name]:.3g} ms")
+    lines = [
         _device_line(planned),
-        _memory_line(planned),
+        *_memory_lines(planned),
         _flops_line(planned["flops_per_image"]),
         *_collective_lines(planned["collectives"]),
         f"bounds      {', '.join(bounds)} a step",
-        f"expected    {planned['images_per_second']:,.0f} images/s at "
-        f"{planned['utilization']:.0%} of the peak: {planned['hours']:.1f} hours, "
-        f"{planned['chip_hours']:,.0f} chip-hours",
+    ]
+    if not planned["estimable"]:
+        return [
+            *lines,
+            "expected    not estimated: there is so little work in a step that starting kernels "
+            "and the host take most of its time",
+        ]
+    return [
+        *lines,
+        f"expected    {planned['images_per_second']:,.0f} images/s, {_basis(planned)}: "
+        f"{planned['hours']:.1f} hours, {planned['chip_hours']:,.0f} chip-hours",
         *_input_lines(planned["input"]),
     ]
+
+
+def _basis(planned: Plan) -> str:
+    """What the estimate of the time of a step is based on."""
+    share = f"{planned['utilization']:.0%} of the peak"
+    if "traffic" not in planned["seconds"]:
+        return f"{share} (an assumption)"
+    names = {
+        "products": "products",
+        "traffic": "traffic",
+        "kernel_starts": "starts of kernels",
+        "network": "network",
+    }
+    times = []
+    for name, words in names.items():
+        times.append(f"{words} {1e3 * planned['seconds'][name]:.1f}")
+    total = 1e3 * planned["seconds"]["step"]
+    return f"{share} ({' + '.join(times)} = {total:.1f} ms, a model)"
 
 
 def _gigabytes(size: float) -> str:
@@ -212,21 +304,43 @@ def _device_line(planned: Plan) -> str:
     )
 
 
-def _memory_line(planned: Plan) -> str:
+def _memory_lines(planned: Plan) -> list[str]:
     memory = planned["memory"]
     known = []
     for name in ("arguments", "temporaries"):
         if name in memory:
             known.append(f"{name} {_gigabytes(memory[name])}")
-    detail = ""
-    if known:
-        detail = f" ({', '.join(known)})"
+    known.append(f"{BATCHES_AHEAD} batches ahead {_gigabytes(memory['batches_ahead'])}")
     spare = memory["limit"] - memory["needed"]
     result = f"fits, {_gigabytes(spare)} left"
     if not planned["feasible"]:
         result = f"DOES NOT FIT, {_gigabytes(-spare)} too much"
+    limit = _gigabytes(memory["limit"])
+    if "device" in memory:
+        share = memory["limit"] / memory["device"]
+        limit += f" (the {share:.0%} of {_gigabytes(memory['device'])} that jax takes)"
+        if memory["limit"] < memory["needed"] < 0.95 * memory["device"]:
+            result += "; it fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
     needed = _gigabytes(memory["needed"])
-    return f"memory      {needed} of {_gigabytes(memory['limit'])}{detail}: {result}"
+    lines = [
+        f"memory      {needed} of {limit} ({', '.join(known)}): {result}",
+        f"            between steps, in place of the temporaries: collapse metrics of "
+        f"{planned['gauge_images']} images, and evaluation",
+    ]
+    if planned["from"] == "trace":
+        lines.append(
+            f"            from the traced program, not compiled; {_how_to_compile(planned)}"
+        )
+    return lines
+
+
+def _how_to_compile(planned: Plan) -> str:
+    kind = accelerators.parse_topology(planned["topology"]).kind
+    if kind not in gpu_targets.TARGETS:
+        return f"{kind} is not described in lmim_jax/perf/gpu_targets.py"
+    if aot.compiles_for_gpu(kind):
+        return "leave out --nocompile for that"
+    return aot.INSTALL_GPU
 
 
 def _flops_line(flops: dict[str, float | None]) -> str:
@@ -301,7 +415,9 @@ def sweep(config: ConfigDict, topology: str, settings: Settings) -> Sweep:
         fits = f"{_gigabytes(spare)} left"
         if spare < 0:
             fits = f"{_gigabytes(-spare)} too much"
-        speed = f"{planned['images_per_second']:,.0f}"
+        speed = "?"
+        if planned["estimable"]:
+            speed = f"{planned['images_per_second']:,.0f}"
         seconds = time.perf_counter() - start
         log.info("   %s, %s images/s, planned in %s", fits, speed, duration(seconds))
         plans.append(planned)
@@ -329,6 +445,7 @@ def main(arguments: list[str]) -> None:
     log_to_console()
     given = flags.FLAGS
     settings = {
+        "compile": given.compile,
         "images": given.images,
         "utilization": given.utilization,
         "decode_rate": given.decode_rate,
@@ -369,6 +486,12 @@ def define_flags() -> None:
         False,
         "Try several choices of micro-batches, remat and mesh, and recommend one. Example: --sweep",
     )
+    flags.DEFINE_bool(
+        "compile",
+        True,
+        "GPUs: compile the step where the compiler is installed, which takes minutes, instead of "
+        "estimating from the traced program, which takes seconds. Example: --nocompile",
+    )
     flags.DEFINE_string("json", "", "Also write the plan to this file. Example: --json=plan.json")
     flags.DEFINE_integer(
         "images",
@@ -378,7 +501,8 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "utilization",
         0.45,
-        "Share of the peak FLOP/s that the step reaches, an assumption. Example: --utilization=0.3",
+        "Share of the peak FLOP/s that the step reaches, where it is not compiled for GPUs: an "
+        "assumption. Example: --utilization=0.3",
     )
     flags.DEFINE_float(
         "decode_rate",

@@ -1,29 +1,53 @@
-"""The train step of a recipe ahead of time: traced, or compiled for TPUs that do not exist.
+"""The train step of a recipe ahead of time: traced, or compiled for devices that do not exist.
 
 All of it works on shapes and dtypes: no data is read, no devices are needed.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.util
+import multiprocessing
 import os
 import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from lmim_jax.distributed import sharding
 from lmim_jax.models.layer_stack import with_remat_and_scan
-from lmim_jax.perf import accelerators, flops, hlo
+from lmim_jax.perf import accelerators, flops, gpu_targets, hlo, traffic
 from lmim_jax.train.build import TrainingParts, build
+from lmim_jax.utils import xla_flags
 from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.platform import tracing_for
+from lmim_jax.utils.subprocess import exit_with_parent
 
+INSTALL_GPU = (
+    "jax's CUDA plugin compiles for NVIDIA GPUs, and needs none for that: pip install '.[plan-gpu]'"
+)
+GPU_ENVIRONMENT = {
+    # The plugin compiles only; there is no driver and no library of NVIDIA
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    # A program without a device cannot be stored
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    # Errors only
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+# Of LLVM, which turns kernels into machine code: the program stays the same
+QUICK_FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
 INSTALL = "planning for TPUs needs their compiler, which runs without a TPU: pip install libtpu"
 LIBTPU_ENVIRONMENT = {
     # Several processes may use the library
@@ -56,6 +80,7 @@ class StepAnalysis:
       collectives: the messages between devices.
       compiled_flops_per_image: the compiler's count; None where it is not known.
       compile_seconds: None where nothing was compiled.
+      program: of a program for GPUs, see `traffic.summarize`; None for others.
     """
 
     mesh: dict[str, int]
@@ -63,6 +88,7 @@ class StepAnalysis:
     collectives: list[hlo.Collective]
     compiled_flops_per_image: float | None = None
     compile_seconds: float | None = None
+    program: dict[str, Any] | None = None
 
 
 def build_for_images(config: ConfigDict, images: int) -> TrainingParts:
@@ -167,6 +193,11 @@ def state_bytes(parts: TrainingParts) -> dict[str, int]:
     }
 
 
+def batch_bytes(parts: TrainingParts, images: int) -> int:
+    """Bytes of a batch of a number of images, as the loader delivers it."""
+    return _tree_bytes(parts.abstract_batch(images))
+
+
 def _tree_bytes(tree: Any) -> int:
     """Bytes of a tree of arrays or shapes, without scalars."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if leaf.ndim)
@@ -243,6 +274,131 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
         return compiled, written.read_text()
 
 
+def compiles_for_gpu(kind: str) -> bool:
+    """Whether the compiler for a kind of GPU, a key of CHIPS, is installed."""
+    if kind not in gpu_targets.TARGETS or not importlib.util.find_spec("jax_plugins"):
+        return False
+    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13))
+
+
+def compile_for_gpu(
+    config: ConfigDict, images: int, topology: str, text_file: str = ""
+) -> StepAnalysis:
+    """Compile the train step for GPUs such as "h100:8", which need not exist.
+
+    It is done in a new process, as the compiler's settings are read when jax starts, with the flags
+    of XLA that a run has. Without a device, XLA cannot choose among kernels by their speed.
+
+    Args:
+      config: the recipe.
+      images: number of training images.
+      topology: its kind of GPU is one for which `compiles_for_gpu`.
+      text_file: where to write the compiled program as text; "": nowhere.
+
+    Raises:
+      UserError: the batch cannot be split over the devices, or the compiler failed.
+    """
+    parsed = accelerators.parse_topology(topology)
+    environment = dict(os.environ)
+    try:
+        os.environ.update(GPU_ENVIRONMENT)
+        xla_flags.set_for_run(
+            config.xla_flags, parsed.chip.chips_per_host, tpu=False, several=parsed.hosts > 1
+        )
+        xla_flags.add("XLA_FLAGS", QUICK_FLAGS)
+        if config.deterministic:
+            xla_flags.add("XLA_FLAGS", [f"--{xla_flags.DETERMINISTIC}=true"])
+        with concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), exit_with_parent
+        ) as process:
+            job = process.submit(_compile_for_gpu, config, images, topology, text_file)
+            return job.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError(f"--topology={topology}: XLA's compiler ended without a result") from error
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _compile_for_gpu(
+    config: ConfigDict, images: int, topology: str, text_file: str
+) -> StepAnalysis:
+    """`compile_for_gpu`, in the new process."""
+    began = time.perf_counter()
+    parts = build_for_images(config, images)
+    parsed = accelerators.parse_topology(topology)
+    devices = gpu_devices(parsed)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    sharding.check_batch(config.batch_size, config.micro_batches, mesh.size)
+    with tracing_for("gpu"), cudnn_for(parsed.kind):
+        function, arguments = abstract_step(parts, mesh)
+        compiled = function.lower(*arguments).compile()
+    text = compiled.as_text()
+    if text_file:
+        pathlib.Path(text_file).write_text(text)
+    return StepAnalysis(
+        mesh=dict(mesh.shape),
+        memory=_compiled_memory(compiled),
+        collectives=hlo.collectives(text),
+        compile_seconds=time.perf_counter() - began,
+        program=traffic.summarize(text),
+    )
+
+
+def gpu_devices(topology: accelerators.Topology) -> Sequence[jax.Device]:
+    """Describe the GPUs of a topology, which need not exist, for XLA's compiler.
+
+    The environment must have been that of GPU_ENVIRONMENT when jax started.
+
+    Args:
+      topology: of GPUs of a kind in `gpu_targets.TARGETS`.
+    """
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(
+        platform="cuda",
+        target_config=gpu_targets.description(topology.kind),
+        topology=f"{topology.slices}x1x{topology.chip.chips_per_host}",
+    ).devices
+
+
+@contextlib.contextmanager
+def cudnn_for(kind: str) -> Iterator[None]:
+    """Answer what jax asks about cuDNN and the GPU for a kind of GPU, not for the devices here.
+
+    Args:
+      kind: key of `gpu_targets.TARGETS`.
+    """
+    capability = gpu_targets.TARGETS[kind].compute_capability
+
+    def parse(version: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in version.split("."))
+
+    def cudnn_version() -> int:
+        major, minor = gpu_targets.CUDNN_VERSION
+        return 10_000 * major + 100 * minor
+
+    def is_at_least(version: str) -> bool:
+        return capability >= parse(version)
+
+    def is_equal(version: str) -> bool:
+        return capability == parse(version)
+
+    answers = {
+        "check_cudnn_version": cudnn_version,
+        "check_compute_capability": is_at_least,
+        "is_cuda_compute_capability_equal": is_equal,
+    }
+    real = {name: getattr(fused_attention_stablehlo, name) for name in answers}
+    try:
+        for name, answer in answers.items():
+            setattr(fused_attention_stablehlo, name, answer)
+        yield
+    finally:
+        for name, function in real.items():
+            setattr(fused_attention_stablehlo, name, function)
+
+
 def _compiled_memory(compiled: jax.stages.Compiled) -> dict[str, float]:
     """Bytes that a compiled program uses on one device; outputs can take the place of arguments."""
     sizes: Any = compiled.memory_analysis()
@@ -302,7 +458,7 @@ def analyze(parts: TrainingParts, devices: int) -> StepAnalysis:
     gathered_bytes = 0
     if mesh.shape["fsdp"] > 1:
         gathered_bytes = params_bytes + _tree_bytes(state.target)
-    arguments = _device_bytes(state, shardings) + _tree_bytes(parts.abstract_batch(images))
+    arguments = _device_bytes(state, shardings) + batch_bytes(parts, images)
     temporaries = gathered_bytes + _gradient_and_activation_bytes(parts, images, params_bytes)
     return StepAnalysis(
         mesh=dict(mesh.shape),

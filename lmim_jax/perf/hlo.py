@@ -1,9 +1,10 @@
-"""The collectives of a compiled program, read from its text (XLA's HLO)."""
+"""Shapes, loops and collectives of a compiled program, read from its text (XLA's HLO)."""
 
 import collections
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,7 +16,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\((.*?)\)(?:,|$)")
 _SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(
@@ -102,9 +103,31 @@ class _Computations:
                 self.calls[computation].append((called, 1))
         collective = _COLLECTIVE.search(line)
         if collective:
-            types, kind, start = collective.groups()
-            shapes = _result_shapes(types, kind, is_start=bool(start))
-            self.operations[computation].append(_Operation(kind, _group_size(line), shapes))
+            types, kind, start, operands = collective.groups()
+            results = shapes(types)
+            if start:
+                results = _results_of_start(results, operands.count("%"))
+            self.operations[computation].append(_Operation(kind, _group_size(line), results))
+
+    def executions(self) -> collections.Counter[str]:
+        """How often each computation runs in one run of the program."""
+        counts: collections.Counter[str] = collections.Counter()
+        waiting = [(self.entry, 1)]
+        while waiting:
+            computation, times = waiting.pop()
+            counts[computation] += times
+            for called, iterations in self.calls[computation]:
+                waiting.append((called, times * iterations))
+        return counts
+
+
+def executions(text: str) -> collections.Counter[str]:
+    """How often each computation runs in one run of a compiled program.
+
+    Args:
+      text: see `collectives`. Of a conditional, all branches are taken to run.
+    """
+    return _Computations(text).executions()
 
 
 def collectives(text: str) -> list[Collective]:
@@ -115,18 +138,14 @@ def collectives(text: str) -> list[Collective]:
     """
     program = _Computations(text)
     counts: collections.Counter[_Operation] = collections.Counter()
-    waiting = [(program.entry, 1)]
-    while waiting:
-        computation, times = waiting.pop()
+    for computation, times in program.executions().items():
         for operation in program.operations[computation]:
             counts[operation] += times
-        for called, iterations in program.calls[computation]:
-            waiting.append((called, times * iterations))
     found = []
     for operation, times in counts.items():
         if operation.group == 1:
             continue
-        size = _bytes(operation.shapes)
+        size = num_bytes(operation.shapes)
         if operation.kind == "reduce-scatter":  # its result is one device's part
             size *= operation.group
         found.append(
@@ -143,23 +162,26 @@ def _iterations(line: str) -> int:
     return 1
 
 
-def _result_shapes(types: str, kind: str, is_start: bool) -> tuple[str, ...]:
-    """Shapes of the results, as "f32[768,768]".
+def _results_of_start(shapes: tuple[str, ...], operands: int) -> tuple[str, ...]:
+    """The results among the shapes in the type of the start of an asynchronous collective.
+
+    The type is that of the results alone, or (operands, results, counters).
 
     Args:
-      types: the type of the instruction.
-      kind: of the collective.
-      is_start: whether it is the start of an asynchronous one, whose type can contain operands.
+      shapes: all in the type.
+      operands: their number.
     """
-    shapes = tuple(f"{element}[{sizes}]" for element, sizes in _SHAPE.findall(types))
-    if is_start and kind == "collective-permute":
-        return shapes[1:2]  # (operand, result, two counters)
-    if is_start and kind == "all-gather":
-        return shapes[len(shapes) // 2 :]  # (operands, results)
-    return shapes
+    if len(shapes) < 2 * operands:
+        return shapes
+    return shapes[operands : 2 * operands]
 
 
-def _bytes(shapes: tuple[str, ...]) -> int:
+def shapes(type_text: str) -> tuple[str, ...]:
+    """The shapes in the type of an instruction, a tuple or not: "f32[768,768]", ..."""
+    return tuple(f"{element}[{sizes}]" for element, sizes in _SHAPE.findall(type_text))
+
+
+def num_bytes(shapes: Sequence[str]) -> int:
     """Bytes of arrays of these shapes."""
     total = 0
     for shape in shapes:

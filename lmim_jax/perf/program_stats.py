@@ -16,6 +16,8 @@ from lmim_jax.perf import hlo
 
 PRODUCTS = ("stablehlo.dot_general", "stablehlo.convolution")
 HOST_OPCODES = ("infeed", "outfeed", "send", "recv")
+_END_OF_CALL = re.compile(r"\)(?:,|$)")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 
 
 class Instruction(NamedTuple):
@@ -24,17 +26,25 @@ class Instruction(NamedTuple):
     Attributes:
       computation: that it is part of.
       name: unique in the program.
+      type: of the result, with layouts: "f32[2,3]{1,0}", or a tuple of such.
       opcode: "fusion", "copy", "dot", ...
+      operands: their names.
       calls: the computation that a fusion calls; "" for other instructions.
+      applies: the computation that a reduction, sort or call applies; "" for other instructions.
       target: of a custom call; "" for other instructions.
+      backend: of a fusion on a GPU, what makes its kernel: "__triton_gemm", ...; "" if not named.
       where: JAX's name stack.
     """
 
     computation: str
     name: str
+    type: str
     opcode: str
+    operands: tuple[str, ...]
     calls: str
+    applies: str
     target: str
+    backend: str
     where: str
 
 
@@ -157,13 +167,19 @@ def instructions(text: str) -> list[Instruction]:
             continue
         name, equals, definition = line.partition(" = ")
         if equals:
+            result, call = _split_definition(definition)
+            opcode, _, arguments = call.partition("(")
             instruction = Instruction(
                 computation=computation,
                 name=name.strip().removeprefix("ROOT ").lstrip("%"),
-                opcode=_opcode(definition),
-                calls=_between(definition, " calls=", ",").strip().lstrip("%"),
-                target=_between(definition, 'custom_call_target="', '"'),
-                where=_between(definition, 'op_name="', '"'),
+                type=result,
+                opcode=opcode,
+                operands=tuple(_OPERAND.findall(_END_OF_CALL.split(arguments, maxsplit=1)[0])),
+                calls=_between(call, " calls=", ",").strip().lstrip("%"),
+                applies=_between(call, " to_apply=", ",").strip().lstrip("%"),
+                target=_between(call, 'custom_call_target="', '"'),
+                backend=_between(_between(call, "backend_config=", "\n"), '"kind":"', '"'),
+                where=_between(call, 'op_name="', '"'),
             )
             found.append(instruction)
     return found
@@ -174,8 +190,8 @@ def _between(text: str, start: str, end: str) -> str:
     return text.partition(start)[2].partition(end)[0]
 
 
-def _opcode(definition: str) -> str:
-    """ "copy" of "f32[2,3]{1,0} copy(%x)". The type can be a tuple, with spaces and brackets."""
+def _split_definition(definition: str) -> tuple[str, str]:
+    """Split "f32[2,3]{1,0} copy(%x), ..." behind the type, a tuple of which can contain spaces."""
     depth = 0
     for end, character in enumerate(definition):
         if character in "([{":
@@ -183,5 +199,5 @@ def _opcode(definition: str) -> str:
         elif character in ")]}":
             depth -= 1
         elif character == " " and not depth:
-            return definition[end + 1 :].partition("(")[0]
-    return ""
+            return definition[:end], definition[end + 1 :]
+    return "", ""
