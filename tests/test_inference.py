@@ -94,6 +94,8 @@ def test_an_exported_model_gives_the_same_features(folder, paths, tmp_path, weig
     export.export(runs.open_run(folder), "flax", weights, tmp_path / "out")
     exported = lmim_jax.load(tmp_path / "out")
     assert exported.weights == weights
+    assert runs.open_run(folder).has_target
+    assert not runs.open_run(tmp_path / "out").has_target
     for one, other in zip(
         model.encode(model.preprocess(paths)),
         exported.encode(exported.preprocess(paths)),

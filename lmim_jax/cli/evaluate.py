@@ -120,9 +120,8 @@ def build_evaluators(
         fields[title] = dict(section)
         if weights:
             fields[title]["params"] = weights
-    target = run.method.target_of(jax.eval_shape(run.method.init, jax.random.key(0)))
     scheduled = evaluators.from_config(
-        fields, steps_per_epoch=1, has_target="encoder" in target, where="config"
+        fields, steps_per_epoch=1, has_target=run.has_target, where="config"
     )
     if feature:
         scheduled = [_with_feature(one, feature) for one in scheduled]

@@ -16,7 +16,6 @@ an encoder, the rest can be initialized as in a new run: --fresh='decoder.*|mask
 --nodata: without the training images of the recipe; they are recorded when training starts.
 """
 
-import hashlib
 import json
 import pathlib
 import re
@@ -41,6 +40,7 @@ from lmim_jax.train import checkpoint_manifest, lock, workdir
 from lmim_jax.train.checkpoints import Checkpoints
 from lmim_jax.train.state import TrainState, init_state
 from lmim_jax.utils import array_io, atomic_io
+from lmim_jax.utils.checksum import file_checksum
 from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import log_to_console
 
@@ -147,7 +147,7 @@ def import_weights(
     state = _create_state(config, method, contents.tree)
     origin = {
         "file": pathlib.Path(path).name,
-        "sha256": _checksum(path),
+        "sha256": file_checksum(pathlib.Path(path)),
         "dropped": contents.dropped,
         "fresh": contents.fresh,
         "not_read": contents.not_read,
@@ -202,12 +202,6 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     leaves = flatten_dict(old, keep_empty_nodes=True)
     leaves.update(flatten_dict(new, keep_empty_nodes=True))
     return unflatten_dict(leaves)
-
-
-def _checksum(path: str | pathlib.Path) -> str:
-    """The SHA-256 of a file."""
-    with pathlib.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(arguments: list[str]) -> None:

@@ -115,8 +115,8 @@ def _accuracy_tiles(log: MetricLog) -> list[Tile]:
     """A tile for each accuracy of logistic regression, then for each k-NN accuracy in the log."""
     last = _last_values(log)
     untrained = _untrained_values(log)
-    linear_tiles = []
-    knn_tiles = []
+    linear_tiles: list[Tile] = []
+    knn_tiles: list[Tile] = []
     for name in sorted(last):
         metric = name.partition("/")[2]
         if metric == "accuracy":

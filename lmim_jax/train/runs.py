@@ -24,6 +24,7 @@ from lmim_jax.methods import base as methods
 from lmim_jax.train import checkpoint_manifest, checkpoints
 from lmim_jax.train.state import initial_params
 from lmim_jax.utils import array_io
+from lmim_jax.utils.checksum import file_checksum
 from lmim_jax.utils.errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"  # of an exported folder, which has no checkpoints
@@ -39,7 +40,8 @@ class Weights:
       target: float32 tree of what the EMA tracks; {} where there is no teacher.
       step: optimizer steps done.
       checkpoint: SHA-256 of the manifest of the checkpoint they were read from, which in turn
-        contains those of all its files; "" for weights from elsewhere.
+        contains those of all its files; of an exported model, that of its file; "" for weights
+        from elsewhere.
     """
 
     params: Any
@@ -102,6 +104,12 @@ class Run:
     def step(self) -> int:
         """Optimizer steps done."""
         return self.weights.step
+
+    @functools.cached_property
+    def has_target(self) -> bool:
+        """Whether there is a target encoder beside the online one."""
+        abstract = jax.eval_shape(self.method.init, jax.random.key(0))
+        return not self.exported and "encoder" in self.method.target_of(abstract)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -235,7 +243,8 @@ def open_run(folder: str | os.PathLike[str], images: str | os.PathLike[str] = ""
 def _read_exported(folder: pathlib.Path) -> Weights:
     arrays, _ = array_io.read(folder / WEIGHTS_FILE)
     step = read_config(folder)["exported"]["step"]
-    return Weights(unflatten_dict(arrays, sep="/"), {}, step)
+    checksum = file_checksum(folder / WEIGHTS_FILE)
+    return Weights(unflatten_dict(arrays, sep="/"), {}, step, checksum)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

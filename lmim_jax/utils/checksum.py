@@ -1,6 +1,7 @@
 """Checksums that identify data."""
 
 import hashlib
+import pathlib
 from collections.abc import Iterable
 
 
@@ -10,3 +11,9 @@ def names_checksum(names: Iterable[str]) -> str:
     Names of files may contain bytes that are not valid UTF-8 (as surrogates, see PEP 383).
     """
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def file_checksum(path: pathlib.Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
