@@ -1,4 +1,8 @@
-"""Every test runs on 8 fake CPU devices, and silent rank promotion is an error."""
+"""Every test runs on 8 fake CPU devices, and silent rank promotion is an error.
+
+LMIM_TEST_PLATFORM=cuda (or tpu): on the devices of this machine instead, with float32 products at
+highest precision, for which the tolerances are meant. Tests that need 8 devices fail on fewer.
+"""
 
 import atexit
 import os
@@ -8,12 +12,18 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
-os.environ["JAX_PLATFORMS"] = "cpu"
+PLATFORM = os.environ.get("LMIM_TEST_PLATFORM", "cpu")
 # Most programs run once or twice: compile them quickly, and each only once over all processes.
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST}"
-)
+if PLATFORM == "cpu":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST}"
+    )
+else:
+    os.environ["JAX_PLATFORMS"] = f"{PLATFORM},cpu"
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # for several workers
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else a worker, or a process that a test started
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lmim_jax_programs_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"

@@ -6,7 +6,7 @@ machine only comparisons are meaningful: `compare` runs two recipes in turn, ste
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,8 +51,19 @@ class BenchmarkStep:
       compile_seconds: time to compile it.
     """
 
-    def __init__(self, config: ConfigDict, steps_per_epoch: int = 1000) -> None:
-        """Lower and compile the step, and allocate its state and batch."""
+    def __init__(
+        self,
+        config: ConfigDict,
+        steps_per_epoch: int = 1000,
+        on_compiled: Callable[[], None] | None = None,
+    ) -> None:
+        """Lower and compile the step, and allocate its state and batch.
+
+        Args:
+          config: the recipe.
+          steps_per_epoch: for the schedules.
+          on_compiled: called before anything is allocated, such as to wait for the device.
+        """
         self.config = config
         self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
         began = time.perf_counter()
@@ -62,6 +73,8 @@ class BenchmarkStep:
         compiled = time.perf_counter()
         self.trace_seconds = traced - began
         self.compile_seconds = compiled - traced
+        if on_compiled:
+            on_compiled()
         self._state, _ = self.parts.create_state(self.mesh)
         self._batch = random_batch(self.parts, self.mesh)
 
@@ -217,10 +230,13 @@ def measure(config: ConfigDict, steps: int = 20, warmup: int = 3) -> dict[str, A
 
 
 def measure_with_step(
-    config: ConfigDict, steps: int = 20, warmup: int = 3
+    config: ConfigDict,
+    steps: int = 20,
+    warmup: int = 3,
+    on_compiled: Callable[[], None] | None = None,
 ) -> tuple[BenchmarkStep, dict[str, Any]]:
     """Time the train step of a recipe; the step, and what `measure` returns."""
-    step = BenchmarkStep(config)
+    step = BenchmarkStep(config, on_compiled=on_compiled)
     for _ in range(warmup):
         step.timed()
         time_matrix_product()

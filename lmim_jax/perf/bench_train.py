@@ -25,7 +25,11 @@ Batch = dict[str, jax.Array]
 
 
 def measure_loop(
-    config: ConfigDict, steps: int = 20, rounds: int = 3, warmup: int = 3
+    config: ConfigDict,
+    steps: int = 20,
+    rounds: int = 3,
+    warmup: int = 3,
+    on_compiled: Callable[[], None] | None = None,
 ) -> tuple[BenchmarkStep, dict[str, Any]]:
     """Train on the recipe's own images and on one random batch, in turn, with the same program.
 
@@ -37,6 +41,7 @@ def measure_loop(
       steps: number of steps of each side in each round.
       rounds: number of rounds.
       warmup: number of steps to run before.
+      on_compiled: see `BenchmarkStep`.
 
     Returns:
       The step, and the metrics: those of `bench_step.measure` for the step by itself, and "train":
@@ -48,7 +53,8 @@ def measure_loop(
     """
     source = sources.from_config(config.data, "train")
     assert source is not None, "every dataset has a training split"
-    step = BenchmarkStep(config, loader.steps_per_epoch(source, config.batch_size))
+    steps_per_epoch = loader.steps_per_epoch(source, config.batch_size)
+    step = BenchmarkStep(config, steps_per_epoch, on_compiled)
     batches = loader.training_batches(
         source,
         config.data,
