@@ -195,6 +195,7 @@ def test_other_images_in_its_workdir_are_refused(finished, images, tmp_path):
 def test_harmless_keys_may_change(finished, images):
     _, workdir, summary = finished
     change = {"log_every": 5, "checkpoint_keep": 9, "data.threads": 3, "evaluators.knn.k": (3,)}
+    change |= {"deterministic": True, "xla_flags": "none"}
     assert loop.train(recipe(images, **change), workdir) == summary
 
 
