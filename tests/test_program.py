@@ -19,6 +19,7 @@ from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.platform import tracing_for
 
 ROOT = pathlib.Path(__file__).parent.parent
+BYTES_PER_IMAGE = 115e6  # at most, of the small model: 109 MB when this was written
 needs_compiler = pytest.mark.skipif(
     not aot.compiles_for_gpu("h100"), reason="pip install '.[plan-gpu]' to compile for GPUs"
 )
@@ -188,9 +189,6 @@ def test_the_traffic_of_a_small_model():
     assert memory["needed"] >= memory["arguments"] > 64 * 512 * 512 * 3
     assert found["seconds"]["step"] > 0
     assert "MB an image" in done.stderr
-
-
-BYTES_PER_IMAGE = 200e6
 
 
 @needs_compiler

@@ -203,6 +203,8 @@ def _step_seconds(
 
 def _is_estimable(seconds: dict[str, float]) -> bool:
     """Whether the estimate of the time of a step means something; see SHORTEST_STEP."""
+    if "kernel_starts" in seconds and not traffic.is_estimable(seconds):
+        return False
     return max(seconds["compute"], seconds["memory"]) >= SHORTEST_STEP
 
 
