@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "lmim_jax").rglob("*.py"))
-# Folders of the package in layers: a module imports from its own folder and from earlier layers only.
+# Folders of the package in layers: a module imports from its own folder and from earlier layers
 LAYERS = (
     ("utils",),
     ("optim", "distributed", "models"),

@@ -163,18 +163,25 @@ def resample_positions(
     return table.reshape(1, -1, width)
 
 
-@jax.custom_vjp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Exact GELU, x Phi(x), as torch computes it (Flax's default is the tanh approximation).
+    """Exact GELU, x Phi(x), as torch computes it (Flax's default is the tanh approximation)."""
+    if current_platform() == "cpu":
+        return nn.gelu(x, approximate=False)
+    return gelu_float32(x)
 
-    Computed in float32. Only x, in its own dtype, is kept for the backward pass: autodiff of flax's
-    form keeps a float32 array, and XLA makes two kernels of it on GPUs.
+
+@jax.custom_vjp
+def gelu_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Exact GELU in float32, with one kernel each for itself and its gradient on accelerators.
+
+    Only x, in its own dtype, is kept for the backward pass: autodiff of flax's form keeps a float32
+    array, and XLA makes two kernels of it on GPUs.
     """
     return (x * _normal_cdf(x)).astype(x.dtype)
 
 
 def _gelu_forward(x: Array) -> tuple[Array, Array]:
-    return gelu(x), x
+    return gelu_float32(x), x
 
 
 def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
@@ -188,7 +195,7 @@ def _normal_cdf(x: Array) -> Array:
     return 0.5 * (1 + jax.lax.erf(x.astype(jnp.float32) * np.float32(2**-0.5)))
 
 
-gelu.defvjp(_gelu_forward, _gelu_backward)
+gelu_float32.defvjp(_gelu_forward, _gelu_backward)
 
 
 @jax.custom_vjp
