@@ -332,7 +332,14 @@ def _compile_for_gpu(
     sharding.check_batch(config.batch_size, config.micro_batches, mesh.size)
     with tracing_for("gpu"), cudnn_for(parsed.kind):
         function, arguments = abstract_step(parts, mesh)
-        compiled = function.lower(*arguments).compile()
+        lowered = function.lower(*arguments)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error).splitlines()[0]
+        if "PTX" in message or "libdevice" in message:
+            message = f"NVIDIA's assembler (ptxas) and libdevice are missing. {INSTALL_GPU}"
+        raise UserError(f"--topology={topology}: {message}") from error
     text = compiled.as_text()
     if text_file:
         pathlib.Path(text_file).write_text(text)
