@@ -40,8 +40,7 @@ class Attention(nn.Module, kw_only=True):
         batch, tokens, width = x.shape
         head_width = width // self.heads
         project = Dense(3 * self.heads * head_width, self.dtype, self.qkv_bias, name="qkv")
-        by_head = (batch, tokens, self.heads, head_width)
-        query, key, value = (part.reshape(by_head) for part in project.parts(x, 3))
+        query, key, value = project.by_head(x, 3, self.heads)
         if self.is_mutable_collection("intermediates"):  # attention maps were requested
             self.sow("intermediates", "attention", attention_weights(query, key))
         x = attend(query, key, value, self.implementation, mask)
@@ -76,8 +75,7 @@ class CrossAttention(nn.Module, kw_only=True):
         query = query.reshape(batch, tokens, -1, head_width)
         kv_bias = (key_bias, value_bias)
         project = Dense(2 * self.heads * head_width, self.dtype, kv_bias, name="kv")
-        by_head = (batch, context.shape[1], self.heads, head_width)
-        key, value = (part.reshape(by_head) for part in project.parts(context, 2))
+        key, value = project.by_head(context, 2, self.heads)
         x = attend(query, key, value, self.implementation)
         x = x.reshape(batch, tokens, -1)
         return Dense(width, self.dtype, name="proj")(x)

@@ -248,18 +248,25 @@ class Dense(nn.Module):
         return _linear(x, kernel, bias, self.dtype)
 
     @nn.compact
-    def parts(self, x: Float[Array, "... I"], count: int) -> list[Float[Array, "... P"]]:
-        """Apply the layer to the last axis; the output in `count` equal parts.
+    def by_head(
+        self, x: Float[Array, "B T I"], parts: int, heads: int
+    ) -> list[Float[Array, "B T A K"]]:
+        """Apply the layer; the output in equal parts, such as query, key and value, by heads.
 
         On a GPU every part is a product of its own: dividing the output of one product would copy
         it. Elsewhere the one product is faster.
         """
         kernel, bias = self._parameters(x.shape[-1])
         if current_platform() != "gpu":
-            return jnp.split(_linear(x, kernel, bias, self.dtype), count, axis=-1)
-        kernels = jnp.split(kernel, count, axis=1)
-        biases = [None] * count if bias is None else jnp.split(bias, count)
-        return [_linear(x, k, b, self.dtype) for k, b in zip(kernels, biases, strict=True)]
+            y = _linear(x, kernel, bias, self.dtype)
+            return jnp.split(y.reshape(x.shape[:-1] + (parts * heads, -1)), parts, axis=-2)
+        kernels = jnp.split(kernel, parts, axis=1)
+        biases = [None] * parts if bias is None else jnp.split(bias, parts)
+        outputs = []
+        for part_kernel, part_bias in zip(kernels, biases, strict=True):
+            y = _linear(x, part_kernel, part_bias, self.dtype)
+            outputs.append(y.reshape(x.shape[:-1] + (heads, -1)))
+        return outputs
 
     def _parameters(self, width: int) -> tuple[Float[Array, "I O"], Float[Array, " O"] | None]:
         """Kernel and bias of every output; a bias is zero in the parts that have none."""
