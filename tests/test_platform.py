@@ -86,8 +86,12 @@ def test_a_mask_is_given_as_a_bias_of_even_size(cudnn, tokens):
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in text
 
 
-def test_auto_is_plain_where_there_is_no_cudnn():
-    assert "__cudnn" not in lower_for_gpu(177, 177, 64, "bfloat16")
+def test_auto_is_plain_where_there_is_no_cudnn_and_says_so_once(caplog):
+    cudnn_attention.warn_unavailable.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert "__cudnn" not in lower_for_gpu(177, 177, 64, "bfloat16")
+        assert "__cudnn" not in lower_for_gpu(197, 197, 64, "bfloat16")
+    assert caplog.text.count("jax finds no cuDNN on this GPU") == 1
 
 
 METHOD = dict(attention="cudnn", dtype="bfloat16", width=768, heads=12)

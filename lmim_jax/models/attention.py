@@ -93,7 +93,7 @@ def _fused_is_faster(query: Array, key: Array, mask: Array | None) -> bool:
     """Whether the fused kernel can be used, and is faster than plain products."""
     head_width = query.shape[-1]
     tokens = max(query.shape[1], key.shape[1])
-    return (
+    faster = (
         current_platform() == "gpu"
         and mask is None
         and query.dtype in FUSED_DTYPES
@@ -101,8 +101,11 @@ def _fused_is_faster(query: Array, key: Array, mask: Array | None) -> bool:
         and head_width <= FUSED_HEAD_WIDTH
         and tokens >= FUSED_TOKENS
         and not xla_flags.is_deterministic()  # with it, XLA fails at the fused kernel
-        and cudnn_attention.available()
     )
+    if faster and not cudnn_attention.available():
+        cudnn_attention.warn_unavailable()
+        return False
+    return faster
 
 
 def attention_weights(

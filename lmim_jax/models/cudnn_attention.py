@@ -5,12 +5,15 @@ Letters: B batch, T query tokens, S key tokens, A attention heads, K width of a 
 
 import functools
 import inspect
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 from jaxtyping import Array, Bool, Float
+
+log = logging.getLogger(__name__)
 
 
 def attend(
@@ -50,6 +53,15 @@ def available() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+@functools.cache
+def warn_unavailable() -> None:
+    """Log, once, that attention is slower than it could be."""
+    log.warning(
+        "jax finds no cuDNN on this GPU: attention is plain products, which are slower; "
+        "pip install 'jax[cuda13]' (drivers older than 580: 'jax[cuda12]')"
+    )
 
 
 @functools.cache
