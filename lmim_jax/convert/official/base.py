@@ -5,6 +5,7 @@ A file of this folder describes one method, the module in methods/ with the same
 ...}; paths into them are written "params/encoder/block00/attn/qkv/kernel".
 """
 
+import collections
 import dataclasses
 import importlib
 import pkgutil
@@ -80,26 +81,33 @@ class StateDictSpec:
       renames: (regex, replacement) pairs, applied one after the other to a `torch_name`.
       layouts: (regex, Layout) pairs; the first regex that matches a whole path of ours counts.
       constants: {official name: array}, arrays of the state dict that are not parameters here.
+      splits: (regex, replacements) pairs: an array whose official name would match is several
+        arrays there, equal parts along the first axis, one for each replacement.
     """
 
     renames: tuple[tuple[str, str], ...]
     layouts: tuple[tuple[str, Layout], ...]
     constants: Arrays
+    splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One array of ours.
+    """One official array: one of ours, or a part of it.
 
     Attributes:
-      path: where it is in the tree.
+      path: where ours is in the tree.
       layout: its conversions.
-      shape: in the official code.
+      shape: of the official array.
+      part: which part it is, counted from 0.
+      parts: of ours, along the first axis of the official layout.
     """
 
     path: str
     layout: Layout
     shape: tuple[int, ...]
+    part: int = 0
+    parts: int = 1
 
 
 def names() -> list[str]:
@@ -179,9 +187,21 @@ def entries(method: Method) -> dict[str, Entry]:
         for pattern, replacement in spec.renames:
             name = re.sub(pattern, replacement, name)
         layout = layout_of(path, spec.layouts)
-        shape = layout.to_official(np.empty(leaf.shape, np.float32)).shape
-        found[name] = Entry(path, layout, shape)
+        length, *others = layout.to_official(np.empty(leaf.shape, np.float32)).shape
+        part_names = _part_names(name, spec.splits)
+        parts = len(part_names)
+        for part, part_name in enumerate(part_names):
+            shape = (length // parts, *others)
+            found[part_name] = Entry(path, layout, shape, part, parts)
     return found
+
+
+def _part_names(name: str, splits: Collection[tuple[str, tuple[str, ...]]]) -> list[str]:
+    """The official names of the parts of an array; its own if it is not split."""
+    for pattern, replacements in splits:
+        if re.search(pattern, name):
+            return [re.sub(pattern, replacement, name) for replacement in replacements]
+    return [name]
 
 
 def to_official(method: Method, params: Params, target: Params) -> Arrays:
@@ -201,7 +221,8 @@ def to_official(method: Method, params: Params, target: Params) -> Arrays:
     ours = flatten_dict({"params": params, "target": target}, sep="/")
     arrays = {}
     for name, entry in entries(method).items():
-        arrays[name] = entry.layout.to_official(np.asarray(ours[entry.path]))
+        array = entry.layout.to_official(np.asarray(ours[entry.path]))
+        arrays[name] = np.split(array, entry.parts)[entry.part]
     arrays |= describe(method).constants
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
@@ -219,12 +240,15 @@ def from_official(method: Method, arrays: Mapping[str, np.ndarray]) -> dict[str,
     Raises:
       UserError: see `describe`.
     """
-    known = entries(method)
+    parts = collections.defaultdict(list)
+    for name, entry in entries(method).items():
+        if name in arrays:
+            parts[entry.path].append((entry, arrays[name]))
     ours = {}
-    for name, array in arrays.items():
-        if name in known:
-            entry = known[name]
-            ours[entry.path] = entry.layout.to_ours(array)
+    for path, found in parts.items():
+        entry = found[0][0]
+        if len(found) == entry.parts:
+            ours[path] = entry.layout.to_ours(np.concatenate([array for _, array in found]))
     return unflatten_dict(ours, sep="/")
 
 
