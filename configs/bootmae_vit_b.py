@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.epochs = 801
     config.augment.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     config.method = bootmae(config.data.get_ref("channels"))
-    config.optimizer.warmup_start = 0.0
+    config.optimizer.update(warmup_start=0.0, peak_in_warmup=True)  # numpy.linspace as released
     config.optimizer.floor = 1 / 12  # 1e-4 at this batch size, a fixed value in the released code
     config.optimizer.decay_rules = ((".*(bias|norm).*|encoder/cls_token", False), (".*", True))
     return config
@@ -37,7 +37,7 @@ def bootmae(channels: FieldReference) -> ConfigDict:
     method.name = "bootmae"  # a file in lmim_jax/methods/
     method.grid = (14, 14)  # rows, columns of patches
     method.patch_size = 16
-    method.channels = channels
+    method.channels = FieldReference(channels)
     # encoder; L: lmim_jax/models/vit.py VARIANTS
     method.width = 768
     method.depth = 12

@@ -21,8 +21,9 @@ def get_config() -> ConfigDict:
     config.method = ijepa(config.data.get_ref("channels"))
     config.augment.update(scale=(0.3, 1.0), flip=False, interpolation="bilinear")
     config.optimizer.base_lr = 1.25e-4  # peak 1e-3 at batch 2048
-    config.optimizer.update(warmup_start=0.2, floor=1e-3, b2=0.999, weight_decay=0.04)
-    config.optimizer.weight_decay_end = 0.4
+    config.optimizer.update(warmup_start=0.2, floor=1e-3, b2=0.999)
+    config.optimizer.update(weight_decay=0.04, weight_decay_end=0.4)
+    config.optimizer.steps_ahead = 1  # the released code counts up before it reads the schedules
     # All but one-dimensional parameters
     config.optimizer.decay_rules = ((".*/(bias|scale)", False), (".*", True))
     for evaluator in (config.evaluators.knn, config.evaluators.visualization):
@@ -40,7 +41,7 @@ def ijepa(channels: FieldReference) -> ConfigDict:
     method.name = "ijepa"
     method.grid = (14, 14)  # rows, columns of patches
     method.patch_size = 16
-    method.channels = channels
+    method.channels = FieldReference(channels)
     method.width = 768
     method.depth = 12
     method.heads = 12

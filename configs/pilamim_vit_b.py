@@ -6,8 +6,7 @@ Global batch 2048, 500,000 steps. The authors claim better linear probes than MA
 BootMAE on most of their datasets (arXiv 2501.03005, abstract); their tables are not known here. Two
 bugs of the released code are fixed: latent predictions are compared with the targets of the same
 patch (config.method.align_targets=False compares with shuffled ones, as the code does), and the
-teacher starts as a copy of the encoder. Its learning rate changes once an epoch, ours at every
-step.
+teacher starts as a copy of the encoder. As in the code, the learning rate changes once an epoch.
 """
 
 from ml_collections import ConfigDict, FieldReference
@@ -20,7 +19,9 @@ def get_config() -> ConfigDict:
     config = vit_b.get_config()
     config.batch_size = 2048
     config.method = pilamim(config.data.get_ref("channels"))
+    # min((epoch + 1) / 40, half a cosine over all epochs)
     config.optimizer.update(warmup_start=1 / 40, floor=0.0, rebased=False)
+    config.optimizer.update(peak_in_warmup=True, per_epoch=True)
     config.optimizer.decay_rules = ((".*", True),)  # everything
     return config
 
@@ -35,7 +36,7 @@ def pilamim(channels: FieldReference) -> ConfigDict:
     method.name = "pilamim"
     method.grid = (14, 14)  # rows, columns of patches
     method.patch_size = 16
-    method.channels = channels
+    method.channels = FieldReference(channels)
     method.width = 768
     method.depth = 12
     method.heads = 12

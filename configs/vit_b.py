@@ -45,9 +45,13 @@ def get_config() -> ConfigDict:
     optimizer.rebased = True  # the cosine starts after the warm-up; False: at step 0
     optimizer.b1 = 0.9  # decay rate of the first moment
     optimizer.b2 = 0.95  # of the second moment
+    optimizer.peak_in_warmup = False  # the last step of the warm-up has the peak, not the next one
+    optimizer.per_epoch = False  # the learning rate changes once an epoch, not at every step
+    optimizer.steps_ahead = 0  # step s uses learning rate and weight decay of step s + this
     optimizer.eps = 1e-8  # added to the root of the second moment
     optimizer.weight_decay = 0.05  # at the start
-    optimizer.weight_decay_end = optimizer.get_ref("weight_decay")  # at the end of half a cosine
+    # At the end of half a cosine; weight_decay unless set
+    optimizer.weight_decay_end = FieldReference(optimizer.get_ref("weight_decay"))
     # (regex on the parameter's path, decayed or not), first full match wins. As in the official
     # code, patch and decoder embeddings are spared because of their names; CLS and mask tokens are
     # decayed.
@@ -139,7 +143,7 @@ def latent_mim(channels: FieldReference) -> ConfigDict:
     method.grid = (14, 14)  # rows, columns of patches
     method.patch_size = 16  # pixels
     method.gap = 4  # patches at random offsets in cells of patch_size + gap: crops have 280 pixels
-    method.channels = channels  # of images: data.channels
+    method.channels = FieldReference(channels)  # of images: data.channels
     # encoder; Ti, S, L, H: lmim_jax/models/vit.py VARIANTS
     method.width = 768  # of tokens
     method.depth = 12  # blocks

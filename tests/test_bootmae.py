@@ -104,12 +104,12 @@ def mlp(p, x):
 
 
 def positions(h, w, width):
-    """Integers: sine and cosine of the column, then of the row."""
+    """Integers: sine and cosine of the row, then of the column."""
     frequency = 1 / 10000 ** (np.arange(width // 4) / (width // 4))
     at = [(row, column) for row in range(h) for column in range(w)]
     return np.stack(
         [
-            np.concatenate([f(x * frequency) for x in (c, r) for f in (np.sin, np.cos)])
+            np.concatenate([f(x * frequency) for x in (r, c) for f in (np.sin, np.cos)])
             for r, c in at
         ]
     )

@@ -42,7 +42,9 @@ def saved(images, tmp_path_factory):
     config = tiny.get_config()
     config.data.path = str(images)
     method = methods.from_config(config.method, total_steps=10, steps_per_epoch=5)
-    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=1, total_steps=10)
+    optimizer, _ = adamw.from_config(
+        config.optimizer, warmup_steps=1, total_steps=10, steps_per_epoch=1
+    )
     state, _ = create_state(method, optimizer, config.seed, MESH)
     state = state.replace(params=jax.tree.map(lambda x: 0.9 * x + 0.01, state.params))
     with Checkpoints(folder, config) as checkpoints:

@@ -110,7 +110,9 @@ def test_an_imported_run_resumes_training(file, images, tmp_path):
     )  # as training does: from now on, these are its images
     with pytest.raises(UserError, match="training_images"):
         workdir.check(tmp_path / "run", config.to_dict(), {**identity, "images": 7})
-    optimizer, _ = import_weights.adamw.from_config(config.optimizer, warmup_steps=1, total_steps=9)
+    optimizer, _ = import_weights.adamw.from_config(
+        config.optimizer, warmup_steps=1, total_steps=9, steps_per_epoch=1
+    )
     state, shardings = create_state(method_of(config), optimizer, config.seed, sharding.make_mesh())
     with Checkpoints(tmp_path / "run", config) as checkpoints:
         restored = checkpoints.restore(state, shardings)

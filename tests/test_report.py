@@ -46,7 +46,9 @@ def make_run(folder, images, name="mae"):
     config.data.path = str(images)
     config.method = tiny.method(name)
     method = methods.from_config(config.method, total_steps=10, steps_per_epoch=5)
-    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=1, total_steps=10)
+    optimizer, _ = adamw.from_config(
+        config.optimizer, warmup_steps=1, total_steps=10, steps_per_epoch=1
+    )
     state, _ = create_state(
         method, optimizer, 0, sharding.make_mesh(), rules=config.mesh.rules, min_size=1
     )

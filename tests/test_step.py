@@ -25,7 +25,9 @@ def setup(**change):
     images = Augment.from_config(
         config.augment, image_size=method.image_size, eval_size=method.feature_size
     )
-    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=5, total_steps=20)
+    optimizer, _ = adamw.from_config(
+        config.optimizer, warmup_steps=5, total_steps=20, steps_per_epoch=1
+    )
     return method, images, optimizer
 
 
@@ -188,7 +190,7 @@ def test_uncovered_parameters_are_named():
 def test_adamw_equals_torchs_definition():
     _, _, optimizer = setup()
     config, rng = tiny.get_config().optimizer, np.random.default_rng(0)
-    _, rate = adamw.from_config(config, warmup_steps=5, total_steps=20)
+    _, rate = adamw.from_config(config, warmup_steps=5, total_steps=20, steps_per_epoch=1)
     params = {"dense": {"kernel": rng.normal(size=(3, 2)).astype(np.float32)}}
     opt_state, m, v, expected = (
         optimizer.init(params),

@@ -32,11 +32,13 @@ from ml_collections import ConfigDict
 from lmim_jax.cli import app
 from lmim_jax.convert.official import base as official
 from lmim_jax.data import loader, sources
+from lmim_jax.data.augment.device import Augment
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.methods.base import Method
 from lmim_jax.optim import adamw
 from lmim_jax.train import checkpoint_manifest, lock, workdir
+from lmim_jax.train.build import complete
 from lmim_jax.train.checkpoints import Checkpoints
 from lmim_jax.train.state import TrainState, init_state
 from lmim_jax.utils import array_io, atomic_io
@@ -143,6 +145,10 @@ def import_weights(
     if (folder / "config.json").exists() or checkpoint_manifest.steps(folder):
         raise UserError(f"--workdir={folder} holds a run already; give another folder")
     method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    augmentation = Augment.from_config(
+        config.augment, image_size=method.image_size, eval_size=method.feature_size
+    )
+    config = complete(config, method, augmentation)
     contents = read(path, method, drop, fresh)
     state = _create_state(config, method, contents.tree)
     origin = {
@@ -152,8 +158,8 @@ def import_weights(
         "fresh": contents.fresh,
         "not_read": contents.not_read,
     }
-    with lock.Lock(folder):
-        with Checkpoints(folder, config) as checkpoints:
+    with lock.Lock(folder) as held:
+        with Checkpoints(folder, config, held) as checkpoints:
             checkpoints.save(state, 0)
         atomic_io.write(folder / "imported.json", json.dumps(origin, indent=2) + "\n")
         workdir.claim(folder, config.to_dict(), identity)
@@ -172,7 +178,9 @@ def import_weights(
 def _create_state(config: ConfigDict, method: Method, tree: dict[str, Any]) -> TrainState:
     """A state at step 0 with imported arrays, on the devices of the recipe's mesh."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    optimizer, _ = adamw.from_config(config.optimizer, warmup_steps=0, total_steps=1)
+    optimizer, _ = adamw.from_config(
+        config.optimizer, warmup_steps=0, total_steps=1, steps_per_epoch=1
+    )
 
     def create(arrays: dict[str, Any]) -> TrainState:
         return _merge_into_fresh_state(method, optimizer, config.seed, arrays)

@@ -262,7 +262,7 @@ class Method(BaseMethod):
         self, width: int, grid: tuple[int, int] | None = None
     ) -> Float[Array, "1 N width"]:
         """Compute the positions of a grid; any grid spans the range of the training grid."""
-        table = sincos_positions(grid or self.grid, width, self.grid, integer=True)
+        table = sincos_positions(grid or self.grid, width, self.grid, integer=True, row_first=True)
         return jnp.asarray(table)[None]
 
     def features(self, params: Params, images: Float[Array, "B H W C"]) -> Features:

@@ -105,10 +105,11 @@ def sincos_positions(
     width: int,
     trained_grid: tuple[int, int] | None = None,
     integer: bool = False,
+    row_first: bool = False,
 ) -> Float[np.ndarray, "N D"]:
     """Fixed sin-cos position embeddings, float32.
 
-    The first half of a vector encodes the column, the second the row.
+    The first half of a vector encodes the column, the second the row; see `row_first`.
 
     Along an axis of n cells the positions are linspace(0, n_trained, n): n / (n - 1) apart at the
     size of training, and the same range at any other size.
@@ -118,7 +119,8 @@ def sincos_positions(
       width: D, divisible by 4.
       trained_grid: (h, w) of the images the model was trained on; None: `grid`.
       integer: linspace(0, n_trained - 1, n) instead, which is 0, 1, 2, ... at the size of training
-        (MAE, I-JEPA).
+        (MAE, I-JEPA, BootMAE).
+      row_first: the first half encodes the row, the second the column (BootMAE).
 
     Raises:
       ValueError: the width is not divisible by 4.
@@ -132,8 +134,10 @@ def sincos_positions(
     trained_h, trained_w = trained_grid or grid
     rows = _sincos(h, trained_h - integer, width // 2)
     columns = _sincos(w, trained_w - integer, width // 2)
-    table = np.concatenate([np.tile(columns, (h, 1)), np.repeat(rows, w, axis=0)], axis=1)
-    return table.astype(np.float32)
+    halves = [np.tile(columns, (h, 1)), np.repeat(rows, w, axis=0)]
+    if row_first:
+        halves.reverse()
+    return np.concatenate(halves, axis=1).astype(np.float32)
 
 
 def _sincos(count: int, end: int, width: int) -> Float[np.ndarray, "count width"]:

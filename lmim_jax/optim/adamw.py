@@ -50,15 +50,54 @@ def match_rules(rules: Rules, params: Any, key: str) -> Any:
     return values
 
 
-def from_config(
-    config: ConfigDict, *, warmup_steps: float, total_steps: int
-) -> tuple[optax.GradientTransformation, schedules.Schedule]:
-    """Build the optimizer and its learning-rate schedule.
+def make_schedules(
+    config: ConfigDict, *, warmup_steps: float, total_steps: int, steps_per_epoch: float
+) -> tuple[schedules.Schedule, schedules.Schedule]:
+    """Build the schedules of the learning rate and of the weight decay.
 
     Args:
       config: `config.optimizer`, see configs/vit_b.py.
       warmup_steps: length of the warm-up in optimizer steps.
       total_steps: length of the run in optimizer steps.
+      steps_per_epoch: optimizer steps in an epoch, for `config.per_epoch`.
+
+    Returns:
+      (learning rate, weight decay), what the optimizer uses in a step, counted from 0.
+    """
+    unit = steps_per_epoch if config.per_epoch else 1
+    curve = schedules.warmup_cosine(
+        config.warmup_start * config.lr,
+        config.lr,
+        config.floor * config.lr,
+        warmup_steps / unit,
+        total_steps / unit,
+        config.rebased,
+        config.peak_in_warmup,
+    )
+
+    def learning_rate(step: schedules.Step) -> schedules.Scalar:
+        step = step + config.steps_ahead
+        if config.per_epoch:
+            step = step // steps_per_epoch
+        return curve(step)
+
+    def weight_decay(step: schedules.Step) -> schedules.Scalar:
+        progress = (step + config.steps_ahead) / total_steps
+        return schedules.cosine(config.weight_decay, config.weight_decay_end, progress)
+
+    return learning_rate, weight_decay
+
+
+def from_config(
+    config: ConfigDict, *, warmup_steps: float, total_steps: int, steps_per_epoch: float
+) -> tuple[optax.GradientTransformation, schedules.Schedule]:
+    """Build the optimizer and its learning-rate schedule.
+
+    Args:
+      config: `config.optimizer`, see configs/vit_b.py.
+      warmup_steps: see `make_schedules`.
+      total_steps: see `make_schedules`.
+      steps_per_epoch: see `make_schedules`.
 
     Returns:
       (optax transformation, learning rate as a function of the step).
@@ -69,17 +108,12 @@ def from_config(
     """
     if config.name != "adamw":
         raise UserError(f"config.optimizer.name={config.name!r} must be one of: adamw")
-    learning_rate = schedules.warmup_cosine(
-        config.warmup_start * config.lr,
-        config.lr,
-        config.floor * config.lr,
-        warmup_steps,
-        total_steps,
-        config.rebased,
+    learning_rate, weight_decay = make_schedules(
+        config,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
     )
-
-    def weight_decay(step: schedules.Step) -> schedules.Scalar:
-        return schedules.cosine(config.weight_decay, config.weight_decay_end, step / total_steps)
 
     def decay_mask(params: Any) -> Any:
         values = match_rules(config.decay_rules, params, "config.optimizer.decay_rules")

@@ -34,6 +34,7 @@ def warmup_cosine(
     warmup_steps: float,
     total_steps: float,
     rebased: bool = True,
+    peak_in_warmup: bool = False,
 ) -> Schedule:
     """Build a learning rate: linear warm-up from start to peak, then half a cosine to the floor.
 
@@ -42,20 +43,25 @@ def warmup_cosine(
 
     Args:
       start: value at step 0.
-      peak: value after the warm-up.
+      peak: value at the end of the warm-up.
       floor: value after `total_steps`.
       warmup_steps: length of the warm-up in optimizer steps.
       total_steps: length of the run in optimizer steps, warm-up included.
       rebased: the cosine begins at the peak, after the warm-up. False: it begins at step 0, and the
         smaller of warm-up and cosine counts (PiLaMIM).
+      peak_in_warmup: the last step of the warm-up already has the peak, as in numpy's linspace
+        (BootMAE, PiLaMIM). False: the first step after it has.
 
     Returns:
       A function of the step, counted from 0.
     """
     decay_start = warmup_steps if rebased else 0
+    rise = max(warmup_steps, 1)  # steps from start to peak
+    if peak_in_warmup:
+        rise = max(round(warmup_steps) - 1, 1)
 
     def learning_rate(step: Step) -> Float[Array, ""]:
-        warmup = linear(start, peak, step / max(warmup_steps, 1))
+        warmup = linear(start, peak, jnp.minimum(step / rise, 1))
         progress = (step - decay_start) / max(total_steps - decay_start, 1)
         decay = cosine(peak, floor, progress)
         if not rebased:

@@ -31,7 +31,7 @@ class TrainingParts:
     """What a recipe consists of.
 
     Attributes:
-      config: the recipe, see configs/vit_b.py.
+      config: the recipe, see configs/vit_b.py and `complete`.
       steps_per_epoch: optimizer steps in an epoch.
       total_steps: length of the run.
       method: see methods/base.py.
@@ -133,13 +133,16 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
     augmentation = Augment.from_config(
         config.augment, image_size=method.image_size, eval_size=method.feature_size
     )
-    warmup_steps = config.optimizer.warmup_epochs / config.epochs * total_steps
+    # With config.total_steps, all that is measured in epochs of the schedules scales with the run
     optimizer, learning_rate = adamw.from_config(
-        config.optimizer, warmup_steps=warmup_steps, total_steps=total_steps
+        config.optimizer,
+        warmup_steps=config.optimizer.warmup_epochs * total_steps / config.epochs,
+        total_steps=total_steps,
+        steps_per_epoch=total_steps / config.epochs,
     )
     crop_keys = functools.partial(augment_keys, config.seed)
     return TrainingParts(
-        config=config,
+        config=complete(config, method, augmentation),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         method=method,
