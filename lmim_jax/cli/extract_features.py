@@ -33,7 +33,7 @@ import tqdm
 from absl import flags
 
 from lmim_jax.cli import app
-from lmim_jax.data import sources
+from lmim_jax.data import folder_listing
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.evaluators.common import feature_io
 from lmim_jax.evaluators.common.feature_extraction import KINDS, Extractor, extract_from_files
@@ -63,10 +63,10 @@ def list_images(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str], list
         return path.parent, [path.name], []
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
-    names, others = sources.list_files(path)
-    if not names:
-        raise UserError(f"{path}: no images in this folder, only {len(others)} other files")
-    return path, names, others
+    found = folder_listing.list_folder(path)
+    if not found.images:
+        raise UserError(f"{path}: no images in this folder, only {len(found.others)} other files")
+    return path, list(found.images), list(found.others)
 
 
 def check_memory(count: int, extractor: Extractor) -> None:

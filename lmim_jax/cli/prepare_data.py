@@ -24,7 +24,7 @@ import tqdm
 from absl import flags
 
 from lmim_jax.cli import app
-from lmim_jax.data import decode, sources, tfds_source
+from lmim_jax.data import decode, folder_listing, sources, tfds_source
 from lmim_jax.data.prepare import tfds_writer, tfrecord
 from lmim_jax.utils import atomic_io, subprocess
 from lmim_jax.utils.errors import UserError
@@ -94,7 +94,7 @@ def convert_folder(
         tasks: list[tfds_writer.ShardTask] = []
         for split, source in found.items():
             tasks += tfds_writer.plan_shards(target, name, split, source, shrink)
-        sizes = [len(task.source) for task in tasks]
+        sizes = [len(task.images) for task in tasks]
         for _ in _run_in_parallel(tfds_writer.write_shard, tasks, sizes, count, " images"):
             pass
         tfds_writer.finish_dataset(target, found["train"].classes, tasks)
@@ -107,8 +107,9 @@ def _open_splits(folder: pathlib.Path) -> dict[str, sources.FolderSource]:
     if (folder / "train").is_dir():
         splits = SPLITS
     found: dict[str, sources.FolderSource] = {}
+    listings: dict[str, folder_listing.Listing] = {}
     for split in splits:
-        source = sources.open_folder(folder, split)
+        source = sources.open_folder(folder, split, listings=listings)
         if source:
             found[split] = source
     return found

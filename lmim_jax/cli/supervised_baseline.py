@@ -27,6 +27,7 @@ from lmim_jax.data import loader, sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
+from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.methods.base import Method
 from lmim_jax.utils.errors import UserError
@@ -127,10 +128,11 @@ def train(config: ConfigDict, epochs: int, learning_rate: float) -> float:
       UserError: the dataset has no labels or no test images.
     """
     mesh = sharding.make_mesh()
-    splits = {split: sources.from_config(config.data, split) for split in ("train", "test")}
+    splits = sources.open_splits(config.data)
     source = splits["train"]
-    if source is None or not source.classes or splits["test"] is None:
-        raise UserError("this dataset has no labels or no test images, so nothing can be measured")
+    problem = evaluators.labels_problem(source.classes, splits)
+    if problem:
+        raise UserError(f"nothing can be measured: {problem}")
     per_epoch = loader.steps_per_epoch(source, config.batch_size)
     steps = epochs * per_epoch
     method = methods.from_config(config.method, total_steps=steps, steps_per_epoch=per_epoch)

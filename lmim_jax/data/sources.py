@@ -1,17 +1,19 @@
 """Sources of encoded images: the protocol, image folders, and the choice made by the config."""
 
-import collections
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from lmim_jax.data import tfds_source
+from lmim_jax.data import folder_listing, tfds_source
 from lmim_jax.data.decode import SUFFIXES
+from lmim_jax.data.shared_array import SharedArray, share
 from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError, did_you_mean
 
@@ -33,7 +35,7 @@ class Source(Protocol):
         """Names of the classes; empty: unlabeled."""
 
     @property
-    def ignored(self) -> tuple[str, ...]:
+    def ignored(self) -> Sequence[str]:
         """Names of files that are not images; they count as bad images."""
 
     def __len__(self) -> int:
@@ -56,12 +58,25 @@ class Source(Protocol):
         """Plain values that identify these images, stored in config.json."""
 
 
-def from_config(config: ConfigDict, split: str) -> Source | None:
+def open_splits(config: ConfigDict) -> dict[str, Any]:
+    """{"train": a source, "test": a source, or None where there is none} of `config.data`.
+
+    Raises:
+      UserError: see `from_config`.
+    """
+    listings: dict[str, folder_listing.Listing] = {}
+    return {split: from_config(config, split, listings) for split in ("train", "test")}
+
+
+def from_config(
+    config: ConfigDict, split: str, listings: dict[str, folder_listing.Listing] | None = None
+) -> Source | None:
     """The source of a split of `config.data`.
 
     Args:
       config: `config.data`, see configs/vit_b.py.
       split: "train" or "test", whatever the dataset calls them.
+      listings: see `open_folder`.
 
     Returns:
       A source, or None for a test split that does not exist.
@@ -73,7 +88,7 @@ def from_config(config: ConfigDict, split: str) -> Source | None:
     if config.source == "shapes":
         return open_shapes(config.path, split)
     if config.source == "folder":
-        return _folder_from_config(config, split, classes)
+        return _folder_from_config(config, split, classes, listings)
     if config.source == "tfds":
         return _tfds_from_config(config, split, classes)
     raise UserError(
@@ -89,7 +104,10 @@ def _split_name(config: ConfigDict, split: str) -> str:
 
 
 def _folder_from_config(
-    config: ConfigDict, split: str, classes: tuple[str, ...]
+    config: ConfigDict,
+    split: str,
+    classes: tuple[str, ...],
+    listings: dict[str, folder_listing.Listing] | None,
 ) -> "FolderSource | None":
     name = _split_name(config, split)
     max_per_class = {"train": config.train_per_class, "test": config.test_per_class}
@@ -97,7 +115,9 @@ def _folder_from_config(
         is_folder = bool(name) and pathlib.Path(config.path, name).expanduser().is_dir()
         if not is_folder:
             return None
-    return open_folder(config.path, name, max_per_class[split], config.train_split, classes)
+    return open_folder(
+        config.path, name, max_per_class[split], config.train_split, classes, listings
+    )
 
 
 def _tfds_from_config(
@@ -149,24 +169,26 @@ class FolderSource:
     Attributes:
       root: the folder.
       files: paths of the images, relative to it.
-      labels: a class for each file, -1: none.
+      labels: int32, a class for each file, -1: none; None: unlabeled.
       classes: names of the classes.
       ignored: files without an image suffix, which count as bad.
     """
 
     root: str
-    files: tuple[str, ...]
-    labels: tuple[int, ...]
+    files: folder_listing.Names
+    labels: SharedArray | None
     classes: tuple[str, ...]
-    ignored: tuple[str, ...]
+    ignored: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def record(self, index: int) -> tuple[bytes, int]:
         """(encoded bytes, class) of an image; OSError if the file cannot be read."""
-        path = pathlib.Path(self.root, self.files[index])
-        return path.read_bytes(), self.labels[index]
+        data = pathlib.Path(self.root, self.files[index]).read_bytes()
+        if self.labels is None:
+            return data, NO_CLASS
+        return data, int(self.labels.array[index])
 
     def mask(self, index: int) -> None:
         """None: folders have no masks."""
@@ -178,11 +200,11 @@ class FolderSource:
 
     def identity(self) -> dict[str, Any]:
         """The number of images and a checksum of their names."""
-        return {
-            "source": "folder",
-            "images": len(self),
-            "names": names_checksum(self.files),
-        }
+        return {"source": "folder", "images": len(self), "names": self._checksum}
+
+    @functools.cached_property
+    def _checksum(self) -> str:
+        return names_checksum(self.files)
 
 
 def open_folder(
@@ -191,6 +213,7 @@ def open_folder(
     max_per_class: int = 0,
     train: str = "train",
     only: Sequence[str] = (),
+    listings: dict[str, folder_listing.Listing] | None = None,
 ) -> FolderSource | None:
     """The images of a folder, at any depth.
 
@@ -204,13 +227,17 @@ def open_folder(
       max_per_class: keep the first so many images of each class; 0: all.
       train: name of the training split.
       only: names of the classes to keep, in the order of their numbers; (): all.
+      listings: what is below the folders listed so far, by folder; new ones are added.
 
     Returns:
       The source, or None for a split that does not exist.
 
     Raises:
-      UserError: the folder is missing or holds no images, or a class does not exist.
+      UserError: the folder is missing, cannot be read or holds no images, or a class does not
+        exist.
     """
+    if listings is None:
+        listings = {}
     root = pathlib.Path(path).expanduser()
     if not path or not root.is_dir():
         raise UserError(
@@ -222,70 +249,72 @@ def open_folder(
     top = root
     if divided:
         top = root / split
-    files, ignored = list_files(top)
-    if not files:
+    found = _list_once(top, listings)
+    if not found.images:
         suffixes = ", ".join(SUFFIXES)
         raise UserError(f"{top}: no images in this folder (searched for {suffixes}, at any depth)")
-    if ignored:
-        log.warning("%s: %d files are not images: %s", top, len(ignored), _first_few(ignored))
     classes: tuple[str, ...] = ()
-    if divided and all("/" in name for name in files):
-        classes = _class_folders(list_files(root / train)[0])
+    if divided and not found.loose:
+        classes = _list_once(root / train, listings).classes
     if classes:
         problem = f"{top}: classes that are not in {root / train}"
-        _check_known(_class_folders(files), classes, problem)
+        _check_known(found.classes, classes, problem)
     _check_known(only, classes, f"{top}: no folder for these of config.data.classes")
     if not classes:
-        labels = (NO_CLASS,) * len(files)
-        return FolderSource(str(top), tuple(files), labels, (), tuple(ignored))
+        return FolderSource(str(top), found.images, None, (), found.others)
     chosen = tuple(only) or classes
-    kept, labels = _select(files, chosen, max_per_class)
-    if not kept:
+    files, labels = _select(found, chosen, max_per_class)
+    if not files:
         raise UserError(f"{top}: no images of the classes in config.data.classes")
-    return FolderSource(str(top), kept, labels, chosen, tuple(ignored))
+    return FolderSource(str(top), files, labels, chosen, found.others)
+
+
+def _list_once(
+    top: pathlib.Path, listings: dict[str, folder_listing.Listing]
+) -> folder_listing.Listing:
+    """What is below a folder; what is odd is logged when it is listed first."""
+    if str(top) in listings:
+        return listings[str(top)]
+    found = folder_listing.list_folder(top)
+    listings[str(top)] = found
+    if found.others:
+        log.warning(
+            "%s: %d files are not images: %s", top, len(found.others), _first_few(found.others)
+        )
+    if found.skipped_links:
+        links = [f"{link} -> {target}" for link, target in found.skipped_links]
+        log.warning(
+            "%s: each folder is used once; links to folders that are used already are skipped: %s",
+            top,
+            _first_few(links),
+        )
+    if found.unreadable:
+        log.warning(
+            "%s: folders that may not be listed (permission denied) are left out: %s",
+            top,
+            _first_few(found.unreadable),
+        )
+    return found
 
 
 def _select(
-    files: Sequence[str], classes: Sequence[str], max_per_class: int
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    found: folder_listing.Listing, classes: Sequence[str], max_per_class: int
+) -> tuple[folder_listing.Names, SharedArray]:
     """(files, labels) of the first `max_per_class` files of each of some classes; 0: all files."""
     numbers = {name: number for number, name in enumerate(classes)}
-    counts: collections.Counter[str] = collections.Counter()
-    kept = []
-    labels = []
-    for name in files:
-        class_name = name.split("/")[0]
-        counts[class_name] += 1
-        if class_name not in numbers:
-            continue
-        if 0 < max_per_class < counts[class_name]:
-            continue
-        kept.append(name)
-        labels.append(numbers[class_name])
-    return tuple(kept), tuple(labels)
-
-
-def list_files(top: str | os.PathLike) -> tuple[list[str], list[str]]:
-    """(image files, other files) below a folder, as sorted relative paths with "/"."""
-    top = pathlib.Path(top)
-    images = []
-    others = []
-    for parent, folders, names in os.walk(top, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.startswith("."):
-                continue
-            relative = (pathlib.Path(parent) / name).relative_to(top).as_posix()
-            if name.lower().endswith(SUFFIXES):
-                images.append(relative)
-            else:
-                others.append(relative)
-    return sorted(images), sorted(others)
-
-
-def _class_folders(files: Sequence[str]) -> tuple[str, ...]:
-    """The topmost folders of some files, sorted: the names of the classes."""
-    return tuple(sorted({name.split("/")[0] for name in files if "/" in name}))
+    labels = np.full(len(found.images), NO_CLASS, np.int32)
+    start = 0
+    for name, count in found.runs:
+        taken = count
+        if max_per_class:
+            taken = min(count, max_per_class)
+        if name in numbers:
+            labels[start : start + taken] = numbers[name]
+        start += count
+    kept = np.flatnonzero(labels != NO_CLASS)
+    if len(kept) == len(labels):
+        return found.images, share(labels)
+    return found.images.select(kept), share(labels[kept])
 
 
 def _check_known(names: Sequence[str], classes: Sequence[str], problem: str) -> None:

@@ -106,7 +106,7 @@ def _make_mesh(config: ConfigDict) -> Mesh:
 
 def _open_sources(config: ConfigDict) -> Sources:
     """The images of both splits."""
-    splits = {split: sources.from_config(config.data, split) for split in ("train", "test")}
+    splits = sources.open_splits(config.data)
     counts = {split: len(source) if source else 0 for split, source in splits.items()}
     log.info("%d training and %d test images", counts["train"], counts["test"])
     return splits

@@ -160,7 +160,7 @@ class Run:
         Raises:
           UserError: they do not exist.
         """
-        splits = {split: sources.from_config(data_config, split) for split in ("train", "test")}
+        splits = sources.open_splits(data_config)
         return EvaluationData(splits, data_config, self.augmentation, mesh, **options)
 
     def data_config(self, defaults: Mapping[str, Any], changes: Mapping[str, Any]) -> ConfigDict:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 from PIL import Image
 
-from lmim_jax.data import sources
+from lmim_jax.data import folder_listing, sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.decode import BadImage, check_size
 from lmim_jax.data.eval.eval_data import EvaluationData, Subset, random_indices
@@ -115,12 +115,12 @@ def open_folders(images: str, masks: str) -> ImagesWithMasks:
             f"no mask in {masks} is named like an image in {images} (for example {example}.png "
             f"for {image_files[example]})"
         )
-    names = tuple(image_files[stem] for stem in stems)
+    names = folder_listing.share_names(image_files[stem] for stem in stems)
     mask_root = pathlib.Path(masks).expanduser()
     folder = sources.FolderSource(
         root=str(pathlib.Path(images).expanduser()),
         files=names,
-        labels=(-1,) * len(names),
+        labels=None,
         classes=(),
         ignored=(),
     )
@@ -135,7 +135,7 @@ def _files_by_stem(key: str, path: str) -> dict[str, str]:
             f"{key}={path!r} is not a folder; images and masks are two folders with the same file "
             "names"
         )
-    files, _ = sources.list_files(root)
+    files = folder_listing.list_folder(root).images
     if not files:
         raise UserError(
             f"{key}={path!r}: no images in this folder; `masks` are PNG files of class numbers"

@@ -37,13 +37,15 @@ class ShardTask:
     Attributes:
       path: the file.
       split: name of the split.
-      source: the images.
+      source: the images of the split.
+      images: which of them belong to the shard.
       shrink: short side in pixels above which images are shrunk to it; 0: never.
     """
 
     path: pathlib.Path
     split: str
     source: FolderSource
+    images: range
     shrink: int
 
     @property
@@ -67,12 +69,9 @@ def plan_shards(
     size = sum(pathlib.Path(source.root, file).stat().st_size for file in source.files)
     count = max(-(-len(source) // SHARD_IMAGES), -(-size // SHARD_BYTES))
     for i, part in enumerate(np.array_split(np.arange(len(source)), count)):
-        chosen = slice(int(part[0]), int(part[-1]) + 1)
-        images = dataclasses.replace(
-            source, files=source.files[chosen], labels=source.labels[chosen], ignored=()
-        )
+        images = range(int(part[0]), int(part[-1]) + 1)
         path = target / f"{name}-{split}.array_record-{i:05d}-of-{count:05d}"
-        yield ShardTask(path, split, images, shrink)
+        yield ShardTask(path, split, source, images, shrink)
 
 
 def write_shard(task: ShardTask) -> None:
@@ -82,7 +81,8 @@ def write_shard(task: ShardTask) -> None:
     bad: list[str] = []
 
     def examples() -> Iterator[bytes]:
-        for index, file in enumerate(task.source.files):
+        for index in task.images:
+            file = task.source.files[index]
             try:
                 data, label = task.source.record(index)
                 yield _serialize_example(_shrink_image(data, task.shrink), label, file)
