@@ -37,7 +37,7 @@ def bootmae(channels: FieldReference) -> ConfigDict:
     method.name = "bootmae"  # a file in lmim_jax/methods/
     method.grid = (14, 14)  # rows, columns of patches
     method.patch_size = 16
-    method.channels = FieldReference(channels)
+    method.channels = FieldReference(channels)  # of images: data.channels
     # encoder; L: lmim_jax/models/vit.py VARIANTS
     method.width = 768
     method.depth = 12

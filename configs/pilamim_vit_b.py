@@ -36,7 +36,7 @@ def pilamim(channels: FieldReference) -> ConfigDict:
     method.name = "pilamim"
     method.grid = (14, 14)  # rows, columns of patches
     method.patch_size = 16
-    method.channels = FieldReference(channels)
+    method.channels = FieldReference(channels)  # of images: data.channels
     method.width = 768
     method.depth = 12
     method.heads = 12

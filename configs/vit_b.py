@@ -38,18 +38,19 @@ def get_config() -> ConfigDict:
     optimizer = config.optimizer = ConfigDict()
     optimizer.name = "adamw"  # the only one
     optimizer.base_lr = 1.5e-4  # per 256 images
-    optimizer.lr = optimizer.get_ref("base_lr") * batch_size / 256  # peak: 2.4e-3
+    # Peak; base_lr x batch_size / 256 unless set: 2.4e-3 here
+    optimizer.lr = optimizer.get_ref("base_lr") * batch_size / 256
     optimizer.warmup_start = 0.25  # share of the peak at which the warm-up starts
     optimizer.warmup_epochs = 40.0  # the learning rate rises on a line
     optimizer.floor = 0.25  # share of the peak at which the cosine ends
     optimizer.rebased = True  # the cosine starts after the warm-up; False: at step 0
-    optimizer.b1 = 0.9  # decay rate of the first moment
-    optimizer.b2 = 0.95  # of the second moment
     optimizer.peak_in_warmup = False  # the last step of the warm-up has the peak, not the next one
     optimizer.per_epoch = False  # the learning rate changes once an epoch, not at every step
     optimizer.steps_ahead = 0  # step s uses learning rate and weight decay of step s + this
     optimizer.eps = 1e-8  # added to the root of the second moment
     optimizer.weight_decay = 0.05  # at the start
+    optimizer.b1 = 0.9  # decay rate of the first moment
+    optimizer.b2 = 0.95  # of the second moment
     # At the end of half a cosine; weight_decay unless set
     optimizer.weight_decay_end = FieldReference(optimizer.get_ref("weight_decay"))
     # (regex on the parameter's path, decayed or not), first full match wins. As in the official
@@ -80,7 +81,8 @@ def get_config() -> ConfigDict:
 
     config.log_every = 50  # steps between lines of metrics
     config.gauge_images = 512  # held-out images on which collapse metrics are measured
-    config.checkpoint_every = 1000  # steps; also once at the end
+    config.checkpoint_every = 1000  # steps; also before evaluations and at the end
+    config.checkpoint_minutes = 30.0  # also when the last save is so long ago; 0: never
     config.checkpoint_keep = 3  # how many of the newest are kept; 0: all
     config.checkpoint_keep_every = 0  # also keep every multiple of this many steps; 0: none
     config.checkpoint_best = ""  # also keep the one with the highest such metric: "knn/knn20"
@@ -106,7 +108,8 @@ def data() -> ConfigDict:
     data.channels = 3  # 1 gray, 3 RGB
     data.workers = 0  # decoding processes per host; 0: threads. The stream does not depend on it
     data.threads = 0  # decoding threads per process; 0: as many as there are cores
-    data.timeout = 30.0  # seconds without a batch after which the run stops with an error
+    data.timeout = 900.0  # seconds without a single decoded image after which the run gives up
+    data.retry_seconds = 600.0  # how long an image is tried again after I/O errors and the like
     data.resize_on = "device"  # device | host: where training images are cropped; the same boxes
     data.max_bad_fraction = 0.01  # stop when more than this share of the files are not usable
     return data

@@ -1,16 +1,21 @@
 """Every recipe builds, without allocating anything."""
 
 import importlib
+import sys
 
 import jax
 import pytest
+from absl import flags
 from clu import parameter_overview
-from ml_collections import ConfigDict
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict, config_flags
+from test_docs import gen_reference
 
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.optim import adamw
+from lmim_jax.train import build as train_build
 from lmim_jax.utils import recipes
 from lmim_jax.utils.errors import UserError
 
@@ -24,6 +29,35 @@ def recipe(name):
 
 # The others are studies (tests/test_study.py) or options of evaluators
 RECIPES = [name for name in NAMES if "method" in recipe(name)]
+# Keys whose values are derived from another key, until they are set themselves
+FOLLOWERS = {
+    "batch_size": ["optimizer.lr"],
+    "data.channels": ["method.channels"],
+    "optimizer.base_lr": ["optimizer.lr"],
+    "optimizer.weight_decay": ["optimizer.weight_decay_end"],
+}
+OWN_VALUES = {"ijepa_vit_b": ["optimizer.weight_decay_end"]}  # followers that a recipe has set
+
+
+def followers(name, key):
+    """The other keys of a recipe that change with a key."""
+    return {other for other in FOLLOWERS.get(key, ()) if other not in OWN_VALUES.get(name, ())}
+
+
+def flat(config):
+    """{key joined by dots: value} of a config."""
+    return flatten_dict(config.to_dict(), sep=".")
+
+
+def another_value(value):
+    """A value of the same type as `value`."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, tuple):
+        return (*value, 1)
+    return abs(value or 0) + 1
 
 
 def build(config):
@@ -42,9 +76,15 @@ def test_recipe_builds(name):
     config = recipe(name)
     method = build(config)
     params = jax.eval_shape(method.init, jax.random.key(0))
-    optimizer, rate = adamw.from_config(config.optimizer, warmup_steps=10, total_steps=100)
+    optimizer, rate = adamw.from_config(
+        config.optimizer, warmup_steps=10, total_steps=100, steps_per_epoch=1
+    )
     jax.eval_shape(optimizer.init, params)
-    close = 1e-6 if config.optimizer.rebased else 0.03  # PiLaMIM's cosine has begun to fall by then
+    close = 1e-6  # I-JEPA is a step ahead
+    if config.optimizer.steps_ahead:
+        close = 1e-3
+    if not config.optimizer.rebased:  # PiLaMIM's cosine has begun to fall by then
+        close = 0.03
     assert 0 <= rate(0) < rate(10)
     assert rate(10) == pytest.approx(config.optimizer.lr, rel=close)
     Augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
@@ -100,17 +140,67 @@ def test_vit_b_has_the_published_number_of_parameters():
     }
 
 
-def test_derived_options_follow_overrides():
+@pytest.mark.parametrize("name", RECIPES)
+def test_overriding_a_key_changes_only_what_is_documented_to_follow_it(name):
+    default = flat(recipe(name))
+    for key, value in default.items():
+        config = recipe(name)
+        config.update_from_flattened_dict({key: another_value(value)})
+        changed = flat(config)
+        different = {other for other in default if changed[other] != default[other]}
+        assert different == {key, *followers(name, key)}, key
+
+
+def test_what_a_key_follows_is_in_its_comment():
+    for name in ("vit_b", *gen_reference.METHOD_RECIPES):
+        options = {option.key: option for option in gen_reference.read_recipe(name)[0]}
+        for leader, keys in FOLLOWERS.items():
+            for key in set(keys) & options.keys():
+                if name == "vit_b" or key.startswith("method."):
+                    comment = options[key].heading + options[key].text
+                    assert leader.rpartition(".")[2] in comment, (name, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "leader", "value", "expected"),
+    [
+        ("vit_b", "batch_size", 256, {"optimizer.lr": 1.5e-4}),
+        ("vit_b", "optimizer.base_lr", 3e-4, {"optimizer.lr": 4.8e-3}),
+        ("vit_b", "optimizer.lr", 1e-3, {"optimizer.base_lr": 1.5e-4, "batch_size": 4096}),
+        ("vit_b", "optimizer.weight_decay", 0.1, {"optimizer.weight_decay_end": 0.1}),
+        ("vit_b", "optimizer.weight_decay_end", 0.1, {"optimizer.weight_decay": 0.05}),
+        ("ijepa_vit_b", "optimizer.weight_decay", 0.1, {"optimizer.weight_decay_end": 0.4}),
+        ("ijepa_vit_b", "optimizer.weight_decay_end", 0.1, {"optimizer.weight_decay": 0.04}),
+        ("ijepa_vit_b", "data.channels", 1, {"method.channels": 1}),
+        ("ijepa_vit_b", "method.channels", 1, {"data.channels": 3}),
+    ],
+)
+def test_keys_follow_those_of_the_command_line(name, leader, value, expected, monkeypatch):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    arguments = ["lmim", f"--config={recipes.locate(name)}", f"--config.{leader}={value}"]
+    monkeypatch.setattr(sys, "argv", arguments)  # where the keys to be set are looked for
+    values(arguments)
+    found = flat(values.config)
+    assert found[leader] == value
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+
+
+def test_images_of_other_channels_than_the_methods_are_refused():
     config = recipe("vit_b")
-    assert config.optimizer.lr == pytest.approx(2.4e-3)
-    config.batch_size = 256
-    assert config.optimizer.lr == pytest.approx(1.5e-4)
+    config.method.channels = 1
+    with pytest.raises(UserError, match=r"method.channels=1 must equal config.data.channels=3"):
+        train_build.build(config, steps_per_epoch=10)
+
+
+def test_the_size_of_crops_follows_the_gap():
+    config = recipe("vit_b")
     config.method.gap = 0
     assert build(config).image_size == (224, 224)
 
 
 def test_imagenet_recipe_is_the_papers():
-    method = recipe("vit_b").method
+    method = build(recipe("vit_b"))
     assert method.num_visible == 20
     assert method.gap == 4
     assert method.tau == 0.2

@@ -141,6 +141,11 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
         steps_per_epoch=total_steps / config.epochs,
     )
     crop_keys = functools.partial(augment_keys, config.seed)
+    if config.method.channels != config.data.channels:
+        raise UserError(
+            f"config.method.channels={config.method.channels} must equal config.data.channels="
+            f"{config.data.channels}, which it follows: set that one alone"
+        )
     return TrainingParts(
         config=complete(config, method, augmentation),
         steps_per_epoch=steps_per_epoch,
