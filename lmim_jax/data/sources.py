@@ -1,7 +1,9 @@
 """Sources of encoded images: the protocol, image folders, and the choice made by the config."""
 
 import dataclasses
+import errno
 import functools
+import hashlib
 import logging
 import os
 import pathlib
@@ -11,9 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from lmim_jax.data import folder_listing, tfds_source
+from lmim_jax.data import folder_listing, shared_array, tfds_source
 from lmim_jax.data.decode import SUFFIXES
 from lmim_jax.data.shared_array import SharedArray, share
+from lmim_jax.utils import faults
 from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError, did_you_mean
 
@@ -45,7 +48,8 @@ class Source(Protocol):
         """(encoded bytes, class) of an image; class -1: unlabeled.
 
         Raises:
-          OSError: the image cannot be read.
+          BadImage: it is damaged.
+          OSError: it cannot be read; see utils/faults.py for what follows from which error.
         """
 
     def mask(self, index: int) -> bytes | None:
@@ -85,16 +89,31 @@ def from_config(
       UserError: unknown source, dataset, split or class; see the functions that open them.
     """
     classes = _read_class_names(config.classes)
-    if config.source == "shapes":
-        return open_shapes(config.path, split)
-    if config.source == "folder":
+    source = kind(config)
+    if source == "shapes":
+        former_cache = config.path  # before version 0.2, see `kind`
+        return open_shapes(config.get("cache", "") or former_cache, split)
+    if source == "folder":
         return _folder_from_config(config, split, classes, listings)
-    if config.source == "tfds":
+    if source == "tfds":
         return _tfds_from_config(config, split, classes)
     raise UserError(
         f"config.data.source={config.source!r} must be one of: {' | '.join(SOURCES)}"
         f"{did_you_mean(config.source, SOURCES)}"
     )
+
+
+def kind(config: ConfigDict) -> str:
+    """The source of `config.data`: `source`, but a folder if `path` is set for drawn images.
+
+    Drawn images have no path: whoever gives one means their own. Before version 0.2, it was the
+    cache of drawn images.
+    """
+    if config.source != "shapes" or not config.path:
+        return config.source
+    if any(pathlib.Path(config.path).expanduser().glob("shapes/*/dataset_info.json")):
+        return "shapes"
+    return "folder"
 
 
 def _split_name(config: ConfigDict, split: str) -> str:
@@ -110,14 +129,20 @@ def _folder_from_config(
     listings: dict[str, folder_listing.Listing] | None,
 ) -> "FolderSource | None":
     name = _split_name(config, split)
-    max_per_class = {"train": config.train_per_class, "test": config.test_per_class}
-    if split != "train":
-        is_folder = bool(name) and pathlib.Path(config.path, name).expanduser().is_dir()
-        if not is_folder:
-            return None
-    return open_folder(
-        config.path, name, max_per_class[split], config.train_split, classes, listings
-    )
+    limits = {"train": config.train_per_class, "test": config.test_per_class}
+    root = pathlib.Path(config.path).expanduser()
+    has_test = bool(config.test_split) and (root / config.test_split).is_dir()
+    has_test = has_test and (root / config.train_split).is_dir()
+    share = config.get("held_out", 0.0)
+    if not 0 <= share < 1:
+        raise UserError(f"config.data.held_out={share} must be a share in 0 .. 1, such as 0.1")
+    if not has_test and share:
+        return open_held_out(
+            config.path, split, share, limits[split], config.train_split, classes, listings
+        )
+    if split != "train" and not has_test:
+        return None
+    return open_folder(config.path, name, limits[split], config.train_split, classes, listings)
 
 
 def _tfds_from_config(
@@ -185,7 +210,13 @@ class FolderSource:
 
     def record(self, index: int) -> tuple[bytes, int]:
         """(encoded bytes, class) of an image; OSError if the file cannot be read."""
-        data = pathlib.Path(self.root, self.files[index]).read_bytes()
+        try:
+            data = pathlib.Path(self.root, self.files[index]).read_bytes()
+        except FileNotFoundError as error:
+            if not faults.has_vanished(self.root):
+                raise
+            message = "the folder is missing or empty; is its file system mounted?"
+            raise OSError(errno.ESTALE, message, self.root) from error
         if self.labels is None:
             return data, NO_CLASS
         return data, int(self.labels.array[index])
@@ -267,6 +298,70 @@ def open_folder(
     if not files:
         raise UserError(f"{top}: no images of the classes in config.data.classes")
     return FolderSource(str(top), files, labels, chosen, found.others)
+
+
+def open_held_out(
+    path: str | os.PathLike,
+    split: str,
+    share: float,
+    max_per_class: int = 0,
+    train: str = "train",
+    only: Sequence[str] = (),
+    listings: dict[str, folder_listing.Listing] | None = None,
+) -> FolderSource | None:
+    """One of two parts of class folders without a test split: the same files in it every time.
+
+    The class folders are those of the subfolder `train`, or else those directly in `path`, if every
+    image is in one of at least two. Of each class, the files whose names have the smallest
+    checksums are held out, but not all of them.
+
+    Args:
+      path: see `open_folder`; also for the other arguments.
+      split: "train", or "test": what is held out.
+      share: of the images of each class that is held out, 0 .. 1.
+      max_per_class: of this part.
+      train: name of the training split.
+      only: names of classes.
+      listings: of folders.
+
+    Returns:
+      The source; images without classes are all for training, and the part held out is None.
+
+    Raises:
+      UserError: see `open_folder`.
+    """
+    if listings is None:
+        listings = {}
+    whole = open_folder(path, train, 0, train, only, listings)
+    assert whole is not None  # there always is a training split
+    if whole.labels is None:
+        found = _list_once(pathlib.Path(whole.root), listings)
+        divided = (pathlib.Path(path).expanduser() / train).is_dir()
+        if divided or found.loose or len(found.classes) < 2:
+            return whole if split == "train" else None
+        classes = tuple(only) or found.classes
+        _check_known(only, found.classes, f"{path}: no folder for these of config.data.classes")
+        files, labels = _select(found, classes, 0)
+        whole = dataclasses.replace(whole, files=files, labels=labels, classes=classes)
+    assert whole.labels is not None
+    chosen = []
+    for number in range(len(whole.classes)):
+        members = np.flatnonzero(whole.labels.array == number)
+        checksums = [hashlib.sha256(_encoded(whole.files[i])).digest() for i in members]
+        order = sorted(range(len(members)), key=checksums.__getitem__)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        part = members[order[:count]] if split == "test" else members[order[count:]]
+        chosen.append(np.sort(part)[: max_per_class or None])
+    kept = np.sort(np.concatenate(chosen))
+    if not len(kept):  # one image of each class
+        return None
+    return dataclasses.replace(
+        whole, files=whole.files.select(kept), labels=shared_array.share(whole.labels.array[kept])
+    )
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _list_once(
