@@ -9,7 +9,7 @@ tokens of the ninth or tenth block (their README says 9, their script 10), and 4
 500,625 steps, according to the README; its command (16 GPUs x 256) would give 4096.
 """
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 from lmim_jax.configs import vit_b
 
@@ -44,11 +44,12 @@ def bootmae(channels: FieldReference) -> ConfigDict:
     method.heads = 12  # also of both decoders; heads of the pixel decoder are 512 // 12 = 42 wide
     method.mlp_ratio = 4.0
     method.norm_eps = 1e-6
-    # masks: blocks, then single patches at random
-    method.num_visible = 49  # of grid[0] x grid[1] = 196
-    method.block_total = 120  # patches masked by blocks
-    method.block_smallest = 16  # least area of a block in patches
-    method.block_largest = 60  # and the largest
+    # masks: blocks, then single patches at random. The first four are numbers of patches; unless
+    # set, they follow the grid: 49, 120, 16 and 60 of grid[0] x grid[1] = 196
+    method.num_visible = config_dict.placeholder(int)
+    method.block_total = config_dict.placeholder(int)  # patches masked by blocks
+    method.block_smallest = config_dict.placeholder(int)  # least area of a block
+    method.block_largest = config_dict.placeholder(int)  # and the largest
     method.block_aspect = 0.3  # height / width of a block: 0.3 .. 1 / 0.3
     method.block_exposed = 3  # up to this many patches of the blocks stay visible, as released
     # two decoders: of pixels, and of features (as wide as the encoder)

@@ -8,7 +8,7 @@ no configuration and no weights of this size: the depth of the predictor is the 
 else as in their ViT-H/14.
 """
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 from lmim_jax.configs import vit_b
 
@@ -55,7 +55,9 @@ def ijepa(channels: FieldReference) -> ConfigDict:
     method.target_scale = (0.15, 0.2)  # their share of the area
     method.target_aspect = (0.75, 1.5)  # their aspect ratios
     method.context_scale = (0.85, 1.0)  # of the context block, before the targets are removed
-    method.context_capacity = 72  # the encoder's static length; in 3,000 batches at most 69 used
+    # The encoder's static length in patches. Unless set, it follows the grid: 72 of 196 (in 3,000
+    # batches, contexts have at most 69)
+    method.context_capacity = config_dict.placeholder(int)
     method.min_context = 10  # draw again until the context has more patches than this
     method.mask_batch = 128  # images whose contexts are cut to the shortest; as released, per GPU
     method.biased_masks = True  # as released, see masking.Multiblock; False: blocks anywhere

@@ -31,7 +31,9 @@ def get_config() -> ConfigDict:
     augment.interpolation = "bicubic"  # bicubic | bilinear, both antialiased
     augment.mean = (0.485, 0.456, 0.406)  # ImageNet's
     augment.std = (0.229, 0.224, 0.225)  # ImageNet's
-    augment.eval_resize = 256  # evaluation: short side, then a center crop of grid x patch_size
+    # Evaluation: short side in pixels, then a center crop of grid x patch_size. Unless set, 256/224
+    # of the crop: 256 here
+    augment.eval_resize = config_dict.placeholder(int)
 
     config.method = latent_mim(config.data.get_ref("channels"))
 
@@ -47,10 +49,10 @@ def get_config() -> ConfigDict:
     optimizer.peak_in_warmup = False  # the last step of the warm-up has the peak, not the next one
     optimizer.per_epoch = False  # the learning rate changes once an epoch, not at every step
     optimizer.steps_ahead = 0  # step s uses learning rate and weight decay of step s + this
-    optimizer.eps = 1e-8  # added to the root of the second moment
-    optimizer.weight_decay = 0.05  # at the start
     optimizer.b1 = 0.9  # decay rate of the first moment
     optimizer.b2 = 0.95  # of the second moment
+    optimizer.eps = 1e-8  # added to the root of the second moment
+    optimizer.weight_decay = 0.05  # at the start
     # At the end of half a cosine; weight_decay unless set
     optimizer.weight_decay_end = FieldReference(optimizer.get_ref("weight_decay"))
     # (regex on the parameter's path, decayed or not), first full match wins. As in the official
@@ -96,11 +98,14 @@ def data() -> ConfigDict:
     """Where images come from, and how they are brought to the devices."""
     data = ConfigDict()
     data.source = "folder"  # folder | tfds | shapes (synthetic, drawn on first use)
-    data.path = ""  # folder: of images at any depth, or of train/CLASS/, test/CLASS/; shapes: cache
+    data.path = ""  # folder: of images at any depth, or of train/CLASS/, test/CLASS/
+    data.cache = ""  # shapes: the folder that they are drawn into; "": the user's cache folder
     data.name = ""  # tfds: dataset, or dataset/config:version, prepared in ArrayRecord files
     data.dir = ""  # tfds: the folder that holds it; "": TFDS's own, ~/tensorflow_datasets
     data.train_split = "train"  # folder: the sub-folder; tfds: a split or slice, such as train[:1%]
     data.test_split = "test"  # "": none
+    # folder: share of each class held out where there is no test split; then CLASS/ is enough
+    data.held_out = 0.0
     data.classes = ""  # a file with the names of the classes to keep, one per line; "": all
     data.train_per_class = 0  # folder: only the first images of each class, by file name; 0: all
     data.test_per_class = 0  # the same of the test split
@@ -108,8 +113,9 @@ def data() -> ConfigDict:
     data.channels = 3  # 1 gray, 3 RGB
     data.workers = 0  # decoding processes per host; 0: threads. The stream does not depend on it
     data.threads = 0  # decoding threads per process; 0: as many as there are cores
-    data.timeout = 900.0  # seconds without a single decoded image after which the run gives up
-    data.retry_seconds = 600.0  # how long an image is tried again after I/O errors and the like
+    # Seconds without a single decoded image after which the run gives up, and for which an image is
+    # tried again after faults of the storage or the machine (I/O errors, too many open files)
+    data.timeout = 900.0
     data.resize_on = "device"  # device | host: where training images are cropped; the same boxes
     data.max_bad_fraction = 0.01  # stop when more than this share of the files are not usable
     return data
@@ -162,7 +168,8 @@ def latent_mim(channels: FieldReference) -> ConfigDict:
     method.tau = 0.2  # temperature of patch_infonce
     method.standardize = True  # patch_infonce: standardize predictions over the patches of an image
     # challenge 3, visible and target patches are too correlated: masking (and `gap` above)
-    method.num_visible = 20  # of grid[0] x grid[1] = 196
+    # Of grid[0] x grid[1] patches. Unless set, the share 20/196 of any grid: 20 here
+    method.num_visible = config_dict.placeholder(int)
     method.target_patches = "masked"  # masked | all: which patches the target encoder sees
     method.similarity_weight = 0.1  # of the constraint on mean cosine similarities; 0: off
     method.similarity_start = 0.75  # its goal falls along half a cosine

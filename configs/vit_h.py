@@ -16,5 +16,5 @@ from lmim_jax.models.vit import VARIANTS
 def get_config() -> ConfigDict:
     """vit_b and its differences."""
     config = vit_b.get_config()
-    config.method.update(VARIANTS["H/14"], grid=(16, 16), num_visible=26)
+    config.method.update(VARIANTS["H/14"], grid=(16, 16))
     return config

@@ -39,6 +39,16 @@ class Same:
         return images
 
 
+class Source:
+    """What a probe asks of the images of a split: their number and classes."""
+
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+
 class Data:
     """An in-memory `EvaluationData`: images of two pixels, which are two patches."""
 
@@ -48,7 +58,7 @@ class Data:
     mesh = sharding.make_mesh()
 
     def __init__(self, train, test, padding=0):
-        self.sources = {"train": train[0], "test": test[0]}
+        self.sources = {"train": Source(train[1]), "test": Source(test[1])}
         self.splits = {"train": train, "test": test}
         self.padding = padding
 
@@ -110,7 +120,8 @@ def make(name, **change):
 
 @pytest.mark.parametrize("name", ["linear_probe", "attentive_probe", "finetune"])
 def test_perfect_features_score_100_and_others_chance(name):
-    assert make(name).run(Method, PARAMS, Data(*splits(True))) == {"top1": 100.0, "top5": 100.0}
+    found = make(name).run(Method, PARAMS, Data(*splits(True)))
+    assert found == {"top1": 100.0, "top5": 100.0, "majority": pytest.approx(100 * 13 / 90)}
     found = make(name).run(Method, PARAMS, Data(*splits(False)))
     assert found["top1"] == pytest.approx(100 / 7, abs=12)
     assert found["top5"] == pytest.approx(500 / 7, abs=15)

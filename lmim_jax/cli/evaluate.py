@@ -150,20 +150,16 @@ def select_supported(
     Raises:
       UserError: an evaluator lacks something, and `skip` is False.
     """
-    if evaluators.has_labels(data):
-        return list(scheduled)
+    problem = evaluators.labels_problem(data.classes, data.sources)
     lacking = [one.title for one in scheduled if one.evaluator.needs_labels]
-    if lacking:
-        reason = "no test split"
-        if not data.classes:
-            reason = "no classes"
-        if not skip:
-            raise UserError(
-                f"--evaluators={','.join(lacking)}: the images have {reason}; give images in "
-                "train/CLASS/ and test/CLASS/ with --data.source=folder --data.path=DIR"
-            )
-        log.info("left out, as the images have %s: %s", reason, ", ".join(lacking))
-    return [one for one in scheduled if one.title not in lacking]
+    if not problem or not lacking:
+        return list(scheduled)
+    if not skip:
+        raise UserError(
+            f"--evaluators={','.join(lacking)}: {problem}; give images in train/CLASS/ and "
+            "test/CLASS/ with --data.source=folder --data.path=DIR"
+        )
+    return evaluators.without_labels(scheduled, problem)
 
 
 def measure(

@@ -67,6 +67,7 @@ MACHINE_KEYS = ("path", "dir", "classes")  # of config.data: paths on the machin
 
 # Columns of the table of results: key of a value -> head
 COLUMNS = {
+    "majority": "most frequent class",
     "pixels": "raw pixels",
     "histogram": "colors",
     "untrained": "untrained",
@@ -280,7 +281,7 @@ def _summary_rows(model: TrainedModel, summary: Mapping[str, Any]) -> Rows:
         title, _, metric = name.partition("/")
         section = model.config.evaluators.get(title)
         # Metrics with an underscore are those of baselines, and other by-products.
-        if not metric or not section or "_" in metric:
+        if not metric or not section or "_" in metric or metric == "majority":
             continue
         baselines = summary.get(BASELINE_KEYS.get(metric, metric))
         if not isinstance(baselines, dict):

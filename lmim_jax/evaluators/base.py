@@ -8,15 +8,18 @@ Letters: B batch, H W image height and width, C channels.
 
 import dataclasses
 import importlib
+import logging
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.data.eval.eval_data import EvaluationData, known_labels
 from lmim_jax.utils.errors import UserError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 Picture = UInt8[np.ndarray, "H W 3"]
@@ -70,7 +73,7 @@ class Evaluator(Protocol):
     """Measures the features of an encoder.
 
     Attributes:
-      needs_labels: nothing can be measured without classes and a test split; `run` returns {} then.
+      needs_labels: nothing can be measured where `labels_problem` names one; `run` returns {} then.
       supports_pixel_baselines: the field `feature` may also be one of
         `image_features.ENCODER_FREE`, so that raw pixels can be measured for comparison.
     """
@@ -111,9 +114,32 @@ def current_name(name: str) -> str:
     return FORMER_NAMES.get(name, name)
 
 
+def labels_problem(classes: Sequence[str], splits: Mapping[str, Any]) -> str:
+    """Why accuracies on these images would have no meaning; "" if they have one.
+
+    Args:
+      classes: of the training images.
+      splits: {"train": source, "test": source or None}.
+    """
+    if not classes:
+        return "the images have no classes (those in train/CLASS/ and test/CLASS/ have)"
+    if len(classes) == 1:
+        return f"all training images are of one class, {classes[0]!r}, which says nothing"
+    for split, name in (("train", "training"), ("test", "test")):
+        if splits[split] is None:
+            return f"there are no {name} images"
+        labels, complete = known_labels(splits[split])
+        found = np.unique(labels[labels >= 0])
+        if not len(found):
+            return f"the {name} images have no classes (those in {split}/CLASS/ have)"
+        if complete and len(found) == 1:
+            return f"all labeled {name} images are of one class, {classes[found[0]]!r}"
+    return ""
+
+
 def has_labels(data: EvaluationData) -> bool:
-    """Whether there are classes, and test images to measure accuracies on."""
-    return bool(data.classes) and data.sources["test"] is not None
+    """Whether accuracies on these images have a meaning, see `labels_problem`."""
+    return not labels_problem(data.classes, data.sources)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +195,14 @@ class Scheduled:
             else:
                 metrics[key] = value
         return metrics, pictures
+
+
+def without_labels(scheduled: Sequence[Scheduled], problem: str) -> list[Scheduled]:
+    """The evaluators that need no labels; the others are logged, with the problem of the labels."""
+    left_out = [one.title for one in scheduled if one.evaluator.needs_labels]
+    if left_out:
+        log.info("not measured, as %s: %s", problem, ", ".join(left_out))
+    return [one for one in scheduled if not one.evaluator.needs_labels]
 
 
 def from_config(

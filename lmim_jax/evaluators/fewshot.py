@@ -3,7 +3,8 @@
 Features are standardized by all training images, which needs no labels. The labeled images are
 drawn several times, the same ones for every encoder. Nothing is chosen on the test images: the
 strength of l2 follows from a rule. Percentages of the labels are drawn class by class, at least one
-image each; they are not the published lists of 1 % and 10 % of ImageNet.
+image each, and left out where these would be half as many again; they are not the published lists
+of 1 % and 10 % of ImageNet.
 """
 
 import dataclasses
@@ -16,11 +17,13 @@ from jaxtyping import Int
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
-from lmim_jax.evaluators.common import lbfgs_logistic
-from lmim_jax.evaluators.common.image_features import Labeled, split_features
+from lmim_jax.evaluators.common import classifiers, lbfgs_logistic
+from lmim_jax.evaluators.common.image_features import Labeled, labeled_features
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
+
+MAX_EXCESS = 1.5  # drawn labels / asked for, as each class needs one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +53,23 @@ class Evaluator(base.Evaluator):
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"shots<n>", "shots<n>_std", "labels<p>pct", "labels<p>pct_std"}; see `accuracies`.
 
-        {} without classes or test images.
+        And "majority", percent of the most frequent class of the test images; {} if labels have no
+        meaning.
         """
         if not base.has_labels(data):
             return {}
-        train = split_features(method, params, data, "train", self.feature, self.batch_size)
-        test = split_features(method, params, data, "test", self.feature, self.batch_size)
+        train = labeled_features(method, params, data, "train", self.feature, self.batch_size)
+        test = labeled_features(method, params, data, "test", self.feature, self.batch_size)
         results: Results = {}
         results.update(self.accuracies(train, test, len(data.classes)))
+        results["majority"] = classifiers.majority(test.labels)
         return results
 
     def accuracies(self, train: Labeled, test: Labeled, num_classes: int) -> dict[str, float]:
         """Mean and standard deviation of the accuracy over the draws, in percent.
 
-        shots<n> is left out if a class has fewer than n images.
+        shots<n> is left out if a class has fewer than n images, and labels<p>pct if one image of
+        each class were many more than p percent.
 
         Raises:
           UserError: a class has no readable training image.
@@ -101,10 +107,17 @@ class Evaluator(base.Evaluator):
             log.warning(
                 "a class has %d training images: no accuracy for %s shots", smallest, too_many
             )
+        total = sum(len(indices) for indices in members)
         for percent in self.percent:
-            counts[f"labels{percent}pct"] = [
-                max(1, round(percent / 100 * len(indices))) for indices in members
-            ]
+            drawn = [max(1, round(percent / 100 * len(indices))) for indices in members]
+            if sum(drawn) > MAX_EXCESS * percent / 100 * total:
+                log.warning(
+                    "one image of each class is more than %g %% of %d labels: no accuracy for this",
+                    percent,
+                    total,
+                )
+                continue
+            counts[f"labels{percent}pct"] = drawn
         return counts
 
     def _accuracy(

@@ -5,12 +5,14 @@ Metrics, in percent of the test images:
   knn<k>     k nearest training images vote with weight exp(cosine / temperature) (Wu et al. 2018;
              DINO, Caron et al. 2021)
   loo1       the nearest *other test image*, leave-one-out (the official k-NN of Latent MIM; much
-             lower than the others)
-On request, all but the last for features that need no encoder: pixels_nn1, histogram_knn<k>, ...
+             lower than the others); where a class has two test images
+  majority   the most frequent class of the test images, always
+On request, the first two for features that need no encoder: pixels_nn1, histogram_knn<k>, ...
 """
 
 import dataclasses
 import functools
+import logging
 
 import numpy as np
 from jax.sharding import Mesh
@@ -20,7 +22,10 @@ from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers
-from lmim_jax.evaluators.common.image_features import ENCODER_FREE, Labeled, split_features
+from lmim_jax.evaluators.common.image_features import ENCODER_FREE, Labeled, labeled_features
+from lmim_jax.utils.logging import log_once
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Evaluator(base.Evaluator):
     supports_pixel_baselines = True
 
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
-        """{"nn1", "knn<k>", "loo1", ...} in percent; {} without classes or test images."""
+        """{"nn1", "knn<k>", "loo1", "majority", ...} in percent; {} if labels have no meaning."""
         if not base.has_labels(data):
             return {}
         results: Results = {}
@@ -45,7 +50,7 @@ class Evaluator(base.Evaluator):
         if self.baselines:
             for feature in ENCODER_FREE:
                 for metric, value in _baseline(self, method, data, feature).items():
-                    if metric != "loo1":
+                    if metric not in ("loo1", "majority"):
                         results[f"{feature}_{metric}"] = value
         return results
 
@@ -53,9 +58,9 @@ class Evaluator(base.Evaluator):
         self, method: EvaluatedMethod, params: Params, data: EvaluationData, feature: str
     ) -> dict[str, float]:
         """The metrics of any image feature."""
-        train = split_features(method, params, data, "train", feature, self.batch_size)
-        test = split_features(method, params, data, "test", feature, self.batch_size)
-        return accuracies(
+        train = labeled_features(method, params, data, "train", feature, self.batch_size)
+        test = labeled_features(method, params, data, "test", feature, self.batch_size)
+        metrics = accuracies(
             train,
             test,
             ks=self.k,
@@ -63,6 +68,7 @@ class Evaluator(base.Evaluator):
             num_classes=len(data.classes),
             mesh=data.mesh,
         )
+        return {**metrics, "majority": classifiers.majority(test.labels)}
 
 
 @functools.lru_cache(maxsize=8)
@@ -82,7 +88,7 @@ def accuracies(
     num_classes: int,
     mesh: Mesh,
 ) -> dict[str, float]:
-    """The metrics "nn1", "knn<k>" and "loo1" in percent.
+    """The metrics "nn1", "knn<k>" and, where a class has two test images, "loo1" in percent.
 
     Args:
       train: features and classes of the training images.
@@ -99,6 +105,8 @@ def accuracies(
     bank = classifiers.l2_normalize_rows(train.features)
     queries = classifiers.l2_normalize_rows(test.features)
     ks_in_bank = sorted({min(k, len(bank)) for k in ks})
+    if max(ks) > len(bank):
+        log_once(log, f"k-NN: there are only {len(bank)} labeled training images, and all vote")
     scores, index = classifiers.nearest_neighbors(queries, bank, ks_in_bank[-1], mesh)
     neighbor_labels = train.labels[index]
     weights = np.exp(scores / temperature)
@@ -106,7 +114,8 @@ def accuracies(
     for k in ks_in_bank:
         voted = classifiers.weighted_vote(neighbor_labels[:, :k], weights[:, :k], num_classes)
         metrics[f"knn{k}"] = percent(voted)
-    metrics["loo1"] = percent(test.labels[_nearest_other(queries, mesh)])
+    if np.bincount(test.labels).max() > 1:
+        metrics["loo1"] = percent(test.labels[_nearest_other(queries, mesh)])
     return metrics
 
 

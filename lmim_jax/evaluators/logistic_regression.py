@@ -11,6 +11,7 @@ Metrics:
   accuracy   percent of the test images
   held_out   percent of the held-out training images
   l2         the chosen strength
+  majority   percent of the most frequent class of the test images
 On request, also the accuracy of features that need no encoder: pixels_accuracy, histogram_accuracy.
 """
 
@@ -24,7 +25,7 @@ from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers
-from lmim_jax.evaluators.common.image_features import ENCODER_FREE, Labeled, split_features
+from lmim_jax.evaluators.common.image_features import ENCODER_FREE, Labeled, labeled_features
 from lmim_jax.utils.errors import UserError
 
 
@@ -50,7 +51,7 @@ class Evaluator(base.Evaluator):
             )
 
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
-        """{"accuracy", "held_out", "l2", ...}; {} without classes or test images."""
+        """{"accuracy", "held_out", "l2", "majority", ...}; {} if labels have no meaning."""
         if not base.has_labels(data):
             return {}
         results: Results = {}
@@ -65,9 +66,10 @@ class Evaluator(base.Evaluator):
         self, method: EvaluatedMethod, params: Params, data: EvaluationData, feature: str
     ) -> dict[str, float]:
         """The metrics of any image feature."""
-        train = split_features(method, params, data, "train", feature, self.batch_size)
-        test = split_features(method, params, data, "test", feature, self.batch_size)
-        return self.accuracies(train, test, len(data.classes), data.mesh)
+        train = labeled_features(method, params, data, "train", feature, self.batch_size)
+        test = labeled_features(method, params, data, "test", feature, self.batch_size)
+        metrics = self.accuracies(train, test, len(data.classes), data.mesh)
+        return {**metrics, "majority": classifiers.majority(test.labels)}
 
     def accuracies(
         self, train: Labeled, test: Labeled, num_classes: int, mesh: Mesh

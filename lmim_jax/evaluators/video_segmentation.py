@@ -28,6 +28,7 @@ from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers, davis_metrics, patch_features
+from lmim_jax.evaluators.common.finite import check_finite
 from lmim_jax.utils.errors import UserError
 
 # The long side of frames is a multiple of this many patches (in DINO 64 pixels, 4 patches of 16)
@@ -134,6 +135,7 @@ class Evaluator(base.Evaluator):
             batch = np.asarray(data.augment.normalize(levels))
             padded = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
             found = np.asarray(jax.device_get(encode(params, padded)))
+            check_finite(found[: len(batch)], params, padded)
             tokens.append(found[: len(batch)])
         return classifiers.l2_normalize_rows(np.concatenate(tokens))
 

@@ -21,6 +21,7 @@ from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Picture, Results
 from lmim_jax.evaluators.common import clustering, patch_features
+from lmim_jax.evaluators.common.finite import check_finite
 from lmim_jax.utils import plotting
 
 # Images whose mean feature at each position is subtracted: the rest depends on the image
@@ -68,7 +69,9 @@ class Evaluator(base.Evaluator):
         encode = _jit_encode(method, augment, data.mesh, self.feature)
         inputs, tokens = jax.device_get(encode(params, canvases))
         tokens = tokens[: len(indices)]
-        tokens = (tokens - tokens.mean(axis=0))[: self.images]
+        check_finite(tokens, params, inputs)
+        if len(tokens) > 1:  # of a single image, nothing would remain
+            tokens = (tokens - tokens.mean(axis=0))[: self.images]
         shape = (len(tokens), self.zoom * method.grid[0], self.zoom * method.grid[1])
         clusters = []
         for image_tokens in tokens:

@@ -21,7 +21,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -158,6 +158,9 @@ class BaseMethod:
     dtype: str
     attention: str
 
+    # Options that follow the grid where they are None: {name: share of the patches}
+    SHARES: ClassVar[Mapping[str, float]] = {}
+
     def __post_init__(self) -> None:
         """Check the fields; sub-classes extend this."""
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
@@ -227,6 +230,8 @@ def from_config(config: Mapping[str, Any], *, total_steps: int, steps_per_epoch:
       steps_per_epoch: optimizer steps in an epoch. Only methods with a schedule in epochs have
         this field; for others it is ignored.
 
+    An option of `SHARES` that is None follows the grid.
+
     Raises:
       UserError: unknown method, missing or unknown key, or an invalid value.
     """
@@ -239,6 +244,9 @@ def from_config(config: Mapping[str, Any], *, total_steps: int, steps_per_epoch:
     schedule = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
     _check_keys(name, options.keys(), fields - schedule.keys())
     arguments = {key: _hashable(value) for key, value in options.items()}
+    for key, share in method_class.SHARES.items():
+        if arguments[key] is None:
+            arguments[key] = round(share * math.prod(arguments["grid"]))
     for key, length in schedule.items():
         if key in fields:
             arguments[key] = length

@@ -13,7 +13,8 @@ P pixels of a patch, D width, d width of the pixel decoder.
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,13 @@ class Method(BaseMethod):
     momentum_epochs: tuple[float, ...]
     total_steps: int
     steps_per_epoch: int
+
+    SHARES: ClassVar[Mapping[str, float]] = {
+        "num_visible": 49 / 196,
+        "block_total": 120 / 196,
+        "block_smallest": 16 / 196,
+        "block_largest": 60 / 196,
+    }
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -8,6 +8,8 @@ T target patches of a block (padded), P pixels of a patch, D encoder width, d pr
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,8 @@ class Method(BaseMethod):
     momentum_start: float
     momentum_end: float
     total_steps: int
+
+    SHARES: ClassVar[Mapping[str, float]] = {"context_capacity": 72 / 196}
 
     def __post_init__(self) -> None:
         """Check the fields."""

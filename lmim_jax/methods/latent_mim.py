@@ -16,6 +16,8 @@ h w rows and columns of the grid, P pixels of a patch, D width.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,8 @@ class Method(BaseMethod):
     momentum_start: float
     momentum_end: float
     total_steps: int
+
+    SHARES: ClassVar[Mapping[str, float]] = {"num_visible": 20 / 196}
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -8,14 +8,15 @@ from lmim_jax.train.summary import ROWS
 
 DESCRIPTIONS = (  # (regular expression for the whole name of a metric, what the metric is)
     (r"nn1", "class of the nearest training image"),
-    (r"knn(\d+)", r"vote of the \1 nearest training images"),
+    (r"knn(\d+)", r"majority vote of the \1 nearest training images"),
     (r"loo1", "class of the nearest other test image"),
-    (r"accuracy", "accuracy on the test images"),
+    (r"accuracy", "logistic regression on frozen features: test accuracy"),
     (r"held_out", "accuracy on held-out training images"),
     (r"l2", "l2 regularization chosen on held-out images"),
     (r"shots1", "1 labeled image per class"),
     (r"shots(\d+)", r"\1 labeled images per class"),
     (r"labels(\d+)pct", r"\1 % of the labels"),
+    (r"majority", "always the most frequent class of the test images"),
     (r"top1", "accuracy on the test images"),
     (r"top(\d)", r"test images whose class is among the \1 most likely"),
     (r"miou(\d)", r"unsupervised segmentation into \1 clusters per image: mean IoU"),
@@ -110,7 +111,7 @@ def _heading(evaluated: Mapping[str, Any]) -> list[str]:
     images = " and ".join(f"{count:,} {split}" for split, count in evaluated["images"].items())
     classes = evaluated["classes"]
     chance = ""
-    if classes:
+    if classes > 1:
         chance = f", {classes} classes: guessing gives {100 / classes:.3g} %"
     return [
         f"{evaluated['run']}: step {evaluated['step']}, {weights} weights, "

@@ -153,10 +153,11 @@ def _enlarged(run: Run) -> tuple[Augment, tuple[int, int]]:
     augment = run.data.augment
     zoom = max(1, FINE / max(method.grid))
     rows, columns = (round(zoom * side) for side in method.grid)
+    eval_size = (rows * method.patch_size, columns * method.patch_size)
     enlarged = dataclasses.replace(
         augment,
-        eval_resize=round(zoom * augment.eval_resize),
-        eval_size=(rows * method.patch_size, columns * method.patch_size),
+        eval_resize=max(round(zoom * augment.eval_resize), min(eval_size)),
+        eval_size=eval_size,
     )
     return enlarged, (rows, columns)
 

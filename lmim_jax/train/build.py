@@ -111,6 +111,21 @@ class TrainingParts:
         )
 
 
+def complete(config: ConfigDict, method: Any, augmentation: Augment) -> ConfigDict:
+    """A copy of a recipe with the numbers that its unset options stand for, to be stored.
+
+    Args:
+      config: the recipe, in which options that follow the grid may be None.
+      method: built from it.
+      augmentation: built from it.
+    """
+    config = config.copy_and_resolve_references()
+    for key in method.SHARES:
+        config.method[key] = getattr(method, key)
+    config.augment.eval_resize = augmentation.eval_resize
+    return config
+
+
 def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
     """Build the parts of a recipe.
 
@@ -125,6 +140,11 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
         raise UserError(
             f"config.on_nonfinite={config.on_nonfinite!r} must be one of: "
             f"{' | '.join(NONFINITE_CHOICES)}"
+        )
+    if config.method.channels != config.data.channels:
+        raise UserError(
+            f"config.method.channels={config.method.channels} must equal config.data.channels="
+            f"{config.data.channels}, which it follows: set that one alone"
         )
     total_steps = config.total_steps or config.epochs * steps_per_epoch
     method = methods.from_config(
@@ -141,11 +161,6 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
         steps_per_epoch=total_steps / config.epochs,
     )
     crop_keys = functools.partial(augment_keys, config.seed)
-    if config.method.channels != config.data.channels:
-        raise UserError(
-            f"config.method.channels={config.method.channels} must equal config.data.channels="
-            f"{config.data.channels}, which it follows: set that one alone"
-        )
     return TrainingParts(
         config=complete(config, method, augmentation),
         steps_per_epoch=steps_per_epoch,

@@ -68,10 +68,14 @@ def make_collapse_metrics(
     online encoder's patch features before the final norm, averaged over patches.
 
     Returns:
-      (params, target) -> {name: float32 scalar on the device}.
+      (params, target) -> {name: float32 scalar on the device}; {} with fewer than two images, which
+      have nothing to be compared with.
     """
     batch, _ = data.sample(data.held_out, count)
     weight = (batch["index"] >= 0).astype(jnp.float32)
+    if weight.sum() < 2:
+        log.info("collapse is not measured: it needs two %s images", data.held_out)
+        return _no_metrics
 
     def compute(
         params: Any, target: Any, images: Float[Array, "B H W C"], weight: Float[Array, " B"]
@@ -93,6 +97,12 @@ def make_collapse_metrics(
         return jitted(params, target, batch["images"], weight)
 
     return collapse_metrics
+
+
+def _no_metrics(params: Any, target: Any) -> dict[str, Float[Array, ""]]:
+    """The metrics of fewer than two images."""
+    del params, target
+    return {}
 
 
 class CollapseMonitor:

@@ -29,7 +29,7 @@ from lmim_jax.train.metric_logger import MetricLogger
 from lmim_jax.train.metric_writer import MetricWriter, read_metrics, write_picture
 from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError
-from lmim_jax.utils.logging import duration
+from lmim_jax.utils.logging import duration, fill_lines
 
 log = logging.getLogger(__name__)
 
@@ -51,28 +51,30 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
       NonFinite: a loss or gradient was NaN or infinite.
       Preempted: SIGTERM or SIGUSR1 was received, and the state is saved.
       SaveFailed: several checkpoints in a row could not be written.
+      LockLost: another run has taken the folder over.
     """
     process_start = time.perf_counter()
     mesh = _make_mesh(config)
     attention.check_fused(config.method)
     splits = _open_sources(config)
     parts = build(config, loader.steps_per_epoch(splits["train"], config.batch_size))
-    scheduled = _schedule_evaluators(parts)
+    scheduled = _schedule_evaluators(parts, splits)
 
     # The whole config has been checked: from here on, files are written
+    config = parts.config
     plain_config = config.to_dict()
     identity = splits["train"].identity()
     multihost.check_consistent(config=plain_config, data=identity)
-    workdirs.check(workdir, plain_config, identity)
-    finished = summaries.read_summary(workdir, parts.total_steps)
+    multihost.decide(lambda: workdirs.check(workdir, plain_config, identity))
+    finished = multihost.decide(lambda: summaries.read_summary(workdir, parts.total_steps))
     if finished:
         steps = parts.total_steps
         log.info("this run is finished: %d of %d steps, in %s", steps, steps, workdir)
         log.info(summaries.format_summary(finished, workdir))
         return finished
     with (
-        Lock(workdir),
-        Checkpoints(workdir, config) as checkpoints,
+        Lock(workdir) as lock,
+        Checkpoints(workdir, config, lock) as checkpoints,
         preemption.PreemptionHandler() as handler,
     ):
         workdirs.claim(workdir, plain_config, identity)
@@ -83,12 +85,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             splits=splits,
             scheduled=scheduled,
             workdir=pathlib.Path(workdir),
+            lock=lock,
             checkpoints=checkpoints,
             handler=handler,
             process_start=process_start,
         )
         loop.run()
-        summary = _write_summary(workdir, parts.total_steps, loop.wall_seconds)
+        summary = multihost.decide(
+            lambda: _write_summary(workdir, parts.total_steps, loop.wall_seconds)
+        )
     log.info("finished %d steps in %s", parts.total_steps, duration(summary["wall_seconds"]))
     log.info(summaries.format_summary(summary, workdir))
     return summary
@@ -112,9 +117,12 @@ def _open_sources(config: ConfigDict) -> Sources:
     return splits
 
 
-def _schedule_evaluators(parts: TrainingParts) -> list[evaluators.Scheduled]:
-    """The evaluators of the run; those that will never run are logged."""
+def _schedule_evaluators(parts: TrainingParts, splits: Sources) -> list[evaluators.Scheduled]:
+    """The evaluators of the run; those that have nothing to measure or never run are logged."""
     scheduled = parts.schedule_evaluators()
+    problem = evaluators.labels_problem(splits["train"].classes, splits)
+    if problem:
+        scheduled = evaluators.without_labels(scheduled, problem)
     for evaluator in scheduled:
         if not evaluator.due(parts.total_steps, parts.total_steps):
             log.info(
@@ -139,6 +147,7 @@ class TrainingLoop:
         splits: Sources,
         scheduled: list[evaluators.Scheduled],
         workdir: pathlib.Path,
+        lock: Lock,
         checkpoints: Checkpoints,
         handler: preemption.PreemptionHandler,
         process_start: float,
@@ -151,6 +160,7 @@ class TrainingLoop:
           splits: images of both splits.
           scheduled: evaluators.
           workdir: of the run, which must be claimed already.
+          lock: of the run.
           checkpoints: of the run.
           handler: for signals.
           process_start: `time.perf_counter()` at the start of the process.
@@ -162,6 +172,7 @@ class TrainingLoop:
         self._mesh = mesh
         self._train_source = splits["train"]
         self._scheduled = scheduled
+        self._lock = lock
         self._checkpoints = checkpoints
         self._handler = handler
 
@@ -182,6 +193,8 @@ class TrainingLoop:
             parts.method, self._data, config.gauge_images
         )
         self._writer = MetricWriter(workdir, self._start)
+        self._writer.write_config(config.to_dict())
+        log.info("curves: %s", self._writer.board_command)
         self._logger = MetricLogger(
             self._writer,
             config,
@@ -205,6 +218,7 @@ class TrainingLoop:
           Preempted: a signal was received, and the state is saved.
           NonFinite: a loss or gradient was NaN or infinite.
           SaveFailed: several checkpoints in a row could not be written.
+          LockLost: another run has taken the folder over.
           UserError: an evaluation failed; the state is saved.
         """
         # A signal interrupts the evaluation, and the loop stops after its next step
@@ -213,6 +227,7 @@ class TrainingLoop:
         self._logger.resume()
         for step, batch in enumerate(self._batches(), self._start + 1):
             self._run_step(step, batch)
+            self._lock.raise_if_lost()
             stop = self._handler.should_stop(step)
             save = stop or self._save_due(step)
             if save or self._evaluation_due(step):
@@ -289,9 +304,11 @@ class TrainingLoop:
             metrics, pictures = evaluator.run(self._parts.method, self._state, self._data)
             self._writer.write(step, metrics)
             self._writer.write_pictures(step, pictures)
-            listed = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            seconds = duration(time.perf_counter() - start)
-            log.info("step %d  %s  (%s)", step, listed or evaluator.title, seconds)
+            parts = [f"{name} {value:.4g}" for name, value in metrics.items()]
+            parts = parts or [evaluator.title]
+            parts.append(f"({duration(time.perf_counter() - start)})")
+            for line in fill_lines(parts, f"step {step}"):
+                log.info("%s", line)
 
 
 def _log_parameter_counts(params: dict[str, Any]) -> None:
@@ -304,11 +321,10 @@ def _log_parameter_counts(params: dict[str, Any]) -> None:
 def _write_summary(
     workdir: str | os.PathLike[str], total_steps: int, wall_seconds: float
 ) -> dict[str, Any]:
-    """Summarize the run; the first process writes summary.json and curves.png."""
+    """Summarize the run in summary.json and curves.png."""
     lines = read_metrics(workdir)
     summary = summaries.summarize(lines, total_steps=total_steps, seconds=wall_seconds)
-    if jax.process_index() == 0:
-        write_picture(workdir, "curves", summaries.draw_curves(lines, workdir))
-        path = pathlib.Path(workdir, "summary.json")
-        atomic_io.write(path, json.dumps(summary, indent=2) + "\n")
+    write_picture(workdir, "curves", summaries.draw_curves(lines, workdir))
+    path = pathlib.Path(workdir, "summary.json")
+    atomic_io.write(path, json.dumps(summary, indent=2) + "\n")
     return summary

@@ -6,6 +6,7 @@ Weights and images are read when they are first used.
 import dataclasses
 import functools
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lmim_jax.data import sources
-from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.augment.device import Augment, published_resize
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
@@ -26,6 +27,8 @@ from lmim_jax.train.state import initial_params
 from lmim_jax.utils import array_io
 from lmim_jax.utils.checksum import file_checksum
 from lmim_jax.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"  # of an exported folder, which has no checkpoints
 REQUIRED = {"method", "data", "augment", "seed"}  # sections of the config of any run
@@ -237,7 +240,22 @@ def open_run(folder: str | os.PathLike[str], images: str | os.PathLike[str] = ""
     config = with_tuples(config)
     config.data.path = str(images) or config.data.path
     method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    _mend_resize(config.augment, min(method.feature_size))
     return Run(folder, config, method, exported=exported["weights"] if exported else None)
+
+
+def _mend_resize(augment: ConfigDict, smallest: int) -> None:
+    """Replace an `eval_resize` below the crop of test images, which older versions accepted."""
+    if augment.eval_resize < smallest:
+        mended = published_resize((smallest, smallest))
+        log.warning(
+            "this run has config.augment.eval_resize=%d, less than its images of %d pixels: %d is "
+            "used instead",
+            augment.eval_resize,
+            smallest,
+            mended,
+        )
+        augment.eval_resize = mended
 
 
 def _read_exported(folder: pathlib.Path) -> Weights:

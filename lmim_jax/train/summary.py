@@ -17,12 +17,15 @@ Line = dict[str, Any]  # of metrics.jsonl
 Panel = tuple[str, dict[str, Any], dict[str, float]]  # see `plotting.plot_curves`
 
 KNN = re.compile(r"knn\d+")
+KNN_METRIC = re.compile(r"knn\d+|nn1|loo1")  # all accuracies of the k-NN
 LOSS = re.compile(r".*_loss")
 SIMILARITY = re.compile(r"similarity_.*")
 METRICS = ("loss", "collapse_index", "effective_rank", "feature_std")
 LINEAR = "linear"  # key of the accuracy of logistic regression in the summary
 BASELINES = ("pixels", "histogram")  # features that need no encoder
+MAJORITY = "majority"  # metric: percent of the most frequent class of the test images
 ROWS = {
+    MAJORITY: "most frequent class",
     "pixels": "raw pixels",
     "histogram": "color histogram",
     "untrained": "untrained encoder",
@@ -58,8 +61,8 @@ def summarize(lines: list[Line], *, total_steps: int, seconds: float) -> dict[st
     Returns:
       {"steps", "images_per_second" (median over lines), "wall_seconds"}; the last value of loss,
       collapse metrics and evaluations; and for logistic regression and every k of the k-NN,
-      percentages {"linear" or "knn20": {"pixels", "histogram", "untrained", "trained"}}, as far as
-      they were measured.
+      percentages {"linear" or "knn20": {"majority", "pixels", "histogram", "untrained",
+      "trained"}}, as far as they were measured.
     """
     first: Line = {}  # at step 0
     last: Line = {}
@@ -67,10 +70,9 @@ def summarize(lines: list[Line], *, total_steps: int, seconds: float) -> dict[st
         last |= line
         if line["step"] == 0:
             first |= line
-    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
     summary: dict[str, Any] = {
         "steps": total_steps,
-        "images_per_second": statistics.median(speeds),
+        "images_per_second": median_speed(lines),
         "wall_seconds": seconds,
     }
     for name in METRICS:
@@ -81,6 +83,17 @@ def summarize(lines: list[Line], *, total_steps: int, seconds: float) -> dict[st
         if "/" in name:
             summary[name] = value
     return summary
+
+
+def median_speed(lines: list[Line]) -> float:
+    """Images per second of training, the median over the lines that have a speed.
+
+    Raises:
+      StatisticsError: none has.
+    """
+    return statistics.median(
+        line["images_per_second"] for line in lines if "images_per_second" in line
+    )
 
 
 def _accuracies(first: Line, last: Line) -> dict[str, dict[str, float]]:
@@ -97,6 +110,8 @@ def _accuracies(first: Line, last: Line) -> dict[str, dict[str, float]]:
         if key is None or key in found:
             continue
         rows = {}
+        if f"{title}/{MAJORITY}" in last:
+            rows[MAJORITY] = last[f"{title}/{MAJORITY}"]
         for baseline in BASELINES:
             if f"{title}/{baseline}_{metric}" in last:
                 rows[baseline] = last[f"{title}/{baseline}_{metric}"]
@@ -210,6 +225,8 @@ def _training_panels(series: dict[str, Any]) -> list[Panel]:
         chance["chance"] = series["patch_chance"][1][-1]
     panels: list[tuple[str, list[str], dict[str, float]]] = [
         ("loss", losses, {}),
+        ("learning rate", ["learning_rate"], {}),
+        ("gradient norm", ["grad_norm"], {}),
         ("patch accuracy: a prediction picks its own target", ["patch_accuracy"], chance),
         ("similarity of patches within an image", similarities, {}),
         (
@@ -249,20 +266,44 @@ def _accuracy_panels(series: dict[str, Any]) -> list[Panel]:
     for title, names in _evaluations(series).items():
         if not _has_accuracy(names):
             continue
-        is_linear = f"{title}/accuracy" in names
         curves = {}
-        baselines = {}
         for name in names:
             metric = name.partition("/")[2]
-            if metric.endswith("_accuracy") or "_knn" in metric:
-                baselines[metric] = series[name][1][-1]
-            elif "_" not in metric and (metric == "accuracy" or not is_linear):
+            if KNN_METRIC.fullmatch(metric) or metric == "accuracy":
                 curves[name] = series[name]
-        if is_linear:
+        baselines = _baseline_lines(title, series)
+        if f"{title}/accuracy" in names:
             linear.append((f"{title}: linear accuracy, %", curves, baselines))
         else:
             neighbors.append((f"{title}: accuracy of nearest neighbors, %", curves, baselines))
     return linear + neighbors
+
+
+def _baseline_lines(title: str, series: dict[str, Any]) -> dict[str, float]:
+    """{what a baseline is: its accuracy} of an evaluator; of several k, the smallest."""
+    lines = {}
+    if f"{title}/{MAJORITY}" in series:
+        lines[ROWS[MAJORITY]] = series[f"{title}/{MAJORITY}"][1][-1]
+    for baseline in BASELINES:
+        start = f"{title}/{baseline}_"
+        metrics = [name.removeprefix(start) for name in series if name.startswith(start)]
+        measured = [metric for metric in metrics if _accuracy_key(metric)]
+        if measured:
+            metric = min(measured, key=_number_in)
+            lines[ROWS[baseline] + _knn_suffix(metric)] = series[start + metric][1][-1]
+    return lines
+
+
+def _number_in(metric: str) -> int:
+    """20 of "knn20"; 0 of a metric without a number."""
+    return int(re.sub(r"\D", "", metric) or 0)
+
+
+def _knn_suffix(metric: str) -> str:
+    """ ", k-NN 20" of "knn20"; "" of other metrics."""
+    if KNN.fullmatch(metric):
+        return metric.replace("knn", ", k-NN ")
+    return ""
 
 
 def _other_panels(series: dict[str, Any]) -> list[Panel]:

@@ -10,7 +10,6 @@ import socket
 import time
 from typing import Any
 
-import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -25,7 +24,11 @@ HARMLESS = re.compile(
     r"log_every|gauge_images|checkpoint_\w+|evaluators\..*|max_skipped|mesh\..*|remat|scan_layers"
     # How to compute, not what: results differ by rounding
     r"|method\.attention|deterministic|xla_flags"
-    r"|data\.(path|dir|classes|test_split|workers|threads|timeout|max_bad_fraction)"
+    # Of test images alone
+    r"|augment\.eval_resize"
+    # Where images are, and which are for evaluation; IMAGES identifies those of training
+    r"|data\.(path|dir|cache|held_out|classes|test_split)|report"
+    r"|data\.(workers|threads|timeout|max_bad_fraction)"
 )
 # Key of config.json: what identifies the training images; absent where weights were imported
 # without images
@@ -69,15 +72,18 @@ def check(
 def claim(
     workdir: str | os.PathLike[str], config: dict[str, Any], data: dict[str, Any] | None
 ) -> None:
-    """Write config.json, unless it exists; call `check` first. The arguments are the same.
+    """Check again, and write config.json, unless it exists. The arguments are those of `check`.
 
     Raises:
-      UserError: naming processes that do not see the same folder.
+      UserError: see `check`; or naming processes that do not see the same folder.
     """
     path = pathlib.Path(workdir, "config.json")
-    if jax.process_index() == 0:
+
+    def check_and_write() -> None:
+        check(workdir, config, data)
         _write_config(path, config, data)
-    multihost.gather_json("written")
+
+    multihost.decide(check_and_write)
     deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(1)

@@ -9,6 +9,7 @@ Letters: B batch, K side of the canvas, C channels, S T rows and columns of the 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.platform import current_platform
 
 CROP_TRIES = 10
+PUBLISHED_RESIZE = 256 / 224  # short side of test images / their crop, in most publications
 TABLE_BITS = 12  # crop shapes are drawn from tables of this many bits
 
 Kernel = Callable[[Array], Array]
@@ -215,6 +217,11 @@ def _square_roots(longest: int) -> Float[np.ndarray, " n"]:
     return np.sqrt(np.arange(longest + 1)).astype(np.float32)
 
 
+def published_resize(eval_size: tuple[int, int]) -> int:
+    """The `eval_resize` for a crop of test images: 256 for 224, the same ratio for other sizes."""
+    return round(min(eval_size) * PUBLISHED_RESIZE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Augment:
     """The augmentation of training images, and the transform of test images (`evaluation`).
@@ -227,11 +234,13 @@ class Augment:
       mean: per channel, of pixel values in 0 .. 1.
       std: per channel.
       image_size: (height, width) of training images.
-      eval_resize: test images are resized to this short side.
+      eval_resize: test images are resized to this short side; where `eval_size` is not square, see
+        `resized`.
       eval_size: (height, width) of the center crop of test images.
 
     Raises:
-      UserError: unknown interpolation.
+      UserError: unknown interpolation, a std that is not above 0, another number of means than of
+        stds, or test images that would be smaller than their crop.
     """
 
     scale: tuple[float, float]
@@ -250,15 +259,37 @@ class Augment:
                 f"config.augment.interpolation={self.interpolation!r} must be one of: "
                 f"{' | '.join(KERNELS)}{did_you_mean(self.interpolation, KERNELS)}"
             )
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise UserError(
+                f"config.augment.mean={tuple(self.mean)} and std={tuple(self.std)} must have a "
+                "number for each channel, and each std must be above 0"
+            )
+        self._check_resize()
+
+    def _check_resize(self) -> None:
+        """Raise a UserError unless the crop of test images fits into the resized images."""
+        smallest = min(self.eval_size)
+        if self.eval_resize < smallest:
+            raise UserError(
+                f"config.augment.eval_resize={self.eval_resize} is less than the {smallest} pixels "
+                "of config.method.grid x patch_size, so that test images would be smaller than "
+                f"their crop; set it to {published_resize(self.eval_size)}, for example"
+            )
 
     @classmethod
     def from_config(
         cls, config: ConfigDict, *, image_size: tuple[int, int], eval_size: tuple[int, int]
     ) -> "Augment":
-        """The augmentation of `config.augment`; the sizes come from the method."""
+        """The augmentation of `config.augment`; the sizes come from the method.
+
+        An `eval_resize` of None follows from `eval_size`, see `published_resize`.
+        """
         height, width = image_size
         eval_height, eval_width = eval_size
-        return cls(**config, image_size=(height, width), eval_size=(eval_height, eval_width))
+        options = dict(config)
+        if options["eval_resize"] is None:
+            options["eval_resize"] = published_resize(eval_size)
+        return cls(**options, image_size=(height, width), eval_size=(eval_height, eval_width))
 
     @property
     def kernel(self) -> Kernel:
@@ -308,8 +339,27 @@ class Augment:
 
         return self.normalize(jax.vmap(augment_image)(keys, batch["image"], batch["size"]))
 
+    def resized(self, size: Int[Any, "2"], xp: ModuleType = jnp) -> Int[Any, "2"]:
+        """(height, width) of a test image before the center crop, int32.
+
+        The image covers `eval_size`, enlarged so that the short side of `eval_size` is
+        `eval_resize`. For a square crop this is torchvision's resize: the short side is
+        `eval_resize`, the long side int(eval_resize * long / short).
+
+        Args:
+          size: (height, width) of the image, int32.
+          xp: jax.numpy or numpy.
+        """
+        divisor = math.gcd(*self.eval_size)
+        rows = self.eval_size[0] // divisor
+        columns = self.eval_size[1] // divisor
+        is_tight = rows * size[1] >= columns * size[0]  # whether rows need the larger scale
+        unit = xp.where(is_tight, rows, columns)
+        side = xp.where(is_tight, size[0], size[1])
+        return self.eval_resize * unit * size // (side * min(rows, columns))
+
     def evaluation(self, batch: dict[str, Array]) -> Float[Array, "B S T C"]:
-        """Resize the short side to `eval_resize`, center-crop to `eval_size`, normalize.
+        """Resize (see `resized`), center-crop to `eval_size`, normalize.
 
         The resize may read the whole image, so it equals resizing first and cropping afterwards.
 
@@ -333,9 +383,8 @@ class Augment:
 
     def _evaluation_grids(self, size: Int[Array, "2"]) -> tuple[AxisGrid, AxisGrid]:
         """The grids of `evaluation`, of rows and columns, see `resize_weights`."""
-        # torchvision: the long side is int(resize * long / short), and the offsets of the center
-        # crop are rounded half to even
-        resized = self.eval_resize * size // jnp.min(size)
+        # torchvision: the offsets of the center crop are rounded half to even
+        resized = self.resized(size)
         first = jnp.round((resized - jnp.asarray(self.eval_size)) / 2).astype(jnp.int32)
         return ((0, first[0], size[0], resized[0]), (0, first[1], size[1], resized[1]))
 
@@ -346,6 +395,9 @@ class Squash(Augment):
 
     For tasks in which objects at the border of the image count, too.
     """
+
+    def _check_resize(self) -> None:
+        """Nothing is cropped."""
 
     def _evaluation_grids(self, size: Int[Array, "2"]) -> tuple[AxisGrid, AxisGrid]:
         height, width = self.eval_size

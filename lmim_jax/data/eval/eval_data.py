@@ -6,6 +6,7 @@ open it themselves, with the other modules of this package.
 Letters: B batch, K canvas side, H W image height and width, C channels.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -14,14 +15,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from lmim_jax.data import decode, loader, prefetch
+from lmim_jax.data.activity import Activity
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.sources import Source
 from lmim_jax.distributed import sharding
 
 SPLITS = ("train", "test")
+SAMPLED_LABELS = 64  # records that are read to know whether images have classes
 
 Batch = dict[str, Any]
 
@@ -91,10 +95,6 @@ class Subset:
         return self.source.name(self.indices[index])
 
 
-def _no_check() -> None:
-    """The default of `EvaluationData.check`: never interrupt an evaluation."""
-
-
 def _no_progress(batches: Iterable[Batch], split: str, total: int) -> Iterable[Batch]:
     """The default of `progress`: show nothing."""
     del split, total
@@ -109,7 +109,9 @@ class EvaluationData:
       config: `config.data`, see configs/vit_b.py.
       augment: the augmentation of the run; evaluators use its `evaluation` unless they train.
       mesh: the devices that batches are placed on.
-      check: called before every batch; it may raise to interrupt an evaluation.
+      check: called before every batch, by all processes; it may raise to interrupt an evaluation.
+      wait_check: called now and then while a batch is waited for, by each process on its own; it
+        may raise.
       cache: a `FeatureCache` of evaluators/common/, or None: compute features on every request.
     """
 
@@ -119,7 +121,8 @@ class EvaluationData:
         config: ConfigDict,
         augment: Augment,
         mesh: Mesh,
-        check: Callable[[], None] = _no_check,
+        check: Callable[[], None] = prefetch.no_check,
+        wait_check: Callable[[], None] = prefetch.no_check,
         progress: Callable[[Iterable[Batch], str, int], Iterable[Batch]] = _no_progress,
         cache: Any = None,
     ) -> None:
@@ -134,6 +137,7 @@ class EvaluationData:
         self.augment = augment
         self.mesh = mesh
         self.check = check
+        self.wait_check = wait_check
         self.cache = cache
         self._progress = progress
         # By split, so that an unreadable image is reported once and not at every evaluation
@@ -167,6 +171,7 @@ class EvaluationData:
             augment,
             self.mesh,
             check=self.check,
+            wait_check=self.wait_check,
             progress=self._progress,
             cache=self.cache,
         )
@@ -183,7 +188,7 @@ class EvaluationData:
           split over all devices. The index is -1 for padding and for images that cannot be read:
           ignore these rows.
         """
-        images = self._decoded(self.sources[split])
+        images = self._decoded(self.sources[split], self.config.workers)
         if split not in self._bad:
             self._bad[split] = loader.BadImageMonitor(images, self.config.max_bad_fraction)
 
@@ -192,7 +197,14 @@ class EvaluationData:
             return self._placed(batch)
 
         pool = self._worker_pool(images, batch_size, self.config.workers)
-        batches = prefetch.Prefetcher(pool, place, self.config.timeout, images.describe_reads)
+        batches = prefetch.Prefetcher(
+            pool,
+            place,
+            self.config.timeout,
+            activity=images.activity,
+            describe_reads=images.describe_reads,
+            check=self.wait_check,
+        )
         total = -(-len(images.source) // batch_size)
         for batch in self._progress(batches, split, total):
             self.check()
@@ -222,6 +234,7 @@ class EvaluationData:
             steps=steps,
             start=0,
             mesh=self.mesh,
+            check=self.wait_check,
         )
         for batch in batches:
             self.check()
@@ -270,10 +283,15 @@ class EvaluationData:
         """Jitted canvases -> normalized images."""
         return jax.jit(self.augment.evaluation)
 
-    def _decoded(self, source: Source) -> loader.BatchDecoder:
-        threads = prefetch.num_threads(self.config)
+    def _decoded(self, source: Source, workers: int = 0) -> loader.BatchDecoder:
         return loader.BatchDecoder(
-            source, self.config.canvas, self.config.channels, threads, replace=False
+            source,
+            self.config.canvas,
+            self.config.channels,
+            prefetch.num_threads(self.config),
+            replace=False,
+            retry_seconds=self.config.timeout,
+            activity=Activity(workers),
         )
 
     def _worker_pool(
@@ -290,6 +308,39 @@ class EvaluationData:
         readable = {name: batch[name] for name in ("image", "size", "label")}
         readable["index"] = np.where(batch["bad"] >= 0, -1, batch["index"])
         return sharding.to_global(readable, self.mesh)
+
+
+def known_labels(source: Any) -> tuple[Int[np.ndarray, " n"], bool]:
+    """The classes of the images of a source, -1: none; without decoding an image.
+
+    Returns:
+      (classes, True); or (those of a few images, False) where labels are stored in the records.
+    """
+    labels = getattr(source, "labels", None)
+    if labels is not None:
+        return np.asarray(getattr(labels, "array", labels)), True
+    if not source.classes:
+        return np.full(len(source), -1, np.int32), True
+    places = np.unique(np.linspace(0, len(source) - 1, SAMPLED_LABELS).astype(int))
+    labels = []
+    for index in places:
+        try:
+            labels.append(source.record(int(index))[1])
+        except (decode.BadImage, OSError):  # reported when the image is read
+            continue
+    return np.array(labels, np.int32), False
+
+
+def only_labeled(data: EvaluationData) -> EvaluationData:
+    """The same images without the training images that are known to have no class."""
+    source = data.sources["train"]
+    labels, complete = known_labels(source)
+    if not complete or (labels >= 0).all():
+        return data
+    indices = tuple(np.flatnonzero(labels >= 0).tolist())
+    chosen = copy.copy(data)
+    chosen.sources = {**data.sources, "train": Subset(source, indices, data.classes)}
+    return chosen
 
 
 def random_indices(source: Source, count: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from lmim_jax.data import folder_listing, sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.decode import BadImage, check_size
 from lmim_jax.data.eval.eval_data import EvaluationData, Subset, random_indices
+from lmim_jax.utils import faults
 from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError
 
@@ -37,6 +38,8 @@ def decode_mask(data: bytes) -> Int32[np.ndarray, "H W"]:
     except BadImage:
         raise
     except Exception as error:  # decoders raise exceptions of any type on damaged data
+        if faults.is_environment_fault(error):
+            raise
         raise BadImage(str(error) or type(error).__name__) from error
     if pixels.ndim == 3:
         if (pixels[..., :1] != pixels[..., :3]).any():
@@ -49,10 +52,9 @@ def decode_mask(data: bytes) -> Int32[np.ndarray, "H W"]:
 
 def resize_and_crop(mask: Int[np.ndarray, "H W"], augment: Augment) -> Int[np.ndarray, "S S'"]:
     """Resize (nearest pixel) and crop a mask exactly as `augment.evaluation` does its image."""
-    short = min(mask.shape)
+    height, width = augment.resized(np.array(mask.shape), xp=np).tolist()
     index = []
-    for side, out in zip(mask.shape, augment.eval_size, strict=True):
-        resized = augment.eval_resize * side // short
+    for side, resized, out in zip(mask.shape, (height, width), augment.eval_size, strict=True):
         first = round((resized - out) / 2)
         nearest = ((first + np.arange(out) + 0.5) * side / resized).astype(int)
         index.append(np.clip(nearest, 0, side - 1))
@@ -197,6 +199,12 @@ def open_images_with_masks(
     return data.with_sources(chosen, augment)
 
 
+def _read_mask(source: Any, index: int, retry_seconds: float) -> Int32[np.ndarray, "h w"]:
+    return faults.retry(
+        lambda: decode_mask(source.mask(index)), lambda: source.name(index), retry_seconds
+    )
+
+
 def read_masks(
     data: EvaluationData, split: str, indices: Iterable[int]
 ) -> Int32[np.ndarray, "I S S'"]:
@@ -214,7 +222,7 @@ def read_masks(
     found = []
     for index in indices:
         try:
-            mask = decode_mask(source.mask(index))
+            mask = _read_mask(source, index, data.config.timeout)
         except (BadImage, OSError) as error:
             raise UserError(f"the mask of {source.name(index)} cannot be used: {error}") from error
         found.append(resize_and_crop(mask, data.augment))

@@ -86,6 +86,11 @@ def weighted_vote(
     return votes.argmax(axis=1)
 
 
+def majority(labels: Int[np.ndarray, " Q"]) -> float:
+    """Percent of the most frequent class: the accuracy of always answering it."""
+    return 100 * float(np.bincount(labels).max()) / len(labels)
+
+
 def predict_by_neighbors(
     train: Float[np.ndarray, "N D"],
     labels: Int[np.ndarray, " N"],

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmim_jax.data.decode import BadImage
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
@@ -115,7 +116,7 @@ class FeatureCache:
             for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)):
                 try:
                     record, label = source.record(index)
-                except OSError:  # reported when the image is read for its features
+                except (BadImage, OSError):  # reported when the image is read for its features
                     record = b""
                     label = -1
                 digest.update(hashlib.sha256(record).digest())

@@ -19,6 +19,7 @@ from lmim_jax.data import decode
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
+from lmim_jax.utils import faults
 
 KINDS = ("cls", "mean", "patches")
 MAX_ASPECT = 20  # the patches of more elongated images may not fit in memory
@@ -178,8 +179,13 @@ def extract_from_files(
     """
 
     def read(name: str) -> UInt8[np.ndarray, "H W C"] | Exception:
+        path = pathlib.Path(root, name)
         try:
-            return extractor.prepare(pathlib.Path(root, name).read_bytes())
+            return faults.retry(
+                lambda: extractor.prepare(path.read_bytes()),
+                lambda: str(path),
+                faults.RETRY_SECONDS,
+            )
         except (decode.BadImage, OSError) as error:
             return error
 

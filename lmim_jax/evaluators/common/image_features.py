@@ -19,6 +19,7 @@ from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import Batch, EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
+from lmim_jax.evaluators.common.finite import check_finite
 from lmim_jax.utils.errors import UserError, did_you_mean
 
 ENCODER_FREE = ("pixels", "histogram")
@@ -74,6 +75,28 @@ def split_features(
     return data.cache.get(method, params, data, split, feature, compute)
 
 
+def labeled_features(
+    method: EvaluatedMethod,
+    params: Params,
+    data: EvaluationData,
+    split: str,
+    feature: str,
+    batch_size: int,
+) -> Labeled:
+    """`split_features` of the images that have a class.
+
+    Raises:
+      UserError: the method has no such feature, or no readable image has a class.
+    """
+    found = split_features(method, params, data, split, feature, batch_size)
+    known = found.labels >= 0
+    if not known.any():
+        raise UserError(f"no readable image of the {split} split has a class")
+    if known.all():
+        return found
+    return Labeled(found.features[known], found.labels[known])
+
+
 def _compute_split_features(
     method: EvaluatedMethod,
     params: Params,
@@ -82,19 +105,20 @@ def _compute_split_features(
     feature: str,
     batch_size: int,
 ) -> Labeled:
-    encode = _jit_image_vectors(method, data.augment, data.mesh, feature)
+    encode = jit_image_vectors(method, data.augment, data.mesh, feature)
     features = []
     labels = []
     for batch in data.batches(split, batch_size):
         found = jax.device_get(encode(params, batch))
         valid = found["index"] >= 0
+        check_finite(found["features"][valid], params, batch["images"])
         features.append(found["features"][valid])
         labels.append(found["label"][valid])
     return Labeled(np.concatenate(features), np.concatenate(labels))
 
 
 @functools.lru_cache(maxsize=8)
-def _jit_image_vectors(
+def jit_image_vectors(
     method: EvaluatedMethod, augment: Augment, mesh: Mesh, feature: str
 ) -> Callable[[Params, Batch], Batch]:
     """Jitted (params, batch) -> {"features": [B, D], "label": [B], "index": [B]}, replicated."""

@@ -20,6 +20,7 @@ from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
 from lmim_jax.evaluators.common import image_features
+from lmim_jax.evaluators.common.finite import check_finite
 from lmim_jax.models.layers import patchify
 from lmim_jax.utils.errors import UserError
 
@@ -124,6 +125,7 @@ def split_patch_features(
     for batch in data.batches(split, batch_size):
         index = np.asarray(jax.device_get(replicate(batch["index"])))
         found = np.asarray(jax.device_get(encode(params, batch["images"])))
+        check_finite(found[index >= 0], params, batch["images"])
         tokens.append(found[index >= 0])
         indices.append(index[index >= 0])
     return np.concatenate(tokens), np.concatenate(indices)

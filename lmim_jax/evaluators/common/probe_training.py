@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lmim_jax.data.augment.device import Augment
-from lmim_jax.data.eval.eval_data import Batch, EvaluationData
+from lmim_jax.data.eval.eval_data import Batch, EvaluationData, only_labeled
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results, has_labels
+from lmim_jax.evaluators.common.classifiers import majority
 from lmim_jax.optim import schedules
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration
@@ -137,14 +138,16 @@ class Probe(base.Evaluator, abc.ABC):
         step, not that of the best epoch.
 
         Returns:
-          {"top1": percent of the test images, and "top5" with at least 6 classes}; {} without
-          classes or test images.
+          {"top1": percent of the test images, "top5" with at least 6 classes, and "majority":
+          percent of the most frequent class of the test images}; {} if labels have no meaning.
 
         Raises:
-          UserError: the batch size does not fit the devices or the number of images.
+          UserError: the batch size does not fit the devices or the number of images, or the probe
+            diverged.
         """
         if not has_labels(data):
             return {}
+        data = only_labeled(data)
         images = len(data.sources["train"])
         check_batch_size(self.name, self.batch_size, images, data.mesh.size)
         steps_per_epoch = images // self.batch_size  # the remainder of an epoch is dropped
@@ -157,10 +160,11 @@ class Probe(base.Evaluator, abc.ABC):
             self, task, data.mesh, steps, steps_per_epoch, data.config.channels
         )
         state = self._train(programs, params, data, steps, steps_per_epoch)
-        correct = self._classify(programs, params, state, data)
+        correct, labels = self._classify(programs, params, state, data)
         accuracies: Results = {}
         for name, column in zip(("top1", "top5"), correct.T, strict=False):
             accuracies[name] = 100 * float(np.mean(column))
+        accuracies["majority"] = majority(labels)
         return accuracies
 
     def _train(
@@ -182,13 +186,25 @@ class Probe(base.Evaluator, abc.ABC):
 
     def _classify(
         self, programs: "Programs", params: Params, state: Params, data: EvaluationData
-    ) -> np.ndarray:
-        """Whether test images are classified correctly, see `Programs.score`."""
+    ) -> tuple[Bool[np.ndarray, "Q n"], Int[np.ndarray, " Q"]]:
+        """Whether test images are classified correctly, see `Programs.score`; and their classes.
+
+        Raises:
+          UserError: logits are not finite.
+        """
         correct = []
+        labels = []
         for batch in data.batches("test", self.batch_size):
             found = jax.device_get(programs.score(state, params, batch))
-            correct.append(found["correct"][found["index"] >= 0])
-        return np.concatenate(correct)
+            counted = (found["index"] >= 0) & (found["label"] >= 0)
+            if not found["finite"][counted].all():
+                raise UserError(
+                    f"{self.name}: its outputs are not finite, so that nothing can be measured; "
+                    "lower its base_lr"
+                )
+            correct.append(found["correct"][counted])
+            labels.append(found["label"][counted])
+        return np.concatenate(correct), np.concatenate(labels)
 
 
 def check_batch_size(name: str, batch_size: int, images: int, devices: int) -> None:
@@ -214,7 +230,8 @@ class Programs(NamedTuple):
       step: (state, params, batch of canvases) -> (state, loss).
       score: (state, params, batch of test images) -> {"correct": bool [B, 1 or 2], whether the
         true class has the largest logit, and with more than 5 classes whether it is among the
-        largest 5; "index": int32 [B], as in the batch}.
+        largest 5; "finite": bool [B], whether the logits are; "index" and "label": as in the
+        batch}.
     """
 
     create: Callable[[Params], Params]
@@ -282,7 +299,12 @@ def build_programs(
         columns = [correct[:, 0]]
         if has_top_5:
             columns.append(correct.any(axis=1))
-        return {"correct": jnp.stack(columns, axis=1), "index": batch["index"]}
+        return {
+            "correct": jnp.stack(columns, axis=1),
+            "finite": jnp.isfinite(logits).all(axis=1),
+            "index": batch["index"],
+            "label": batch["label"],
+        }
 
     return Programs(
         create=jax.jit(create),
@@ -346,6 +368,6 @@ class _Progress:
         )
         if not math.isfinite(mean_loss):
             log.warning(
-                "%s: the loss is not finite and its accuracies are meaningless; lower its base_lr",
+                "%s: the loss is not finite; lower its base_lr",
                 self._name,
             )
