@@ -1,9 +1,12 @@
 """Whose lock counts, and the flags passed to XLA."""
 
+import concurrent.futures
 import json
 import os
 import shutil
-import socket
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -11,25 +14,44 @@ import pytest
 from lmim_jax.train import lock, workdir
 from lmim_jax.utils.errors import UserError
 
+DEAD = {
+    "host": "elsewhere",
+    "machine": "another boot pid:[1]",
+    "pid": 1,
+    "start": 12345,
+    "since": "2026-01-01T00:00:00+00:00",
+    "token": "0",
+}
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    """Looks and heartbeats in quick succession."""
+    monkeypatch.setattr(lock, "LOOK", 0.02)
+    monkeypatch.setattr(lock, "LOOKS", 20)
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.02)
+
 
 def hold(path, **change):
-    """Write the lock file of another process."""
-    holder = {
-        "host": socket.gethostname(),
-        "pid": 1,
-        "start": lock.process_start(1),
-        "since": "2026-01-01T00:00:00+00:00",
-    }
-    (path / "lock").write_text(json.dumps(holder | change))
+    """Write the lock file of another process of this machine."""
+    here = {"machine": lock._machine(), "pid": 1, "start": lock.process_start(1)}
+    (path / "lock").write_text(json.dumps(DEAD | here | change) + "\n1\n")
 
 
 def test_a_lock_is_held_and_released(tmp_path):
     taken = pytest.raises(
         UserError, match=rf"pid {os.getpid()}, since 20.*choose another --workdir"
     )
-    with lock.Lock(tmp_path / "run"), taken:
+    with lock.Lock(tmp_path / "run") as held, taken:
+        held.confirm()
         lock.Lock(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match=r"run cannot be written: .*File exists"):
+        lock.Lock(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -38,26 +60,146 @@ def test_a_lock_is_held_and_released(tmp_path):
         ({}, True),
         ({"start": 12345}, False),  # another process has this PID now
         ({"pid": 2**22 + 1}, False),
-        ({"host": "elsewhere"}, True),  # by the age of the file
     ],
 )
-def test_whose_lock_counts(tmp_path, change, alive):
+def test_a_holder_of_this_machine_is_judged_by_its_process(tmp_path, change, alive):
     hold(tmp_path, **change)
     if alive:
         with pytest.raises(UserError, match="is being written by another run"):
             lock.Lock(tmp_path)
     else:
         lock.Lock(tmp_path).release()
+        assert not list(tmp_path.iterdir())
 
 
-def test_an_old_lock_of_another_host_is_taken_over(tmp_path, caplog):
-    hold(tmp_path, host="elsewhere")
-    long_ago = time.time() - 10 * lock.STALE
-    os.utime(tmp_path / "lock", (long_ago, long_ago))
+@pytest.mark.parametrize("content", [json.dumps(DEAD) + "\n1\n", "cut o", ""])
+def test_a_lock_that_does_not_change_is_taken_over(tmp_path, hurry, caplog, content):
+    (tmp_path / "lock").write_text(content)
+    now = time.time() + 1000  # an age says nothing
+    os.utime(tmp_path / "lock", (now, now))
     lock.Lock(tmp_path).release()
     assert "taking over" in caplog.text
-    (tmp_path / "lock").write_text("cut o")
+    assert not list(tmp_path.iterdir())
+
+
+def elsewhere(monkeypatch, machine):
+    """Let locks that are made from now on look like those of another machine."""
+    monkeypatch.setattr(lock, "_machine", lambda: machine)
+
+
+@pytest.mark.parametrize("machine", ["another boot pid:[1]", None])
+def test_a_live_holder_elsewhere_is_found_whatever_the_clock_of_the_files(
+    tmp_path, hurry, monkeypatch, machine
+):
+    elsewhere(monkeypatch, machine)
+    flush = lock._flush
+
+    def flush_behind(file, content):
+        flush(file, content)
+        os.utime(file.fileno(), (time.time() - 130, time.time() - 130))
+
+    monkeypatch.setattr(lock, "_flush", flush_behind)
+    with lock.Lock(tmp_path) as held:
+        monkeypatch.undo()
+        monkeypatch.setattr(lock, "LOOK", 0.05)
+        with pytest.raises(UserError, match="is being written by another run"):
+            lock.Lock(tmp_path)
+        held.confirm()
+
+
+HOLD = """
+import sys
+from lmim_jax.train import lock
+lock.HEARTBEAT = 0.1
+with lock.Lock(sys.argv[1]):
+    print("held", lock._machine(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("own_proc", [True, False])
+def test_a_holder_in_another_pid_namespace_is_not_taken_for_dead(tmp_path, hurry, own_proc):
+    """Its PID is that of another process here, and its host and boot are the same."""
+    command = ["unshare", "--pid", "--fork"]
+    if os.geteuid():
+        command.append("--map-root-user")
+    if own_proc:
+        command.append("--mount-proc")
+    if not shutil.which("unshare") or subprocess.run([*command, "true"]).returncode:
+        pytest.skip("PID namespaces are not allowed here, or there is no unshare (util-linux)")
+    command += [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        seen = holder.stdout.readline().split()
+        assert seen[0] == "held"
+        assert seen[1:] != lock._machine().split()
+        with pytest.raises(UserError, match="is being written by another run"):
+            lock.Lock(tmp_path)
+        holder.communicate("")
+    assert holder.returncode == 0
     lock.Lock(tmp_path).release()
+
+
+def test_hard_links_are_not_needed(tmp_path, monkeypatch):
+    def refuse(*paths, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with lock.Lock(tmp_path), pytest.raises(UserError, match="is being written"):
+        lock.Lock(tmp_path)
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_of_ten_racing_takers_one_wins(tmp_path, hurry, dead):
+    if dead:
+        hold(tmp_path, start=12345)
+    together = threading.Barrier(10)
+
+    def take(_):
+        together.wait()
+        try:
+            return lock.Lock(tmp_path)
+        except UserError:
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        (winner,) = filter(None, pool.map(take, range(10)))
+    winner.confirm()
+    winner.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_taker_that_died_over_it_is_no_obstacle(tmp_path, hurry):
+    hold(tmp_path, start=12345)
+    claim = lock._LockFile(tmp_path / "lock")._claim_path((tmp_path / "lock").read_bytes())
+    claim.touch()
+    lock.Lock(tmp_path).release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stolen_lock_stops_the_loser(tmp_path, hurry):
+    with lock.Lock(tmp_path) as loser:
+        loser.raise_if_lost()
+        (tmp_path / "lock").unlink()
+        hold(tmp_path)
+        stolen = (tmp_path / "lock").read_bytes()
+        with pytest.raises(lock.LockLost, match="was taken over by another run"):
+            loser.confirm()
+        with pytest.raises(lock.LockLost):
+            loser.raise_if_lost()
+    assert (tmp_path / "lock").read_bytes() == stolen
+
+
+def test_a_folder_that_is_unavailable_for_a_while_keeps_its_lock(tmp_path, hurry):
+    run = tmp_path / "run"
+    with lock.Lock(run) as held:
+        run.rename(tmp_path / "gone")
+        with pytest.raises(FileNotFoundError):
+            held.confirm()
+        held.raise_if_lost()
+        (tmp_path / "gone").rename(run)
+        held.confirm()
 
 
 def test_kernels_are_pinned_where_there_is_a_gpu(tmp_path, monkeypatch):

@@ -1,37 +1,48 @@
-"""Pretrains an encoder with a recipe, or resumes a run.
+"""Pretrains an encoder on a folder of images or with a recipe, or resumes a run.
 
+    lmim train DIR
+    lmim train DIR --hours=2
     lmim train --config=vit_b --config.data.path=IMAGES --workdir=RUN
     lmim train --config=quickstart --config.batch_size=64 --config.epochs=20
 
-Running the same command again resumes the run. Exit codes: 2 for a mistake in flags or config, 1
-if the run diverged or cannot save, 75 if it was interrupted and has saved its state.
+DIR is any folder of images: the recipe `own` chooses all settings by the images and the machine,
+prints them with the options that change them, and writes a page of results. Nothing is written
+into DIR. Running the same command again resumes the run.
+
+Exit codes: 2 for a mistake in flags or config, 1 if the run diverged or cannot save, 75 if it was
+interrupted and has saved its state.
 """
 
 import logging
 import pathlib
+from collections.abc import Sequence
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.cli import app
 from lmim_jax.distributed import multihost, preemption
-from lmim_jax.train import checkpoints, loop, metric_logger, workdir
-from lmim_jax.utils.errors import fail
+from lmim_jax.train import checkpoints, lock, loop, metric_logger, runs, workdir
+from lmim_jax.utils import atomic_io, progress
+from lmim_jax.utils.errors import UserError, fail
 from lmim_jax.utils.logging import log_to_console
 
 log = logging.getLogger("lmim_jax.cli.train")
 
 RECIPES: dict[str, str | None] = {"config": "quickstart"}
+RECIPES_OF_ARGUMENTS: dict[str, str | None] = {"config": "own"}  # where DIR is given
+BANK = 2048  # training images that are searched for the neighbors of the page
 
 
 def main(arguments: list[str]) -> None:
     """Train."""
     given = flags.FLAGS
-    recipe = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
-    folder = given.workdir or f"runs/{recipe}"
+    config = given.config
+    folder = read_arguments(arguments)
+    workdir.check_outside_images(folder, config.data)
     try:
-        flags_of_xla = workdir.set_xla_flags(given.config, folder, given.coordinator)
+        flags_of_xla = workdir.set_xla_flags(config, folder, given.coordinator)
         multihost.initialize(
             given.coordinator,
             given.num_processes,
@@ -42,9 +53,12 @@ def main(arguments: list[str]) -> None:
         log_to_console()
         for line in flags_of_xla:
             log.info(line)
-        app.no_arguments(arguments, "--config.batch_size=256")
-        loop.train(given.config, folder)
-    except (metric_logger.NonFinite, checkpoints.SaveFailed) as error:
+        if "hours" in config:
+            fill_in(config, folder)
+        loop.train(config, folder)
+        if config.report and jax.process_count() == 1:
+            write_report(folder)
+    except (metric_logger.NonFinite, checkpoints.SaveFailed, lock.LockLost) as error:
         fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
@@ -62,6 +76,87 @@ def main(arguments: list[str]) -> None:
         )
 
 
+def read_arguments(arguments: Sequence[str]) -> str:
+    """The folder of the run; the folder of images and --hours are set in the config.
+
+    Args:
+      arguments: the positional ones: none, or the folder of images.
+
+    Raises:
+      UserError: an argument or a flag does not fit the others.
+    """
+    given = flags.FLAGS
+    config = given.config
+    overrides = config_flags.get_override_values(given["config"])
+    if arguments:
+        images = pathlib.Path(arguments[0]).expanduser().absolute()
+        if len(arguments) > 1 or not images.is_dir():
+            raise UserError(
+                f"unknown argument {arguments[-1]!r}: not a folder of images, and flags look like "
+                "--config.batch_size=256"
+            )
+        if overrides.get("data.path", str(images)) != str(images):
+            raise UserError(f"{arguments[0]} and --config.data.path: give only one of them")
+        config.data.path = str(images)
+        if "data.source" not in overrides:
+            config.data.source = "folder"
+    if given.hours is not None:
+        if "hours" not in config or given.hours <= 0:
+            raise UserError(
+                f"--hours={given.hours:g}: hours above 0, and for the recipe own (lmim train DIR); "
+                "others have --config.epochs"
+            )
+        config.hours = given.hours
+    name = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
+    if "hours" in config and config.data.path:
+        name = pathlib.Path(config.data.path).expanduser().absolute().name or name
+    return given.workdir or f"runs/{name}"
+
+
+def fill_in(config: ConfigDict, folder: str) -> None:
+    """Choose what is not given of the recipe own, or take it from the run, and print it.
+
+    Args:
+      config: of configs/own.py; it is changed in place.
+      folder: of the run, which may exist.
+    """
+    from lmim_jax.perf import choices  # slow to import
+
+    given = flags.FLAGS
+    overrides = config_flags.get_override_values(given["config"])
+    if pathlib.Path(folder, "config.json").exists():
+        stored = runs.read_config(folder)
+        if "hours" in stored:
+            known = {key: value for key, value in stored.items() if key in config}
+            config.update(runs.with_tuples(known))
+            config.update_from_flattened_dict(overrides)
+            if given.hours is not None:
+                config.hours = given.hours
+            log.info("settings: those that were chosen for %s", folder)
+        return
+    chooser = choices.Chooser(config, overrides.keys())
+    chooser.choose()
+    log.info("Chosen for %s:", config.data.path)
+    for line in choices.table(chooser.choices):
+        log.info(line)
+
+
+def write_report(folder: str) -> None:
+    """Write the page of a run, unless it exists; what it lacks is logged."""
+    from lmim_jax.cli import report  # slow to import
+
+    page = pathlib.Path(folder, "report.html")
+    if not page.exists():
+        log.info("writing the page ...")
+        try:
+            with progress.working("writing the page"):
+                atomic_io.write(page, report.report(runs.open_run(folder), BANK))
+        except (UserError, OSError) as error:
+            log.warning("no page: %s", error)
+            return
+    log.info("A page to look at: %s", page)
+
+
 def define_flags() -> None:
     """Define the flags of the command."""
     app.define_recipe(
@@ -72,7 +167,14 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        "The folder of the run, by default runs/NAME_OF_THE_RECIPE. Example: --workdir=runs/vit_b",
+        "The folder of the run, by default runs/NAME, of DIR or of the recipe. "
+        "Example: --workdir=runs/vit_b",
+    )
+    flags.DEFINE_float(
+        "hours",
+        None,
+        "With DIR: how long to train, by default 4 minutes on a CPU and an hour on others; more "
+        "than 800 epochs are never chosen. Example: --hours=2",
     )
     app.define_processes()
     flags.DEFINE_integer(

@@ -8,6 +8,7 @@ import collections
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ from jax.experimental import multihost_utils
 from lmim_jax.utils.errors import UserError
 
 COORDINATOR_PORT = 8482  # as jax chooses it on Cloud TPUs
+DECISION_TIMEOUT = 3600  # seconds; process 0 may have to verify a large checkpoint
+_decision_numbers = itertools.count()
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
 
 
@@ -364,6 +367,36 @@ def gather_json(value: Any) -> list[Any]:
     for row, length in zip(rows, lengths, strict=True):
         values.append(json.loads(row[:length].tobytes()))
     return values
+
+
+def decide(find: Callable[[], Any]) -> Any:
+    """Let process 0 find a JSON value, and return it on all processes.
+
+    What decides whether a collective operation follows must be decided once: two processes may see
+    a shared folder differently. All must call it, in the same order.
+
+    Args:
+      find: called on process 0 only.
+
+    Raises:
+      UserError: the one that `find` raised, on all processes.
+    """
+    if jax.process_count() == 1:
+        return find()
+    store = global_state.client
+    key = f"decision/{next(_decision_numbers)}"
+    if jax.process_index() != 0:
+        decided = json.loads(store.blocking_key_value_get(key, DECISION_TIMEOUT * 1000))
+        if "mistake" in decided:
+            raise UserError(decided["mistake"])
+        return decided["value"]
+    try:
+        value = find()
+    except UserError as error:
+        store.key_value_set(key, json.dumps({"mistake": str(error)}))
+        raise
+    store.key_value_set(key, json.dumps({"value": value}))
+    return value
 
 
 def barrier(name: str, abort_key: str, timeout: float) -> None:

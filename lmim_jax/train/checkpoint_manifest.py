@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lmim_jax.utils import atomic_io
@@ -52,13 +53,17 @@ class CheckpointStatus:
 
 
 def write(
-    folder: str | os.PathLike[str], tensors: dict[str, dict[str, Any]], **metadata: Any
+    folder: str | os.PathLike[str],
+    tensors: dict[str, dict[str, Any]],
+    confirm: Callable[[], None],
+    **metadata: Any,
 ) -> dict[str, Any]:
     """Commit a step: checksum its files, flush them to disk, then write the manifest atomically.
 
     Args:
       folder: of the step.
       tensors: {path: {"shape", "dtype"}}.
+      confirm: raises an error if the step may not be committed any more.
       **metadata: more entries for the manifest.
 
     Returns:
@@ -76,6 +81,7 @@ def write(
     manifest = {"time": time.time(), **metadata, "files": files, "tensors": tensors}
     body = json.dumps(manifest, indent=1)
     head = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()})
+    confirm()
     atomic_io.write(folder / NAME, f"{head}\n{body}\n")
     return manifest
 

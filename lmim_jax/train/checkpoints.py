@@ -18,13 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lmim_jax.distributed import multihost
 from lmim_jax.distributed.preemption import Preempted
 from lmim_jax.train import checkpoint_manifest
 from lmim_jax.train.checkpoint_manifest import COMMITTED, FOLDER, newest_good_step, steps
+from lmim_jax.train.lock import Lock, LockLost
 from lmim_jax.train.metric_writer import read_metrics
 from lmim_jax.train.state import TrainState
 from lmim_jax.utils.errors import UserError
@@ -46,16 +46,21 @@ class Checkpoints:
     in a `with` block, which waits for the save in progress when it ends.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+    def __init__(
+        self, workdir: str | os.PathLike[str], config: ConfigDict, lock: Lock | None = None
+    ) -> None:
         """Open the checkpoints of a run.
 
         Args:
           workdir: of the run.
           config: `checkpoint_keep`, `checkpoint_keep_every`, `checkpoint_best` and
             `checkpoint_max_failures` are read.
+          lock: of the run; nothing is written once it is lost. None: the caller knows that there
+            is no other writer.
         """
         self._workdir = pathlib.Path(workdir)
         self._config = config
+        self._lock = lock
         self._root = self._workdir.absolute() / FOLDER
         self._thread: threading.Thread | None = None
         self._error: str | None = None  # of the last save, if it failed
@@ -134,18 +139,7 @@ class Checkpoints:
 
     def _step_to_restore(self) -> int | None:
         """The newest good step, verified by process 0; None where nothing was saved yet."""
-        step = None
-        problem = None
-        if jax.process_index() == 0:
-            try:
-                step = newest_good_step(self._workdir, quarantine=True)
-            except UserError as error:
-                problem = error
-        message = np.array([-1 if step is None else step, problem is not None], np.int32)
-        received = multihost_utils.broadcast_one_to_all(message)
-        if received[1]:
-            raise problem or UserError("process 0 found no good checkpoint; see its message")
-        return int(received[0]) if received[0] >= 0 else None
+        return multihost.decide(lambda: newest_good_step(self._workdir, quarantine=True))
 
     def save(self, state: TrainState, step: int) -> None:
         """Start saving a state; it may be donated once this returns.
@@ -158,6 +152,7 @@ class Checkpoints:
         folder = self._root / str(step)
         self._attempt += 1  # equal on all processes, as all of them save
         try:
+            self._confirm_lock()
             folder.mkdir(parents=True, exist_ok=True)
             self._barrier("folder")
             args = ocp.args.PyTreeSave(_without_key(state))
@@ -193,7 +188,9 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                checkpoint_manifest.write(self._root / str(step), tensors, step=step)
+                checkpoint_manifest.write(
+                    self._root / str(step), tensors, self._confirm_lock, step=step
+                )
                 (self._root / COMMITTED).touch()
             self._barrier("committed")
         except Exception as error:  # disk full, folder deleted, ...: training continues
@@ -206,6 +203,11 @@ class Checkpoints:
                 self._delete_old_steps()
             except OSError as error:  # the step just committed is good in any case
                 log.error("old checkpoints could not be deleted: %s", error)
+
+    def _confirm_lock(self) -> None:
+        """Raise an error unless this run is still the one that writes here."""
+        if self._lock:
+            self._lock.confirm()
 
     def _barrier(self, key: str, timeout_ms: int = SAVE_TIMEOUT * 1000) -> None:
         """Wait for the other processes of a save; raise an error if one of them has failed.
@@ -220,7 +222,8 @@ class Checkpoints:
         self._failures += 1
         self._error = _first_line(error)
         multihost.abort(f"failed/{self._attempt}", self._error)
-        shutil.rmtree(self._root / str(step), ignore_errors=True)
+        if not isinstance(error, LockLost):  # else the files may be those of the other run
+            shutil.rmtree(self._root / str(step), ignore_errors=True)
         self._orbax = _checkpointer(self._barrier)  # the old one would raise the error again
         log.error(
             "SAVING STEP %d FAILED (%d of %d in a row before the run stops): %s; %s. Retrying soon",

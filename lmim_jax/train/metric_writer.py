@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from lmim_jax.distributed import multihost
 from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError
 
@@ -48,21 +49,20 @@ class MetricWriter:
         self._failing = False
         self._evaluated: set[str] = set()
         self.wall_seconds = 0.0
-        if self._path.exists():
-            self._keep_lines_until_start()
-
-    def _keep_lines_until_start(self) -> None:
-        """Drop lines of steps after the start; read what the kept ones say about the run."""
-        lines = [
-            line for line in self._path.read_text().splitlines() if _step_of(line) <= self._start
-        ]
-        if self._is_first_process:
-            atomic_io.write(self._path, "".join(line + "\n" for line in lines))
-        for line in lines:
-            values = json.loads(line)
+        for values in multihost.decide(self._keep_lines_until_start):
             self.wall_seconds = max(self.wall_seconds, values.get("wall_seconds", 0.0))
             if values["step"] == self._start:
                 self._evaluated |= {name.split("/")[0] for name in values if "/" in name}
+
+    def _keep_lines_until_start(self) -> list[dict[str, Any]]:
+        """Drop lines of steps after the start; return what the last of the others say."""
+        if not self._path.exists():
+            return []
+        lines = [
+            line for line in self._path.read_text().splitlines() if _step_of(line) <= self._start
+        ]
+        atomic_io.write(self._path, "".join(line + "\n" for line in lines))
+        return [json.loads(line) for line in lines]
 
     def has_evaluation(self, title: str) -> bool:
         """Whether the evaluation of that title was written at the step this writer starts from."""

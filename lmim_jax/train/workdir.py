@@ -13,6 +13,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from lmim_jax.data import sources
 from lmim_jax.distributed import multihost
 from lmim_jax.utils import atomic_io, xla_flags
 from lmim_jax.utils.errors import UserError
@@ -66,6 +67,26 @@ def check(
         raise UserError(
             f"{workdir} is the run of another config ({', '.join(differing)}); choose another "
             "--workdir"
+        )
+
+
+def check_outside_images(workdir: str | os.PathLike[str], data: ConfigDict) -> None:
+    """Check that a run would not be written into the folder of its images.
+
+    Args:
+      workdir: of the run.
+      data: `config.data`.
+
+    Raises:
+      UserError: it would be.
+    """
+    if not data.path or sources.kind(data) != "folder":
+        return
+    images = pathlib.Path(data.path).expanduser().resolve()
+    if pathlib.Path(workdir).expanduser().resolve().is_relative_to(images):
+        raise UserError(
+            f"the run would be in {workdir}, inside the images in {data.path}; give --workdir=RUN "
+            "elsewhere"
         )
 
 
