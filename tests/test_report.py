@@ -27,6 +27,8 @@ from lmim_jax.utils.errors import UserError
 ROOT = pathlib.Path(__file__).parent.parent
 EVIL = "<script>alert(1)</script>"
 SECTIONS = [
+    "curves",
+    "evaluations",
     "inputs",
     "reconstructions",
     "features",
@@ -34,8 +36,6 @@ SECTIONS = [
     "attention",
     "similarities",
     "neighbors",
-    "curves",
-    "evaluations",
     "provenance",
 ]
 
@@ -131,7 +131,8 @@ def test_figures_are_those_of_the_files(text):
     assert "54.0 %" in text
     assert "untrained encoder: 50.0 %" in text
     assert "untrained encoder: 70.0 %" in text
-    assert text.index("logistic regression on frozen features") < text.index("majority vote")
+    assert text.index("logistic regression on frozen features") < text.index("vote of the")
+    assert text.index("vote of the") < text.index("<section")  # both are tiles
     assert "12.3" in text
     assert "cut.json</code> contains no readable metrics" in text
     assert f"jax {jax.__version__}" in text

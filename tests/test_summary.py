@@ -96,7 +96,7 @@ def test_curves_of_accuracies_come_first_with_their_baselines():
     assert titles[-1] == "segments"
     _, curves, constants = panels[0]
     assert curves == {"regression/accuracy": ([0, 8], [61.0, 81.5])}
-    assert constants == {"pixels_accuracy": 68.5, "histogram_accuracy": 53.0}
+    assert constants == {"raw pixels": 68.5, "color histogram": 53.0}
     _, curves, constants = panels[1]
     assert list(curves) == ["knn/knn20", "knn/nn1"]
-    assert constants == {"pixels_knn20": 72.25, "histogram_knn20": 64.5}
+    assert constants == {"raw pixels, k-NN 20": 72.25, "color histogram, k-NN 20": 64.5}

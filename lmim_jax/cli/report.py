@@ -3,8 +3,9 @@
     lmim report --workdir=RUN
     lmim report --workdir=RUN --out=FILE.html --path=IMAGES
 
-The report shows the curves, the input of the model, features, segmentations, attention, nearest
-neighbors, evaluations, the configuration and the commands. It is one file that needs no network.
+The report shows the curves, the evaluations, the input of the model, features, segmentations,
+attention, nearest neighbors, the configuration and the commands. It is one file that needs no
+network.
 """
 
 import logging
@@ -43,6 +44,8 @@ def report(run: Run, bank: int) -> str:
     encoded = run_features.encode_images(run, IMAGES)
     queries, searched = run_features.nearest_neighbors(run, QUERIES, NEIGHBORS, bank)
     sections = [
+        log_sections.curves_section(metric_log),
+        log_sections.evaluations_section(run.folder, metric_log),
         image_sections.input_section(views),
         image_sections.reconstructions_section(views),
         image_sections.features_section(encoded),
@@ -50,8 +53,6 @@ def report(run: Run, bank: int) -> str:
         patch_sections.attention_section(encoded, IMAGES),
         patch_sections.similarity_section(encoded, IMAGES),
         image_sections.neighbors_section(queries, searched),
-        log_sections.curves_section(metric_log),
-        log_sections.evaluations_section(run.folder, metric_log),
         log_sections.provenance_section(run),
     ]
     title = f"Run {run.folder.resolve().name}"

@@ -8,7 +8,7 @@ from lmim_jax.train.summary import ROWS
 
 DESCRIPTIONS = (  # (regular expression for the whole name of a metric, what the metric is)
     (r"nn1", "class of the nearest training image"),
-    (r"knn(\d+)", r"majority vote of the \1 nearest training images"),
+    (r"knn(\d+)", r"vote of the \1 nearest training images"),
     (r"loo1", "class of the nearest other test image"),
     (r"accuracy", "logistic regression on frozen features: test accuracy"),
     (r"held_out", "accuracy on held-out training images"),

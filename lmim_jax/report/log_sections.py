@@ -4,20 +4,35 @@ A file that is missing leaves its part out; a damaged file is listed by name ins
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lmim_jax.report import config_diff, elements
+from lmim_jax.report import config_diff, elements, eval_table
 from lmim_jax.train import provenance as environment
 from lmim_jax.train import summary
 from lmim_jax.train.collapse_metrics import COLLAPSED
 from lmim_jax.train.runs import Run
+from lmim_jax.train.summary import BASELINES, ROWS
 from lmim_jax.utils import html, plotting
 from lmim_jax.utils.html import Html, Section
 from lmim_jax.utils.logging import duration
 
+# The main accuracy of an evaluator is the first of these that it has: (regular expression for the
+# name of the metric, title of the tile; "": that of the evaluator)
+ACCURACIES = (
+    (r"accuracy", "linear"),
+    (r"top1", ""),
+    (r"knn(\d+)", r"k-NN \1"),
+    (r"nn1", "1-NN"),
+    (r"loo1", "1-NN"),
+    (r"shots\d+|labels\d+pct", ""),
+)
+
+Metrics = Mapping[str, Mapping[str, Any]]  # {"title/name": {column: value}}, see `eval_table`
 MetricLog = list[dict[str, Any]]  # lines of metrics.jsonl, each with "step" and some metrics
 
 ENVIRONMENT_FACTS = ("devices", "processes", "system", "versions")
@@ -79,7 +94,8 @@ def format_number(value: object) -> str:
 
 def page_header(run: Run, log: MetricLog) -> Html:
     """Title, a line that describes the run, and tiles with its main metrics."""
-    tiles = _accuracy_tiles(log) + _training_tiles(log, width=run.config.method.width)
+    evaluations = [_logged_metrics(log), *filter(None, _read_evaluations(run.folder).values())]
+    tiles = _accuracy_tiles(evaluations) + _training_tiles(log, width=run.config.method.width)
     name = run.folder.resolve().name
     parts = [
         html.tag("h1", f"Run {name}"),
@@ -107,33 +123,48 @@ def _describe_run(run: Run, log: MetricLog) -> str:
     text = "; ".join(parts)
     last = _last_values(log)
     if "wall_seconds" in last:
-        text += f" in {duration(last['wall_seconds'])}"
+        text += f" in {duration(last['wall_seconds'])}, evaluations included"
     return text
 
 
-def _accuracy_tiles(log: MetricLog) -> list[Tile]:
-    """A tile for each accuracy of logistic regression, then for each k-NN accuracy in the log."""
-    last = _last_values(log)
-    untrained = _untrained_values(log)
-    linear_tiles: list[Tile] = []
-    knn_tiles: list[Tile] = []
-    for name in sorted(last):
-        metric = name.partition("/")[2]
-        if metric == "accuracy":
-            tiles = linear_tiles
-            title = "linear"
-            note = "test accuracy by logistic regression on frozen features"
-        elif re.fullmatch(r"knn\d+", metric):
-            tiles = knn_tiles
-            k = metric.removeprefix("knn")
-            title = f"k-NN {k}"
-            note = f"test accuracy by majority vote of the {k} nearest training images"
-        else:
-            continue
-        if name in untrained:
-            note += f"; untrained encoder: {format_number(untrained[name])} %"
-        tiles.append(Tile(title, f"{format_number(last[name])} %", note))
-    return linear_tiles + knn_tiles
+def _accuracy_tiles(evaluations: Iterable[Metrics]) -> list[Tile]:
+    """A tile for the main accuracy of each evaluator, linear ones first.
+
+    Args:
+      evaluations: {"title/name": {column: value}} of the run and of every `lmim evaluate`.
+    """
+    found: dict[tuple[int, str], Tile] = {}
+    for metrics in evaluations:
+        for title in dict.fromkeys(name.partition("/")[0] for name in metrics):
+            own = {name: values for name, values in metrics.items() if name.startswith(f"{title}/")}
+            tile = _main_tile(title, own)
+            if tile is not None and tile[0] not in found:
+                found[tile[0]] = tile[1]
+    return [found[place] for place in sorted(found)]
+
+
+def _main_tile(title: str, metrics: Metrics) -> tuple[tuple[int, str], Tile] | None:
+    """The tile of an evaluator's main accuracy, and its place; None without a trained accuracy."""
+    for rank, (pattern, name) in enumerate(ACCURACIES):
+        for metric in sorted(metrics, key=_number_at_end):
+            match = re.fullmatch(pattern, metric.partition("/")[2])
+            value = metrics[metric].get("trained")
+            if match is None or not isinstance(value, int | float):
+                continue
+            notes = [eval_table.describe(metric)]
+            for column, what in ROWS.items():
+                if column != "trained" and column in metrics[metric]:
+                    notes.append(f"{what}: {format_number(metrics[metric][column])} %")
+            name = match.expand(name) or title.replace("_", " ")
+            return (rank, title), Tile(name, f"{format_number(value)} %", "; ".join(notes))
+    return None
+
+
+def _number_at_end(name: str) -> int:
+    """20 of "knn/knn20"; 0 without a number."""
+    digits = re.search(r"\d*$", name)
+    assert digits is not None
+    return int(digits.group() or 0)
 
 
 def _training_tiles(log: MetricLog, width: int) -> list[Tile]:
@@ -150,8 +181,8 @@ def _training_tiles(log: MetricLog, width: int) -> list[Tile]:
         rank = format_number(last["effective_rank"])
         tiles.append(Tile("effective rank", rank, f"of {width} feature dimensions"))
     if "images_per_second" in last:
-        speed = f"{round(last['images_per_second']):,}"
-        tiles.append(Tile("speed", speed, "images per second at the end of training"))
+        speed = f"{round(summary.median_speed(log)):,}"
+        tiles.append(Tile("speed", speed, "images per second of training, evaluations aside"))
     return tiles
 
 
@@ -189,9 +220,16 @@ def curves_section(log: MetricLog) -> Section | None:
 
 def evaluations_section(folder: str | pathlib.Path, log: MetricLog) -> Section | None:
     """Metrics of evaluators, from metrics.jsonl and evaluations/*.json; None if there are none."""
-    content = _evaluations_during_training(log)
-    for path in sorted(pathlib.Path(folder, "evaluations").glob("*.json")):
-        content += _evaluation_file(path)
+    content = []
+    logged = _logged_metrics(log)
+    if logged:
+        content += [elements.heading("during training"), _metrics_table(logged)]
+    for name, metrics in _read_evaluations(folder).items():
+        if metrics is None:
+            note = [elements.code(name), " contains no readable metrics."]
+            content.append(elements.paragraph(note))
+        else:
+            content += [elements.heading(name.removesuffix(".json")), _metrics_table(metrics)]
     if not content:
         return None
     look = (
@@ -202,47 +240,59 @@ def evaluations_section(folder: str | pathlib.Path, log: MetricLog) -> Section |
     return html.explained_section("evaluations", "Evaluations", look, "", combined)
 
 
-def _evaluations_during_training(log: MetricLog) -> list[Html]:
-    """A table of the evaluations that ran during training, or [] if there were none."""
+def _logged_metrics(log: MetricLog) -> Metrics:
+    """The evaluations that ran during training, as `lmim evaluate` would write them."""
     last = _last_values(log)
     untrained = _untrained_values(log)
-    rows = []
+    metrics: dict[str, dict[str, Any]] = {}
     for name, value in last.items():
-        if "/" in name:
-            rows.append([name, format_number(untrained.get(name, "")), format_number(value)])
-    if not rows:
-        return []
-    return [html.table(["during training", "untrained", "last"], rows, numbers=(1, 2))]
+        title, slash, metric = name.partition("/")
+        if not slash:
+            continue
+        baseline, _, of = metric.partition("_")
+        if baseline in BASELINES and f"{title}/{of}" in last:
+            metrics.setdefault(f"{title}/{of}", {})[baseline] = value
+            continue
+        values = metrics.setdefault(name, {})
+        if name in untrained:
+            values["untrained"] = untrained[name]
+        values["trained"] = value
+    return metrics
 
 
-def _evaluation_file(path: pathlib.Path) -> list[Html]:
-    """The metrics in a file that `lmim evaluate` wrote, or a note that they cannot be read."""
-    content = _parse_json(path.read_text(errors="replace"))
-    metrics = None
-    if isinstance(content, dict):
-        metrics = content.get("figures")
-    if not isinstance(metrics, dict):
-        return [elements.paragraph([elements.code(path.name), " contains no readable metrics."])]
-    return [elements.heading(path.stem), _metrics_table(metrics)]
+def _read_evaluations(folder: str | pathlib.Path) -> dict[str, Metrics | None]:
+    """{name of a file that `lmim evaluate` wrote: its metrics, or None if it is unreadable}."""
+    evaluations = {}
+    for path in sorted(pathlib.Path(folder, "evaluations").glob("*.json")):
+        content = _parse_json(path.read_text(errors="replace"))
+        figures = None
+        if isinstance(content, dict) and isinstance(content.get("figures"), dict):
+            figures = {}
+            for name, values in content["figures"].items():
+                # Before version 0.2, a number instead of {column: number}
+                figures[name] = values if isinstance(values, dict) else {"trained": values}
+        evaluations[path.name] = figures
+    return evaluations
 
 
-def _metrics_table(metrics: dict[str, Any]) -> Html:
-    """A table of {metric: number}, or of {metric: {column: number}}."""
-    nested = {name: values for name, values in metrics.items() if isinstance(values, dict)}
-    if not nested:
-        flat = [[name, format_number(value)] for name, value in metrics.items()]
-        return html.table(["metric", "value"], flat, numbers=(1,))
+def _metrics_table(metrics: Metrics) -> Html:
+    """A table of metrics, with a row for each, what it is, and a column for each encoder."""
     columns: list[str] = []
-    for values in nested.values():
-        columns += [name for name in values if name not in columns]
+    for column in [*ROWS, *itertools.chain(*metrics.values())]:
+        if column not in columns and any(column in values for values in metrics.values()):
+            columns.append(column)
     rows = []
-    for name, values in nested.items():
-        cells = [format_number(values.get(column, "")) for column in columns]
-        rows.append([name] + cells)
-    for name, value in metrics.items():
-        if name not in nested:
-            rows.append([name, format_number(value)])
-    return html.table(["metric"] + columns, rows, numbers=range(1, 1 + len(columns)))
+    for name in eval_table.without_spreads(metrics):
+        spreads = metrics.get(name + eval_table.STD_SUFFIX, {})
+        cells = []
+        for column in columns:
+            cell = format_number(metrics[name].get(column, ""))
+            if column in spreads:
+                cell += f" ± {format_number(spreads[column])}"
+            cells.append(cell)
+        rows.append([name, eval_table.describe(name), *cells])
+    head = ["metric", "what it is"] + [ROWS.get(column, column) for column in columns]
+    return html.table(head, rows, numbers=range(2, len(head)))
 
 
 def provenance_section(run: Run) -> Section:

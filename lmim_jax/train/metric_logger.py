@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from lmim_jax.train.collapse_metrics import CollapseMonitor
 from lmim_jax.train.metric_writer import MetricWriter
-from lmim_jax.utils.logging import duration
+from lmim_jax.utils.logging import duration, fill_lines
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,13 @@ class MetricLogger:
             self._process(self._pending[0], self._pending[1])
             self._pending = None
 
+    def log_rest(self) -> None:
+        """Log the steps since the last line, if there are any; for a run that ends early."""
+        self.pause()
+        self._resumed = time.perf_counter()
+        if self._window:
+            self._log_window(self._logged_step + len(self._window))
+
     def pause(self) -> None:
         """Stop the clock, as evaluations and checkpoints are not training time; flushes."""
         self.flush()
@@ -182,7 +189,8 @@ class MetricLogger:
             progress["learning_rate"],
         )
         shown = [f"{name} {value:.3g}" for name, value in means.items() if name not in HIDDEN]
-        log.info("    %s", "  ".join(shown))
+        for line in fill_lines(shown):
+            log.info("%s", line)
         self._monitor.update(step, means)
 
     def _was_skipped(self, step: int, values: dict[str, float]) -> bool:

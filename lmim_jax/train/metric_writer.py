@@ -3,11 +3,14 @@
 A full disk delays them and does not stop training.
 """
 
+import importlib.util
 import json
 import logging
 import math
 import os
 import pathlib
+import re
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,6 +25,23 @@ from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
+
+BOARD_FOLDER = "tensorboard"
+# TensorBoard shows the tags of one prefix together; the first pattern for a whole name decides
+PREFIXES = (
+    (r".*/.*", "eval"),
+    (r"collapse_index|effective_rank|feature_std|similarity_.*", "collapse"),
+    (r"images_per_second|seconds_per_step|wall_seconds", "speed"),
+    (r".*", "train"),
+)
+
+
+def board_tag(name: str) -> str:
+    """TensorBoard's tag for a metric or a picture: its name in metrics.jsonl, with a prefix."""
+    for pattern, prefix in PREFIXES:
+        if re.fullmatch(pattern, name):
+            return f"{prefix}/{name}"
+    raise AssertionError(name)
 
 
 class MetricWriter:
@@ -64,6 +84,14 @@ class MetricWriter:
         atomic_io.write(self._path, "".join(line + "\n" for line in lines))
         return [json.loads(line) for line in lines]
 
+    @property
+    def board_command(self) -> str:
+        """The command that shows the curves in TensorBoard, which may have to be installed."""
+        command = f"tensorboard --logdir={shlex.quote(str(self._workdir / BOARD_FOLDER))}"
+        if importlib.util.find_spec("tensorboard"):
+            return command
+        return f"pip install tensorboard && {command}"
+
     def has_evaluation(self, title: str) -> bool:
         """Whether the evaluation of that title was written at the step this writer starts from."""
         return title in self._evaluated
@@ -75,8 +103,29 @@ class MetricWriter:
         from tensorboardX.summary import scalar
 
         self._pending += json.dumps({"step": step, **values}).encode() + b"\n"
-        summaries = [scalar(name, value) for name, value in values.items()]
+        summaries = [scalar(board_tag(name), value) for name, value in values.items()]
         self._attempt([self._append, lambda: self._write_events(step, summaries)])
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Show a config as a text in TensorBoard.
+
+        Args:
+          config: plain values.
+        """
+        if not self._is_first_process:
+            return
+        from tensorboardX.summary import text
+
+        lines = json.dumps(config, indent=2).splitlines()
+        code = "\n".join(f"    {line}" for line in lines)  # Markdown for a block of code
+        self._attempt([lambda: self._write_events(self._start, [text("config", code)])])
+
+    def write_failure(self, step: int, title: str, reason: str) -> None:
+        """Write a line {"step": ..., "failed": {title: reason}} about an evaluation."""
+        if not self._is_first_process:
+            return
+        self._pending += json.dumps({"step": step, "failed": {title: reason}}).encode() + b"\n"
+        self._attempt([self._append])
 
     def write_pictures(self, step: int, pictures: Mapping[str, UInt8[np.ndarray, "H W 3"]]) -> None:
         """Write pictures as workdir/pictures/NAME_STEP.png and to TensorBoard."""
@@ -88,7 +137,9 @@ class MetricWriter:
             file_name = f"{name.rpartition('/')[2]}_{step:07d}"
             write_picture(self._workdir, file_name, pictures[name])
 
-        summaries = [image(name, picture, dataformats="HWC") for name, picture in pictures.items()]
+        summaries = []
+        for name, picture in pictures.items():
+            summaries.append(image(board_tag(name), picture, dataformats="HWC"))
         actions = [lambda name=name: write_files(name) for name in pictures]
         self._attempt([*actions, lambda: self._write_events(step, summaries)])
 
@@ -143,7 +194,7 @@ class MetricWriter:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         if not self._board:
-            folder = self._workdir / "tensorboard"
+            folder = self._workdir / BOARD_FOLDER
             folder.mkdir(parents=True, exist_ok=True)
             self._board = EventsWriter(str(folder / "events"))
             # Makes TensorBoard discard what it has read of later steps

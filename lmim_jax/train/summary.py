@@ -59,7 +59,7 @@ def summarize(lines: list[Line], *, total_steps: int, seconds: float) -> dict[st
       seconds: its wall-clock time, over all restarts.
 
     Returns:
-      {"steps", "images_per_second" (median over lines), "wall_seconds"}; the last value of loss,
+      {"steps", "images_per_second" (median over lines, if any), "wall_seconds"}; the last value of loss,
       collapse metrics and evaluations; and for logistic regression and every k of the k-NN,
       percentages {"linear" or "knn20": {"majority", "pixels", "histogram", "untrained",
       "trained"}}, as far as they were measured.
@@ -70,11 +70,10 @@ def summarize(lines: list[Line], *, total_steps: int, seconds: float) -> dict[st
         last |= line
         if line["step"] == 0:
             first |= line
-    summary: dict[str, Any] = {
-        "steps": total_steps,
-        "images_per_second": median_speed(lines),
-        "wall_seconds": seconds,
-    }
+    summary: dict[str, Any] = {"steps": total_steps}
+    if any("images_per_second" in line for line in lines):
+        summary["images_per_second"] = median_speed(lines)
+    summary["wall_seconds"] = seconds
     for name in METRICS:
         if name in last:
             summary[name] = last[name]
@@ -82,7 +81,24 @@ def summarize(lines: list[Line], *, total_steps: int, seconds: float) -> dict[st
     for name, value in last.items():
         if "/" in name:
             summary[name] = value
+    failed = _failed_evaluations(lines)
+    if failed:
+        summary["failed_evaluations"] = failed
     return summary
+
+
+def _failed_evaluations(lines: list[Line]) -> list[dict[str, Any]]:
+    """[{"step", "evaluator", "reason"}] of the evaluations that failed and were not made later."""
+    failed = {}
+    for line in lines:
+        for title, reason in line.get("failed", {}).items():
+            failed[line["step"], title] = reason
+        for name in line:
+            failed.pop((line["step"], name.partition("/")[0]), None)
+    found = []
+    for (step, title), reason in failed.items():
+        found.append({"step": step, "evaluator": title, "reason": reason})
+    return found
 
 
 def median_speed(lines: list[Line]) -> float:
@@ -145,7 +161,10 @@ def format_summary(summary: dict[str, Any], workdir: str | os.PathLike[str]) -> 
         "checkpoints": "the weights",
     }
     lines = _accuracy_table(summary) + _collapse_lines(summary)
-    lines.append(f"  speed               {summary['images_per_second']:6.0f} images/s")
+    for failure in summary.get("failed_evaluations", []):
+        lines.append("  FAILED: {evaluator} at step {step}: {reason}".format(**failure))
+    if "images_per_second" in summary:
+        lines.append(f"  speed               {summary['images_per_second']:6.0f} images/s")
     lines += ["", f"In {folder}:", ""]
     for name, contents in files.items():
         lines.append(f"  {name:<18}  {contents}")

@@ -4,6 +4,7 @@ Letters: K images of a figure, H W pixels, C channels, h w grid rows and columns
 """
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -34,6 +35,8 @@ CLUSTER_COLORS = (
     "#bbbbbb",
     "#222222",
 )
+CONSTANT_STYLES = (("--", "#b8329c"), ("-.", "#8a6d00"), (":", "#7f7f7f"))  # of lines, in order
+COLUMNS = 3  # of curves beside each other
 MASK_COLORS = ListedColormap(["#222222", "#f2f2f2"])
 INK = "#010203"  # stands for the color of the page's text in SVG; no line has this color
 
@@ -147,6 +150,39 @@ def plot_features(
     return _pixels(figure)
 
 
+def plot_neighbors(
+    rows: Sequence[Sequence[Shaped[np.ndarray, "H W C"]]], similarity: Float[np.ndarray, "R K"]
+) -> Picture:
+    """Plot images, each in a column above the images most like it.
+
+    Args:
+      rows: K images, then R rows of their neighbors, the nearest first; levels 0 .. 255.
+      similarity: cosine similarity of each neighbor to the image of its column.
+    """
+    text = _GridText(
+        row_labels=["image", *(f"nearest {rank}" for rank in range(1, len(rows)))],
+        title="Nearest neighbors by features",
+        note="Training images in the order of the cosine similarity of their features (numbers).",
+        legend=[],
+    )
+    figure, axes = _image_grid(len(rows[0]), text)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            _show(axes[row, column], image)
+            if row > 0:
+                number = f"{similarity[row - 1, column]:.2f}"
+                axes[row, column].set_title(
+                    number,
+                    fontsize=7,
+                    x=0.02,
+                    y=0.02,
+                    loc="left",
+                    color="white",
+                    backgroundcolor="#222222",
+                )
+    return _pixels(figure)
+
+
 def plot_curves(panels: Sequence[Panel], title: str, shared_legend: bool = False) -> Picture:
     """Plot curves over optimizer steps, in one panel each.
 
@@ -156,36 +192,52 @@ def plot_curves(panels: Sequence[Panel], title: str, shared_legend: bool = False
       shared_legend: for panels with the same labels: one legend below all of them, that of the
         panel with the most lines.
     """
-    columns = 3
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4 * columns, 2.9 * rows), dpi=100, layout="constrained")
+    rows = _row_lengths(len(panels))
+    figure = Figure(figsize=(12, 3.1 * len(rows)), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=11, fontweight="bold")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    fullest = _fullest_panel(panels)
+    cells = math.factorial(COLUMNS)  # of a row: every length of a row divides them
+    grid = figure.add_gridspec(len(rows), cells)
+    axes = []
+    for row, length in enumerate(rows):
+        width = cells // length
+        for left in range(0, cells, width):
+            axes.append(figure.add_subplot(grid[row, left : left + width]))
+    fullest = fullest_panel(panels)
     colors = {}
     if shared_legend:
-        colors = _line_colors(panels[fullest])
+        colors = line_colors(panels[fullest])
     for i, panel in enumerate(panels):
         _plot_panel(axes[i], panel, colors)
         axes[i].set_title(panel[0], fontsize=9)
         if not shared_legend:
-            axes[i].legend(fontsize=7)
+            _add_legend(axes[i], panel)
         elif i == fullest:
             handles, labels = axes[i].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
-    for unused in axes[len(panels) :]:
-        unused.set_visible(False)
     return _pixels(figure)
 
 
-def curve_svg(panel: Panel) -> str:
-    """Plot a panel of `plot_curves` as SVG, in the color of the text of the page around it."""
+def _row_lengths(panels: int) -> list[int]:
+    """How many panels each row has: at most COLUMNS, and none is empty."""
+    rows = -(-panels // COLUMNS)
+    shortest, longer = divmod(panels, rows)
+    return [shortest + 1] * longer + [shortest] * (rows - longer)
+
+
+def curve_svg(panel: Panel, colors: Mapping[str, str] | None = None) -> str:
+    """Plot a panel of `plot_curves` as SVG, in the color of the text of the page around it.
+
+    Args:
+      panel: see `plot_curves`.
+      colors: of each line, where the page has the legend; None: the plot has a legend.
+    """
     with matplotlib.rc_context(_svg_style(panel)):
         figure = Figure(figsize=(4, 2.6), layout="constrained")
         ax = figure.subplots()
-        _plot_panel(ax, panel, {})
+        _plot_panel(ax, panel, colors or {})
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize=7, frameon=False)
+        if colors is None:
+            _add_legend(ax, panel)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _embeddable(buffer.getvalue())
@@ -217,17 +269,26 @@ def _embeddable(svg: str) -> str:
     return re.sub(r"\s*\n\s*", " ", svg).replace(INK, "currentColor")
 
 
-def _fullest_panel(panels: Sequence[Panel]) -> int:
+def fullest_panel(panels: Sequence[Panel]) -> int:
     """The index of the first panel with the most lines."""
     return max(range(len(panels)), key=lambda i: len(panels[i][1]))
 
 
-def _line_colors(panel: Panel) -> dict[str, str]:
-    """A color for every label: matplotlib's ten, then shades of gray."""
+def line_colors(panel: Panel) -> dict[str, str]:
+    """A color "#rrggbb" for every label: matplotlib's ten, then shades of gray."""
     colors = {}
     for i, label in enumerate(panel[1]):
-        colors[label] = f"C{i}" if i < 10 else str(i % 7 / 8)
+        color = f"C{i}" if i < 10 else str(0.2 + i % 7 / 10)
+        colors[label] = to_hex(color)
     return colors
+
+
+def _add_legend(ax: Axes, panel: Panel) -> None:
+    """Explain the lines below the axes, where they hide no data; one line needs no explanation."""
+    _, lines, constants = panel
+    if len(lines) + len(constants) > 1:
+        place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.2), borderaxespad=0)
+        ax.legend(fontsize=7, frameon=False, ncols=2, **place)
 
 
 def _plot_panel(ax: Axes, panel: Panel, colors: Mapping[str, str]) -> None:
@@ -237,8 +298,8 @@ def _plot_panel(ax: Axes, panel: Panel, colors: Mapping[str, str]) -> None:
         marker = "." if len(steps) < 12 else None
         ax.plot(steps, values, label=label, lw=1.5, marker=marker, color=colors.get(label))
     for i, (label, value) in enumerate(constants.items()):
-        dashes = (0, (4, 2 + i))
-        ax.axhline(value, ls=dashes, lw=1, color=str(0.45 + 0.15 * i), label=label)
+        style, color = CONSTANT_STYLES[i % len(CONSTANT_STYLES)]
+        ax.axhline(value, ls=style, lw=1.2, color=color, label=label)
     ax.set_xlabel("step", fontsize=8)
     ax.tick_params(labelsize=7)
     ax.grid(alpha=0.3)
@@ -274,15 +335,16 @@ def _image_grid(columns: int, text: _GridText, side: float = 1.5) -> tuple[Figur
         hspace=0.04,
     )
     figure.suptitle(text.title, y=1 - 0.08 / height, fontsize=10, fontweight="bold")
-    figure.legend(
-        handles=text.legend,
-        fontsize=7.5,
-        frameon=False,
-        borderaxespad=0,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0.74 / height),
-        ncols=len(text.legend),
-    )
+    if text.legend:
+        figure.legend(
+            handles=text.legend,
+            fontsize=7.5,
+            frameon=False,
+            borderaxespad=0,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.74 / height),
+            ncols=len(text.legend),
+        )
     figure.text(0.5, 0.08 / height, text.note, ha="center", va="bottom", fontsize=7.5)
     return figure, axes
 
