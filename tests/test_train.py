@@ -22,6 +22,7 @@ from lmim_jax.train import checkpoints, loop, metric_logger
 from lmim_jax.train.build import build
 from lmim_jax.train.metric_writer import read_metrics
 from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.logging import LINE_WIDTH, fill_lines
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {"evaluators": {}}  # compiles faster
@@ -88,8 +89,61 @@ def test_a_run_logs_what_it_did(finished):
     }
     assert {path.name for path in (workdir / "pictures").iterdir()} == names
     assert json.loads((workdir / "summary.json").read_text()) == summary
-    assert any((workdir / "tensorboard").iterdir())
+    tags = {tag for event in board_events(workdir) for tag in event}
+    assert {
+        "train/loss",
+        "train/grad_norm",
+        "train/learning_rate",
+        "collapse/effective_rank",
+        "collapse/similarity_targets",
+        "eval/knn/knn5",
+        "eval/visualization/seen",
+        "speed/images_per_second",
+        "config/text_summary",
+    } <= tags
+    assert {tag.partition("/")[0] for tag in tags} == {
+        "train",
+        "collapse",
+        "eval",
+        "speed",
+        "config",
+    }
     assert list(checkpoints.steps(workdir)) == [6, 9, 12]  # keep 3
+
+
+def board_events(workdir):
+    """{tag: value} of each event that TensorBoard would read."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for path in (workdir / "tensorboard").iterdir():
+        content = path.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            yield {value.tag: value for value in event.summary.value}
+
+
+def test_tensorboard_shows_the_config_as_text(finished):
+    config, workdir, _ = finished
+    texts = [
+        event["config/text_summary"]
+        for event in board_events(workdir)
+        if "config/text_summary" in event
+    ]
+    lines = texts[0].tensor.string_val[0].decode().splitlines()
+    assert all(line.startswith("    ") for line in lines)  # a block of code in Markdown
+    assert json.loads("\n".join(lines)) == json.loads(json.dumps(config.to_dict()))
+
+
+def test_lines_of_metrics_fit_on_the_console():
+    parts = [f"metric_{i} {i / 7:.3g}" for i in range(40)]
+    lines = fill_lines(parts, "step 5")
+    assert "  ".join(line.strip() for line in lines) == "step 5  " + "  ".join(parts)
+    assert len(lines) > 3
+    assert all(len(f"00:00:00 {line}") <= LINE_WIDTH for line in lines)
+    assert len(f"00:00:00 {lines[0]}  {parts[0]}") > LINE_WIDTH - len(parts[0])
+    assert fill_lines([]) == []
 
 
 def test_a_finished_run_says_so_and_does_nothing(finished, caplog):
