@@ -15,8 +15,8 @@ IMAGES = 1_281_167  # of ImageNet-1k's training split
 # the ends of the schedules.
 PUBLISHED = {
     # README of yibingwei-1/LatentMIM: batch 4096, --blr 1.5e-4, 800 epochs, 40 of warm-up;
-    # adjust_learning_rate: from and to min_lr_frac 0.25 of the peak; configs/lmim.yaml: weight decay
-    # 0.05; main_lmim.py: momentum 1 - 0.01 (1 + cos(pi epoch / epochs)) / 2
+    # adjust_learning_rate: from and to min_lr_frac 0.25 of the peak; configs/lmim.yaml: weight
+    # decay 0.05; main_lmim.py: momentum 1 - 0.01 (1 + cos(pi epoch / epochs)) / 2
     "vit_b": (
         312,
         {

@@ -7,6 +7,7 @@ A file of this folder describes one method, the module in methods/ with the same
 
 import collections
 import dataclasses
+import functools
 import importlib
 import pkgutil
 import re
@@ -179,10 +180,8 @@ def entries(method: Method) -> dict[str, Entry]:
       UserError: see `describe`.
     """
     spec = describe(method)
-    params = jax.eval_shape(method.init, jax.random.key(0))
-    tree = flatten_dict({"params": params, "target": method.target_of(params)}, sep="/")
     found = {}
-    for path, leaf in tree.items():
+    for path, leaf in _abstract_tree(method).items():
         name = torch_name(path)
         for pattern, replacement in spec.renames:
             name = re.sub(pattern, replacement, name)
@@ -194,6 +193,13 @@ def entries(method: Method) -> dict[str, Entry]:
             shape = (length // parts, *others)
             found[part_name] = Entry(path, layout, shape, part, parts)
     return found
+
+
+@functools.cache
+def _abstract_tree(method: Method) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of all parameters of a method and of its teacher, by path."""
+    params = jax.eval_shape(method.init, jax.random.key(0))
+    return flatten_dict({"params": params, "target": method.target_of(params)}, sep="/")
 
 
 def _part_names(name: str, splits: Collection[tuple[str, tuple[str, ...]]]) -> list[str]:
