@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
     config.optimizer.steps_ahead = 1  # the released code counts up before it reads the schedules
     # All but one-dimensional parameters
     config.optimizer.decay_rules = ((".*/(bias|scale)", False), (".*", True))
-    for evaluator in (config.evaluators.knn, config.evaluators.visualization):
+    for title in ("knn", "visualization", "neighbors"):
+        evaluator = config.evaluators[title]
         evaluator.update(params="target", feature="patches")
     return config
 

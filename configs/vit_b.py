@@ -60,27 +60,8 @@ def get_config() -> ConfigDict:
     # decayed.
     optimizer.decay_rules = ((".*(bias|norm|embed).*", False), (".*", True))
 
-    config.evaluators = ConfigDict()
-    config.evaluators.knn = dict(
-        type="knn",  # a file in lmim_jax/evaluators/
-        every=10.0,  # epochs, and at both ends of runs at least that long; 0: at the end only
-        params="online",  # online | target
-        batch_size=512,  # images at a time
-        feature="patches_prenorm",  # mean over patches before the final norm; see evaluate.py
-        k=(20,),  # numbers of neighbors that vote; each is a metric
-        temperature=0.07,  # a neighbor votes with weight exp(cosine / temperature)
-        baselines=False,  # also raw pixels and color histograms; for small images only
-    )
-    config.evaluators.visualization = dict(
-        type="visualization",  # the input of the model; PCA and clusters of its features
-        every=10.0,
-        params="online",
-        images=6,  # the same random held-out ones each time
-        feature="patches_prenorm",
-        zoom=2,  # images are enlarged by this factor, for a finer grid of features
-        clusters=4,  # of patches, per image
-    )
-
+    config.evaluators = evaluators()
+    config.report = False  # at the end, write the page report.html into the run, as lmim report
     config.log_every = 50  # steps between lines of metrics
     config.gauge_images = 512  # held-out images on which collapse metrics are measured
     config.checkpoint_every = 1000  # steps; also before evaluations and at the end
@@ -92,6 +73,42 @@ def get_config() -> ConfigDict:
     config.on_nonfinite = "stop"  # stop | skip: what to do if a loss or gradient is not finite
     config.max_skipped = 10  # skip: stop after so many in a row
     return config
+
+
+def evaluators() -> ConfigDict:
+    """What is measured and drawn during training, and at its end."""
+    evaluators = ConfigDict()
+    evaluators.strict = False  # True: stop when an evaluation fails, instead of skipping it
+    evaluators.knn = dict(
+        type="knn",  # a file in lmim_jax/evaluators/
+        every=10.0,  # epochs; also at the end, and at the start of longer runs. 0: at the end only
+        params="online",  # online | target
+        batch_size=512,  # images at a time
+        feature="patches_prenorm",  # mean over patches before the final norm; see evaluate.py
+        k=(20,),  # numbers of neighbors that vote; each is a metric
+        temperature=0.07,  # a neighbor votes with weight exp(cosine / temperature)
+        baselines=False,  # also raw pixels and color histograms; for small images only
+    )
+    evaluators.visualization = dict(
+        type="visualization",  # the input of the model; PCA and clusters of its features
+        every=10.0,
+        params="online",
+        images=6,  # the same random held-out ones each time
+        feature="patches_prenorm",
+        zoom=2,  # images are enlarged by this factor, for a finer grid of features
+        clusters=4,  # of patches, per image
+    )
+    evaluators.neighbors = dict(
+        type="neighbors",  # a picture of the training images most like some held-out ones
+        every=0.0,
+        params="online",
+        batch_size=64,  # images at a time
+        feature="patches_prenorm",
+        images=6,
+        count=5,  # neighbors of each
+        bank=1024,  # training images that are searched, at random, at most
+    )
+    return evaluators
 
 
 def data() -> ConfigDict:

@@ -2,7 +2,8 @@
 
     lmim train --config=vit_ti --config.data.path=IMAGENET --workdir=RUN
 
-The authors publish no result for this size.
+Decoder and projector are as wide in proportion to the encoder as those of vit_b. The authors
+publish no result for this size.
 """
 
 from ml_collections import ConfigDict
@@ -15,4 +16,5 @@ def get_config() -> ConfigDict:
     """vit_b and its differences."""
     config = vit_b.get_config()
     config.method.update(VARIANTS["Ti/16"])
+    config.method.update(decoder_width=128, decoder_heads=4, projector_width=1024)
     return config

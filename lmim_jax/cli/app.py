@@ -14,7 +14,7 @@ import absl.app
 from absl import flags
 from ml_collections import config_flags
 
-from lmim_jax.utils import recipes
+from lmim_jax.utils import descriptors, recipes
 from lmim_jax.utils.errors import DataLoaderTimeout, UserError, fail
 
 HELP = ("--help", "-help", "-h", "--helpshort")
@@ -60,6 +60,7 @@ def run(command: Command, argv: Sequence[str]) -> None:
         sys.exit(0)
 
     def call(positional: list[str]) -> None:
+        descriptors.raise_limit()
         try:
             command.main(positional[1:])
         except UserError as error:
@@ -67,9 +68,32 @@ def run(command: Command, argv: Sequence[str]) -> None:
         except DataLoaderTimeout as error:
             fail(error, 1)
 
-    absl.app.run(
-        call, argv=list(argv), flags_parser=functools.partial(parse_flags, command.RECIPES)
-    )
+    recipes_of: Mapping[str, str | None] = command.RECIPES
+    if has_arguments(argv):
+        recipes_of = getattr(command, "RECIPES_OF_ARGUMENTS", recipes_of)
+    absl.app.run(call, argv=list(argv), flags_parser=functools.partial(parse_flags, recipes_of))
+
+
+def has_arguments(argv: Sequence[str]) -> bool:
+    """Whether there are positional arguments among `argv`, whose flags are defined already."""
+    waiting = False  # for the value of a flag
+    for argument in argv[1:]:
+        if waiting:
+            waiting = False
+            continue
+        if not argument.startswith("-"):
+            return True
+        name, equals, _ = argument.lstrip("-").partition("=")
+        waiting = not equals and not _is_boolean(name)
+    return False
+
+
+def _is_boolean(name: str) -> bool:
+    """Whether --NAME needs no value."""
+    for known in (name, name.removeprefix("no")):
+        if known in flags.FLAGS:
+            return flags.FLAGS[known].boolean
+    return False
 
 
 def _define(command: Command) -> list[str]:

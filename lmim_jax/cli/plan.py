@@ -28,7 +28,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from lmim_jax.cli import app
-from lmim_jax.data.prefetch import PREFETCH_BATCHES
 from lmim_jax.perf import accelerators, aot, gpu_targets, traffic
 from lmim_jax.train.build import TrainingParts
 from lmim_jax.utils.errors import UserError
@@ -47,8 +46,6 @@ CHOICES: tuple[dict[str, Any], ...] = (  # of --sweep: changes to the config
     {"mesh.fsdp": 4, "mesh.data": -1},
 )
 HOST_TOO_SLOW = "neither: the host is too slow"
-# Batches on the devices besides that of the step: in the queue, and one that waits for room in it
-BATCHES_AHEAD = PREFETCH_BATCHES + 1
 GPU_MEMORY_SHARE = 0.75  # of a GPU, that jax takes by default
 GPU_MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 # Steps of less work than that are bound by what is not estimated: starting kernels, the host
@@ -142,7 +139,7 @@ def _memory(
         memory["device"] = topology.chip.memory
         memory["limit"] = _gpu_memory_share() * topology.chip.memory
     images = parts.config.batch_size // topology.chips
-    memory["batches_ahead"] = BATCHES_AHEAD * aot.batch_bytes(parts, images)
+    memory["batches_ahead"] = aot.BATCHES_AHEAD * aot.batch_bytes(parts, images)
     memory["needed"] += memory["batches_ahead"]
     return memory
 
@@ -312,7 +309,7 @@ def _memory_lines(planned: Plan) -> list[str]:
     for name in ("arguments", "temporaries"):
         if name in memory:
             known.append(f"{name} {_gigabytes(memory[name])}")
-    known.append(f"{BATCHES_AHEAD} batches ahead {_gigabytes(memory['batches_ahead'])}")
+    known.append(f"{aot.BATCHES_AHEAD} batches ahead {_gigabytes(memory['batches_ahead'])}")
     spare = memory["limit"] - memory["needed"]
     result = f"fits, {_gigabytes(spare)} left"
     if not planned["feasible"]:

@@ -9,8 +9,9 @@ DIR is any folder of images: the recipe `own` chooses all settings by the images
 prints them with the options that change them, and writes a page of results. Nothing is written
 into DIR. Running the same command again resumes the run.
 
-Exit codes: 2 for a mistake in flags or config, 1 if the run diverged or cannot save, 75 if it was
-interrupted and has saved its state.
+Exit codes: 2 for a mistake in flags or config, 1 if the run diverged, cannot save or cannot read
+its images, 75 if it was interrupted (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C) and has saved its state, 130
+if a second Ctrl-C aborted that.
 """
 
 import logging
@@ -25,13 +26,14 @@ from lmim_jax.cli import app
 from lmim_jax.distributed import multihost, preemption
 from lmim_jax.train import checkpoints, lock, loop, metric_logger, runs, workdir
 from lmim_jax.utils import atomic_io, progress
-from lmim_jax.utils.errors import UserError, fail
+from lmim_jax.utils.errors import UserError, exit_now, fail
 from lmim_jax.utils.logging import log_to_console
 
 log = logging.getLogger("lmim_jax.cli.train")
 
 RECIPES: dict[str, str | None] = {"config": "quickstart"}
 RECIPES_OF_ARGUMENTS: dict[str, str | None] = {"config": "own"}  # where DIR is given
+ABORTED = 130  # exit code, as of a process that SIGINT ended
 BANK = 2048  # training images that are searched for the neighbors of the page
 
 
@@ -69,6 +71,9 @@ def main(arguments: list[str]) -> None:
             f"resume. {reason}",
             1,
         )
+    except KeyboardInterrupt:
+        log.error("aborted; what was not saved is lost")
+        exit_now(ABORTED)
     except preemption.Preempted as error:
         fail(
             f"{error}; its state is saved, run the same command again to resume",
@@ -136,7 +141,7 @@ def fill_in(config: ConfigDict, folder: str) -> None:
         return
     chooser = choices.Chooser(config, overrides.keys())
     chooser.choose()
-    log.info("Chosen for %s:", config.data.path)
+    log.info("Chosen for %s; the options below each line change it:", config.data.path)
     for line in choices.table(chooser.choices):
         log.info(line)
 

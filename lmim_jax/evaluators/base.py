@@ -34,6 +34,7 @@ FORMER_NAMES = {
     "pictures": "visualization",
 }
 WEIGHTS = ("online", "target")
+STRICT = "strict"  # key of the config beside the sections: whether a failure stops the run
 
 
 class EvaluatedMethod(Protocol):
@@ -161,13 +162,12 @@ class Scheduled:
     def due(self, step: int, total_steps: int) -> bool:
         """Whether to run after `step` optimizer steps: at the start, on schedule and at the end.
 
-        A run shorter than the interval is not evaluated: a smoke test of two steps should not
-        encode a whole dataset.
+        A run shorter than the interval is evaluated at its end alone.
         """
         if not self.every:
             return step == total_steps
         if total_steps < self.every:
-            return False
+            return step == total_steps
         return step % self.every == 0 or step == total_steps
 
     def run(
@@ -216,7 +216,8 @@ def from_config(
 
     Args:
       config: a section by title. A section has `type` (a module of this folder), `every` (epochs;
-        0: only at the end), `params` ("online" or "target"), and the fields of the evaluator.
+        0: only at the end), `params` ("online" or "target"), and the fields of the evaluator. The
+        key `strict` is none.
       steps_per_epoch: optimizer steps in an epoch.
       has_target: whether the method has a target encoder.
       where: name of `config` in error messages.
@@ -227,6 +228,8 @@ def from_config(
     """
     scheduled = []
     for title, section in config.items():
+        if title == STRICT:
+            continue
         here = f"{where}.{title}"
         fields = dict(section)
         kind = current_name(_pop(fields, "type", here))

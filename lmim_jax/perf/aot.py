@@ -22,6 +22,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
+from lmim_jax.data.prefetch import PREFETCH_BATCHES
 from lmim_jax.distributed import sharding
 from lmim_jax.models.layer_stack import with_remat_and_scan
 from lmim_jax.perf import accelerators, flops, gpu_targets, hlo, traffic
@@ -67,6 +68,8 @@ OUT_OF_MEMORY_MESSAGES = (  # of libtpu: needed and available size
     rf"Used {_SIZE} of {_SIZE} hbm",
     rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)",
 )
+# Batches on the devices besides that of the step: in the queue, and one that waits for room in it
+BATCHES_AHEAD = PREFETCH_BATCHES + 1
 UNITS = {"M": 2**20, "G": 2**30}
 
 

@@ -58,9 +58,7 @@ def feature_std(x: Float[Array, "B D"], weight: Float[Array, " B"]) -> Float[Arr
     return jnp.sqrt(variance).mean() * x.shape[-1] ** 0.5
 
 
-def make_collapse_metrics(
-    method: Any, data: EvaluationData, count: int
-) -> Callable[[Any, Any], dict[str, Float[Array, ""]]]:
+def make_collapse_metrics(method: Any, data: EvaluationData, count: int) -> "CollapseMetrics":
     """Build a function that computes the collapse metrics on `count` fixed held-out images.
 
     collapse_index is that of the target branch's projected latents (of its features, if the method
@@ -93,10 +91,31 @@ def make_collapse_metrics(
 
     jitted = jax.jit(compute, out_shardings=sharding.replicated(data.mesh))
 
-    def collapse_metrics(params: Any, target: Any) -> dict[str, Float[Array, ""]]:
-        return jitted(params, target, batch["images"], weight)
+    return CollapseMetrics(jitted, batch["images"], weight)
 
-    return collapse_metrics
+
+class CollapseMetrics:
+    """(params, target) -> {name: float32 scalar on the device}, for fixed images."""
+
+    def __init__(
+        self,
+        jitted: Callable[..., dict[str, Float[Array, ""]]],
+        images: Float[Array, "B H W C"],
+        weight: Float[Array, " B"],
+    ) -> None:
+        """Store the jitted function and its last arguments."""
+        self._function: Any = jitted
+        self._images = images
+        self._weight = weight
+
+    def compile(self, params: Any, target: Any) -> None:
+        """Compile the function ahead of its first use, for arguments like these."""
+        lowered = self._function.lower(params, target, self._images, self._weight)
+        self._function = lowered.compile()
+
+    def __call__(self, params: Any, target: Any) -> dict[str, Float[Array, ""]]:
+        """Compute the metrics."""
+        return self._function(params, target, self._images, self._weight)
 
 
 def _no_metrics(params: Any, target: Any) -> dict[str, Float[Array, ""]]:

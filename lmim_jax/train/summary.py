@@ -59,8 +59,8 @@ def summarize(lines: list[Line], *, total_steps: int, seconds: float) -> dict[st
       seconds: its wall-clock time, over all restarts.
 
     Returns:
-      {"steps", "images_per_second" (median over lines, if any), "wall_seconds"}; the last value of loss,
-      collapse metrics and evaluations; and for logistic regression and every k of the k-NN,
+      {"steps", "images_per_second" (median over lines, if any), "wall_seconds"}; the last value of
+      loss, collapse metrics and evaluations; and for logistic regression and every k of the k-NN,
       percentages {"linear" or "knn20": {"majority", "pixels", "histogram", "untrained",
       "trained"}}, as far as they were measured.
     """
