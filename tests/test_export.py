@@ -143,13 +143,19 @@ def test_a_folder_is_complete_and_describes_its_origin(run, tmp_path):
     )
     card = (tmp_path / "out" / "README.md").read_text()
     for line in (
-        f'AutoModel.from_pretrained("{tmp_path / "out"}", add_pooling_layer=False)',
+        'AutoModel.from_pretrained(".", add_pooling_layer=False)',
+        "license: other\n",
+        "No license has been chosen",
+        "None: training began with random weights.",
+        "(Wei, Gupta, Morgado; ECCV 2024; arXiv 2407.15837)",
+        "<details>\n<summary>Config</summary>\n\n```json\n",
         "| knn/knn5 | online | patches_prenorm | 30 | 40 | 61.5 |",
         "| linear/accuracy | target | cls |  | 11 | 77.25 |",
         "collapse index (1 means total collapse): 0.5",
         '"num_visible": 4',
     ):
         assert line in card
+    assert str(tmp_path) not in card.partition("<details>")[0]
     with pytest.raises(UserError, match="is not empty"):
         export.export(model, "hf", "online", tmp_path / "out")
 
@@ -167,7 +173,13 @@ def test_the_card_lists_evaluators_with_underscores_but_not_the_metrics_of_basel
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     run = in_memory(tmp_path, config, *interop.case("latent_mim"))
-    card = model_card.write(run, "flax", "online", "DIR")
+    origin = {"file": "mae.pth", "sha256": "abc", "fresh": []}
+    (tmp_path / "imported.json").write_text(json.dumps(origin))
+    card = model_card.write(run, "flax", "online", "cc-by-nc-4.0", "facebook/vit-mae-base")
+    assert "license: cc-by-nc-4.0\nbase_model: facebook/vit-mae-base\n" in card
+    assert "facebook/vit-mae-base. Imported weights: mae.pth, SHA-256 abc." in card
+    assert "license of the imported weights applies" in card
+    assert 'lmim_jax.load(".")' in card
     assert "| logistic_regression/accuracy | online | cls | 11 | 22 | 33 |" in card
     assert "pixels_accuracy" not in card
 

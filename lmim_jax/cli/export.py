@@ -41,7 +41,14 @@ CHECKED_IMAGES = 16
 Contents = tuple[dict[str, Any], dict[str, Any]]
 
 
-def export(run: runs.Run, kind: str, which: str, folder: str | pathlib.Path) -> None:
+def export(
+    run: runs.Run,
+    kind: str,
+    which: str,
+    folder: str | pathlib.Path,
+    license_name: str = "",
+    base_model: str = "",
+) -> None:
     """Write the folder.
 
     Args:
@@ -49,6 +56,8 @@ def export(run: runs.Run, kind: str, which: str, folder: str | pathlib.Path) -> 
       kind: one of FORMATS.
       which: "online", "target", or "both" for safetensors.
       folder: must be empty or not exist.
+      license_name: for the model card, see `model_card.write`.
+      base_model: for the model card.
 
     Raises:
       UserError: the folder is not empty, or the format cannot hold this encoder.
@@ -63,7 +72,8 @@ def export(run: runs.Run, kind: str, which: str, folder: str | pathlib.Path) -> 
     for name, content in texts.items():
         atomic_io.write(draft / name, json.dumps(content, indent=2) + "\n")
     array_io.write(draft / runs.WEIGHTS_FILE, arrays, {"format": "pt"})
-    atomic_io.write(draft / "README.md", model_card.write(run, kind, which, folder))
+    card = model_card.write(run, kind, which, license_name, base_model)
+    atomic_io.write(draft / "README.md", card)
     if folder.exists():
         folder.rmdir()
     draft.rename(folder)
@@ -128,7 +138,7 @@ def main(arguments: list[str]) -> None:
     images = []
     if given.check:
         images = read_some_images(run, given.images)
-    export(run, given.format, which, given.out)
+    export(run, given.format, which, given.out, given.license, given.base_model)
     folder = pathlib.Path(given.out).expanduser()
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(
@@ -186,6 +196,18 @@ def define_flags() -> None:
         ["online", "target"],
         "The encoder's weights; by default those that the run's evaluators measured. "
         "Example: --weights=target",
+    )
+    flags.DEFINE_string(
+        "license",
+        "",
+        "The license of the weights, for the model card, as the Hugging Face Hub names it. "
+        "Example: --license=cc-by-nc-4.0",
+    )
+    flags.DEFINE_string(
+        "base_model",
+        "",
+        "The model on the Hub that training began with, for the model card. "
+        "Example: --base_model=facebook/vit-mae-base",
     )
     flags.DEFINE_bool(
         "check",

@@ -1,21 +1,20 @@
 """The model card of an exported folder, README.md.
 
-It says what the model is, how to open it, how it was trained and how it performed.
+It says what the model is, how to open it, how it was trained, how it performed, which license
+applies and what to cite.
 """
 
 import dataclasses
+import importlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import lmim_jax
 from lmim_jax.convert.trained_model import TrainedModel
 
-FRONT_MATTER = """---
-library_name: {library}
-pipeline_tag: image-feature-extraction
-tags: ["masked-image-modeling"]
----"""
+NO_LICENSE = "other"  # the name that the Hugging Face Hub has for it
 LIBRARIES = {"timm": "timm", "hf": "transformers", "flax": "lmim_jax", "safetensors": "safetensors"}
 
 USAGE = {
@@ -23,7 +22,7 @@ USAGE = {
 import timm, torch
 from PIL import Image
 
-model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+model = timm.create_model("local-dir:.", pretrained=True).eval()
 prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 images = prepare(Image.open("image.jpg").convert("{mode}"))[None]
 with torch.no_grad():
@@ -35,8 +34,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-model = AutoModel.from_pretrained("{folder}", add_pooling_layer=False).eval()
-prepare = AutoImageProcessor.from_pretrained("{folder}")
+model = AutoModel.from_pretrained(".", add_pooling_layer=False).eval()
+prepare = AutoImageProcessor.from_pretrained(".")
 images = prepare(Image.open("image.jpg").convert("{mode}"), return_tensors="pt")
 with torch.no_grad():
     tokens = model(**images).last_hidden_state  # [1, {tokens}, {width}]: {order}
@@ -45,12 +44,12 @@ mean = tokens[:, {first_patch}:].mean(dim=1)
     "flax": """```python
 import lmim_jax
 
-model = lmim_jax.load("{folder}")
+model = lmim_jax.load(".")
 images = model.preprocess(["image.jpg"])  # [1, {image_height}, {image_width}, {channels}], as described below
 features = model.encode(images)           # features.mean, features.patches; features.cls, if any
 ```""",  # noqa: E501
     "safetensors": """```sh
-lmim import-weights {folder}/model.safetensors --format={method} \\
+lmim import-weights model.safetensors --format={method} \\
     --config=RECIPE --workdir=RUN
 ```""",
 }
@@ -81,21 +80,26 @@ COLLAPSE_METRICS = {
 BASELINE_KEYS = {"accuracy": "linear"}
 
 
-def write(model: TrainedModel, kind: str, which: str, folder: str | pathlib.Path) -> str:
+def write(
+    model: TrainedModel, kind: str, which: str, license_name: str = "", base_model: str = ""
+) -> str:
     """Write the text of the card.
 
     Args:
       model: the exported model.
       kind: --format of the export.
       which: the exported weights: "online", "target" or "both".
-      folder: the exported folder, as examples name it.
+      license_name: of the weights, as the Hugging Face Hub names licenses; "": not chosen yet.
+      base_model: the model on the Hub that training began with; "": none.
     """
     has_cls = "cls_token" in model.params["encoder"]
+    origin = _read_json(model.folder / "imported.json")
     sections = [
-        FRONT_MATTER.format(library=LIBRARIES[kind]),
+        _front_matter(kind, license_name, base_model),
         *_introduction(model, which),
         "## Use",
-        USAGE[kind].format(**_usage_values(model, folder, has_cls)),
+        "In the folder of this file:",
+        USAGE[kind].format(**_usage_values(model, has_cls)),
         _advice(kind, has_cls),
         "## Images",
         _preprocessing(model, kind),
@@ -103,8 +107,15 @@ def write(model: TrainedModel, kind: str, which: str, folder: str | pathlib.Path
         _training(model),
         "## Results",
         _results(model),
-        "## Config",
+        "## Base model",
+        _base_model(origin, base_model),
+        "## License",
+        _license(origin, license_name),
+        "## Citation",
+        _citation(model),
+        "<details>\n<summary>Config</summary>",
         f"```json\n{json.dumps(public_config(model.config), indent=2)}\n```",
+        "</details>",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -116,6 +127,55 @@ def public_config(config: Any) -> dict[str, Any]:
         if key in plain["data"]:
             plain["data"][key] = ""
     return plain
+
+
+def _front_matter(kind: str, license_name: str, base_model: str) -> str:
+    """What the Hugging Face Hub reads of a card."""
+    lines = [
+        f"library_name: {LIBRARIES[kind]}",
+        "pipeline_tag: image-feature-extraction",
+        f"license: {license_name or NO_LICENSE}",
+    ]
+    if base_model:
+        lines.append(f"base_model: {base_model}")
+    lines.append('tags: ["masked-image-modeling"]')
+    return "\n".join(["---", *lines, "---"])
+
+
+def _base_model(origin: dict[str, Any], base_model: str) -> str:
+    """Sentences on the weights that training began with.
+
+    Args:
+      origin: the content of imported.json; {}: nothing was imported.
+      base_model: see `write`.
+    """
+    if not origin:
+        return f"{base_model or 'None: training began with random weights'}."
+    text = f"Imported weights: {origin['file']}, SHA-256 {origin['sha256']}."
+    if base_model:
+        text = f"{base_model}. {text}"
+    if origin["fresh"]:
+        text += f" {len(origin['fresh'])} arrays were not in that file, and initialized at random."
+    return text
+
+
+def _license(origin: dict[str, Any], license_name: str) -> str:
+    """Sentences on the license of the weights; see `write`."""
+    text = f"These weights: {license_name}."
+    if not license_name:
+        text = (
+            "No license has been chosen for these weights: set `license` at the top of this file."
+        )
+    if origin:
+        text += " The license of the imported weights applies to them too."
+    return f"{text} The code, `lmim_jax`: Apache-2.0."
+
+
+def _citation(model: TrainedModel) -> str:
+    """What to cite: the paper of the method, which its module names first, and the code."""
+    module = importlib.import_module(type(model.method).__module__)
+    paper = (module.__doc__ or "").strip().partition("\n")[0]
+    return f"- the method: {paper}\n- the code: lmim_jax {lmim_jax.__version__}"
 
 
 def _grid_text(model: TrainedModel) -> str:
@@ -141,7 +201,7 @@ def _introduction(model: TrainedModel, which: str) -> list[str]:
     ]
 
 
-def _usage_values(model: TrainedModel, folder: str | pathlib.Path, has_cls: bool) -> dict[str, Any]:
+def _usage_values(model: TrainedModel, has_cls: bool) -> dict[str, Any]:
     """Values to fill into USAGE."""
     method = model.method
     height, width = method.feature_size
@@ -152,7 +212,6 @@ def _usage_values(model: TrainedModel, folder: str | pathlib.Path, has_cls: bool
     if method.channels != 3:
         mode = "L"
     return {
-        "folder": folder,
         "method": model.config.method.name,
         "mode": mode,
         "width": method.width,
@@ -207,7 +266,7 @@ def _join_numbers(values: Sequence[float]) -> str:
 
 
 def _training(model: TrainedModel) -> str:
-    """A list: data, length, origin of the initial weights."""
+    """A list: data and length."""
     config = model.config.to_dict()
     data = {
         "source": config["data"].get("source"),
@@ -219,15 +278,6 @@ def _training(model: TrainedModel) -> str:
         f"- data: {', '.join(known)}",
         f"- {model.step} steps of {config['batch_size']} images each, seed {config['seed']}",
     ]
-    origin = _read_json(model.folder / "imported.json")
-    if origin:
-        lines.append(
-            f"- initialized with imported weights: {origin['file']}, SHA-256 {origin['sha256']}"
-        )
-        if origin["fresh"]:
-            lines.append(
-                f"- {len(origin['fresh'])} arrays were not in that file, and initialized at random"
-            )
     return "\n".join(lines)
 
 
