@@ -32,6 +32,13 @@ MESH = sharding.make_mesh()
 STORED_CONFIG = pathlib.Path(__file__).parent / "data" / "config_0_1.json"
 
 
+class Images(Labeled):
+    """Features and labels as a source, as far as its length is asked for."""
+
+    def __len__(self):
+        return len(self.labels)
+
+
 class Data:
     """An in-memory `EvaluationData`: features are the images' channels, batches are padded."""
 
@@ -41,7 +48,7 @@ class Data:
     mesh = MESH
 
     def __init__(self, train, test, padding=0):
-        self.sources = {"train": train, "test": test}
+        self.sources = {"train": Images(*train), "test": Images(*test)}
         self.padding = padding
 
     def batches(self, split, batch_size):
@@ -245,14 +252,34 @@ def test_knn_predicts_as_scikit_learn_does():
         return np.exp((1 - distances) / 0.07)
 
     (x, y), (q, _) = blobs(0.9)
-    queries = classifiers.l2_normalize_rows(q)
-    scores, index = classifiers.nearest_neighbors(
-        queries, classifiers.l2_normalize_rows(x), 20, MESH
-    )
+    scores, index = classifiers.nearest_neighbors(q, x, 20, MESH)
     for k in (1, 5, 20):
         theirs = neighbors.KNeighborsClassifier(k, weights=votes, metric="cosine").fit(x, y)
         ours = classifiers.weighted_vote(y[index[:, :k]], np.exp(scores[:, :k] / 0.07), 3)
         np.testing.assert_array_equal(ours, theirs.predict(q))
+
+
+def largest_cosines(queries, bank, k):
+    """The plain way: all cosines at once; of equal ones, the first."""
+    unit_bank = classifiers.l2_normalize_rows(bank)
+    cosines = classifiers.l2_normalize_rows(queries) @ unit_bank.T
+    index = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(cosines, index, axis=1), index
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 201], ids=str)
+@pytest.mark.parametrize("k", [1, 20], ids=str)
+def test_a_bank_in_blocks_has_the_same_neighbors(count, k, monkeypatch):
+    monkeypatch.setattr(classifiers, "BANK_ROWS", 64)
+    monkeypatch.setattr(classifiers, "QUERIES", 16)
+    # Small integers and many duplicates: cosines are exact, and equal ones are frequent
+    bank = np.eye(4, dtype=np.float32)[RNG.integers(0, 4, count)] * RNG.choice([1, 2], (count, 1))
+    queries = np.eye(4, dtype=np.float32)[RNG.integers(0, 4, 37)]
+    k = min(k, count)
+    scores, index = classifiers.nearest_neighbors(queries, bank.astype(np.float32), k, MESH)
+    expected_scores, expected_index = largest_cosines(queries, bank, k)
+    np.testing.assert_array_equal(scores, expected_scores)
+    np.testing.assert_array_equal(index, expected_index)
 
 
 @pytest.mark.parametrize("more", [0, 200], ids=["more images than dimensions", "more dimensions"])

@@ -12,7 +12,7 @@ import logging
 import statistics
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.evaluators import base
@@ -74,9 +74,7 @@ class Evaluator(base.Evaluator):
         Raises:
           UserError: a class has no readable training image.
         """
-        mean, deviation = lbfgs_logistic.mean_and_deviation(train.features)
-        train = Labeled((train.features - mean) / deviation, train.labels)
-        test = Labeled((test.features - mean) / deviation, test.labels)
+        statistics_of_all = lbfgs_logistic.mean_and_deviation(train.features)
         members = [np.flatnonzero(train.labels == label) for label in range(num_classes)]
         metrics = {}
         for name, counts in self._labels_per_class(members).items():
@@ -84,7 +82,8 @@ class Evaluator(base.Evaluator):
             for draw in range(self.draws):
                 rng = np.random.default_rng([self.seed, draw])
                 chosen = _draw_labeled(rng, members, counts)
-                drawn.append(self._accuracy(train, test, chosen, num_classes))
+                labeled = Labeled(train.features[chosen], train.labels[chosen])
+                drawn.append(self._accuracy(labeled, test, statistics_of_all, num_classes))
             metrics[name] = statistics.mean(drawn)
             metrics[f"{name}_std"] = statistics.stdev(drawn) if len(drawn) > 1 else 0.0
         return metrics
@@ -121,13 +120,25 @@ class Evaluator(base.Evaluator):
         return counts
 
     def _accuracy(
-        self, train: Labeled, test: Labeled, chosen: Int[np.ndarray, " n"], num_classes: int
+        self,
+        train: Labeled,
+        test: Labeled,
+        standardization: tuple[Float[np.ndarray, " D"], Float[np.ndarray, " D"]],
+        num_classes: int,
     ) -> float:
-        """Percent of the test images, with labels of the chosen training images."""
-        l2 = 1 / (self.prior**2 * len(chosen))
-        x = train.features[chosen]
-        fit = lbfgs_logistic.fit(x, train.labels[chosen], num_classes, (l2,), self.iterations)
-        predicted = fit.predict(test.features)[0]
+        """Percent of the test images, by a solution for some training images.
+
+        Args:
+          train: the chosen training images.
+          test: the test images.
+          standardization: mean and deviation of all training images.
+          num_classes: number of classes.
+        """
+        l2 = 1 / (self.prior**2 * len(train.labels))
+        mean, deviation = standardization
+        x = (train.features - mean) / deviation
+        fit = lbfgs_logistic.fit(x, train.labels, num_classes, (l2,), self.iterations)
+        predicted = fit.predict(test.features, mean, deviation)[0]
         return 100 * float(np.mean(predicted == test.labels))
 
 

@@ -96,18 +96,19 @@ def accuracies(
       ks: numbers of neighbors, each limited to the number of training images.
       temperature: of the weights of the votes.
       num_classes: number of classes.
-      mesh: devices that the test images are divided over.
+      mesh: devices that the training images are divided over.
     """
 
     def percent(predicted: Int[np.ndarray, " Q"]) -> float:
         return 100 * float(np.mean(predicted == test.labels))
 
-    bank = classifiers.l2_normalize_rows(train.features)
-    queries = classifiers.l2_normalize_rows(test.features)
-    ks_in_bank = sorted({min(k, len(bank)) for k in ks})
-    if max(ks) > len(bank):
-        log_once(log, f"k-NN: there are only {len(bank)} labeled training images, and all vote")
-    scores, index = classifiers.nearest_neighbors(queries, bank, ks_in_bank[-1], mesh)
+    images = len(train.labels)
+    ks_in_bank = sorted({min(k, images) for k in ks})
+    if max(ks) > images:
+        log_once(log, f"k-NN: there are only {images} labeled training images, and all vote")
+    scores, index = classifiers.nearest_neighbors(
+        test.features, train.features, ks_in_bank[-1], mesh
+    )
     neighbor_labels = train.labels[index]
     weights = np.exp(scores / temperature)
     metrics = {"nn1": percent(neighbor_labels[:, 0])}
@@ -115,7 +116,7 @@ def accuracies(
         voted = classifiers.weighted_vote(neighbor_labels[:, :k], weights[:, :k], num_classes)
         metrics[f"knn{k}"] = percent(voted)
     if np.bincount(test.labels).max() > 1:
-        metrics["loo1"] = percent(test.labels[_nearest_other(queries, mesh)])
+        metrics["loo1"] = percent(test.labels[_nearest_other(test.features, mesh)])
     return metrics
 
 

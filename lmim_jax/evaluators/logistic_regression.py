@@ -68,13 +68,20 @@ class Evaluator(base.Evaluator):
         """The metrics of any image feature."""
         train = labeled_features(method, params, data, "train", feature, self.batch_size)
         test = labeled_features(method, params, data, "test", feature, self.batch_size)
-        metrics = self.accuracies(train, test, len(data.classes), data.mesh)
+        metrics = self.accuracies(train, test, len(data.classes), data.mesh, overwrite=True)
         return {**metrics, "majority": classifiers.majority(test.labels)}
 
     def accuracies(
-        self, train: Labeled, test: Labeled, num_classes: int, mesh: Mesh
+        self, train: Labeled, test: Labeled, num_classes: int, mesh: Mesh, overwrite: bool = False
     ) -> dict[str, float]:
         """The metrics from features and classes of both splits.
+
+        Args:
+          train: of the training images.
+          test: of the test images.
+          num_classes: number of classes.
+          mesh: devices that the training images are divided over.
+          overwrite: the training features may be overwritten, so that no copy of them is made.
 
         Returns:
           {"accuracy": percent of the test images, "held_out": percent of the held-out training
@@ -90,6 +97,7 @@ class Evaluator(base.Evaluator):
             mesh=mesh,
             held_out=self.held_out,
             seed=self.seed,
+            overwrite=overwrite,
         )
         return {
             "accuracy": 100 * float(np.mean(found.classes == test.labels)),

@@ -1,19 +1,29 @@
 """Writing files atomically: after a kill or a power cut, a file is the old or the new one."""
 
+import contextlib
 import io
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import BinaryIO
 
 
 def write(path: str | os.PathLike[str], content: str | bytes | memoryview) -> None:
     """Write a file atomically: to a temporary file beside it, flushed to disk, then renamed."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
         content = content.encode()
+    with open_new(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def open_new(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A temporary file beside `path`, to be written; without an error, it becomes `path`."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

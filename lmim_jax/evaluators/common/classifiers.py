@@ -13,15 +13,20 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.common import lbfgs_logistic
+from lmim_jax.utils import array_memory
 
 log = logging.getLogger(__name__)
 
-CHUNK = 512  # queries at a time: CHUNK x N similarities in memory, over all devices
+QUERIES = 512  # compared at a time
+BANK_ROWS = 65_536  # training vectors that are on the devices at a time
+VOTERS = 4096  # queries whose votes are counted at a time: VOTERS x classes numbers in memory
+
+Best = tuple[Array, Array]  # the largest cosines so far and their indices in the bank, [QUERIES, k]
 
 
 def l2_normalize_rows(x: Float[np.ndarray, "*B D"]) -> Float[np.ndarray, "*B D"]:
@@ -30,20 +35,42 @@ def l2_normalize_rows(x: Float[np.ndarray, "*B D"]) -> Float[np.ndarray, "*B D"]
     return (x / np.maximum(length, 1e-12)).astype(np.float32)
 
 
-@functools.lru_cache(maxsize=4)
-def _jit_cosines(mesh: Mesh) -> Callable[[Array, Array], Array]:
-    """Jitted (queries [Q, D], bank [N, D]) -> cosines [Q, N], divided over the devices."""
-
-    def cosines(queries: Array, bank: Array) -> Array:
-        return jnp.matmul(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
-
-    return jax.jit(cosines, out_shardings=sharding.batch_sharding(mesh))
+def _padded(x: Float[np.ndarray, "n D"], rows: int) -> Float[np.ndarray, "rows D"]:
+    """Rows of length 1 in the direction of those of `x`, and rows of zeros."""
+    return np.pad(l2_normalize_rows(x), ((0, rows - len(x)), (0, 0)))
 
 
 @functools.lru_cache(maxsize=4)
-def _jit_top_k(mesh: Mesh) -> Callable[[Array, int], tuple[Array, Array]]:
-    """Jitted (cosines [Q, N], k) -> the largest ones and their indices, both [Q, k], replicated."""
-    return jax.jit(jax.lax.top_k, static_argnums=1, out_shardings=sharding.replicated(mesh))
+def _jit_search(mesh: Mesh) -> Callable[[Best, Array, Array, int, int], Best]:
+    """Jitted (best, queries, block of the bank, its start, N) -> best with this block.
+
+    The rows of the block are divided over the devices; all else is replicated. Of equal cosines,
+    that with the lower index comes first, as without blocks.
+    """
+
+    def search(best: Best, queries: Array, block: Array, start: Array, total: Array) -> Best:
+        rows = len(block)
+        places = start + jax.lax.axis_index(sharding.AXES) * rows + jnp.arange(rows)
+        cosines = jnp.matmul(queries, block.T, precision=jax.lax.Precision.HIGHEST)
+        cosines = jnp.where(places[None] < total, cosines, -jnp.inf)
+        k = best[0].shape[1]
+        scores, chosen = jax.lax.top_k(cosines, min(k, rows))
+        scores = jax.lax.all_gather(scores, sharding.AXES, axis=1, tiled=True)
+        indices = jax.lax.all_gather(places[chosen], sharding.AXES, axis=1, tiled=True)
+        scores = jnp.concatenate([best[0], scores], axis=1)
+        indices = jnp.concatenate([best[1], indices], axis=1)
+        largest, chosen = jax.lax.top_k(scores, k)
+        return largest, jnp.take_along_axis(indices, chosen, axis=1)
+
+    replicated = PartitionSpec()
+    divided = jax.shard_map(
+        search,
+        mesh=mesh,
+        in_specs=(replicated, replicated, sharding.BATCH, replicated, replicated),
+        out_specs=replicated,
+        check_vma=False,  # equal on all devices after the gathering
+    )
+    return jax.jit(divided)
 
 
 def nearest_neighbors(
@@ -51,39 +78,52 @@ def nearest_neighbors(
 ) -> tuple[Float[np.ndarray, "Q k"], Int[np.ndarray, "Q k"]]:
     """The rows of the bank that are most similar to each query, the most similar first.
 
+    The bank is compared in blocks of BANK_ROWS that are divided over the devices, so that neither
+    the host nor a device needs memory for a copy of it.
+
     Args:
-      queries: rows of length 1, see `l2_normalize_rows`.
-      bank: rows of length 1.
+      queries: vectors of any length.
+      bank: vectors of any length.
       k: number of neighbors, at most N.
-      mesh: devices that the queries are divided over.
+      mesh: devices that the bank is divided over.
 
     Returns:
       Cosine similarities and indices in the bank.
     """
-    cosines = _jit_cosines(mesh)
-    top_k = _jit_top_k(mesh)
-    bank_on_devices = sharding.place_array(bank, sharding.replicated(mesh))
-    rows = -(-CHUNK // mesh.size) * mesh.size
-    scores = []
-    indices = []
-    for start in range(0, len(queries), rows):
-        chunk = queries[start : start + rows]
-        padded = np.pad(chunk, ((0, rows - len(chunk)), (0, 0)))  # one shape, one compilation
-        placed = sharding.place_array(padded, sharding.batch_sharding(mesh))
-        found = jax.device_get(top_k(cosines(placed, bank_on_devices), k))
-        scores.append(np.asarray(found[0])[: len(chunk)])
-        indices.append(np.asarray(found[1])[: len(chunk)])
-    return np.concatenate(scores), np.concatenate(indices)
+    search = _jit_search(mesh)
+    replicated = sharding.replicated(mesh)
+    parts = []
+    best = []
+    for start in range(0, len(queries), QUERIES):
+        part = _padded(queries[start : start + QUERIES], QUERIES)  # one shape, one compilation
+        parts.append(sharding.place_array(part, replicated))
+        none = np.full((QUERIES, k), -np.inf, np.float32), np.zeros((QUERIES, k), np.int32)
+        best.append(tuple(sharding.place_array(array, replicated) for array in none))
+    rows = -(-min(len(bank), BANK_ROWS) // mesh.size) * mesh.size
+    for start in range(0, len(bank), rows):
+        block = _padded(bank[start : start + rows], rows)
+        placed = sharding.place_array(block, sharding.batch_sharding(mesh))
+        for i, part in enumerate(parts):
+            best[i] = search(best[i], part, placed, start, len(bank))
+        jax.block_until_ready(best)  # one block on the devices at a time
+    found = jax.device_get(best)
+    scores = np.concatenate([part[0] for part in found])
+    indices = np.concatenate([part[1] for part in found])
+    return scores[: len(queries)], indices[: len(queries)]
 
 
 def weighted_vote(
     labels: Int[np.ndarray, "Q k"], weights: Float[np.ndarray, "Q k"], num_classes: int
 ) -> Int[np.ndarray, " Q"]:
     """The class with the largest total weight among the neighbors of each query."""
-    votes = np.zeros((len(labels), num_classes))
-    rows = np.arange(len(labels))[:, None]
-    np.add.at(votes, (rows, labels), weights)
-    return votes.argmax(axis=1)
+    voted = []
+    for start in range(0, len(labels), VOTERS):
+        chosen = labels[start : start + VOTERS]
+        votes = np.zeros((len(chosen), num_classes))
+        rows = np.arange(len(chosen))[:, None]
+        np.add.at(votes, (rows, chosen), weights[start : start + VOTERS])
+        voted.append(votes.argmax(axis=1))
+    return np.concatenate(voted)
 
 
 def majority(labels: Int[np.ndarray, " Q"]) -> float:
@@ -105,7 +145,7 @@ def predict_by_neighbors(
     If classes are equally frequent, that of the nearest vector is preferred. k is limited to N.
     """
     k = min(k, len(train))
-    _, index = nearest_neighbors(l2_normalize_rows(queries), l2_normalize_rows(train), k, mesh)
+    _, index = nearest_neighbors(queries, train, k, mesh)
     weights = np.ones(k)
     weights[0] = 1.5  # half a vote more decides between equally frequent classes
     return weighted_vote(labels[index], np.broadcast_to(weights, index.shape), num_classes)
@@ -137,16 +177,17 @@ def predict_by_regression(
     mesh: Mesh,
     held_out: float = 0.1,
     seed: int = 0,
+    overwrite: bool = False,
 ) -> RegressionPredictions:
     """Logistic regression on standardized features.
 
     The strength of l2 is chosen on held-out training vectors, with a solution on the other training
     vectors for each candidate; of equally good candidates, the largest one is chosen. Then the
     problem is solved with this strength on all training vectors. Only this solution is applied to
-    the queries.
+    the queries. Features are standardized by all training vectors, which needs no labels.
 
     Args:
-      train: training vectors, float32.
+      train: training vectors, float32; standardized and rotated in place with `overwrite`.
       labels: their classes.
       queries: vectors to classify.
       num_classes: number of classes.
@@ -155,15 +196,21 @@ def predict_by_regression(
       mesh: devices that the training vectors are divided over.
       held_out: share of the training vectors that are held out.
       seed: seed of their choice.
+      overwrite: `train` is not needed afterwards, so that no copy of it is made.
     """
     order = np.random.default_rng(seed).permutation(len(train))
     count = max(1, round(held_out * len(train)))
     held = np.sort(order[:count])
-    rest = np.sort(order[count:])
+    is_rest = np.ones(len(train), bool)
+    is_rest[held] = False
     strengths = sorted(l2, reverse=True)
-    predicted, _ = _solve_and_predict(
-        train[rest], labels[rest], train[held], num_classes, strengths, iterations, mesh
-    )
+    if not overwrite:
+        train = array_memory.copy(train)
+    mean, deviation = lbfgs_logistic.mean_and_deviation(train)
+    lbfgs_logistic.standardize(train, mean, deviation)
+    problem = lbfgs_logistic.prepare(train, labels, num_classes, mesh)
+    candidates = problem.solve(strengths, iterations, is_rest)
+    predicted = candidates.classify(problem.coordinates, held)
     accuracies = (predicted == labels[held]).mean(axis=1)
     best = int(accuracies.argmax())
     if len(strengths) > 1 and best in (0, len(strengths) - 1):
@@ -171,29 +218,12 @@ def predict_by_regression(
             "the best l2 is the last of the candidates, %g: also try others beyond it",
             strengths[best],
         )
-    predicted, gradient = _solve_and_predict(
-        train, labels, queries, num_classes, [strengths[best]], iterations, mesh
-    )
-    if gradient[0] > 1e-3:
+    final = problem.solve([strengths[best]], iterations)
+    if final.gradient[0] > 1e-3:
         log.warning(
             "after %d iterations the gradient is %.1e: the minimum is not reached yet",
             iterations,
-            gradient[0],
+            final.gradient[0],
         )
-    return RegressionPredictions(predicted[0], float(accuracies[best]), strengths[best])
-
-
-def _solve_and_predict(
-    train: Float[np.ndarray, "N D"],
-    labels: Int[np.ndarray, " N"],
-    queries: Float[np.ndarray, "Q D"],
-    num_classes: int,
-    l2: Sequence[float],
-    iterations: int,
-    mesh: Mesh,
-) -> tuple[Int[np.ndarray, "G Q"], Float[np.ndarray, " G"]]:
-    """Predicted classes, and the largest entry of the final gradient, for each strength of l2."""
-    mean, deviation = lbfgs_logistic.mean_and_deviation(train)
-    standardized = (train - mean) / deviation
-    fit = lbfgs_logistic.fit(standardized, labels, num_classes, l2, iterations, mesh)
-    return fit.predict((queries - mean) / deviation), fit.gradient
+    classes = final.predict(queries, mean, deviation)[0]
+    return RegressionPredictions(classes, float(accuracies[best]), strengths[best])

@@ -5,26 +5,27 @@ are read, the feature, this code and its libraries. So a file can never be out o
 """
 
 import hashlib
-import io
 import json
 import logging
 import pathlib
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from lmim_jax.data.decode import BadImage
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
 from lmim_jax.evaluators.common.image_features import Labeled
-from lmim_jax.utils import atomic_io
+from lmim_jax.utils import array_memory, atomic_io
 
 log = logging.getLogger(__name__)
 
+READ_BYTES = 1 << 24  # of a file at a time
 SAMPLE = 64  # images whose bytes are part of the identity; sources identify images by name only
 
 
@@ -134,17 +135,33 @@ def _read(path: pathlib.Path, key: str) -> Labeled | None:
         with np.load(path) as stored:  # a zip archive: every member has a checksum
             if str(stored["key"]) != key:
                 raise ValueError("it has another key")
-            return Labeled(stored["x"], stored["labels"])
+            with stored.zip.open("x.npy") as file:
+                features = _read_array(file)
+            return Labeled(features, stored["labels"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("%s is damaged (%s): computed again", path, error)
         return None
 
 
+def _read_array(file: IO[bytes]) -> Float[np.ndarray, "N D"]:
+    """An array of a .npy file, in memory that JAX need not copy on CPUs."""
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    features = array_memory.empty(shape, dtype)
+    flat = features.reshape(-1).view(np.uint8)
+    place = 0
+    while part := file.read(READ_BYTES):
+        flat[place : place + len(part)] = np.frombuffer(part, np.uint8)
+        place += len(part)
+    if place != flat.size:
+        raise ValueError(f"{place} bytes instead of {flat.size}")
+    return features
+
+
 def _write(path: pathlib.Path, key: str, found: Labeled) -> None:
     """Write a file atomically, or log why it cannot be written."""
-    stream = io.BytesIO()
-    np.savez(stream, key=np.array(key), x=found.features, labels=found.labels)
     try:
-        atomic_io.write(path, stream.getbuffer())
+        with atomic_io.open_new(path) as file:
+            np.savez(file, key=np.array(key), x=found.features, labels=found.labels)
     except OSError as error:
         log.warning("features are not cached, %s cannot be written: %s", path, error)

@@ -20,6 +20,7 @@ from lmim_jax.data.eval.eval_data import Batch, EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
 from lmim_jax.evaluators.common.finite import check_finite
+from lmim_jax.utils import array_memory
 from lmim_jax.utils.errors import UserError, did_you_mean
 
 ENCODER_FREE = ("pixels", "histogram")
@@ -94,7 +95,8 @@ def labeled_features(
         raise UserError(f"no readable image of the {split} split has a class")
     if known.all():
         return found
-    return Labeled(found.features[known], found.labels[known])
+    # In place: the features are the caller's, and may fill most of the memory
+    return Labeled(array_memory.compact_rows(found.features, known), found.labels[known])
 
 
 def _compute_split_features(
@@ -106,15 +108,21 @@ def _compute_split_features(
     batch_size: int,
 ) -> Labeled:
     encode = jit_image_vectors(method, data.augment, data.mesh, feature)
-    features = []
-    labels = []
+    total = len(data.sources[split])
+    labels = np.empty(total, np.int32)
+    features = np.empty((0, 0), np.float32)
+    count = 0
     for batch in data.batches(split, batch_size):
         found = jax.device_get(encode(params, batch))
         valid = found["index"] >= 0
-        check_finite(found["features"][valid], params, batch["images"])
-        features.append(found["features"][valid])
-        labels.append(found["label"][valid])
-    return Labeled(np.concatenate(features), np.concatenate(labels))
+        vectors = found["features"][valid]
+        check_finite(vectors, params, batch["images"])
+        if not features.size:
+            features = array_memory.empty((total, vectors.shape[1]), np.float32)
+        features[count : count + len(vectors)] = vectors
+        labels[count : count + len(vectors)] = found["label"][valid]
+        count += len(vectors)
+    return Labeled(features[:count], labels[:count])
 
 
 @functools.lru_cache(maxsize=8)

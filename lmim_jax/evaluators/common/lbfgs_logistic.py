@@ -11,7 +11,7 @@ l2 that are solved for at once, S chunks of images, P unknowns of one problem, M
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lmim_jax.distributed import sharding
+from lmim_jax.utils import array_memory
 
-CHUNK = 16384  # images whose G x K logits are in memory at a time
+CHUNK = 16384  # images whose logits are in memory at a time, on each device
+MAX_LOGITS = 1024  # classes x strengths that are solved for at the same time
 PADDED_SIZES = (16, 64, 256, 1024, 4096)  # small problems are padded to these: few compilations
 TOLERANCE = 1e-6  # the minimum is reached at this largest gradient entry, in the units of `fit`
 MEMORY = 10  # steps that L-BFGS remembers
@@ -38,17 +40,50 @@ class Fit:
       weights: float32 [G, D, K].
       biases: float32 [G, K].
       gradient: largest entry of the final gradient, in units in which the curvature is about 1.
+      inner_weights: float32 [G, R, K], of the coordinates of a `Problem`.
     """
 
     weights: Float[np.ndarray, "G D K"]
     biases: Float[np.ndarray, "G K"]
     gradient: Float[np.ndarray, " G"]
+    inner_weights: Float[np.ndarray, "G R K"]
 
-    def predict(self, x: Float[np.ndarray, "N D"]) -> Int[np.ndarray, "G N"]:
-        """Classes of features that are standardized like those of the fit."""
+    def predict(
+        self,
+        x: Float[np.ndarray, "N D"],
+        mean: Float[np.ndarray, " D"] | float = 0.0,
+        deviation: Float[np.ndarray, " D"] | float = 1.0,
+    ) -> Int[np.ndarray, "G N"]:
+        """Classes of features.
+
+        Args:
+          x: features.
+          mean: subtracted from them first, as from those of the fit.
+          deviation: that they are divided by then.
+        """
+        found = []
+        for start in range(0, len(x), CHUNK):
+            rows = (x[start : start + CHUNK] - mean) / deviation
+            found.append(self._largest(rows, self.weights))
+        return np.concatenate(found, axis=1)
+
+    def classify(
+        self, coordinates: Float[np.ndarray, "N R"], rows: Int[np.ndarray, " n"]
+    ) -> Int[np.ndarray, "G n"]:
+        """Classes of some rows of `Problem.coordinates`."""
+        found = []
+        for start in range(0, len(rows), CHUNK):
+            found.append(
+                self._largest(coordinates[rows[start : start + CHUNK]], self.inner_weights)
+            )
+        return np.concatenate(found, axis=1)
+
+    def _largest(
+        self, x: Float[np.ndarray, "n D"], weights: Float[np.ndarray, "G D K"]
+    ) -> Int[np.ndarray, "G n"]:
         classes = []
-        for weights, biases in zip(self.weights, self.biases, strict=True):
-            classes.append((x @ weights + biases).argmax(axis=1))
+        for i, bias in enumerate(self.biases):
+            classes.append((x @ weights[i] + bias).argmax(axis=1))
         return np.stack(classes)
 
 
@@ -73,10 +108,95 @@ def mean_and_deviation(
 
     The deviation of a constant feature is set to 1, so that the standardized feature is 0.
     """
-    mean = x.mean(axis=0, dtype=np.float64)
-    deviation = x.std(axis=0, dtype=np.float64)
+    total = np.zeros(x.shape[1])
+    for rows in _row_chunks(x):
+        total += rows.sum(axis=0, dtype=np.float64)
+    mean = total / len(x)
+    squares = np.zeros(x.shape[1])
+    for rows in _row_chunks(x):
+        squares += np.square(rows - mean).sum(axis=0)
+    deviation = np.sqrt(squares / len(x))
     deviation = np.where(deviation > 1e-6, deviation, 1)
     return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def standardize(
+    x: Float[np.ndarray, "N D"], mean: Float[np.ndarray, " D"], deviation: Float[np.ndarray, " D"]
+) -> None:
+    """Subtract a mean from features and divide them by a deviation, in place."""
+    x -= mean
+    x /= deviation
+
+
+def _row_chunks(x: Float[np.ndarray, "N D"]) -> Iterator[Float[np.ndarray, "n D"]]:
+    for start in range(0, len(x), CHUNK):
+        yield x[start : start + CHUNK]
+
+
+class Chunks(NamedTuple):
+    """Images on the devices, in S chunks of so many rows.
+
+    Attributes:
+      x: float32 [S, rows, R], zeros where there is no image.
+      labels: int32 [S, rows].
+    """
+
+    x: Array
+    labels: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Features on the devices, to solve for several strengths of l2 and choices of images.
+
+    Attributes:
+      coordinates: float32 [N, R], features along their principal axes.
+      axes: float32 [D, R]; None if the features were not rotated.
+      mean_squares: of the coordinates, float32 [R].
+      parts: all images: whole chunks, and what is left.
+      num_classes: K.
+      mesh: see `fit`.
+    """
+
+    coordinates: Float[np.ndarray, "N R"]
+    axes: Float[np.ndarray, "D R"] | None
+    mean_squares: Float[np.ndarray, " R"]
+    parts: tuple[Chunks, ...]
+    num_classes: int
+    mesh: Mesh | None
+
+    def solve(
+        self, l2: Sequence[float], iterations: int, chosen: Bool[np.ndarray, " N"] | None = None
+    ) -> Fit:
+        """Solve for each strength.
+
+        Args:
+          l2: G strengths.
+          iterations: the largest number of L-BFGS iterations.
+          chosen: which images count; None: all.
+        """
+        strengths = np.asarray(l2, np.float32)
+        # The curvature of the cross-entropy is about 1 / K of the variance; these units make it 1
+        units = np.sqrt(self.mean_squares[None] / self.num_classes + strengths[:, None])
+        count = len(self.coordinates)
+        if chosen is None:
+            chosen = np.ones(count, bool)
+        share = chosen.astype(np.float32) / np.float32(chosen.sum())
+        shares = []
+        start = 0
+        for part in self.parts:
+            chunks, rows = part.labels.shape
+            shares.append(_place(share[start : start + chunks * rows], (chunks, rows), self.mesh))
+            start += chunks * rows
+        at_once = max(1, min(len(strengths), MAX_LOGITS // self.num_classes))
+        solve = _jit_solve(self.num_classes, iterations, at_once, self.mesh)
+        inner, biases, gradient = jax.device_get(
+            solve(parts=self.parts, shares=tuple(shares), l2=strengths, units=units)
+        )
+        weights = inner
+        if self.axes is not None:
+            weights = self.axes @ inner
+        return Fit(weights, biases, gradient, inner)
 
 
 def fit(
@@ -97,46 +217,57 @@ def fit(
       iterations: the largest number of L-BFGS iterations.
       mesh: divide the images over its devices; None: each process solves the same on one device.
     """
-    coordinates, axes, mean_squares = rotate_to_principal_axes(np.asarray(x, np.float32))
-    strengths = np.asarray(l2, np.float32)
-    # The curvature of the cross-entropy is about 1 / K of the variance; these units make it 1
-    units = np.sqrt(mean_squares[None] / num_classes + strengths[:, None])
-    count = len(coordinates)
-    chunks, rows = _chunk_shape(count, mesh)
-
-    def place(array: np.ndarray) -> Array:
-        """[N, ...] -> [S, rows, ...], padded with zeros, on the devices."""
-        padding = [(0, 0)] * array.ndim
-        padding[0] = (0, chunks * rows - count)
-        array = np.pad(array, padding)
-        array = array.reshape(chunks, rows, *array.shape[1:])
-        if mesh is None:
-            return jnp.asarray(array)
-        return sharding.place_array(array, NamedSharding(mesh, PartitionSpec(None, sharding.AXES)))
-
-    solve = _jit_solve(num_classes, iterations, mesh)
-    solution = solve(
-        x=place(coordinates),
-        labels=place(np.asarray(labels, np.int32)),
-        share=place(np.full(count, 1 / count, np.float32)),
-        l2=strengths,
-        units=units,
-    )
-    weights, biases, gradient = jax.device_get(solution)
-    if axes is not None:
-        weights = axes @ weights
-    return Fit(weights, biases, gradient)
+    copied = array_memory.copy(np.asarray(x, np.float32))
+    return prepare(copied, labels, num_classes, mesh).solve(l2, iterations)
 
 
-def _chunk_shape(count: int, mesh: Mesh | None) -> tuple[int, int]:
-    """Number of chunks that images are divided into, and of rows of each chunk."""
+def prepare(
+    x: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"], num_classes: int, mesh: Mesh | None
+) -> Problem:
+    """Rotate features and place them on the devices; see `fit`.
+
+    `x` is overwritten, and stays in use on CPUs: there is no second array of its size on the host.
+    """
+    rotated = rotate_to_principal_axes(x)
+    coordinates = rotated.coordinates
+    labels = np.asarray(labels, np.int32)
     devices = mesh.size if mesh else 1
-    chunks = -(-count // (CHUNK * devices))
-    rows = -(-count // (chunks * devices)) * devices
+    chunk = CHUNK * devices
+    chunks = len(x) // chunk
+    end = chunks * chunk
+    parts = []
+    if chunks:
+        x_part = _place(coordinates[:end], (chunks, chunk), mesh)
+        parts.append(Chunks(x_part, _place(labels[:end], (chunks, chunk), mesh)))
+    if end < len(x):
+        shape = (1, _padded_size(len(x) - end, devices))
+        x_part = _place(coordinates[end:], shape, mesh)
+        parts.append(Chunks(x_part, _place(labels[end:], shape, mesh)))
+    return Problem(coordinates, rotated.axes, rotated.mean_squares, tuple(parts), num_classes, mesh)
+
+
+def _place(
+    array: Shaped[np.ndarray, "n ..."], shape: tuple[int, int], mesh: Mesh | None
+) -> Shaped[Array, "S rows ..."]:
+    """An array in chunks of this shape on the devices, padded with zeros."""
+    missing = shape[0] * shape[1] - len(array)
+    if missing:
+        padding = [(0, 0)] * array.ndim
+        padding[0] = (0, missing)
+        array = np.pad(array, padding)
+    array = array.reshape(*shape, *array.shape[1:])
+    if mesh is None:
+        return jax.device_put(array)
+    return sharding.place_array(array, NamedSharding(mesh, PartitionSpec(None, sharding.AXES)))
+
+
+def _padded_size(count: int, devices: int) -> int:
+    """Number of rows for so many images: a multiple of the devices, for few compilations."""
+    rows = -(-count // devices) * devices
     for size in PADDED_SIZES:
         if size >= rows and size % devices == 0:
-            return chunks, size
-    return chunks, rows
+            return size
+    return rows
 
 
 def rotate_to_principal_axes(x: Float[np.ndarray, "N D"]) -> Rotated:
@@ -145,7 +276,8 @@ def rotate_to_principal_axes(x: Float[np.ndarray, "N D"]) -> Rotated:
     A rotation changes neither the minimum nor the penalty, and with fewer images than dimensions
     the weights lie in the span of the images. But along these axes the curvature of the loss is
     known, so that far fewer iterations are needed. R is one of PADDED_SIZES, or D. Features are
-    not rotated if neither N nor D is small enough for a decomposition within seconds.
+    not rotated if neither N nor D is small enough for a decomposition within seconds. With at least
+    as many images as dimensions, they are rotated in place.
     """
     count, width = x.shape
     rank = count
@@ -155,16 +287,15 @@ def rotate_to_principal_axes(x: Float[np.ndarray, "N D"]) -> Rotated:
             break
     if min(rank, width) > PADDED_SIZES[-1]:
         return Rotated(x, None, np.zeros(width, np.float32))
-    if rank < width:
-        span = np.linalg.qr(x.T)[0]
-        inside = x @ span
-    else:
-        span = np.eye(width, dtype=np.float32)
-        inside = x
-    squares, axes = np.linalg.eigh((inside.T @ inside / count).astype(np.float64))
-    axes = axes.astype(np.float32)
-    squares = np.maximum(squares, 0).astype(np.float32)
-    missing = max(0, min(rank, width) - len(squares))
+    if rank >= width:
+        squares, axes = _principal_axes(x)
+        for rows in _row_chunks(x):
+            rows[:] = rows @ axes
+        return Rotated(x, axes, squares)
+    span = np.linalg.qr(x.T)[0]
+    inside = x @ span
+    squares, axes = _principal_axes(inside)
+    missing = rank - len(squares)
     return Rotated(
         coordinates=np.pad(inside @ axes, ((0, 0), (0, missing))),
         axes=np.pad(span @ axes, ((0, 0), (0, missing))),
@@ -172,13 +303,25 @@ def rotate_to_principal_axes(x: Float[np.ndarray, "N D"]) -> Rotated:
     )
 
 
+def _principal_axes(
+    x: Float[np.ndarray, "N D"],
+) -> tuple[Float[np.ndarray, " D"], Float[np.ndarray, "D D"]]:
+    """Mean squares along the principal axes, and the axes in columns, float32."""
+    products = np.zeros((x.shape[1], x.shape[1]))
+    for rows in _row_chunks(x):
+        products += rows.T @ rows
+    squares, axes = np.linalg.eigh(products / len(x))
+    return np.maximum(squares, 0).astype(np.float32), axes.astype(np.float32)
+
+
 @functools.lru_cache(maxsize=8)
 def _jit_solve(
-    num_classes: int, iterations: int, mesh: Mesh | None
+    num_classes: int, iterations: int, at_once: int, mesh: Mesh | None
 ) -> Callable[..., tuple[Array, Array, Array]]:
-    """Jitted (x [S, rows, R], labels, share [S, rows], l2 [G], units [G, R]) -> fields of a Fit.
+    """Jitted (parts, shares, l2 [G], units [G, R]) -> inner weights, biases and gradient of a Fit.
 
-    `share` is the share of each image in the mean: 0 for padding.
+    `shares` are the shares of the images in the mean, [S, rows] for each part: 0 for padding.
+    `at_once` strengths are solved for at the same time.
     """
 
     def split(theta: Array, units: Array) -> tuple[Array, Array]:
@@ -186,7 +329,7 @@ def _jit_solve(
         weights = theta[:-num_classes].reshape(-1, num_classes) / units[:, None]
         return weights, theta[-num_classes:] * num_classes**0.5
 
-    def solve(x: Array, labels: Array, share: Array, l2: Array, units: Array) -> Any:
+    def solve(parts: tuple[Chunks, ...], shares: tuple[Array, ...], l2: Array, units: Array) -> Any:
         def loss(theta: Array, l2: Array, units: Array) -> Array:
             weights, biases = split(theta, units)
 
@@ -196,21 +339,27 @@ def _jit_solve(
                 entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
                 return total + jnp.vdot(share, entropy, precision=EXACT), None
 
-            chunks = (x, labels, share)
-            cross_entropy, _ = jax.lax.scan(jax.checkpoint(add_chunk), 0.0, chunks)
+            cross_entropy = 0.0
+            for part, share in zip(parts, shares, strict=True):
+                chunks = (part.x, part.labels, share)
+                cross_entropy, _ = jax.lax.scan(jax.checkpoint(add_chunk), cross_entropy, chunks)
             return cross_entropy + l2 / 2 * _dot(weights, weights)
 
-        def solve_one(l2: Array, units: Array) -> tuple[Array, Array, Array]:
+        def solve_one(case: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+            l2, units = case
+
             def loss_of_unknowns(theta: Array) -> Array:
                 return loss(theta, l2, units)
 
-            size = (x.shape[-1] + 1) * num_classes
+            size = (units.size + 1) * num_classes
             value_and_grad = jax.value_and_grad(loss_of_unknowns)
             theta, gradient = minimize_lbfgs(value_and_grad, size, iterations)
             weights, biases = split(theta, units)
             return weights, biases, gradient
 
-        return jax.vmap(solve_one)(l2, units)
+        if at_once == len(l2):
+            return jax.vmap(solve_one)((l2, units))
+        return jax.lax.map(solve_one, (l2, units), batch_size=at_once)
 
     return jax.jit(solve, out_shardings=sharding.replicated(mesh) if mesh else None)
 
