@@ -47,6 +47,15 @@ class Method(Protocol):
     [B, H, W, C] as `loss_fn` takes them, with masked patches replaced by the predictions. Where
     predictions are normalized patch by patch, they get the mean and the standard deviation of the
     true patch. Training does not need it.
+
+    A method whose features do not need images of one size in a batch also has
+
+      positions_of(params, grid) -> [1, N, D]
+      patch_features(params, patches, positions, mask) -> features
+
+    the position embeddings of an image of any grid, and `features` of patches [B, N, P] with their
+    positions [B, N, D], where `mask` [B, N] is False for the patches that pad smaller images to N.
+    Without them, `lmim features` compiles a program for each size of images.
     """
 
     @property

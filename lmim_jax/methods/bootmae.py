@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmim_jax.methods.base import BaseMethod, Features, Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
@@ -284,10 +284,24 @@ class Method(BaseMethod):
         Returns:
           See `vit.features`; and latents [B, N, D], which is what targets are made of.
         """
-        grid = self.grid_of(images)
-        patches = patchify(images, grid, self.patch_size)
-        positions = self._positions(self.width, grid)
-        features = vit.features(self._encoder, params["encoder"], patches, positions)
+        patches = patchify(images, self.grid_of(images), self.patch_size)
+        positions = self.positions_of(params, self.grid_of(images))
+        return self.patch_features(params, patches, positions)
+
+    def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
+        """Position embeddings of an image of any grid."""
+        del params
+        return self._positions(self.width, grid)
+
+    def patch_features(
+        self,
+        params: Params,
+        patches: Float[Array, "B N P"],
+        positions: Float[Array, "#B N D"],
+        mask: Bool[Array, "B N"] | None = None,
+    ) -> Features:
+        """Encode the patches of whole images, see methods/base.py and `features`."""
+        features = vit.features(self._encoder, params["encoder"], patches, positions, mask)
         latents = normalization.standardize_tokens(features["patches_prenorm"], 1e-6)
         return {**features, "latents": latents}
 

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmim_jax.methods.base import BaseMethod, Features, Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
@@ -288,10 +288,24 @@ class Method(BaseMethod):
         Returns:
           See `vit.features`; and latents [B, N, D], which is what targets are made of.
         """
-        grid = self.grid_of(images)
-        positions = jnp.asarray(sincos_positions(grid, self.width, self.grid))[None]
-        patches = patchify(images, grid, self.patch_size)
-        features = vit.features(self._encoder, params["encoder"], patches, positions)
+        patches = patchify(images, self.grid_of(images), self.patch_size)
+        positions = self.positions_of(params, self.grid_of(images))
+        return self.patch_features(params, patches, positions)
+
+    def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
+        """Position embeddings of an image of any grid."""
+        del params
+        return jnp.asarray(sincos_positions(grid, self.width, self.grid))[None]
+
+    def patch_features(
+        self,
+        params: Params,
+        patches: Float[Array, "B N P"],
+        positions: Float[Array, "#B N D"],
+        mask: Bool[Array, "B N"] | None = None,
+    ) -> Features:
+        """Encode the patches of whole images, see methods/base.py and `features`."""
+        features = vit.features(self._encoder, params["encoder"], patches, positions, mask)
         if self.target == "random_projection":
             latents = self._project_patches(params, patches)
         else:

@@ -11,7 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmim_jax.methods.base import BaseMethod, Features, Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
@@ -160,7 +160,22 @@ class Method(BaseMethod):
           images: normalized; H and W are multiples of the patch size. Positions span the range of
             the training grid.
         """
-        grid = self.grid_of(images)
-        positions = sincos_positions(grid, self.width, self.grid, integer=True)[None]
-        patches = patchify(images, grid, self.patch_size)
-        return vit.features(self._encoder, params["encoder"], patches, jnp.asarray(positions))
+        patches = patchify(images, self.grid_of(images), self.patch_size)
+        positions = self.positions_of(params, self.grid_of(images))
+        return self.patch_features(params, patches, positions)
+
+    def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
+        """Position embeddings of an image of any grid."""
+        del params
+        positions = sincos_positions(grid, self.width, self.grid, integer=True)
+        return jnp.asarray(positions)[None]
+
+    def patch_features(
+        self,
+        params: Params,
+        patches: Float[Array, "B N P"],
+        positions: Float[Array, "#B N D"],
+        mask: Bool[Array, "B N"] | None = None,
+    ) -> Features:
+        """Encode the patches of whole images, see methods/base.py and `features`."""
+        return vit.features(self._encoder, params["encoder"], patches, positions, mask)

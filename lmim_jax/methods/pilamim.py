@@ -12,7 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lmim_jax.methods.base import BaseMethod, Features, Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
@@ -228,10 +228,23 @@ class Method(BaseMethod):
           images: normalized; H and W are multiples of the patch size. Learned positions are
             interpolated to other sizes than the training grid.
         """
-        grid = self.grid_of(images)
-        positions = resample_positions(params["encoder"]["positions"], self.grid, grid)
-        patches = patchify(images, grid, self.patch_size)
-        return vit.features(self._encoder, params["encoder"], patches, positions)
+        patches = patchify(images, self.grid_of(images), self.patch_size)
+        positions = self.positions_of(params, self.grid_of(images))
+        return self.patch_features(params, patches, positions)
+
+    def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
+        """Position embeddings of an image of any grid."""
+        return resample_positions(params["encoder"]["positions"], self.grid, grid)
+
+    def patch_features(
+        self,
+        params: Params,
+        patches: Float[Array, "B N P"],
+        positions: Float[Array, "#B N D"],
+        mask: Bool[Array, "B N"] | None = None,
+    ) -> Features:
+        """Encode the patches of whole images, see methods/base.py and `features`."""
+        return vit.features(self._encoder, params["encoder"], patches, positions, mask)
 
 
 def _init_positions(rng: Key[Array, ""], slots: int, width: int) -> Float[Array, "1 slots width"]:

@@ -66,7 +66,7 @@ class ViT(nn.Module, kw_only=True):
         Args:
           patches: pixel values of the visible patches.
           positions: their position embeddings, for every image or for all alike.
-          mask: True where a patch may be attended to; None: all may. Only without a CLS token.
+          mask: True where a patch may be attended to; None: all may.
 
         Returns:
           Tokens after and before the final norm, T = 1 + N with CLS in row 0, or T = N without one.
@@ -78,6 +78,8 @@ class ViT(nn.Module, kw_only=True):
             cls = cls.astype(self.dtype)
             cls = jnp.broadcast_to(cls, (len(x), 1, self.width))
             x = jnp.concatenate([cls, x], axis=1)
+            if mask is not None:
+                mask = jnp.pad(mask, [(0, 0), (1, 0)], constant_values=True)
         make_block = functools.partial(
             Block,
             heads=self.heads,
@@ -97,6 +99,7 @@ def features(
     params: dict[str, Any],
     patches: Float[Array, "B N P"],
     positions: Float[Array, "#B N D"],
+    mask: Bool[Array, "B N"] | None = None,
 ) -> dict[str, Array]:
     """Compute the features of full images by name. Under `jit`, unused ones are not computed.
 
@@ -105,6 +108,8 @@ def features(
       params: its parameters.
       patches: all patches of the images.
       positions: their position embeddings.
+      mask: False for patches that only pad the images of a batch to equal length; None: there are
+        none. The features of such patches, and attention, mean nothing.
 
     Returns:
       cls [B, D] and patches [B, N, D] after the final norm; cls_prenorm and patches_prenorm before
@@ -112,7 +117,7 @@ def features(
       block. An encoder without CLS token gives no cls, and one row less.
     """
     (tokens, prenorm), state = encoder.apply(
-        {"params": params}, patches, positions, mutable=["intermediates"]
+        {"params": params}, patches, positions, mask, mutable=["intermediates"]
     )
     first_patch = int(encoder.cls)
     named = {"patches": tokens[:, first_patch:], "patches_prenorm": prenorm[:, first_patch:]}
