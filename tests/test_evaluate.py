@@ -139,7 +139,7 @@ def test_every_column_is_measured_by_the_same_evaluator(saved, images):
     columns = {"pixels": weights, "untrained": changed(weights), "trained": weights}
     *_, measured = evaluate.measure(run, [scheduled], data, columns)
     assert not measured.pictures
-    assert measured.metrics.keys() == {"near/nn1", "near/knn3", "near/loo1"}
+    assert measured.metrics.keys() == {"near/nn1", "near/knn3", "near/loo1", "near/majority"}
     by_column = {column: {} for column in columns}
     for name, values in measured.metrics.items():
         assert values.keys() == columns.keys()
@@ -256,7 +256,7 @@ def test_bad_input_is_one_line_and_exit_code_2(saved, images, tmp_path):
         "--data.pth=x": "unknown config key data.pth",
         f"--data.path={texts}": "texts/train: no images in this folder",
         f"--data.path={flat} --evaluators=fewshot": "=fewshot: the images have no classes",
-        "--data.test_split=none --evaluators=knn": "=knn: the images have no test split",
+        "--data.test_split=none --evaluators=knn": "=knn: there are no test images",
     }
     done = call(saved[0], *bad)
     answers = re.split(r"exit code (\d+)\n", done.stderr)

@@ -11,13 +11,16 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from absl import flags
+from absl.testing import flagsaver
 from PIL import Image
 
-from lmim_jax.cli import extract_features
+import lmim_jax
+from lmim_jax.cli import app, extract_features
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.evaluators.common import feature_io
 from lmim_jax.evaluators.common.feature_extraction import Extractor, extract_from_files
-from lmim_jax.train import runs
+from lmim_jax.train import runs, workdir
 from lmim_jax.utils.errors import UserError
 
 
@@ -61,8 +64,8 @@ def folder(tmp_path_factory):
 
 
 def test_features_of_every_image_are_the_methods_own(extractor, folder):
-    root, names, others = extract_features.list_images(folder)
-    assert others == ["notes.txt"]
+    root, names, lines = extract_features.list_images(folder)
+    assert "1 .txt: left out" in "".join(lines)
     extracted = extract_from_files(extractor, root, names, ignore_progress)
     found = extracted.features
     assert extracted.names == ["a.jpg", "d.jpg", "deep/b.jpg", "deep/er/c.jpg"]
@@ -80,6 +83,64 @@ def test_features_of_every_image_are_the_methods_own(extractor, folder):
     np.testing.assert_allclose(found["cls"][2], expected["cls"][0], atol=1e-5)
     np.testing.assert_allclose(found["patches"][2], expected["patches"][0], atol=1e-5)
     np.testing.assert_allclose(found["mean"][2], expected["patches"][0].mean(axis=0), atol=1e-5)
+
+
+def test_images_of_all_aspect_ratios_share_a_program(run, folder):
+    """Padding changes no feature: encoded together or alone, with the program of another length."""
+    names = ["a.jpg", "d.jpg", "deep/b.jpg", "deep/er/c.jpg"]
+    kinds = ("cls", "mean", "patches", "latents", "block00/tokens:both")
+    extractor = make(run, kinds=kinds)
+    together = extract_from_files(extractor, folder, names, ignore_progress).features
+    assert extractor.compiled == {(1, 32)}  # the squares have 16 patches, the others 32
+    assert extractor._encode._cache_size() == 1
+    plain = make(run, kinds=kinds)
+    plain._pads = False  # as for a method without `patch_features`
+    alone = extract_from_files(plain, folder, names, ignore_progress).features
+    assert plain.compiled == {(16, 16), (16, 32), (32, 16)}
+    for kind in kinds:
+        for one, other in zip(together[kind], alone[kind], strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_a_full_batch_of_squares_gets_its_own_program(run, folder):
+    extractor = make(run, batch_size=2, kinds=("mean",))
+    extract_from_files(extractor, folder, ["a.jpg", "d.jpg", "deep/b.jpg"], ignore_progress)
+    assert extractor.compiled == {(1, 16), (1, 32)}
+
+
+def test_crops_are_those_of_evaluators(run, folder):
+    extractor = make(run, canvas=40)
+    names = ["a.jpg", "deep/b.jpg"]
+    extracted = extract_from_files(extractor, folder, names, ignore_progress)
+    assert extracted.grids.tolist() == [[4, 4], [4, 4]]
+    assert len(extractor.compiled) == 1
+    model = lmim_jax.load(run)
+    expected = model.encode(model.preprocess([folder / name for name in names]))
+    for kind in ("cls", "mean", "patches"):
+        np.testing.assert_allclose(
+            np.stack(extracted.features[kind]), getattr(expected, kind), atol=1e-5
+        )
+
+
+def test_mistakes_are_found_before_weights_are_read(tmp_path, folder, monkeypatch):
+    """The run has no checkpoint: only its config is read."""
+    config = tiny.get_config()
+    config.method = tiny.method("mae")
+    workdir.claim(tmp_path, config.to_dict(), None)
+    out = f"--out={tmp_path / 'f.npz'}"
+    for words, message in (
+        (["--features=block1/tokens"], r"no feature of that name.*block00/tokens"),
+        (["--features=cls,pixels"], "pixels needs no encoder"),
+        (["--features="], "--features is empty"),
+        (["--size=3"], "less than one patch of 4 pixels"),
+        (["--weights=target"], "mae has no target encoder"),
+        ([], "no checkpoints here"),
+    ):
+        with flagsaver.flagsaver():
+            app._define(extract_features)
+            flags.FLAGS(["features", out, *words])
+            with pytest.raises(UserError, match=message):
+                extract_features.main([str(tmp_path), str(folder)])
 
 
 def saved_params(extractor):
@@ -163,7 +224,9 @@ def test_folders_without_images_and_too_many_images_are_refused(tmp_path, extrac
     with pytest.raises(UserError, match="no such folder"):
         extract_features.list_images(tmp_path / "absent")
     with pytest.raises(UserError, match=r"take at least .* GB"):
-        extract_features.check_memory(10**10, extractor)
+        extract_features.check_memory(10**10, {"cls": (16,)}, 1)
+    with pytest.raises(UserError, match=r"take at least .* GB"):
+        extract_features.check_memory(10**5, {"patches": (16, 16)}, 100)
 
 
 def test_the_command(run, folder, tmp_path):
@@ -185,7 +248,7 @@ app.run(extract_features, argv)
     done = subprocess.run([sys.executable, "-c", script], cwd=conftest.ROOT, **pipes)
     assert (
         "left out: deep/cut.jpg: " in done.stdout
-        and "1 files that are not images: notes.txt" in done.stdout
+        and "1 .txt: left out (images1/notes.txt)" in done.stdout.replace(folder.name, "images1")
     ), done
     with np.load(tmp_path / "f.npz") as file:
         assert file["grid"].tolist() == [[6, 6], [6, 6], [6, 12], [12, 6]] and file[

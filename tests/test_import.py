@@ -43,6 +43,7 @@ def load(stem):
         {key: x for key, x in fields.items() if key not in ("total_steps", "steps_per_epoch")}
     )
     config.method.name = name
+    config.augment.eval_resize = config.method.grid[0] * config.method.patch_size
     return config, test_reference.group(case, "state/")
 
 

@@ -53,7 +53,7 @@ def make_run(folder, images, name="mae"):
         method, optimizer, 0, sharding.make_mesh(), rules=config.mesh.rules, min_size=1
     )
     workdir.claim(folder, config.to_dict(), {})
-    provenance.record_start(folder)
+    provenance.record_start(folder, [])
     with Checkpoints(folder, config) as checkpoints:
         checkpoints.save(state, 4)
     return folder

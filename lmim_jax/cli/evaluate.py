@@ -30,6 +30,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.cli import app
+from lmim_jax.data import inventory, sources
 from lmim_jax.data.eval.eval_data import Batch, EvaluationData
 from lmim_jax.distributed import multihost, sharding
 from lmim_jax.evaluators import base as evaluators
@@ -271,7 +272,11 @@ def open_inputs(
     mesh = sharding.make_mesh()
     trained = run.weights.placed_on(mesh)
     cache = FeatureCache(folder / "cache")
-    data = run.open_images(data_config, mesh, progress=show_progress, cache=cache)
+    listings: sources.Listings = {}
+    data = run.open_images(data_config, mesh, listings, progress=show_progress, cache=cache)
+    found = inventory.describe_config(data_config, data.sources, listings, "--data")
+    for text in found:
+        log.info("%s", text)
     identities = {}
     counts = {}
     for split, source in data.sources.items():
@@ -290,6 +295,7 @@ def open_inputs(
         "checkpoint": trained.checkpoint,
         "data": identities,
         "images": counts,
+        "found": found,
         "classes": len(data.classes),
         "devices": f"{mesh.size} {jax.devices()[0].device_kind}",
         "version": multihost.versions(),

@@ -8,8 +8,13 @@ images at any depth, or one image. --out: a .npz, .safetensors or .parquet file.
 
 The whole image is resized to a short side of --size pixels (default: the size at which the encoder
 was trained) and a long side that is the nearest multiple of the patch size, so its aspect ratio is
-kept within half a patch; positions are resampled. Colors are normalized as in the run. EXIF
-orientation and transparency are ignored, as in training.
+kept within half a patch; positions are resampled. With --crop, it is the square from the middle
+of the image that evaluators see. Colors are normalized as in the run. EXIF orientation and
+transparency are ignored, as in training. Images of all aspect ratios are encoded together: few
+programs have to be compiled.
+
+--features takes cls, mean, patches, and every other name that `lmim evaluate --feature` takes, such
+as block01/tokens or cls+latents: one vector for each image.
 
 The file holds, in order of the names:
   name     of the file below IMAGES (in .safetensors: a JSON list in the metadata)
@@ -19,31 +24,38 @@ The file holds, in order of the names:
   patches  float32 [patches of all images, D], image after image: those of image i begin at row
            first[i], and patches[first[i]:first[i + 1]].reshape(*grid[i], D) is its feature map
            (in .parquet: a list per row)
-Features are taken after the final norm, as in timm and transformers; --nonorm takes them before it,
+  others   a vector for each image, float32 [n, ...], under the given name
+cls, mean and patches are taken after the final norm, as in timm and transformers; --nonorm takes them before it,
 as the k-NN evaluation of Latent MIM does.
 
 Files that cannot be read are left out and listed. All features are held in memory until the end:
 split very large folders, or use --features=mean.
 """
 
+import math
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tqdm
 from absl import flags
 
 from lmim_jax.cli import app
-from lmim_jax.data import folder_listing
-from lmim_jax.data.augment.device import Augment
-from lmim_jax.evaluators.common import feature_io
-from lmim_jax.evaluators.common.feature_extraction import KINDS, Extractor, extract_from_files
+from lmim_jax.data import folder_listing, inventory
+from lmim_jax.evaluators.common import feature_io, image_features
+from lmim_jax.evaluators.common.feature_extraction import (
+    KINDS,
+    Extractor,
+    extract_from_files,
+    feature_shapes,
+)
 from lmim_jax.train import runs
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
 
 RECIPES: dict[str, str | None] = {}
 MEMORY_SHARE = 0.8  # of the machine's memory that features may take
-LISTED = 5  # names of other files that are printed
 
 
 def list_images(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str], list[str]]:
@@ -53,7 +65,7 @@ def list_images(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str], list
       path: of the folder or the image.
 
     Returns:
-      (root, names of images, names of other files), names relative to the root.
+      (root, names of images relative to it, lines on what was found).
 
     Raises:
       UserError: there are no images.
@@ -61,27 +73,34 @@ def list_images(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str], list
     path = pathlib.Path(path).expanduser()
     if path.is_file():
         return path.parent, [path.name], []
+
+    def read(name: str) -> bytes:
+        return (path / name).read_bytes()
+
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
     found = folder_listing.list_folder(path)
     if not found.images:
         raise UserError(f"{path}: no images in this folder, only {len(found.others)} other files")
-    return path, list(found.images), list(found.others)
+    return path, list(found.images), inventory.describe_folder(found, read)
 
 
-def check_memory(count: int, extractor: Extractor) -> None:
+def check_memory(count: int, shapes: Mapping[str, tuple[int, ...]], scale: float) -> None:
     """Check that the features of `count` images fit into this machine's memory.
+
+    Args:
+      count: number of images.
+      shapes: of each feature of an image, at the size of training.
+      scale: the size of the images, in sizes of training.
 
     Raises:
       UserError: they do not.
     """
-    vectors = {
-        "cls": 1,
-        "mean": 1,
-        "patches": (extractor.size // extractor.method.patch_size) ** 2,
-    }
-    per_image = sum(vectors[kind] for kind in extractor.kinds)
-    needed = 4 * extractor.method.width * count * per_image
+    per_image = 0.0
+    for kind, shape in shapes.items():
+        patches = scale**2 if kind == "patches" else 1
+        per_image += math.prod(shape) * patches
+    needed = 4 * count * per_image
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > MEMORY_SHARE * available:
         raise UserError(
@@ -90,35 +109,28 @@ def check_memory(count: int, extractor: Extractor) -> None:
         )
 
 
-def make_extractor(run: runs.Run, which: str) -> Extractor:
-    """The encoder of a run with the options of the flags.
+def check_features(method: Any, kinds: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of each feature of an image; needs no weights.
 
     Args:
-      run: an opened run or exported folder.
-      which: its "online" or "target" weights.
+      method: of the run.
+      kinds: of --features.
 
     Raises:
-      UserError: --size is less than a patch, or the encoder lacks the feature of --features.
+      UserError: no feature was given, or the method lacks one.
     """
-    given = flags.FLAGS
-    method = run.method
-    size = given.size or min(method.feature_size)
-    if size < method.patch_size:
-        raise UserError(f"--size={size} is less than one patch of {method.patch_size} pixels")
-    if given.features == ["cls"] and "cls_token" not in run.params["encoder"]:
+    if not kinds:
+        raise UserError("--features is empty; give some of cls,mean,patches")
+    try:
+        for kind in kinds:
+            if not image_features.needs_encoder(kind):
+                raise UserError(f"{kind} needs no encoder: it is a baseline of `lmim evaluate`")
+        shapes = feature_shapes(method, kinds)
+    except UserError as error:
+        raise UserError(f"--features={','.join(kinds)}: {error}") from error
+    if not shapes:
         raise UserError("--features=cls: this encoder has no CLS token; use mean or patches")
-    transform = Augment.from_config(
-        run.config.augment, image_size=method.image_size, eval_size=method.feature_size
-    )
-    return Extractor(
-        method,
-        run.encoder_params(which),
-        transform,
-        size=size,
-        kinds=tuple(given.features),
-        norm=given.norm,
-        batch_size=given.batch_size,
-    )
+    return shapes
 
 
 def main(arguments: list[str]) -> None:
@@ -128,17 +140,34 @@ def main(arguments: list[str]) -> None:
     workdir, (path,) = app.run_and_arguments(arguments, "IMAGES")
     if not given.out:
         raise UserError("give the file to write, such as --out=features.npz")
-    if not given.features or set(given.features) - set(KINDS):
-        raise UserError(f"--features={','.join(given.features)} must be some of: {','.join(KINDS)}")
     write = feature_io.make_writer(given.out)
-    root, names, others = list_images(path)
-    run = runs.open_run(workdir)
+    run = runs.open_run(workdir)  # its config: weights are read when they are needed
+    method = run.method
+    size = given.size or min(method.feature_size)
+    if size < method.patch_size:
+        raise UserError(f"--size={size} is less than one patch of {method.patch_size} pixels")
+    shapes = check_features(method, given.features)
     which = run.choose_weights(given.weights)
-    extractor = make_extractor(run, which)
-    check_memory(len(names), extractor)
+    if which == "target" and not run.exported and not run.has_target:
+        raise UserError(f"--weights=target: {run.config.method.name} has no target encoder")
+    root, names, lines = list_images(path)
+    for line in lines:
+        print(line)
+    check_memory(len(names), shapes, size / min(method.feature_size))
+    extractor = Extractor(
+        method,
+        run.encoder_params(which),
+        run.augmentation,
+        size=size,
+        kinds=tuple(given.features),
+        norm=given.norm,
+        batch_size=given.batch_size,
+        canvas=run.config.data.canvas if given.crop else None,
+    )
     with tqdm.tqdm(total=len(names), unit=" images", mininterval=1.0) as bar:
         names, grids, features, bad = extract_from_files(extractor, root, names, bar.update)
-    _report_left_out(bad, others)
+    for name, problem in bad:
+        print(f"left out: {name}: {problem}")
     if not names:
         raise UserError(f"{path}: not one of {len(bad)} images can be read")
     write(names, grids, features)
@@ -146,20 +175,9 @@ def main(arguments: list[str]) -> None:
     if given.norm:
         place = "after"
     print(
-        f"{given.out}: {', '.join(features)} of {len(names)} images, {run.method.width} numbers "
+        f"{given.out}: {', '.join(features)} of {len(names)} images, {method.width} numbers "
         f"each; {which} weights of step {run.step}, {place} the final norm"
     )
-
-
-def _report_left_out(bad: list[tuple[str, str]], others: list[str]) -> None:
-    """Print which files were left out: images that cannot be read, and files of other kinds."""
-    for name, problem in bad:
-        print(f"left out: {name}: {problem}")
-    if others:
-        listed = ", ".join(others[:LISTED])
-        if len(others) > LISTED:
-            listed += " ..."
-        print(f"left out: {len(others)} files that are not images: {listed}")
 
 
 def define_flags() -> None:
@@ -175,7 +193,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "features",
         list(KINDS),
-        "Which features to write: cls, mean, patches. Example: --features=cls,mean",
+        "Which features to write: cls, mean, patches, or names that `lmim evaluate --feature` "
+        "takes. Example: --features=cls,block01/tokens",
     )
     flags.DEFINE_enum(
         "weights",
@@ -189,6 +208,9 @@ def define_flags() -> None:
         0,
         "Short side of the resized images in pixels; 0: as in training. Example: --size=448",
         lower_bound=0,
+    )
+    flags.DEFINE_bool(
+        "crop", False, "Encode the middle square of each image, as evaluators do. Example: --crop"
     )
     flags.DEFINE_bool(
         "norm", True, "Take features after the final norm, not before it. Example: --nonorm"

@@ -24,7 +24,7 @@ import tqdm
 from absl import flags
 
 from lmim_jax.cli import app
-from lmim_jax.data import decode, folder_listing, sources, tfds_source
+from lmim_jax.data import decode, inventory, sources, tfds_source
 from lmim_jax.data.prepare import tfds_writer, tfrecord
 from lmim_jax.utils import atomic_io, subprocess
 from lmim_jax.utils.errors import UserError
@@ -102,16 +102,19 @@ def convert_folder(
 
 
 def _open_splits(folder: pathlib.Path) -> dict[str, sources.FolderSource]:
-    """The splits of a folder of images: its sub-folders, or all images as "train"."""
+    """The splits of a folder of images, its subfolders or all images as "train"; prints them."""
     splits: Sequence[str] = ("train",)
     if (folder / "train").is_dir():
         splits = SPLITS
     found: dict[str, sources.FolderSource] = {}
-    listings: dict[str, folder_listing.Listing] = {}
+    listings: sources.Listings = {}
     for split in splits:
         source = sources.open_folder(folder, split, listings=listings)
         if source:
             found[split] = source
+    places = inventory.Places(str(folder), "train", "", flag="", canvas=0)
+    for line in inventory.describe(found, listings, places):
+        print(line)
     return found
 
 

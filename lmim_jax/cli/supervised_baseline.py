@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from lmim_jax.cli import app
-from lmim_jax.data import loader, sources
+from lmim_jax.data import inventory, loader, sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
@@ -128,7 +128,10 @@ def train(config: ConfigDict, epochs: int, learning_rate: float) -> float:
       UserError: the dataset has no labels or no test images.
     """
     mesh = sharding.make_mesh()
-    splits = sources.open_splits(config.data)
+    listings: sources.Listings = {}
+    splits = sources.open_splits(config.data, listings)
+    for line in inventory.describe_config(config.data, splits, listings, "--config.data"):
+        log.info("%s", line)
     source = splits["train"]
     problem = evaluators.labels_problem(source.classes, splits)
     if problem:

@@ -14,8 +14,21 @@ import simplejpeg
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
+from lmim_jax.utils import faults
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+)
 MAX_PIXELS = 50_000_000  # against decompression bombs; read from the header, before decoding
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by number of channels
 JPEG_SCALES = (8, 4, 2)  # by which a JPEG can be shrunk while it is decoded
@@ -56,6 +69,7 @@ def decode(data: bytes, canvas: int, channels: int) -> UInt8[np.ndarray, "h w C"
     Raises:
       BadImage: empty, truncated or damaged, not an image, an unsupported format, or over 50
         megapixels.
+      MemoryError, OSError: a fault of the environment, see utils/faults.py.
     """
     if not data:
         raise BadImage("empty file")
@@ -68,6 +82,8 @@ def decode(data: bytes, canvas: int, channels: int) -> UInt8[np.ndarray, "h w C"
     except BadImage:
         raise
     except Exception as error:  # decoders raise errors of any type on damaged data
+        if faults.is_environment_fault(error):
+            raise
         raise BadImage(str(error) or type(error).__name__) from error
 
 
@@ -162,6 +178,8 @@ def _read_jpeg(
     except BadImage:
         raise
     except ValueError as error:
+        if faults.is_environment_fault(error):
+            raise
         message = str(error)
         truncated = "remature end" in message
         corrupt = "Corrupt" in message and "extraneous bytes" not in message

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from lmim_jax.data import shared_array
 from lmim_jax.data.decode import SUFFIXES
 from lmim_jax.utils.errors import UserError
 
+# Names of splits in public datasets
+SPLIT = re.compile(r"train(ing)?|test(ing)?|val(id|idation)?|dev|eval(uation)?", re.IGNORECASE)
 CHUNK = 65_536  # names that are decoded at a time
 END = b"\0"  # after each name; no file name contains it
 ENCODING = ("utf-8", "surrogateescape")  # names may be no valid UTF-8, see PEP 383
@@ -114,6 +117,7 @@ class Listing:
       skipped_links: (path, target) of links to folders that are part of the listing already, or
         that contain the link.
       unreadable: paths of folders that this user may not list.
+      split_like: paths of folders whose names are those of splits, such as Test or validation.
     """
 
     top: str
@@ -124,6 +128,7 @@ class Listing:
     folders: tuple[str, ...]
     skipped_links: tuple[tuple[str, str], ...]
     unreadable: tuple[str, ...]
+    split_like: tuple[str, ...]
 
     @property
     def loose(self) -> int:
@@ -162,6 +167,7 @@ class _Walk:
         self._seen: set[tuple[int, int]] = set()  # device and inode of listed folders
         self._skipped: list[tuple[str, str]] = []
         self._unreadable: list[str] = []
+        self._split_like: list[str] = []
 
     def run(self) -> Listing:
         """Visit the folders depth first, in the order of the sorted paths."""
@@ -172,8 +178,10 @@ class _Walk:
             prefix, names = pending.pop()
             if names:
                 self._add(prefix, names)
-            else:
-                pending += reversed(self._scan(prefix))
+                continue
+            if SPLIT.fullmatch(prefix[:-1].rpartition("/")[2]):
+                self._split_like.append(prefix[:-1])
+            pending += reversed(self._scan(prefix))
         return Listing(
             top=self._top,
             images=self._images.finish(),
@@ -183,6 +191,7 @@ class _Walk:
             folders=tuple(folders),
             skipped_links=tuple(self._skipped),
             unreadable=tuple(self._unreadable),
+            split_like=tuple(self._split_like),
         )
 
     def _scan(self, prefix: str) -> list[tuple[str, list[str]]]:

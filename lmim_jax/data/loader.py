@@ -11,7 +11,6 @@ import functools
 import itertools
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,19 +22,18 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 from lmim_jax.data import decode, prefetch
+from lmim_jax.data.activity import Activity
 from lmim_jax.data.augment.device import CropDraw
 from lmim_jax.data.augment.host import HostCrop
 from lmim_jax.data.sources import Source
 from lmim_jax.distributed import sharding
+from lmim_jax.utils import faults
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 CHUNK = 4  # rows that a thread decodes at a time
 LISTED = 10  # bad images listed in the error message
-
-# The read in progress in each thread, to be named in the error message if it hangs
-_current_reads: dict[int, tuple["BatchDecoder", int]] = {}
 
 
 @functools.lru_cache(maxsize=2)  # the current epoch, and the next one while prefetching
@@ -58,6 +56,8 @@ class BatchDecoder:
         (evaluation).
       crop: crops images on the host, so that a batch holds crops instead of canvases; None:
         canvases.
+      retry_seconds: how long to try to read an image while the environment is at fault.
+      activity: what is being read.
     """
 
     source: Source
@@ -66,6 +66,8 @@ class BatchDecoder:
     threads: int
     replace: bool
     crop: HostCrop | None = None
+    retry_seconds: float = faults.RETRY_SECONDS
+    activity: Activity = dataclasses.field(default_factory=Activity, compare=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -92,6 +94,9 @@ class BatchDecoder:
           "image" uint8 [B, *shape]; int32 "size" [B, 2] (height, width), "label" [B], "index" [B]
           of the images that were decoded, and "bad" [B], the index asked for where that image is
           bad, or -1; "pid", of this process.
+
+        Raises:
+          ReadFailed: the environment was at fault for `retry_seconds`.
         """
         count = len(indices)
         new_array = prefetch.recycled_array
@@ -146,32 +151,33 @@ class BatchDecoder:
 
     def _read(self, index: int) -> tuple[UInt8[np.ndarray, "h w C"], int]:
         """(pixels, class) of an image of the source."""
-        thread = threading.get_ident()
-        _current_reads[thread] = (self, index)
+        self.activity.begin(index)
         try:
-            data, label = self.source.record(index)
-            return decode.decode(data, self.canvas, self.channels), label
+            return faults.retry(
+                lambda: self._read_once(index),
+                lambda: self.source.name(index),
+                self.retry_seconds,
+            )
         finally:
-            del _current_reads[thread]
+            self.activity.end()
+
+    def _read_once(self, index: int) -> tuple[UInt8[np.ndarray, "h w C"], int]:
+        data, label = self.source.record(index)
+        return decode.decode(data, self.canvas, self.channels), label
 
     def describe_failure(self, index: int) -> str:
         """The name of a bad image and what is wrong with it."""
         name = self.source.name(index)
         try:
-            self._read(index)
-        except (decode.BadImage, OSError) as error:
+            self._read_once(index)
+        except Exception as error:  # also of the environment, at this moment
             return f"{name} ({error})"
         return f"{name} (readable now)"
 
     def describe_reads(self) -> str:
-        """The images that threads of this process are reading, for an error message; "": none."""
-        names = []
-        for decoder, index in list(_current_reads.values()):
-            if decoder is self:
-                names.append(self.source.name(index))
-        if not names:
-            return ""
-        return f", at {', '.join(names[:4])}"
+        """The images that are being read, for a message; "": none."""
+        names = [self.source.name(index) for index in self.activity.being_read()[:4]]
+        return ", ".join(names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,14 +230,13 @@ class BadImageMonitor:
       max_fraction: of the files, that may be bad.
 
     Raises:
-      UserError: too many files of the source are not images.
+      UserError: too many images of the source are damaged.
     """
 
     def __init__(self, images: BatchDecoder, max_fraction: float):
         self._images = images
         self._max_fraction = max_fraction
         self._found: dict[int, str] = {}  # what is wrong, by index
-        self.check()
 
     def record(self, indices: Int[np.ndarray, " B"]) -> None:
         """Record the `bad` column [B] of a batch.
@@ -248,17 +253,15 @@ class BadImageMonitor:
 
     def check(self) -> None:
         """Raise a UserError that lists the bad files if there are too many of them."""
-        source = self._images.source
-        bad = len(self._found) + len(source.ignored)
-        total = len(source) + len(source.ignored)
+        bad = len(self._found)
+        total = len(self._images.source)
         if bad <= self._max_fraction * total:
             return
-        files = itertools.chain(self._found.values(), source.ignored)
-        listed = "; ".join(itertools.islice(files, LISTED))
+        listed = "; ".join(itertools.islice(self._found.values(), LISTED))
         if bad > LISTED:
             listed += " ..."
         raise UserError(
-            f"{bad} of {total} files are not usable images, more than "
+            f"{bad} of {total} images are damaged, more than "
             f"config.data.max_bad_fraction={self._max_fraction:g}; repair or remove them: {listed}"
         )
 
@@ -295,6 +298,7 @@ def training_batches(
     start: int,
     mesh: Mesh,
     crop: HostCrop | None = None,
+    check: Callable[[], None] = prefetch.no_check,
 ) -> Iterator[dict[str, jax.Array]]:
     """Training batches from step `start` to `steps`, decoded and placed on the devices in advance.
 
@@ -310,6 +314,7 @@ def training_batches(
       start: the first step, when resuming.
       mesh: the devices.
       crop: crops images on the host; None: canvases, to be cropped on the devices.
+      check: called now and then while a batch is waited for; it may raise.
 
     Yields:
       {"image": [B, K, K, C] uint8, "size": [B, 2] int32, "label": [B] int32 (-1: none)}, split over
@@ -317,7 +322,8 @@ def training_batches(
 
     Raises:
       UserError: too many bad images.
-      DataLoaderTimeout: a worker died, or no batch arrived within `config.timeout` seconds.
+      DataLoaderTimeout: a worker died, or no image was decoded for `config.timeout` seconds.
+      ReadFailed: an image could not be read for `config.timeout` seconds.
     """
     if start == steps:  # Grain does not accept empty datasets
         return iter(())
@@ -328,6 +334,8 @@ def training_batches(
         threads=prefetch.num_threads(config),
         replace=True,
         crop=crop,
+        retry_seconds=config.timeout,
+        activity=Activity(config.workers),
     )
     first_row, rows = process_rows(batch_size)
     order = TrainingOrder(
@@ -343,7 +351,9 @@ def training_batches(
         pool=prefetch.WorkerPool(order, start, config.workers),
         place=_placement(images, config.max_bad_fraction, mesh),
         timeout=config.timeout,
+        activity=images.activity,
         describe_reads=images.describe_reads,
+        check=check,
     )
     return iter(prefetcher)
 

@@ -1,5 +1,6 @@
 """Sources of encoded images: the protocol, image folders, and the choice made by the config."""
 
+import collections
 import dataclasses
 import errno
 import functools
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from lmim_jax.data import folder_listing, shared_array, tfds_source
@@ -23,6 +25,8 @@ from lmim_jax.utils.errors import UserError, did_you_mean
 log = logging.getLogger(__name__)
 
 SOURCES = ("shapes", "folder", "tfds")
+Listings = dict[str, folder_listing.Listing]  # of folders
+
 NO_CLASS = -1  # the label of unlabeled images
 LISTED = 5  # names listed in a message
 
@@ -36,10 +40,6 @@ class Source(Protocol):
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; empty: unlabeled."""
-
-    @property
-    def ignored(self) -> Sequence[str]:
-        """Names of files that are not images; they count as bad images."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -62,19 +62,22 @@ class Source(Protocol):
         """Plain values that identify these images, stored in config.json."""
 
 
-def open_splits(config: ConfigDict) -> dict[str, Any]:
+def open_splits(config: ConfigDict, listings: Listings | None = None) -> dict[str, Any]:
     """{"train": a source, "test": a source, or None where there is none} of `config.data`.
+
+    Args:
+      config: see configs/vit_b.py.
+      listings: see `open_folder`.
 
     Raises:
       UserError: see `from_config`.
     """
-    listings: dict[str, folder_listing.Listing] = {}
+    if listings is None:
+        listings = {}
     return {split: from_config(config, split, listings) for split in ("train", "test")}
 
 
-def from_config(
-    config: ConfigDict, split: str, listings: dict[str, folder_listing.Listing] | None = None
-) -> Source | None:
+def from_config(config: ConfigDict, split: str, listings: Listings | None = None) -> Source | None:
     """The source of a split of `config.data`.
 
     Args:
@@ -90,6 +93,7 @@ def from_config(
     """
     classes = _read_class_names(config.classes)
     source = kind(config)
+    _check_limits(config, source)
     if source == "shapes":
         former_cache = config.path  # before version 0.2, see `kind`
         return open_shapes(config.get("cache", "") or former_cache, split)
@@ -116,6 +120,19 @@ def kind(config: ConfigDict) -> str:
     return "folder"
 
 
+def _check_limits(config: ConfigDict, source: str) -> None:
+    """Raise a UserError for a number of images per class that has no meaning."""
+    for key in ("train_per_class", "test_per_class"):
+        limit = config[key]
+        if limit < 0:
+            raise UserError(f"config.data.{key}={limit} must be at least 0; 0 keeps all images")
+        if limit and source == "tfds":
+            raise UserError(
+                f"config.data.{key}={limit} is for folders; of a TFDS dataset, take a slice, such "
+                "as config.data.train_split=train[:10%]"
+            )
+
+
 def _split_name(config: ConfigDict, split: str) -> str:
     """What the dataset calls a split, "train" or "test"."""
     names = {"train": config.train_split, "test": config.test_split}
@@ -126,7 +143,7 @@ def _folder_from_config(
     config: ConfigDict,
     split: str,
     classes: tuple[str, ...],
-    listings: dict[str, folder_listing.Listing] | None,
+    listings: Listings | None,
 ) -> "FolderSource | None":
     name = _split_name(config, split)
     limits = {"train": config.train_per_class, "test": config.test_per_class}
@@ -196,14 +213,12 @@ class FolderSource:
       files: paths of the images, relative to it.
       labels: int32, a class for each file, -1: none; None: unlabeled.
       classes: names of the classes.
-      ignored: files without an image suffix, which count as bad.
     """
 
     root: str
     files: folder_listing.Names
     labels: SharedArray | None
     classes: tuple[str, ...]
-    ignored: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -244,24 +259,28 @@ def open_folder(
     max_per_class: int = 0,
     train: str = "train",
     only: Sequence[str] = (),
-    listings: dict[str, folder_listing.Listing] | None = None,
+    listings: Listings | None = None,
 ) -> FolderSource | None:
     """The images of a folder, at any depth.
 
     If there is a subfolder `train` (and others), a split is that subfolder, and the folders in it
-    are the classes. Otherwise all images below `path` are the training set, unlabeled. Files are
-    sorted by path; hidden files are left out.
+    are the classes, of which a single one counts as none. Images directly in the split, and test
+    images in folders that are no class of the training split, have no class. Without the subfolder
+    `train`, all images below `path` are the training set, unlabeled. Files are sorted by path;
+    hidden files are left out.
 
     Args:
       path: the folder.
       split: name of the split.
-      max_per_class: keep the first so many images of each class; 0: all.
+      max_per_class: keep the first so many images of each class, of those without a class together;
+        0: all.
       train: name of the training split.
-      only: names of the classes to keep, in the order of their numbers; (): all.
+      only: names of the classes to keep, in the order of their numbers; (): all, and images without
+        a class.
       listings: what is below the folders listed so far, by folder; new ones are added.
 
     Returns:
-      The source, or None for a split that does not exist.
+      The source, or None for a test split that does not exist or holds no images.
 
     Raises:
       UserError: the folder is missing, cannot be read or holds no images, or a class does not
@@ -281,23 +300,21 @@ def open_folder(
     if divided:
         top = root / split
     found = _list_once(top, listings)
+    if not found.images and split != train:
+        return None
     if not found.images:
-        suffixes = ", ".join(SUFFIXES)
-        raise UserError(f"{top}: no images in this folder (searched for {suffixes}, at any depth)")
+        raise UserError(_no_images(found))
     classes: tuple[str, ...] = ()
-    if divided and not found.loose:
+    if divided:
         classes = _list_once(root / train, listings).classes
-    if classes:
-        problem = f"{top}: classes that are not in {root / train}"
-        _check_known(found.classes, classes, problem)
     _check_known(only, classes, f"{top}: no folder for these of config.data.classes")
-    if not classes:
-        return FolderSource(str(top), found.images, None, (), found.others)
     chosen = tuple(only) or classes
-    files, labels = _select(found, chosen, max_per_class)
+    files, labels = _select(found, chosen, max_per_class, keep_others=not only)
     if not files:
         raise UserError(f"{top}: no images of the classes in config.data.classes")
-    return FolderSource(str(top), files, labels, chosen, found.others)
+    if len(chosen) < 2 or (labels == NO_CLASS).all():
+        return FolderSource(str(top), files, None, ())
+    return FolderSource(str(top), files, share(labels), chosen)
 
 
 def open_held_out(
@@ -307,7 +324,7 @@ def open_held_out(
     max_per_class: int = 0,
     train: str = "train",
     only: Sequence[str] = (),
-    listings: dict[str, folder_listing.Listing] | None = None,
+    listings: Listings | None = None,
 ) -> FolderSource | None:
     """One of two parts of class folders without a test split: the same files in it every time.
 
@@ -341,10 +358,15 @@ def open_held_out(
             return whole if split == "train" else None
         classes = tuple(only) or found.classes
         _check_known(only, found.classes, f"{path}: no folder for these of config.data.classes")
-        files, labels = _select(found, classes, 0)
-        whole = dataclasses.replace(whole, files=files, labels=labels, classes=classes)
+        files, labels = _select(found, classes, 0, keep_others=not only)
+        whole = dataclasses.replace(
+            whole, files=files, labels=shared_array.share(labels), classes=classes
+        )
     assert whole.labels is not None
-    chosen = []
+    without_class = np.flatnonzero(whole.labels.array == NO_CLASS)
+    if split == "test":
+        without_class = without_class[:0]
+    chosen = [without_class[: max_per_class or None]]
     for number in range(len(whole.classes)):
         members = np.flatnonzero(whole.labels.array == number)
         checksums = [hashlib.sha256(_encoded(whole.files[i])).digest() for i in members]
@@ -364,52 +386,52 @@ def _encoded(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
 
 
-def _list_once(
-    top: pathlib.Path, listings: dict[str, folder_listing.Listing]
-) -> folder_listing.Listing:
-    """What is below a folder; what is odd is logged when it is listed first."""
-    if str(top) in listings:
-        return listings[str(top)]
-    found = folder_listing.list_folder(top)
-    listings[str(top)] = found
-    if found.others:
-        log.warning(
-            "%s: %d files are not images: %s", top, len(found.others), _first_few(found.others)
-        )
-    if found.skipped_links:
-        links = [f"{link} -> {target}" for link, target in found.skipped_links]
-        log.warning(
-            "%s: each folder is used once; links to folders that are used already are skipped: %s",
-            top,
-            _first_few(links),
-        )
-    if found.unreadable:
-        log.warning(
-            "%s: folders that may not be listed (permission denied) are left out: %s",
-            top,
-            _first_few(found.unreadable),
-        )
-    return found
+def _no_images(found: folder_listing.Listing) -> str:
+    """The error for a folder without images: what was searched for, and what there is instead."""
+    message = f"{found.top}: no images in this folder (searched for {', '.join(SUFFIXES)})"
+    if found.suffixes:
+        counts = [f"{n:,} {suffix or 'without suffix'}" for suffix, n in found.suffixes.items()]
+        message += f", but other files: {_first_few(counts)}"
+    return message
+
+
+def _list_once(top: pathlib.Path, listings: Listings) -> folder_listing.Listing:
+    """What is below a folder; data/inventory.py says what is odd."""
+    if str(top) not in listings:
+        listings[str(top)] = folder_listing.list_folder(top)
+    return listings[str(top)]
 
 
 def _select(
-    found: folder_listing.Listing, classes: Sequence[str], max_per_class: int
-) -> tuple[folder_listing.Names, SharedArray]:
-    """(files, labels) of the first `max_per_class` files of each of some classes; 0: all files."""
+    found: folder_listing.Listing, classes: Sequence[str], max_per_class: int, *, keep_others: bool
+) -> tuple[folder_listing.Names, Int[np.ndarray, " N"]]:
+    """(files, labels) of some classes.
+
+    Args:
+      found: all files.
+      classes: to keep; one alone counts as none.
+      max_per_class: the first so many files of each class, of those without one together; 0: all.
+      keep_others: also keep files without a class.
+    """
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.full(len(found.images), NO_CLASS, np.int32)
+    is_kept = np.zeros(len(found.images), bool)
+    counts: collections.Counter[int] = collections.Counter()
     start = 0
     for name, count in found.runs:
+        label = numbers.get(name, NO_CLASS)
         taken = count
         if max_per_class:
-            taken = min(count, max_per_class)
-        if name in numbers:
-            labels[start : start + taken] = numbers[name]
+            taken = min(count, max_per_class - counts[label])
+        if label != NO_CLASS or keep_others:
+            labels[start : start + taken] = label
+            is_kept[start : start + taken] = True
+            counts[label] += taken
         start += count
-    kept = np.flatnonzero(labels != NO_CLASS)
-    if len(kept) == len(labels):
-        return found.images, share(labels)
-    return found.images.select(kept), share(labels[kept])
+    if is_kept.all():
+        return found.images, labels
+    kept = np.flatnonzero(is_kept)
+    return found.images.select(kept), labels[kept]
 
 
 def _check_known(names: Sequence[str], classes: Sequence[str], problem: str) -> None:

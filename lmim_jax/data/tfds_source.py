@@ -3,12 +3,15 @@
 Nothing here imports TensorFlow or the code that prepared the dataset.
 """
 
+import copy
 import dataclasses
+import errno
 import hashlib
 import io
 import logging
 import os
 import pathlib
+import weakref
 from collections.abc import Sequence
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
@@ -16,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from lmim_jax.utils import atomic_io
+from lmim_jax.data.decode import BadImage
+from lmim_jax.utils import atomic_io, descriptors, faults
 from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError
 
@@ -27,6 +31,9 @@ log = logging.getLogger(__name__)
 
 CHECKED_LABELS = 64  # cached labels that are compared with the records
 READERS = 16  # threads that read labels
+
+# Files of the datasets that are in use: each may stay open once it has been read from
+_num_files: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def cache_folder() -> pathlib.Path:
@@ -48,7 +55,6 @@ class TfdsSource:
       mask_feature: name of the object mask; None: there is none.
       kept: the records that belong to the source; None: all.
       labels: the classes of these records; None: as stored.
-      ignored: always empty.
     """
 
     records: Sequence[bytes]
@@ -59,7 +65,6 @@ class TfdsSource:
     mask_feature: str | None
     kept: Int[np.ndarray, " N"] | None = None
     labels: Int[np.ndarray, " N"] | None = None
-    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         if self.kept is None:
@@ -67,14 +72,22 @@ class TfdsSource:
         return len(self.kept)
 
     def record(self, index: int) -> tuple[bytes, int]:
-        """(encoded bytes, class) of an image, class -1: unlabeled; OSError if it cannot be read."""
+        """(encoded bytes, class) of an image, class -1: unlabeled.
+
+        Raises:
+          BadImage: the record is damaged.
+          OSError: it cannot be read.
+        """
         example = self._example(index)
+        if not example[self.image_feature].bytes_list.value:
+            raise BadImage("the record is damaged: it holds no image")
         image = example[self.image_feature].bytes_list.value[0]
         if self.labels is not None:
             return image, int(self.labels[index])
         if self.label_feature is None:
             return image, -1
-        return image, example[self.label_feature].int64_list.value[0]
+        labels = example[self.label_feature].int64_list.value
+        return image, labels[0] if labels else -1
 
     def mask(self, index: int) -> bytes | None:
         """The encoded object mask of an image, or None where the dataset has none."""
@@ -113,7 +126,8 @@ class TfdsSource:
         """The features of an example, by name.
 
         Raises:
-          OSError: the record cannot be read.
+          BadImage: the record is damaged.
+          OSError: it cannot be read.
         """
         from google.protobuf import message
         from tensorflow_datasets.proto import tf_example_pb2
@@ -122,7 +136,21 @@ class TfdsSource:
             serialized = self.records[int(self._position(index))]
             return tf_example_pb2.Example.FromString(serialized).features.feature
         except (RuntimeError, ValueError, message.DecodeError) as error:
-            raise OSError(f"the record is damaged: {error}") from error
+            self._raise_if_unavailable(error)
+            raise BadImage(f"the record is damaged: {error}") from error
+
+    def _raise_if_unavailable(self, error: Exception) -> None:
+        """Raise an OSError unless it is the record that is damaged, or its file missing."""
+        vanished = False
+        opened = faults.OPENED.search(str(error))
+        if opened:
+            vanished = faults.has_vanished(pathlib.Path(opened[1]).parent)
+        if not vanished and not faults.is_environment_fault(error):
+            return
+        # A reader that could not open its file would fail forever: a copy opens new ones
+        object.__setattr__(self, "records", copy.copy(self.records))
+        number = faults.number_of(error) or errno.EIO
+        raise OSError(number, f"{os.strerror(number)}: {faults.first_line(error)}") from error
 
 
 def open_split(builder: "tfds.core.DatasetBuilder", split: str) -> TfdsSource:
@@ -151,6 +179,7 @@ def open_split(builder: "tfds.core.DatasetBuilder", split: str) -> TfdsSource:
         raise UserError(
             f"{info.full_name} has no split {split!r}; available: {', '.join(splits)}"
         ) from error
+    _check_descriptors(records, len(info.splits[split].filenames), info.full_name)
     features = dict(info.features.items())
     images = []
     for name, feature in features.items():
@@ -178,6 +207,20 @@ def open_split(builder: "tfds.core.DatasetBuilder", split: str) -> TfdsSource:
         label_feature=label_feature,
         mask_feature=mask_feature,
     )
+
+
+def _check_descriptors(records: Sequence[bytes], num_files: int, title: str) -> None:
+    """Raise a UserError if the files in use, with these, are more than a process may open."""
+    _num_files[records] = num_files
+    needed = sum(_num_files.values()) + descriptors.SPARE
+    limit = descriptors.raise_limit()
+    if needed > limit:
+        raise UserError(
+            f"{title} has {num_files:,} files, all of which stay open, but this process may open "
+            f"only {limit:,} in all (ulimit -n) and needs about {needed:,}: raise the hard limit "
+            "of open files (ulimit -Hn; LimitNOFILE of a service, --ulimit nofile of a container), "
+            "or make a dataset of fewer, larger files with lmim prepare"
+        )
 
 
 def _choose_image(features: Sequence[str]) -> str | None:

@@ -71,13 +71,15 @@ def make_collapse_metrics(method: Any, data: EvaluationData, count: int) -> "Col
     """
     batch, _ = data.sample(data.held_out, count)
     weight = (batch["index"] >= 0).astype(jnp.float32)
-    if weight.sum() < 2:
+    is_comparable = bool(weight.sum() > 1)
+    if not is_comparable:
         log.info("collapse is not measured: it needs two %s images", data.held_out)
-        return _no_metrics
 
     def compute(
         params: Any, target: Any, images: Float[Array, "B H W C"], weight: Float[Array, " B"]
     ) -> dict[str, Float[Array, ""]]:
+        if not is_comparable:
+            return {}
         target_features = method.features({**params, **target}, images)
         tokens = target_features.get("latents", target_features["patches"])
         latents = tokens.astype(jnp.float32).mean(axis=1)
@@ -116,12 +118,6 @@ class CollapseMetrics:
     def __call__(self, params: Any, target: Any) -> dict[str, Float[Array, ""]]:
         """Compute the metrics."""
         return self._function(params, target, self._images, self._weight)
-
-
-def _no_metrics(params: Any, target: Any) -> dict[str, Float[Array, ""]]:
-    """The metrics of fewer than two images."""
-    del params, target
-    return {}
 
 
 class CollapseMonitor:

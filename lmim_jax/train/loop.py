@@ -1,6 +1,5 @@
 """A training run, from its config to its summary."""
 
-import contextlib
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmim_jax.data import loader, sources
+from lmim_jax.data import inventory, loader, sources
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost, preemption, sharding
 from lmim_jax.evaluators import base as evaluators
@@ -22,18 +21,20 @@ from lmim_jax.train import provenance
 from lmim_jax.train import summary as summaries
 from lmim_jax.train import workdir as workdirs
 from lmim_jax.train.build import TrainingParts, build
-from lmim_jax.train.checkpoints import Checkpoints
+from lmim_jax.train.checkpoints import Checkpoints, SaveFailed
 from lmim_jax.train.collapse_metrics import make_collapse_metrics
-from lmim_jax.train.lock import Lock
-from lmim_jax.train.metric_logger import MetricLogger
+from lmim_jax.train.lock import Lock, LockLost
+from lmim_jax.train.metric_logger import MetricLogger, NonFinite
 from lmim_jax.train.metric_writer import MetricWriter, read_metrics, write_picture
-from lmim_jax.utils import atomic_io
+from lmim_jax.utils import atomic_io, descriptors, faults, progress
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, fill_lines
 
 log = logging.getLogger(__name__)
 
 Sources = dict[str, Any]  # {"train": source, "test": source or None}
+
+EVALUATION_TIMEOUT = 600.0  # seconds that the other processes may take longer for an evaluation
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -49,14 +50,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     Raises:
       UserError: a mistake in the config, the data or the folder.
       NonFinite: a loss or gradient was NaN or infinite.
-      Preempted: SIGTERM or SIGUSR1 was received, and the state is saved.
+      Preempted: a signal to stop was received, and the state is saved.
       SaveFailed: several checkpoints in a row could not be written.
       LockLost: another run has taken the folder over.
     """
     process_start = time.perf_counter()
+    descriptors.raise_limit()
     mesh = _make_mesh(config)
     attention.check_fused(config.method)
-    splits = _open_sources(config)
+    splits, found = _open_sources(config)
     parts = build(config, loader.steps_per_epoch(splits["train"], config.batch_size))
     scheduled = _schedule_evaluators(parts, splits)
 
@@ -78,7 +80,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         preemption.PreemptionHandler() as handler,
     ):
         workdirs.claim(workdir, plain_config, identity)
-        provenance.record_start(workdir)
+        provenance.record_start(workdir, found)
         loop = TrainingLoop(
             parts=parts,
             mesh=mesh,
@@ -109,34 +111,30 @@ def _make_mesh(config: ConfigDict) -> Mesh:
     return mesh
 
 
-def _open_sources(config: ConfigDict) -> Sources:
-    """The images of both splits."""
-    splits = sources.open_splits(config.data)
-    counts = {split: len(source) if source else 0 for split, source in splits.items()}
-    log.info("%d training and %d test images", counts["train"], counts["test"])
-    return splits
+def _open_sources(config: ConfigDict) -> tuple[Sources, list[str]]:
+    """The images of both splits, and what was found, which is logged."""
+    listings: sources.Listings = {}
+    splits = sources.open_splits(config.data, listings)
+    found = inventory.describe_config(config.data, splits, listings, "--config.data")
+    for line in found:
+        log.info("%s", line)
+    return splits, found
 
 
 def _schedule_evaluators(parts: TrainingParts, splits: Sources) -> list[evaluators.Scheduled]:
-    """The evaluators of the run; those that have nothing to measure or never run are logged."""
+    """The evaluators of the run; those that have nothing to measure are logged."""
     scheduled = parts.schedule_evaluators()
     problem = evaluators.labels_problem(splits["train"].classes, splits)
     if problem:
         scheduled = evaluators.without_labels(scheduled, problem)
-    for evaluator in scheduled:
-        if not evaluator.due(parts.total_steps, parts.total_steps):
-            log.info(
-                "%s is not evaluated: the run is shorter than its interval (`every`)",
-                evaluator.title,
-            )
     return scheduled
 
 
 class TrainingLoop:
     """Trains from the newest checkpoint to the last step.
 
-    At a boundary (the end of an evaluation or checkpoint interval) the same state is evaluated and
-    saved.
+    At a boundary (the end of an evaluation or checkpoint interval) the same state is saved and
+    evaluated.
     """
 
     def __init__(
@@ -172,11 +170,15 @@ class TrainingLoop:
         self._mesh = mesh
         self._train_source = splits["train"]
         self._scheduled = scheduled
+        self._evaluated: dict[str, int] = {}  # title of an evaluator -> the last step
+        self._workdir = workdir
         self._lock = lock
         self._checkpoints = checkpoints
         self._handler = handler
+        self._saved_at = time.monotonic()  # when the last save began
 
-        self._state, shardings = parts.create_state(mesh)
+        with progress.working("creating the weights"):
+            self._state, shardings = parts.create_state(mesh)
         _log_parameter_counts(self._state.params)
         self._start = 0
         restored = checkpoints.restore(self._state, shardings)
@@ -187,7 +189,13 @@ class TrainingLoop:
 
         self._train_step = parts.jit_train_step(mesh, shardings)
         self._data = EvaluationData(
-            splits, config.data, parts.augmentation, mesh, check=handler.raise_if_received
+            splits,
+            config.data,
+            parts.augmentation,
+            mesh,
+            check=handler.check,
+            wait_check=handler.check_alone,
+            progress=progress.show_split,
         )
         self._collapse_metrics = make_collapse_metrics(
             parts.method, self._data, config.gauge_images
@@ -214,28 +222,52 @@ class TrainingLoop:
     def run(self) -> None:
         """Train to the last step, save the final state, and close the files.
 
+        Whatever ends the run early, the state is saved first, unless it is the state that is bad or
+        cannot be saved.
+
         Raises:
           Preempted: a signal was received, and the state is saved.
           NonFinite: a loss or gradient was NaN or infinite.
           SaveFailed: several checkpoints in a row could not be written.
           LockLost: another run has taken the folder over.
-          UserError: an evaluation failed; the state is saved.
+          UserError: too many images are bad; or an evaluation failed, and is `strict`.
+          DataLoaderTimeout: no image could be read for a long time.
         """
-        # A signal interrupts the evaluation, and the loop stops after its next step
-        with contextlib.suppress(preemption.EvaluationInterrupted):
-            self._evaluate(self._start)
-        self._logger.resume()
+        try:
+            self._train()
+        except preemption.Interrupted:
+            step = self._save_now()
+            if self._handler.from_keyboard:
+                self._show_results(step)
+            message = f"stopped after step {step} of {self._total_steps}"
+            raise preemption.Preempted(message) from None
+        except (NonFinite, SaveFailed, LockLost, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._rescue_state(error)
+            raise
+        self._checkpoints.wait(must_succeed=True)
+        self._writer.close()
+
+    def _train(self) -> None:
+        """Train and evaluate to the last step.
+
+        Raises:
+          Interrupted: a signal was received.
+        """
+        self._evaluate(self._start)
         for step, batch in enumerate(self._batches(), self._start + 1):
+            if step == self._start + 1:
+                self._compile(batch)
+                self._logger.resume()
             self._run_step(step, batch)
             self._lock.raise_if_lost()
-            stop = self._handler.should_stop(step)
-            save = stop or self._save_due(step)
-            if save or self._evaluation_due(step):
-                self._finish_interval(step, stop=stop, save=save)
-        self._checkpoints.wait(must_succeed=True)
-        if self._handler.received:
-            raise preemption.Preempted(f"stopped in the evaluation after step {self._total_steps}")
-        self._writer.close()
+            self._handler.check()
+            if self._save_due(step):
+                self._logger.pause()  # raises NonFinite unless this state is finite
+                self._save(step)
+                self._evaluate(step)
+                self._logger.resume()
 
     def _batches(self) -> Any:
         """An iterator over the remaining batches."""
@@ -249,7 +281,17 @@ class TrainingLoop:
             start=self._start,
             mesh=self._mesh,
             crop=self._parts.host_crop,
+            check=self._handler.check_alone,
         )
+
+    def _compile(self, batch: dict[str, jax.Array]) -> None:
+        """Compile what the steps run; the clock of the run starts afterwards."""
+        log.info("compiling the train step ...")
+        start = time.perf_counter()
+        with progress.working("compiling"):
+            self._train_step = self._train_step.lower(self._state, batch).compile()
+            self._collapse_metrics.compile(self._state.params, self._state.target)
+        log.info("compiled in %s", duration(time.perf_counter() - start))
 
     def _run_step(self, step: int, batch: dict[str, jax.Array]) -> None:
         """Dispatch a step; the metrics of the previous one are fetched meanwhile."""
@@ -260,55 +302,134 @@ class TrainingLoop:
         self._logger.add(step, metrics)
 
     def _log_due(self, step: int) -> bool:
-        return step % self._config.log_every == 0
+        return step % self._config.log_every == 0 or step == self._total_steps
 
     def _save_due(self, step: int) -> bool:
         if step == self._total_steps or step % self._config.checkpoint_every == 0:
             return True
-        return self._log_due(step) and self._checkpoints.failing
+        if self._evaluation_due(step):  # which may fail in ways that end the process
+            return True
+        if self._log_due(step) and self._checkpoints.failing:
+            return True
+        return self._minutes_have_passed(step)
+
+    def _minutes_have_passed(self, step: int) -> bool:
+        """Whether the last save was `checkpoint_minutes` ago.
+
+        Process 0 decides it for all of them, which takes time, and so not after every step.
+        """
+        limit = 60 * self._config.checkpoint_minutes
+        if not limit or (jax.process_count() > 1 and not self._log_due(step)):
+            return False
+        return multihost.decide(lambda: time.monotonic() - self._saved_at > limit)
 
     def _evaluation_due(self, step: int) -> bool:
         return any(evaluator.due(step, self._total_steps) for evaluator in self._scheduled)
 
-    def _finish_interval(self, step: int, *, stop: bool, save: bool) -> None:
-        """Evaluate and save the state after a step.
+    def _save(self, step: int) -> None:
+        """Start to save the state after a step."""
+        self._checkpoints.save(self._state, step)
+        self._saved_at = time.monotonic()
 
-        Args:
-          step: the step.
-          stop: a signal was received: do not evaluate, and raise Preempted in the end.
-          save: whether to save.
+    def _save_now(self) -> int:
+        """Save the state unless it is saved, and wait for it; returns its step.
+
+        Raises:
+          NonFinite: the state is not finite.
+          SaveFailed: it could not be saved.
         """
-        self._logger.pause()  # raises NonFinite unless this state is finite
-        if not stop:
-            try:
-                with contextlib.suppress(preemption.EvaluationInterrupted):
-                    self._evaluate(step)
-            except UserError:  # such as missing masks: what was trained is kept
-                self._checkpoints.save(self._state, step)
-                self._checkpoints.wait(must_succeed=True)
-                raise
-        if save:
-            self._checkpoints.save(self._state, step)
-        if stop:
-            raise preemption.Preempted(f"stopped after step {step} of {self._total_steps}")
-        self._logger.resume()
+        step = int(jax.device_get(self._state.step))
+        self._logger.flush()
+        if not self._checkpoints.is_saved(step):
+            self._save(step)
+        self._checkpoints.wait(must_succeed=True)
+        return step
+
+    def _show_results(self, step: int) -> None:
+        """Show what there is of a run that its user has stopped; its state is saved.
+
+        Another Ctrl-C leaves out what is not done yet.
+        """
+        self._handler.ignore_signals()
+        if not step:
+            return
+        log.info("the state of step %d is saved; evaluating it, Ctrl-C leaves that out", step)
+        try:
+            self._logger.log_rest()
+            for evaluator in self._scheduled:
+                if self._evaluated.get(evaluator.title) != step:
+                    self._run_evaluator(evaluator, step)
+        except KeyboardInterrupt:
+            log.info("the evaluation is left out")
+        summary = _write_summary(self._workdir, step, self.wall_seconds)
+        log.info(summaries.format_summary(summary, self._workdir))
+
+    def _rescue_state(self, error: BaseException) -> None:
+        """Save the state, if that is possible, before an error ends the run; it raises nothing."""
+        reason = faults.first_line(error)
+        try:
+            if jax.process_count() > 1:
+                log.error("stopping (%s); only all processes together could save first", reason)
+                return
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state)):
+                log.error("stopping (%s) in the middle of a step, whose state is lost", reason)
+                return
+            log.error("stopping: %s; saving the state first", reason)
+            log.error("the state of step %d is saved", self._save_now())
+        except Exception as failure:
+            log.error("the state could not be saved: %s", faults.first_line(failure))
 
     def _evaluate(self, step: int) -> None:
-        """Run the evaluators that are due, except those that ran before a restart at this step."""
+        """Run the evaluators that are due, except those that ran before a restart at this step.
+
+        Raises:
+          Interrupted: a signal was received.
+        """
         for evaluator in self._scheduled:
             if not evaluator.due(step, self._total_steps):
                 continue
             if step == self._start and self._writer.has_evaluation(evaluator.title):
                 continue
-            start = time.perf_counter()
-            metrics, pictures = evaluator.run(self._parts.method, self._state, self._data)
-            self._writer.write(step, metrics)
-            self._writer.write_pictures(step, pictures)
-            parts = [f"{name} {value:.4g}" for name, value in metrics.items()]
-            parts = parts or [evaluator.title]
-            parts.append(f"({duration(time.perf_counter() - start)})")
-            for line in fill_lines(parts, f"step {step}"):
-                log.info("%s", line)
+            self._run_evaluator(evaluator, step)
+            self._handler.check()
+
+    def _run_evaluator(self, evaluator: evaluators.Scheduled, step: int) -> None:
+        """Run an evaluator; one that fails is skipped on all processes, unless it is `strict`."""
+        self._evaluated[evaluator.title] = step
+        start = time.perf_counter()
+        metrics: dict[str, float] = {}
+        pictures: dict[str, evaluators.Picture] = {}
+        failure = ""
+        try:
+            with progress.working(evaluator.title):
+                metrics, pictures = evaluator.run(self._parts.method, self._state, self._data)
+        except preemption.Interrupted:
+            raise
+        except Exception as error:  # such as missing masks, or no memory
+            if self._config.evaluators.get(evaluators.STRICT, False):
+                raise
+            failure = faults.first_line(error)
+            trace = None if isinstance(error, UserError) else error
+            log.error("the evaluation %s failed:", evaluator.title, exc_info=trace)
+        failures = multihost.exchange(failure, EVALUATION_TIMEOUT)
+        if any(failures):
+            failure = next(filter(None, failures))
+            log.error(
+                "step %d  %s IS SKIPPED, AND TRAINING GOES ON: %s (config.evaluators.strict=True "
+                "would stop the run)",
+                step,
+                evaluator.title,
+                failure,
+            )
+            self._writer.write_failure(step, evaluator.title, failure)
+            return
+        self._writer.write(step, metrics)
+        self._writer.write_pictures(step, pictures)
+        parts = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        parts = parts or [evaluator.title]
+        parts.append(f"({duration(time.perf_counter() - start)})")
+        for line in fill_lines(parts, f"step {step}"):
+            log.info("%s", line)
 
 
 def _log_parameter_counts(params: dict[str, Any]) -> None:

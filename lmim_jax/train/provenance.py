@@ -11,6 +11,7 @@ import pathlib
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,11 +48,16 @@ def read_starts(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return found if isinstance(found, list) else []
 
 
-def record_start(workdir: str | os.PathLike[str]) -> None:
-    """Add a record of this start; a full disk does not stop the run here."""
+def record_start(workdir: str | os.PathLike[str], images: Sequence[str]) -> None:
+    """Add a record of this start; a full disk does not stop the run here.
+
+    Args:
+      workdir: of the run.
+      images: lines on what was found, see data/inventory.py.
+    """
     if jax.process_index() != 0:
         return
-    records = [*read_starts(workdir), describe()]
+    records = [*read_starts(workdir), {**describe(), "images": list(images)}]
     try:
         atomic_io.write(pathlib.Path(workdir, NAME), json.dumps(records, indent=2) + "\n")
     except OSError as error:

@@ -21,6 +21,7 @@ from lmim_jax.data import sources
 from lmim_jax.data.augment.device import Augment, published_resize
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
+from lmim_jax.evaluators.base import STRICT
 from lmim_jax.methods import base as methods
 from lmim_jax.train import checkpoint_manifest, checkpoints
 from lmim_jax.train.state import initial_params
@@ -152,18 +153,25 @@ class Run:
             eval_size=self.method.feature_size,
         )
 
-    def open_images(self, data_config: ConfigDict, mesh: Mesh, **options: Any) -> EvaluationData:
+    def open_images(
+        self,
+        data_config: ConfigDict,
+        mesh: Mesh,
+        listings: sources.Listings | None = None,
+        **options: Any,
+    ) -> EvaluationData:
         """Open images for evaluation: unaugmented, at the size that the encoder was trained on.
 
         Args:
           data_config: like `config.data`, such as that of the run itself.
           mesh: where batches are placed.
+          listings: see `sources.open_folder`.
           **options: of `EvaluationData`.
 
         Raises:
           UserError: they do not exist.
         """
-        splits = sources.open_splits(data_config)
+        splits = sources.open_splits(data_config, listings)
         return EvaluationData(splits, data_config, self.augmentation, mesh, **options)
 
     def data_config(self, defaults: Mapping[str, Any], changes: Mapping[str, Any]) -> ConfigDict:
@@ -197,7 +205,10 @@ class Run:
             return self.exported
         if wanted:
             return wanted
-        used = {section.params for section in self.config.evaluators.values()}
+        used = set()
+        for title, section in self.config.evaluators.items():
+            if title != STRICT:
+                used.add(section.params)
         if len(used) != 1:
             raise UserError(
                 "the evaluators of this run do not all use the same weights; choose with --weights"

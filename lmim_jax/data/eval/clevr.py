@@ -29,12 +29,10 @@ class CountsAndDistances:
     Attributes:
       images: the dataset.
       classes: names of the classes; always empty, as labels combine two attributes.
-      ignored: files that are not images; always empty.
     """
 
     images: tfds_source.TfdsSource
     classes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)

@@ -67,13 +67,11 @@ class Subset:
       source: the source that the images come from.
       indices: places of the chosen images in `source`.
       classes: names of the classes; empty, so that evaluators treat a subset as unlabeled.
-      ignored: files that are not images; always empty.
     """
 
     source: Source
     indices: tuple[int, ...]
     classes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)

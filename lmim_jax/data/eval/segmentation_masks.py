@@ -69,13 +69,11 @@ class ImagesWithMasks:
       images: the folder and the names of the images below it.
       files: full paths of the masks, one per image.
       classes: names of the classes of whole images; always empty.
-      ignored: files that are not images; always empty.
     """
 
     images: sources.FolderSource
     files: tuple[str, ...]
     classes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -124,7 +122,6 @@ def open_folders(images: str, masks: str) -> ImagesWithMasks:
         files=names,
         labels=None,
         classes=(),
-        ignored=(),
     )
     return ImagesWithMasks(folder, tuple(str(mask_root / mask_files[stem]) for stem in stems))
 
