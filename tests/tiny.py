@@ -37,6 +37,7 @@ def get_config():
     config.optimizer.update(base_lr=0.03, warmup_epochs=0.5)
     config.evaluators.knn.update(every=1.0, batch_size=16, k=(5,))
     config.evaluators.visualization.update(every=2.0, images=2)
+    del config.evaluators.neighbors
     config.update(log_every=2, checkpoint_every=3, gauge_images=16)
     return config
 

@@ -24,14 +24,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import tqdm
 from absl import flags
 from jaxtyping import UInt8
 from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.cli import app
 from lmim_jax.data import inventory, sources
-from lmim_jax.data.eval.eval_data import Batch, EvaluationData
+from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost, sharding
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.evaluators.common import image_features
@@ -39,12 +38,12 @@ from lmim_jax.evaluators.common.feature_cache import FeatureCache
 from lmim_jax.report.eval_table import line, table
 from lmim_jax.train import runs
 from lmim_jax.train.metric_writer import write_picture
-from lmim_jax.utils import atomic_io
+from lmim_jax.utils import atomic_io, progress
 from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import duration, log_to_console
 
 RECIPES: dict[str, str | None] = {"config": "evaluate", "data": "evaluate:data"}
-PROGRESS_SECONDS = 20.0  # between lines of progress in the log
+ALL = "all"  # of --evaluators
 TRAINED = "trained"  # the column of the trained encoder
 
 log = logging.getLogger(__name__)
@@ -81,7 +80,8 @@ def choose_sections(titles: Sequence[str], config: ConfigDict) -> dict[str, Conf
     """The sections of `config` that --evaluators names, by title.
 
     Args:
-      titles: of sections, or their names before version 0.2; "all" stands for all of them.
+      titles: of sections, or their names before version 0.2; "all" stands for those that train
+        nothing, from cheap to dear, before the others that are named.
       config: sections by title, see configs/evaluate.py.
 
     Raises:
@@ -92,14 +92,24 @@ def choose_sections(titles: Sequence[str], config: ConfigDict) -> dict[str, Conf
     chosen = {}
     for given in titles:
         title = evaluators.current_name(given)
-        if given == "all":
-            chosen.update(config.items())
+        if given == ALL:
+            chosen = {**_untrained(config), **chosen}
         elif title in config:
             chosen[title] = config[title]
         else:
             hint = did_you_mean(given, config)
             raise UserError(f"--evaluators={given}: no such evaluator{hint}")
     return chosen
+
+
+def _untrained(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The sections of evaluators that train nothing, from cheap to dear."""
+    costs = {}
+    for title, section in config.items():
+        evaluator = evaluators.find(section.type, f"config.{title}")
+        if not evaluator.trains:
+            costs[title] = evaluator.cost
+    return {title: config[title] for title in sorted(costs, key=costs.__getitem__)}
 
 
 def build_evaluators(
@@ -188,12 +198,17 @@ def measure(
     """
     jobs = _list_jobs(scheduled, columns)
     measured = Measured({}, {})
+    cost_left = sum(one.evaluator.cost for one, _ in jobs)
+    cost_done = 0.0
     start = time.perf_counter()
-    for done, (one, column) in enumerate(jobs, 1):
-        log.info("[%d/%d] %s, %s", done, len(jobs), one.title, column)
+    for number, (one, column) in enumerate(jobs, 1):
+        log.info("[%d/%d] %s, %s", number, len(jobs), one.title, column)
+        cost_done += one.evaluator.cost
+        cost_left -= one.evaluator.cost
         job_start = time.perf_counter()
         try:
-            metrics, pictures = one.run(run.method, columns[column], data)
+            with progress.working(one.title):
+                metrics, pictures = one.run(run.method, columns[column], data)
             if not metrics and not pictures:
                 raise UserError(
                     f"{one.title} has nothing to measure on these images: they lack what it needs"
@@ -207,7 +222,7 @@ def measure(
             measured.metrics.setdefault(name, {})[column] = value
         if column == TRAINED:
             measured.pictures.update(pictures)
-        left = (time.perf_counter() - start) / done * (len(jobs) - done)
+        left = (time.perf_counter() - start) / cost_done * cost_left
         _log_metrics(metrics, time.perf_counter() - job_start, left)
         yield measured
 
@@ -234,30 +249,6 @@ def _log_metrics(metrics: Mapping[str, float], seconds: float, left: float) -> N
     )
 
 
-def show_progress(batches: Iterable[Batch], split: str, total: int) -> Iterator[Batch]:
-    """Yield batches, with their number, speed and ETA in a bar on a terminal, else in the log.
-
-    Args:
-      batches: of images.
-      split: whose images they are.
-      total: how many batches there are.
-    """
-    title = f"images of {split}"
-    if sys.stderr.isatty():
-        hidden = jax.process_index() > 0
-        yield from tqdm.tqdm(batches, title, total, leave=False, unit=" batches", disable=hidden)
-        return
-    start = time.perf_counter()
-    logged = start
-    for done, batch in enumerate(batches, 1):
-        yield batch
-        now = time.perf_counter()
-        if now - logged > PROGRESS_SECONDS:
-            logged = now
-            left = (now - start) / done * (total - done)
-            log.info("        %s: %d of %d batches, ETA %s", title, done, total, duration(left))
-
-
 def open_inputs(
     run: runs.Run, data_config: ConfigDict, baselines: bool, folder: pathlib.Path
 ) -> Inputs:
@@ -273,7 +264,7 @@ def open_inputs(
     trained = run.weights.placed_on(mesh)
     cache = FeatureCache(folder / "cache")
     listings: sources.Listings = {}
-    data = run.open_images(data_config, mesh, listings, progress=show_progress, cache=cache)
+    data = run.open_images(data_config, mesh, listings, progress=progress.show_split, cache=cache)
     found = inventory.describe_config(data_config, data.sources, listings, "--data")
     for text in found:
         log.info("%s", text)
@@ -334,7 +325,14 @@ def main(arguments: list[str]) -> None:
     run = runs.open_run(workdir)
     folder = pathlib.Path(workdir, "evaluations")
     sections = choose_sections(given.evaluators, given.config)
-    everything = "all" in given.evaluators
+    everything = ALL in given.evaluators
+    left_out = [title for title in given.config if title not in sections]
+    if everything and left_out:
+        log.info(
+            "left out, as they train: %s; to add them: --evaluators=%s",
+            ", ".join(left_out),
+            ",".join([*given.evaluators, *left_out]),
+        )
     scheduled = build_evaluators(run, sections, given.weights, given.feature)
     changes = config_flags.get_override_values(given["data"])
     data_config = run.data_config(given.data.to_dict(), changes)
@@ -343,7 +341,7 @@ def main(arguments: list[str]) -> None:
     inputs.description["weights"] = {one.title: one.weights for one in scheduled}
     titles = list(sections)
     if everything:
-        titles = ["all"]
+        titles = given.evaluators
     out = folder / file_name(run.step, titles)
     if given.out:
         out = pathlib.Path(given.out)
@@ -380,7 +378,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "evaluators",
         ["knn", "logistic_regression", "fewshot"],
-        "Titles of sections of configs/evaluate.py, or all. Example: --evaluators=knn,finetune",
+        "Titles of sections of configs/evaluate.py, or all: those that train nothing. "
+        "Examples: --evaluators=knn,finetune, --evaluators=all,linear_probe",
     )
     flags.DEFINE_bool(
         "baselines",

@@ -77,10 +77,14 @@ class Evaluator(Protocol):
       needs_labels: nothing can be measured where `labels_problem` names one; `run` returns {} then.
       supports_pixel_baselines: the field `feature` may also be one of
         `image_features.ENCODER_FREE`, so that raw pixels can be measured for comparison.
+      trains: it trains for many epochs on the images.
+      cost: its time in comparison with others, roughly; for the order and the ETA of several.
     """
 
     needs_labels: ClassVar[bool] = False
     supports_pixel_baselines: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+    cost: ClassVar[float] = 1.0
 
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """Evaluate.
@@ -256,12 +260,25 @@ def _check_weights(weights: str, has_target: bool, where: str) -> None:
         raise UserError(f"{where}.params={weights!r}: the method has no target encoder")
 
 
-def _build(kind: str, fields: dict[str, Any], where: str) -> Evaluator:
-    """An evaluator from the name of its module and its fields."""
+def find(kind: str, where: str) -> Any:
+    """The class of an evaluator.
+
+    Args:
+      kind: the name of its module.
+      where: its section, for the error message.
+
+    Raises:
+      UserError: there is no such evaluator.
+    """
     if kind not in names():
         hint = did_you_mean(kind, names())
         raise UserError(f"{where}.type={kind!r} is not an evaluator{hint}")
-    evaluator_class = importlib.import_module(f"lmim_jax.evaluators.{kind}").Evaluator
+    return importlib.import_module(f"lmim_jax.evaluators.{kind}").Evaluator
+
+
+def _build(kind: str, fields: dict[str, Any], where: str) -> Evaluator:
+    """An evaluator from the name of its module and its fields."""
+    evaluator_class = find(kind, where)
     known = {field.name for field in dataclasses.fields(evaluator_class)}
     if known != fields.keys():
         wrong = ", ".join(sorted(known ^ fields.keys()))

@@ -32,6 +32,7 @@ class Evaluator(base.Evaluator):
     batch_size: int
 
     supports_pixel_baselines = True
+    cost = 6.0
 
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"count", "count_chance", "distance", "distance_chance"} in percent."""

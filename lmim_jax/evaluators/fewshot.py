@@ -41,6 +41,7 @@ class Evaluator(base.Evaluator):
 
     needs_labels = True
     supports_pixel_baselines = True
+    cost = 3.0
 
     def __post_init__(self) -> None:
         smallest = min(self.shots + self.percent, default=1)

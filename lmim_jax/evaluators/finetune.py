@@ -49,6 +49,8 @@ class Evaluator(Probe):
     label_smoothing: float
     remat: str
 
+    cost = 100.0
+
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """Check the fields that depend on each other, then see `Probe.run`."""
         if self.remat not in POLICIES:

@@ -40,6 +40,7 @@ class Evaluator(base.Evaluator):
 
     needs_labels = True
     supports_pixel_baselines = True
+    cost = 2.0
 
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"nn1", "knn<k>", "loo1", "majority", ...} in percent; {} if labels have no meaning."""

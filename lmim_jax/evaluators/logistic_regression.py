@@ -43,6 +43,7 @@ class Evaluator(base.Evaluator):
 
     needs_labels = True
     supports_pixel_baselines = True
+    cost = 4.0
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1 or not self.l2 or min(self.l2) <= 0:

@@ -60,6 +60,7 @@ class Evaluator(base.Evaluator):
     batch_size: int
 
     supports_pixel_baselines = True
+    cost = 6.0
 
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"miou<K>", "knn_miou", "knn_accuracy", "linear_miou", "linear_accuracy"} in percent."""

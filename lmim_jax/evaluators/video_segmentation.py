@@ -52,6 +52,7 @@ class Evaluator(base.Evaluator):
     batch_size: int
 
     supports_pixel_baselines = True
+    cost = 8.0
 
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"J", "F", "JF", "still_JF"} in percent, means over all objects of all clips."""

@@ -19,6 +19,8 @@ Item = TypeVar("Item")
 
 SILENCE = 5.0  # seconds after which the next line comes
 
+_shown_at = {"batches": 0.0}  # when `show` has shown something last
+
 
 def show(batches: Iterable[Item], title: str, total: int) -> Iterator[Item]:
     """Yield batches, with their number, speed and ETA in a bar on a terminal, else in the log.
@@ -28,15 +30,18 @@ def show(batches: Iterable[Item], title: str, total: int) -> Iterator[Item]:
       title: what they are.
       total: how many there are.
     """
-    if sys.stderr.isatty():
+    on_terminal = sys.stderr.isatty()
+    if on_terminal:
         hidden = jax.process_index() > 0
-        yield from tqdm.tqdm(batches, title, total, leave=False, unit=" batches", disable=hidden)
-        return
+        batches = tqdm.tqdm(batches, title, total, leave=False, unit=" batches", disable=hidden)
     start = time.perf_counter()
     logged = start
     for done, batch in enumerate(batches, 1):
         yield batch
         now = time.perf_counter()
+        _shown_at["batches"] = now
+        if on_terminal:
+            continue
         if now - logged > SILENCE and done < total:
             logged = now
             left = duration((now - start) / done * (total - done))
@@ -56,7 +61,9 @@ def show_split(batches: Iterable[Item], split: str, total: int) -> Iterator[Item
 
 @contextlib.contextmanager
 def working(title: str) -> Iterator[None]:
-    """Log that one long operation goes on: after 5 s, and then in intervals that double.
+    """Log that a long operation goes on: after 5 s, and then in intervals that double.
+
+    Nothing is logged while `show` shows its part of it.
 
     Args:
       title: what is done, such as "compiling the train step".
@@ -67,7 +74,11 @@ def working(title: str) -> Iterator[None]:
     def report() -> None:
         wait = SILENCE
         while not ended.wait(wait):
-            seconds = time.perf_counter() - start
+            now = time.perf_counter()
+            if now - _shown_at["batches"] < SILENCE:
+                wait = SILENCE
+                continue
+            seconds = now - start
             log.info("        %s: %s so far", title, duration(seconds))
             wait = seconds  # the next line after twice the time
 

@@ -1,30 +1,41 @@
-"""Frozen features of image files of any size, in batches of images of one shape.
+"""Frozen features of image files of any size, with few compiled programs.
 
-Letters: B batch, I images, N patches, D width, H W image height and width, C channels.
+A whole image becomes a sequence of patches, which is padded to one of few lengths and masked, so
+that images of any aspect ratio are encoded together. A method without `patch_features` needs a
+program for each size of images. Square crops, as evaluators take them, all have one size.
+
+Letters: B batch, I images, N patches, P pixel values of a patch, D width, H W image height and
+width, C channels, K canvas side.
 """
 
+import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent import futures
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32, UInt8
+from jaxtyping import Array, Bool, Float32, Int32, UInt8
 from PIL import Image
 
 from lmim_jax.data import decode
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
+from lmim_jax.evaluators.common import image_features
+from lmim_jax.models.layers import patchify
 from lmim_jax.utils import faults
 
+# Features with a meaning of their own here; any other name is a vector for an image, as evaluators
+# understand it: see configs/evaluate.py
 KINDS = ("cls", "mean", "patches")
 MAX_ASPECT = 20  # the patches of more elongated images may not fit in memory
 
 Size = tuple[int, int]
+Batch = dict[str, Array]
 
 
 class ExtractedFeatures(NamedTuple):
@@ -43,19 +54,84 @@ class ExtractedFeatures(NamedTuple):
     unreadable: list[tuple[str, str]]
 
 
+class PreparedImage(NamedTuple):
+    """An image for `Extractor`.
+
+    Attributes:
+      shape: images of one shape can be encoded together; see `Extractor.room`.
+      grid: rows and columns of patches.
+      arrays: what the encoder is given.
+    """
+
+    shape: Size
+    grid: Size
+    arrays: dict[str, np.ndarray]
+
+
+def select_features(
+    features: dict[str, Array],
+    kinds: Sequence[str],
+    norm: bool,
+    mask: Bool[Array, "B N"] | None = None,
+) -> dict[str, Array]:
+    """The requested ones of the features of a batch, float32.
+
+    Args:
+      features: what `method.features` returned.
+      kinds: names of KINDS, or of other features as `image_features.parse_feature` takes them.
+      norm: whether those of KINDS are taken after the final norm.
+      mask: False for patches that only pad; None: there are none.
+
+    Returns:
+      {kind: [B, D], or for "patches" [B, N, D]}; without "cls" where the encoder has none.
+
+    Raises:
+      UserError: there is no such feature.
+    """
+    suffix = "" if norm else "_prenorm"
+    found = {}
+    for kind in kinds:
+        if kind == "patches":
+            found[kind] = features[f"patches{suffix}"].astype(jnp.float32)
+        elif kind == "mean":
+            found[kind] = image_features.concatenate_parts(features, f"patches{suffix}", mask)
+        elif kind != "cls":
+            found[kind] = image_features.concatenate_parts(features, kind, mask)
+        elif "cls" in features:
+            found[kind] = features[f"cls{suffix}"].astype(jnp.float32)
+    return found
+
+
+def feature_shapes(method: EvaluatedMethod, kinds: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of each requested feature of an image of the size of training; no weights needed.
+
+    Raises:
+      UserError: the method has no such feature.
+    """
+    image = jax.ShapeDtypeStruct((1, *method.feature_size, method.channels), jnp.float32)
+
+    def encode(params: Params, images: Array) -> dict[str, Array]:
+        return select_features(method.features(params, images), kinds, norm=True)
+
+    params = jax.eval_shape(method.init, jax.random.key(0))
+    found = jax.eval_shape(encode, params, image)
+    return {kind: value.shape[1:] for kind, value in found.items()}
+
+
 class Extractor:
     """A frozen encoder for images of any size, on all devices of this process.
 
     Attributes:
       method: the pretraining method.
       size: the short side of resized images, in pixels.
-      kinds: the requested features, of KINDS.
+      kinds: the requested features, see `select_features`.
       batch_size: images encoded at a time.
+      compiled: shapes of images that a program has been compiled for.
     """
 
     def __init__(
         self,
-        method: EvaluatedMethod,
+        method: Any,
         params: Params,
         transform: Augment,
         *,
@@ -63,6 +139,7 @@ class Extractor:
         kinds: Sequence[str],
         norm: bool,
         batch_size: int,
+        canvas: int | None = None,
     ) -> None:
         """Place the weights on the devices.
 
@@ -71,29 +148,47 @@ class Extractor:
           params: weights of the method.
           transform: gives the normalization and the interpolation.
           norm: features after the final norm; or before it.
+          canvas: images are cropped as by evaluators, which read them on canvases of this side
+            (`config.data.canvas`); None: whole images.
         """
         self.method = method
         self.size = size
         self.kinds = kinds
         self.batch_size = batch_size
+        self.compiled: set[Size] = set()
+        self._norm = norm
+        self._pads = canvas is None and hasattr(method, "patch_features")
         self._resample = Image.Resampling[transform.interpolation.upper()]
-        suffix = "" if norm else "_prenorm"
-
-        def encode(params: Params, images: UInt8[Array, "B H W C"]) -> dict[str, Array]:
-            features = method.features(params, transform.normalize(images.astype(jnp.float32)))
-            patches = features[f"patches{suffix}"].astype(jnp.float32)
-            found = {"patches": patches, "mean": patches.mean(axis=1)}
-            if "cls" in features:
-                found["cls"] = features[f"cls{suffix}"].astype(jnp.float32)
-            return {kind: found[kind] for kind in kinds if kind in found}
-
+        self._transform = transform
+        self._canvas = 0
+        if canvas is not None:
+            self._transform = _with_crops(transform, method, size)
+            self._canvas = max(canvas, 2 * max(self._transform.eval_size))
         mesh = sharding.make_mesh(devices=jax.local_devices())
         self._placement = sharding.batch_sharding(mesh)
-        self._encode = jax.jit(encode, out_shardings=self._placement)
+        self._encode = jax.jit(self._features, out_shardings=self._placement)
         self._params = jax.device_put(params, sharding.replicated(mesh))
+        self._positions: dict[Size, Float32[np.ndarray, "N D"]] = {}
+
+    def _features(self, params: Params, batch: Batch) -> dict[str, Array]:
+        """The requested features of the arrays of prepared images."""
+        method = self.method
+        if self._canvas:
+            features = method.features(params, self._transform.evaluation(batch))
+        elif self._pads:
+            patches = batch["patches"]
+            pixels = patches.reshape(*patches.shape[:2], -1, method.channels).astype(jnp.float32)
+            normalized = self._transform.normalize(pixels).reshape(patches.shape)
+            mask = batch["mask"]
+            features = method.patch_features(params, normalized, batch["positions"], mask)
+            return select_features(features, self.kinds, self._norm, mask)
+        else:
+            images = batch["image"].astype(jnp.float32)
+            features = method.features(params, self._transform.normalize(images))
+        return select_features(features, self.kinds, self._norm)
 
     def shape(self, height: int, width: int) -> Size:
-        """Height and width in pixels that an image of this size is resized to."""
+        """Height and width in pixels that a whole image of this size is resized to."""
         short = min(height, width)
         return self._resized_side(height, short), self._resized_side(width, short)
 
@@ -102,13 +197,30 @@ class Extractor:
         patch_size = self.method.patch_size
         return max(1, round(side * self.size / short / patch_size)) * patch_size
 
-    def prepare(self, data: bytes) -> UInt8[np.ndarray, "H W C"]:
+    def prepare(self, data: bytes) -> PreparedImage:
         """Decode and resize an image.
 
         Raises:
           BadImage: the bytes are not an image, or it is too elongated.
         """
-        pixels = decode.decode(data, 0, self.method.channels)
+        channels = self.method.channels
+        patch_size = self.method.patch_size
+        pixels = decode.decode(data, self._canvas, channels)
+        if self._canvas:
+            image = np.zeros((self._canvas, self._canvas, channels), np.uint8)
+            size = np.int32(decode.place_on_canvas(pixels, image))
+            height, width = self._transform.eval_size
+            grid = (height // patch_size, width // patch_size)
+            return PreparedImage((height, width), grid, {"image": image, "size": size})
+        resized = self._resize(pixels)
+        height, width = resized.shape[:2]
+        grid = (height // patch_size, width // patch_size)
+        if not self._pads:
+            return PreparedImage((height, width), grid, {"image": resized})
+        patches = patchify(resized[None], grid, patch_size)[0]
+        return PreparedImage((1, self._padded_length(len(patches))), grid, {"patches": patches})
+
+    def _resize(self, pixels: UInt8[np.ndarray, "_ _ C"]) -> UInt8[np.ndarray, "H W C"]:
         height, width, channels = pixels.shape
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise decode.BadImage(f"the aspect ratio of {width} x {height} pixels is too large")
@@ -117,50 +229,122 @@ class Extractor:
         resized = np.asarray(image.resize((out_width, out_height), self._resample))
         return resized.reshape(out_height, out_width, -1)
 
+    def _padded_length(self, count: int) -> int:
+        """The number of patches of a square image, doubled until `count` patches fit."""
+        length = (self.size // self.method.patch_size) ** 2
+        while length < count:
+            length *= 2
+        return length
+
+    def room(self, shape: Size, others: Collection[Size]) -> Size | None:
+        """The one of some other shapes that images of this shape can be padded to; None: none is.
+
+        At most every second patch is padding then.
+        """
+        for other in sorted(others):
+            if self._pads and shape[1] < other[1] <= 2 * shape[1]:
+                return other
+        return None
+
     def __call__(
-        self, images: Sequence[UInt8[np.ndarray, "H W C"]]
-    ) -> dict[str, Float32[np.ndarray, "..."]]:
-        """Features of images of one shape, by kind: [B, D] and, for patches, [B, N, D]."""
+        self, images: Sequence[PreparedImage], shape: Size
+    ) -> list[dict[str, Float32[np.ndarray, "..."]]]:
+        """The features of at most `batch_size` images, by kind: [D] and, for patches, [N, D].
+
+        Args:
+          images: of this shape, or padded to it.
+          shape: see `PreparedImage`.
+        """
+        self.compiled.add(shape)
         devices = len(jax.local_devices())
         rows = -(-self.batch_size // devices) * devices
         # One batch size: one compilation per shape of images
-        padding = [images[0]] * (rows - len(images))
-        batch = np.stack(list(images) + padding)
-        found = self._encode(self._params, jax.device_put(batch, self._placement))
-        return {kind: np.asarray(value)[: len(images)] for kind, value in found.items()}
+        filled = list(images) + [images[0]] * (rows - len(images))
+        if self._pads:
+            batch = self._padded_batch(filled, shape[1])
+        else:
+            batch = {}
+            for name in images[0].arrays:
+                batch[name] = np.stack([image.arrays[name] for image in filled])
+        found = jax.device_get(self._encode(self._params, jax.device_put(batch, self._placement)))
+        features = []
+        for row, image in enumerate(images):
+            own = {kind: value[row] for kind, value in found.items()}
+            if "patches" in own:
+                own["patches"] = own["patches"][: image.grid[0] * image.grid[1]]
+            features.append(own)
+        return features
+
+    def _padded_batch(self, images: Sequence[PreparedImage], length: int) -> dict[str, np.ndarray]:
+        """Patches, their positions and the mask of images, padded to `length` patches."""
+        count = len(images)
+        width = images[0].arrays["patches"].shape[1]
+        patches = np.zeros((count, length, width), np.uint8)
+        positions = np.zeros((count, length, self.method.width), np.float32)
+        mask = np.zeros((count, length), bool)
+        for row, image in enumerate(images):
+            own = image.arrays["patches"]
+            patches[row, : len(own)] = own
+            positions[row, : len(own)] = self._positions_of(image.grid)
+            mask[row, : len(own)] = True
+        return {"patches": patches, "positions": positions, "mask": mask}
+
+    def _positions_of(self, grid: Size) -> Float32[np.ndarray, "N D"]:
+        if grid not in self._positions:
+            self._positions[grid] = np.asarray(self.method.positions_of(self._params, grid))[0]
+        return self._positions[grid]
+
+
+def _with_crops(transform: Augment, method: EvaluatedMethod, size: int) -> Augment:
+    """The transform of evaluators, scaled so that the short side of crops is `size` pixels."""
+    scale = size / min(method.feature_size)
+    sides = []
+    for side in method.feature_size:
+        sides.append(max(1, round(scale * side / method.patch_size)) * method.patch_size)
+    eval_size = (sides[0], sides[1])
+    eval_resize = max(round(scale * transform.eval_resize), min(eval_size))
+    return dataclasses.replace(transform, eval_size=eval_size, eval_resize=eval_resize)
 
 
 class _Batches:
-    """Collects images of equal shape and encodes them as soon as they fill a batch."""
+    """Collects images that can be encoded together, and encodes full batches at once."""
 
     def __init__(self, extractor: Extractor) -> None:
         self.grids: dict[int, Size] = {}
         self.features: dict[int, dict[str, np.ndarray]] = {}
         self._extractor = extractor
-        self._waiting: dict[Size, dict[int, np.ndarray]] = {}
+        self._waiting: dict[Size, dict[int, PreparedImage]] = {}
 
-    def add(self, index: int, image: UInt8[np.ndarray, "H W C"]) -> int:
+    def add(self, index: int, image: PreparedImage) -> int:
         """Add an image; the number of images that were encoded now."""
-        shape = image.shape[:2]
-        waiting = self._waiting.setdefault(shape, {})
+        waiting = self._waiting.setdefault(image.shape, {})
         waiting[index] = image
         if len(waiting) < self._extractor.batch_size:
             return 0
-        return self.encode(shape)
+        return self._encode(self._waiting.pop(image.shape), image.shape)
 
-    def waiting_shapes(self) -> list[Size]:
-        """Shapes of the images that wait for others."""
-        return list(self._waiting)
+    def finish(self) -> Iterable[int]:
+        """Encode the images that still wait; yields their numbers.
 
-    def encode(self, shape: Size) -> int:
-        """Encode the waiting images of a shape; their number."""
-        waiting = self._waiting.pop(shape)
-        found = self._extractor(list(waiting.values()))
-        patch_size = self._extractor.method.patch_size
-        for row, index in enumerate(waiting):
-            self.grids[index] = (shape[0] // patch_size, shape[1] // patch_size)
-            self.features[index] = {kind: value[row] for kind, value in found.items()}
-        return len(waiting)
+        The few images of a shape that no program was compiled for join those of a larger one.
+        """
+        while self._waiting:
+            shape = min(self._waiting)
+            waiting = self._waiting.pop(shape)
+            compiled = self._extractor.compiled
+            room = self._extractor.room(shape, compiled | self._waiting.keys())
+            if room is None or shape in compiled:
+                yield self._encode(waiting, shape)
+                continue
+            for index, image in waiting.items():
+                yield self.add(index, image._replace(shape=room))
+
+    def _encode(self, images: dict[int, PreparedImage], shape: Size) -> int:
+        found = self._extractor(list(images.values()), shape)
+        for (index, image), features in zip(images.items(), found, strict=True):
+            self.grids[index] = image.grid
+            self.features[index] = features
+        return len(images)
 
 
 def extract_from_files(
@@ -178,7 +362,7 @@ def extract_from_files(
       progress: called with numbers of images that are done.
     """
 
-    def read(name: str) -> UInt8[np.ndarray, "H W C"] | Exception:
+    def read(name: str) -> PreparedImage | Exception:
         path = pathlib.Path(root, name)
         try:
             return faults.retry(
@@ -201,8 +385,8 @@ def extract_from_files(
                     progress(1)
                 else:
                     progress(batches.add(index, image))
-    for shape in batches.waiting_shapes():
-        progress(batches.encode(shape))
+    for count in batches.finish():
+        progress(count)
     order = sorted(batches.features)
     features: dict[str, list[np.ndarray]] = {}
     for index in order:

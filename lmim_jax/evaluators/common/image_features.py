@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import Batch, EvaluationData
@@ -170,7 +170,26 @@ def image_vectors(
             known[part.name] = encoder_free_feature(images, augment.denormalize(images), part.name)
     if needs_encoder(feature):
         known.update(method.features(params, images))
-    vectors = [_pool(known, part) for part in parts]
+    return concatenate_parts(known, feature)
+
+
+def concatenate_parts(
+    features: dict[str, Array], feature: str, mask: Bool[Array, "B N"] | None = None
+) -> Float[Array, "B D"]:
+    """The vectors that `feature` names, concatenated.
+
+    Args:
+      features: by name, see `methods.base.Method.features`.
+      feature: such as "cls" or "cls+patches_prenorm", see `parse_feature`.
+      mask: False for patches that only pad images to equal length; None: there are none.
+
+    Returns:
+      float32 [B, D].
+
+    Raises:
+      UserError: there is no such feature.
+    """
+    vectors = [_pool(features, part, mask) for part in parse_feature(feature)]
     return jnp.concatenate(vectors, axis=-1)
 
 
@@ -221,7 +240,9 @@ def needs_encoder(feature: str) -> bool:
     return any(part.name not in ENCODER_FREE for part in parse_feature(feature))
 
 
-def _pool(features: dict[str, Array], part: FeaturePart) -> Float[Array, "B D"]:
+def _pool(
+    features: dict[str, Array], part: FeaturePart, mask: Bool[Array, "B N"] | None
+) -> Float[Array, "B D"]:
     """One vector per image of a feature of a method.
 
     In "blockNN/tokens" the first row is the CLS token, where the method has one: it can be chosen
@@ -249,9 +270,17 @@ def _pool(features: dict[str, Array], part: FeaturePart) -> Float[Array, "B D"]:
     if x.ndim == 2:
         return x
     if not has_cls:
-        return x.mean(axis=1)
+        return _mean(x, mask)
     cls = x[:, 0]
-    mean = x[:, 1:].mean(axis=1)
+    mean = _mean(x[:, 1:], mask)
     if pool == "both":
         return jnp.concatenate([cls, mean], axis=-1)
     return cls if pool == "cls" else mean
+
+
+def _mean(x: Float[Array, "B N D"], mask: Bool[Array, "B N"] | None) -> Float[Array, "B D"]:
+    """The mean over the patches that are not padding."""
+    if mask is None:
+        return x.mean(axis=1)
+    weights = mask[..., None].astype(x.dtype)
+    return (x * weights).sum(axis=1) / weights.sum(axis=1)

@@ -35,7 +35,7 @@ from lmim_jax.utils.prng import image_keys
 
 log = logging.getLogger(__name__)
 
-LOG_SECONDS = 20.0  # between lines of progress
+LOG_SECONDS = 5.0  # between lines of progress
 TOP_K = 5  # of the second accuracy, where there are more classes
 
 Schedule = Callable[[Array], Array]
@@ -103,6 +103,8 @@ class Probe(base.Evaluator, abc.ABC):
     seed: int
 
     needs_labels = True
+    trains = True
+    cost = 50.0
 
     @property
     def name(self) -> str:
