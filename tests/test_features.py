@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import conftest
 import interop
@@ -12,11 +13,10 @@ import numpy as np
 import pytest
 import tiny
 from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
 import lmim_jax
-from lmim_jax.cli import app, extract_features
+from lmim_jax.cli import extract_features
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.evaluators.common import feature_io
 from lmim_jax.evaluators.common.feature_extraction import Extractor, extract_from_files
@@ -127,20 +127,27 @@ def test_mistakes_are_found_before_weights_are_read(tmp_path, folder, monkeypatc
     config = tiny.get_config()
     config.method = tiny.method("mae")
     workdir.claim(tmp_path, config.to_dict(), None)
-    out = f"--out={tmp_path / 'f.npz'}"
-    for words, message in (
-        (["--features=block1/tokens"], r"no feature of that name.*block00/tokens"),
-        (["--features=cls,pixels"], "pixels needs no encoder"),
-        (["--features="], "--features is empty"),
-        (["--size=3"], "less than one patch of 4 pixels"),
-        (["--weights=target"], "mae has no target encoder"),
-        ([], "no checkpoints here"),
+    defaults = {
+        "workdir": str(tmp_path),
+        "out": str(tmp_path / "f.npz"),
+        "features": ["cls", "mean"],
+        "weights": None,
+        "size": 0,
+        "norm": True,
+        "crop": False,
+        "batch_size": 4,
+    }
+    for changes, message in (
+        ({"features": ["block1/tokens"]}, r"no feature of that name.*block00/tokens"),
+        ({"features": ["cls", "pixels"]}, "pixels needs no encoder"),
+        ({"features": []}, "--features is empty"),
+        ({"size": 3}, "less than one patch of 4 pixels"),
+        ({"weights": "target"}, "mae has no target encoder"),
+        ({}, "no checkpoints here"),
     ):
-        with flagsaver.flagsaver():
-            app._define(extract_features)
-            flags.FLAGS(["features", out, *words])
-            with pytest.raises(UserError, match=message):
-                extract_features.main([str(tmp_path), str(folder)])
+        monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(**{**defaults, **changes}))
+        with pytest.raises(UserError, match=message):
+            extract_features.main([str(folder)])
 
 
 def saved_params(extractor):

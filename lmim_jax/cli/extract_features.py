@@ -25,8 +25,8 @@ The file holds, in order of the names:
            first[i], and patches[first[i]:first[i + 1]].reshape(*grid[i], D) is its feature map
            (in .parquet: a list per row)
   others   a vector for each image, float32 [n, ...], under the given name
-cls, mean and patches are taken after the final norm, as in timm and transformers; --nonorm takes them before it,
-as the k-NN evaluation of Latent MIM does.
+cls, mean and patches are taken after the final norm, as in timm and transformers; --nonorm takes
+them before it, as the k-NN evaluation of Latent MIM does.
 
 Files that cannot be read are left out and listed. All features are held in memory until the end:
 split very large folders, or use --features=mean.
@@ -174,9 +174,10 @@ def main(arguments: list[str]) -> None:
     place = "before"
     if given.norm:
         place = "after"
+    widths = [f"{kind} ({features[kind][0].shape[-1]})" for kind in shapes]
     print(
-        f"{given.out}: {', '.join(features)} of {len(names)} images, {method.width} numbers "
-        f"each; {which} weights of step {run.step}, {place} the final norm"
+        f"{given.out}: {', '.join(widths)} of {len(names)} images; {which} weights of step "
+        f"{run.step}, {place} the final norm"
     )
 
 
