@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 from lmim_jax.cli import app
 from lmim_jax.perf import accelerators, aot, gpu_targets, traffic
 from lmim_jax.train.build import TrainingParts
+from lmim_jax.utils import progress
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
 
@@ -79,13 +80,15 @@ def plan(config: ConfigDict, topology: str, settings: Settings) -> Plan:
     chip, chips, hosts = parsed.chip, parsed.chips, parsed.hosts
     parts = aot.build_for_images(config, settings["images"])
     source = "compiler"
-    if parsed.kind in accelerators.TPUS:
-        analysis = aot.compile_for_tpu(parts, topology)
-    elif settings["compile"] and aot.compiles_for_gpu(parsed.kind):
-        analysis = aot.compile_for_gpu(config, settings["images"], topology)
-    else:
-        source = "trace"
-        analysis = aot.analyze(parts, chips)
+    compiles = settings["compile"] and aot.compiles_for_gpu(parsed.kind)
+    with progress.working(f"the train step for {topology}"):
+        if parsed.kind in accelerators.TPUS:
+            analysis = aot.compile_for_tpu(parts, topology)
+        elif compiles:
+            analysis = aot.compile_for_gpu(config, settings["images"], topology)
+        else:
+            source = "trace"
+            analysis = aot.analyze(parts, chips)
     memory = _memory(parts, analysis, parsed)
     flops = aot.flops_per_image(parts)
     seconds = _step_seconds(parts, analysis, parsed, flops, settings["utilization"])
