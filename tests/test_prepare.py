@@ -1,5 +1,6 @@
 """Prepared datasets: from a folder and from TFRecord files, killed and resumed, read, verified."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -279,3 +280,18 @@ def test_labels_are_not_trusted_when_the_files_have_changed(pets, tmp_path, monk
     (path,) = pathlib.Path(tmp_path, "lmim_jax", "labels").iterdir()
     np.save(path, 1 - np.load(path))
     assert tfds_source._read_labels(source).tolist() == [0] * 24 + [1] * 24
+
+
+def test_labels_are_read_in_parts_and_damaged_records_have_none(
+    pets, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tfds_source, "LABELS", 7)
+    every = sources.from_config(config(dir=pets.parent.parent), "train")
+    records = [every.records[i] for i in range(len(every))]
+    records[3] = b"damaged"
+    chosen = tfds_source.select_classes(dataclasses.replace(every, records=records), ["dog", "cat"])
+    assert "1 records have no class or are damaged" in caplog.text
+    assert chosen.kept.array.tolist() == [i for i in range(48) if i != 3]
+    assert chosen.labels.array.tolist() == [1] * 23 + [0] * 24
+    assert chosen.record(0) == (every.record(0)[0], 1)

@@ -3,11 +3,12 @@
 Nothing here imports TensorFlow or the code that prepared the dataset.
 """
 
+import base64
 import copy
 import dataclasses
 import errno
+import functools
 import hashlib
-import io
 import logging
 import os
 import pathlib
@@ -16,10 +17,13 @@ from collections.abc import Sequence
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from lmim_jax.data.decode import BadImage
+from lmim_jax.data.shared_array import SharedArray, share
+from lmim_jax.distributed import multihost
 from lmim_jax.utils import atomic_io, descriptors, faults
 from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError
@@ -31,6 +35,7 @@ log = logging.getLogger(__name__)
 
 CHECKED_LABELS = 64  # cached labels that are compared with the records
 READERS = 16  # threads that read labels
+LABELS = 16_384  # labels that are read, and told to other processes, at a time
 
 # Files of the datasets that are in use: each may stay open once it has been read from
 _num_files: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -63,13 +68,13 @@ class TfdsSource:
     image_feature: str
     label_feature: str | None
     mask_feature: str | None
-    kept: Int[np.ndarray, " N"] | None = None
-    labels: Int[np.ndarray, " N"] | None = None
+    kept: SharedArray | None = None
+    labels: SharedArray | None = None
 
     def __len__(self) -> int:
         if self.kept is None:
             return len(self.records)
-        return len(self.kept)
+        return len(self.kept.array)
 
     def record(self, index: int) -> tuple[bytes, int]:
         """(encoded bytes, class) of an image, class -1: unlabeled.
@@ -83,11 +88,18 @@ class TfdsSource:
             raise BadImage("the record is damaged: it holds no image")
         image = example[self.image_feature].bytes_list.value[0]
         if self.labels is not None:
-            return image, int(self.labels[index])
+            return image, int(self.labels.array[index])
         if self.label_feature is None:
             return image, -1
         labels = example[self.label_feature].int64_list.value
         return image, labels[0] if labels else -1
+
+    def label(self, index: int) -> int:
+        """The class of an image; -1: none, or the record is damaged."""
+        try:
+            return self.record(index)[1]
+        except BadImage:
+            return -1
 
     def mask(self, index: int) -> bytes | None:
         """The encoded object mask of an image, or None where the dataset has none."""
@@ -120,7 +132,7 @@ class TfdsSource:
         """The position of an image among all records."""
         if self.kept is None:
             return index
-        return self.kept[index]
+        return int(self.kept.array[index])
 
     def _example(self, index: int) -> Any:
         """The features of an example, by name.
@@ -271,8 +283,8 @@ def open_tfds(name: str, folder: str, split: str) -> TfdsSource:
 def select_classes(source: TfdsSource, names: Sequence[str]) -> TfdsSource:
     """The images of some classes, numbered in the order of `names`.
 
-    Labels are stored in the records, so all records are read, once; the labels are kept in the
-    cache folder.
+    Labels are stored in the records, so process 0 reads all records, once; the labels are kept in
+    its cache folder. All processes must call it.
 
     Raises:
       UserError: a class does not exist.
@@ -286,32 +298,60 @@ def select_classes(source: TfdsSource, names: Sequence[str]) -> TfdsSource:
     new_label = np.full(len(source.classes), -1)
     for number, name in enumerate(names):
         new_label[source.classes.index(name)] = number
-    kept = np.flatnonzero(new_label[labels] >= 0)
+    unknown_class = labels < 0
+    if unknown_class.any():
+        log.warning(
+            "%s: %d records have no class or are damaged: left out, see config.data.classes",
+            source.title,
+            unknown_class.sum(),
+        )
+    kept = np.flatnonzero(~unknown_class & (new_label[labels] >= 0))
+    new_labels = new_label[labels[kept]].astype(np.int32)
     return dataclasses.replace(
-        source, classes=tuple(names), kept=kept, labels=new_label[labels][kept]
+        source, classes=tuple(names), kept=share(kept), labels=share(new_labels)
     )
 
 
 def _read_labels(source: TfdsSource) -> Int[np.ndarray, " N"]:
-    """The class of every record, int32, from the cache or by reading all records."""
+    """The class of every record, int32; process 0 reads them from its cache or all records."""
     # The repr of the records contains a hash of their paths
     key = f"{source.title} {source.records!r}".encode()
     path = cache_folder() / "labels" / f"{hashlib.sha256(key).hexdigest()[:16]}.npy"
+    cached = None
+    if jax.process_index() == 0:
+        cached = _cached_labels(source, path)
+    parts = []
+    for start in range(0, len(source), LABELS):
+        # In parts: the other processes do not wait for long
+        text = multihost.decide(functools.partial(_encoded_labels, source, cached, start))
+        parts.append(np.frombuffer(base64.b64decode(text), np.int32))
+    labels = np.concatenate(parts)
+    if jax.process_index() == 0 and cached is None:
+        with atomic_io.open_new(path) as file:
+            np.save(file, labels)
+    return labels
+
+
+def _cached_labels(source: TfdsSource, path: pathlib.Path) -> Int[np.ndarray, " N"] | None:
+    """The labels in a file of the cache; None if there are none, or those of other images."""
     if path.exists():
         labels = np.load(path)
         if _labels_match(source, labels):
             return labels
     log.info("reading the labels of %s, once: %d records", source.title, len(source))
+    return None
 
-    def read_label(index: int) -> int:
-        return source.record(index)[1]
 
-    with futures.ThreadPoolExecutor(READERS) as pool:
-        labels = np.fromiter(pool.map(read_label, range(len(source))), np.int32, len(source))
-    stream = io.BytesIO()
-    np.save(stream, labels)
-    atomic_io.write(path, stream.getvalue())
-    return labels
+def _encoded_labels(source: TfdsSource, cached: Int[np.ndarray, " N"] | None, start: int) -> str:
+    """The labels of LABELS records from `start`, int32, as text."""
+    indices = range(start, min(start + LABELS, len(source)))
+    if cached is not None:
+        labels = cached[indices.start : indices.stop]
+    else:
+        with futures.ThreadPoolExecutor(READERS) as pool:
+            found = pool.map(source.label, indices)
+            labels = np.fromiter(found, np.int32, len(indices))
+    return base64.b64encode(labels.astype(np.int32).tobytes()).decode()
 
 
 def _labels_match(source: TfdsSource, labels: Int[np.ndarray, " N"]) -> bool:
@@ -319,4 +359,4 @@ def _labels_match(source: TfdsSource, labels: Int[np.ndarray, " N"]) -> bool:
     sample = np.random.default_rng(0).integers(0, len(source), CHECKED_LABELS)
     if len(labels) != len(source):
         return False
-    return all(source.record(index)[1] == labels[index] for index in sample)
+    return all(source.label(index) == labels[index] for index in sample)
