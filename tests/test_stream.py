@@ -192,7 +192,7 @@ def test_where_to_crop_is_checked():
     ("number", "message"),
     [
         (signal.SIGKILL, r"data worker \d of 2 \(pid \d+\) died"),
-        (signal.SIGSTOP, r"no batch for 4 s: data worker \d of 2 \(pid \d+\) does not respond"),
+        (signal.SIGSTOP, r"no image decoded for 4 s: data worker \d of 2 \(pid \d+\) does not respond"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_is_named(number, message):
@@ -226,7 +226,7 @@ def test_a_read_that_hangs_is_named():
     try:
         with pytest.raises(
             errors.DataLoaderTimeout,
-            match=r"no batch for 3 s: a decoding thread does not respond, at image \d+",
+            match=r"no image decoded for 3 s: a decoding thread does not respond, at image \d+",
         ):
             list(batches(source, steps=100, timeout=3.0))
     finally:

@@ -287,21 +287,6 @@ def test_total_steps_replaces_epochs(images, tmp_path):
     assert lines(tmp_path)[-1]["step"] == 2
 
 
-def test_an_evaluation_that_cannot_be_made_costs_no_step(images, tmp_path, monkeypatch):
-    from lmim_jax.evaluators import knn
-
-    config = recipe(images, total_steps=2)
-    config.evaluators = {"knn": {**config.evaluators.knn.to_dict(), "every": 0.0}}
-
-    def run(*_):
-        raise UserError("no such folder of masks")
-
-    monkeypatch.setattr(knn.Evaluator, "run", run)
-    with pytest.raises(UserError, match="no such folder of masks"):
-        loop.train(config, tmp_path)
-    assert list(checkpoints.steps(tmp_path)) == [2]
-
-
 def test_images_without_classes_train_without_knn(images, tmp_path):
     config = recipe(images / "train" / "cat", total_steps=2)
     summary = loop.train(config, tmp_path)

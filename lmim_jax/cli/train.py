@@ -111,6 +111,9 @@ def read_arguments(arguments: Sequence[str]) -> str:
                 f"--hours={given.hours:g}: hours above 0, and for the recipe own (lmim train DIR); "
                 "others have --config.epochs"
             )
+        for other in ("epochs", "total_steps"):
+            if other in overrides:
+                raise UserError(f"--hours and --config.{other}: give only one of them")
         config.hours = given.hours
     name = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
     if "hours" in config and config.data.path:

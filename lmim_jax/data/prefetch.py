@@ -3,16 +3,18 @@
 Batches come from an order (see `BatchOrder`), a random-access sequence of parts of batches.
 `WorkerPool` decodes the parts in threads or worker processes and assembles the batches;
 `Prefetcher` places them on the devices from a background thread, and raises a `DataLoaderTimeout`
-error that names the worker where none arrives.
+error that names the worker where no image is decoded any more.
 """
 
 import collections
 import dataclasses
 import functools
+import logging
 import os
 import queue
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -26,17 +28,27 @@ from jaxtyping import Shaped
 from ml_collections import ConfigDict
 from numpy.typing import DTypeLike
 
-from lmim_jax.utils import subprocess
+from lmim_jax.data import activity as activities
+from lmim_jax.data.activity import Activity
+from lmim_jax.utils import descriptors, subprocess
 from lmim_jax.utils.errors import DataLoaderTimeout
 
+log = logging.getLogger(__name__)
+
 PREFETCH_BATCHES = 2  # batches on the devices that wait for the step
-STARTUP_SECONDS = 90.0  # added to the timeout of the first batch: workers import their libraries
+STARTUP_SECONDS = 90.0  # added to the times of the first batch: workers import their libraries
+WARNING_SECONDS = 30.0  # without an image, after which the files being read are logged
+POLL_SECONDS = 0.5  # between two looks at what the decoding processes are doing
 
 in_worker = False  # whether this process is a data worker, whose arrays go through shared memory
 
 _free_memory: dict[int, list[np.ndarray]] = collections.defaultdict(list)  # unused, by bytes
 
 Batch = dict[str, np.ndarray]
+
+
+def no_check() -> None:
+    """The default of `check`: never interrupt a wait for a batch."""
 
 
 class BatchOrder(Protocol):
@@ -116,10 +128,13 @@ def _iterate_elements(order: BatchOrder, start: int, workers: int) -> Iterator[d
 
 
 def _initialize_worker(index: int, count: int) -> None:
-    """In a worker process: use no accelerators, and end together with the parent process."""
+    """In a worker process: use no accelerators, and end with the parent, which gets the signals."""
     global in_worker
-    del index, count
+    del count
     in_worker = True
+    activities.worker = index
+    subprocess.ignore_stop_signals()
+    descriptors.raise_limit()
     jax.config.update("jax_platforms", "cpu")
     subprocess.exit_with_parent()
 
@@ -215,11 +230,13 @@ class Prefetcher:
     Args:
       pool: the batches.
       place: batch -> what is yielded.
-      timeout: seconds to wait for a batch.
-      describe_reads: () -> what is being read, appended to the error message of a timeout.
+      timeout: seconds without a decoded image after which a wait is given up.
+      activity: of the decoding threads or processes.
+      describe_reads: () -> what is being read, for the message about a stall; "": nothing.
+      check: called now and then while a batch is waited for; it may raise.
 
     Raises:
-      DataLoaderTimeout: while iterating, if a worker died, or if no batch arrived within `timeout`
+      DataLoaderTimeout: while iterating, if a worker died, or if no image was decoded for `timeout`
         seconds.
     """
 
@@ -228,23 +245,27 @@ class Prefetcher:
         pool: WorkerPool,
         place: Callable[[Batch], Any],
         timeout: float,
+        activity: Activity,
         describe_reads: Callable[[], str],
+        check: Callable[[], None] = no_check,
     ):
         self._pool = pool
         self._place = place
         self._timeout = timeout
+        self._activity = activity
         self._describe_reads = describe_reads
+        self._check = check
         self._ready: queue.Queue[Any] = queue.Queue(PREFETCH_BATCHES)
         self._stop = threading.Event()
 
     def __iter__(self) -> Iterator[Any]:
         thread = threading.Thread(target=self._produce, daemon=True, name="batches")
         thread.start()
-        timeout = self._timeout + STARTUP_SECONDS
+        startup = STARTUP_SECONDS
         try:
             while True:
-                item = self._wait_for_item(timeout)
-                timeout = self._timeout
+                item = self._wait_for_item(startup)
+                startup = 0.0
                 if item is _END:
                     return
                 if isinstance(item, _Failure):
@@ -256,7 +277,8 @@ class Prefetcher:
             thread.join(timeout=2)
 
     def _produce(self) -> None:
-        """Fill the queue, in the background thread."""
+        """Fill the queue, in the background thread, which also starts the workers."""
+        subprocess.block_stop_signals()
         try:
             for batch in self._pool:
                 self._put(self._place(batch))
@@ -275,18 +297,47 @@ class Prefetcher:
             except queue.Full:
                 continue
 
-    def _wait_for_item(self, timeout: float) -> Any:
+    def _wait_for_item(self, startup: float) -> Any:
         """The next item of the queue.
 
+        Args:
+          startup: seconds by which the first image may be later than others.
+
         Raises:
-          DataLoaderTimeout: there is none after `timeout` seconds; the pending worker is killed.
+          DataLoaderTimeout: no image is decoded any more; the pending worker is killed.
         """
-        try:
-            return self._ready.get(timeout=timeout)
-        except queue.Empty:
-            worker = self._pool.describe_pending_worker()
-            self._pool.kill_pending_worker()
-            raise DataLoaderTimeout(
-                f"no batch for {timeout:g} s: {worker} does not respond{self._describe_reads()}; "
-                "if loading is only slow, raise config.data.timeout"
-            ) from None
+        began = time.monotonic() + startup
+        warned = 0.0  # the progress after which the last warning came
+        while True:
+            try:
+                item = self._ready.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                pass
+            else:
+                if warned:
+                    log.warning("images are decoded again")
+                return item
+            self._check()
+            progress = max(began, self._activity.last_finished())
+            idle = time.monotonic() - progress
+            if idle > self._timeout:
+                worker = self._pool.describe_pending_worker()
+                self._pool.kill_pending_worker()
+                raise DataLoaderTimeout(
+                    f"no image decoded for {self._timeout:g} s: {worker} does not respond"
+                    f"{self._reads(', at ')}; if reading one image may take longer, raise "
+                    "config.data.timeout"
+                )
+            if idle > WARNING_SECONDS and warned != progress:
+                warned = progress
+                log.warning(
+                    "no image decoded for %.0f s%s; giving up after %g s without one",
+                    idle,
+                    self._reads(", being read: "),
+                    self._timeout,
+                )
+
+    def _reads(self, introduction: str) -> str:
+        """What is being read, after an introduction; "": nothing."""
+        reads = self._describe_reads()
+        return f"{introduction}{reads}" if reads else ""

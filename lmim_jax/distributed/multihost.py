@@ -30,6 +30,7 @@ from lmim_jax.utils.errors import UserError
 COORDINATOR_PORT = 8482  # as jax chooses it on Cloud TPUs
 DECISION_TIMEOUT = 3600  # seconds; process 0 may have to verify a large checkpoint
 _decision_numbers = itertools.count()
+_exchange_numbers = itertools.count()
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
 
 
@@ -397,6 +398,28 @@ def decide(find: Callable[[], Any]) -> Any:
         raise
     store.key_value_set(key, json.dumps({"value": value}))
     return value
+
+
+def exchange(value: str, timeout: float) -> list[str]:
+    """The values of all processes, in their order; works while devices do not. All must call it.
+
+    Args:
+      value: of this process.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      JaxRuntimeError: not all processes gave a value in time.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    store = global_state.client
+    place = f"exchange/{next(_exchange_numbers)}"
+    store.key_value_set(f"{place}/{jax.process_index()}", json.dumps(value))
+    values = []
+    for index in range(jax.process_count()):
+        found = store.blocking_key_value_get(f"{place}/{index}", int(timeout * 1000))
+        values.append(json.loads(found))
+    return values
 
 
 def barrier(name: str, abort_key: str, timeout: float) -> None:

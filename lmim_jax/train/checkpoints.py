@@ -5,6 +5,7 @@ workdir/checkpoints/512/manifest.json    written last: sizes, checksums, shapes
 workdir/checkpoints/aside/512-damaged    a step that did not verify
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -27,6 +28,7 @@ from lmim_jax.train.checkpoint_manifest import COMMITTED, FOLDER, newest_good_st
 from lmim_jax.train.lock import Lock, LockLost
 from lmim_jax.train.metric_writer import read_metrics
 from lmim_jax.train.state import TrainState
+from lmim_jax.utils import faults
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: str | None = None  # of the last save, if it failed
         self._failures = 0  # in a row
+        self._saved_step: int | None = None  # the last step that was saved or restored
         self._attempt = 0
         self._orbax = _checkpointer(self._barrier)
 
@@ -77,6 +80,8 @@ class Checkpoints:
         error: BaseException | None,
         trace: types.TracebackType | None,
     ) -> None:
+        if kind is KeyboardInterrupt:  # abort at once
+            return
         # A preempted run exits as saved, so an unsaved one must raise
         self.wait(must_succeed=kind in (None, Preempted))
         self._orbax.close()
@@ -96,7 +101,10 @@ class Checkpoints:
 
     def describe(self) -> str:
         """A clause for error messages: which checkpoint a stopped run has left."""
-        latest = self.latest()
+        try:
+            latest = self.latest()
+        except OSError as error:  # it must not hide the error that it is to explain
+            return f"its checkpoints cannot be listed at the moment ({error.strerror})"
         if latest is None:
             return "no checkpoint had been saved"
         return f"the checkpoint of step {latest} is good"
@@ -135,6 +143,7 @@ class Checkpoints:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         args = ocp.args.PyTreeRestore(target, restore_args=restore_args)
         restored = self._orbax.restore(folder / "state", args=args)
+        self._saved_step = step
         return restored.replace(rng=jax.random.wrap_key_data(restored.rng))
 
     def _step_to_restore(self) -> int | None:
@@ -153,6 +162,8 @@ class Checkpoints:
         self._attempt += 1  # equal on all processes, as all of them save
         try:
             self._confirm_lock()
+            if self._failures:  # the old one would raise its error again
+                self._orbax = _checkpointer(self._barrier)
             folder.mkdir(parents=True, exist_ok=True)
             self._barrier("folder")
             args = ocp.args.PyTreeSave(_without_key(state))
@@ -170,6 +181,11 @@ class Checkpoints:
             )
         blocked = time.perf_counter() - start
         log.info("saving step %d (training was blocked for %.2f s)", step, blocked)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a step was saved or restored by this process; waits for the save in progress."""
+        self.wait()
+        return self._saved_step == step
 
     def wait(self, must_succeed: bool = False) -> None:
         """Wait for the save in progress.
@@ -198,6 +214,7 @@ class Checkpoints:
             return
         self._failures = 0
         self._error = None
+        self._saved_step = step
         if jax.process_index() == 0:
             try:
                 self._delete_old_steps()
@@ -220,11 +237,11 @@ class Checkpoints:
     def _handle_failure(self, step: int, error: Exception) -> None:
         """Report a failed save, here and to the other processes, and remove its files."""
         self._failures += 1
-        self._error = _first_line(error)
-        multihost.abort(f"failed/{self._attempt}", self._error)
+        self._error = faults.first_line(error)
+        with contextlib.suppress(Exception):  # the coordinator may be gone
+            multihost.abort(f"failed/{self._attempt}", self._error)
         if not isinstance(error, LockLost):  # else the files may be those of the other run
             shutil.rmtree(self._root / str(step), ignore_errors=True)
-        self._orbax = _checkpointer(self._barrier)  # the old one would raise the error again
         log.error(
             "SAVING STEP %d FAILED (%d of %d in a row before the run stops): %s; %s. Retrying soon",
             step,
@@ -343,9 +360,3 @@ def _tensor_differences(saved: dict[str, Any], expected: dict[str, Any]) -> list
 
 def _tensor_type(tensor: dict[str, Any] | None) -> str:
     return f"{tensor['dtype']}{tensor['shape']}" if tensor else "absent"
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 200 characters."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

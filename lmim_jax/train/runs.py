@@ -70,6 +70,7 @@ class Run:
       method: without schedules; see methods/base.py.
       exported: of an exported model, which weights it holds, "online" or "target"; None for a run.
       loaded: weights that are in memory already; None: the newest good ones of the folder.
+      opened: images that are open already; None: those of `config.data`.
     """
 
     folder: pathlib.Path
@@ -77,6 +78,7 @@ class Run:
     method: Any
     exported: str | None = None
     loaded: Weights | None = None
+    opened: EvaluationData | None = None
 
     @functools.cached_property
     def weights(self) -> Weights:
@@ -142,6 +144,8 @@ class Run:
         Raises:
           UserError: they do not exist.
         """
+        if self.opened is not None:
+            return self.opened
         return self.open_images(self.config.data, self.mesh)
 
     @functools.cached_property

@@ -1,10 +1,14 @@
 """Errors that are reported to the user without a traceback."""
 
+import contextlib
 import difflib
 import os
 import sys
+import threading
 from collections.abc import Iterable
 from typing import NoReturn
+
+EXIT_SECONDS = 20.0  # that a process has to end its threads
 
 
 class UserError(ValueError):
@@ -36,10 +40,20 @@ def fail(message: object, code: int = 2) -> NoReturn:
       message: an exception or a text.
       code: exit code; 2 is for mistakes of the user.
     """
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
     if isinstance(message, DataLoaderTimeout):
-        # A normal exit would wait forever for threads that hang in a read.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        exit_now(code)
+    # A normal exit waits for all threads, and some may hang in a read
+    late = threading.Timer(EXIT_SECONDS, exit_now, [code])
+    late.daemon = True
+    late.start()
     sys.exit(code)
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process without waiting for its threads."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

@@ -1,8 +1,36 @@
-"""Child processes that end with their parent."""
+"""Child processes that end with their parent, and leave the signals to stop to it."""
 
 import multiprocessing
 import os
+import signal
 import threading
+from multiprocessing import resource_tracker
+
+# What users and schedulers stop a run with; a terminal sends them to all its processes at once
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def ignore_stop_signals() -> None:
+    """In a child process: ignore the signals to stop, as the parent acts on them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def block_stop_signals() -> None:
+    """In a thread that starts child processes: they inherit its mask, and are safe from birth.
+
+    Other threads of this process still receive the signals.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def start_resource_tracker() -> None:
+    """Start Python's process that tracks shared memory, safe from the signals to stop."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # it unblocks some of them in this thread
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def exit_with_parent() -> None:

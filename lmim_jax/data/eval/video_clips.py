@@ -11,6 +11,7 @@ from jaxtyping import Int32, UInt8
 
 from lmim_jax.data import decode, tfds_source
 from lmim_jax.data.eval import segmentation_masks
+from lmim_jax.utils import faults
 from lmim_jax.utils.errors import UserError
 
 LAYOUT = "JPEGImages/480p/SEQUENCE/*.jpg and Annotations/480p/SEQUENCE/*.png"
@@ -69,7 +70,7 @@ class Clip:
 
 def _read(encoded: bytes | pathlib.Path) -> bytes:
     if isinstance(encoded, pathlib.Path):
-        return encoded.read_bytes()
+        return faults.retry(encoded.read_bytes, lambda: str(encoded), faults.RETRY_SECONDS)
     return encoded
 
 

@@ -18,11 +18,10 @@ from PIL import Image
 from lmim_jax.data import decode
 from lmim_jax.data.prepare import tfrecord
 from lmim_jax.data.sources import FolderSource
-from lmim_jax.utils import atomic_io
+from lmim_jax.utils import atomic_io, faults
 
-# A shard holds at most so many images, and about so many bytes
-SHARD_IMAGES = 5000
-SHARD_BYTES = 128 << 20
+SHARD_BYTES = 1 << 30  # at most, by estimate; more than half of it where there are several shards
+SAMPLE = 100  # images that are shrunk to estimate how large the others will be
 
 # Names in the folder of the dataset
 UNFINISHED = "unfinished"
@@ -67,11 +66,27 @@ def plan_shards(
       shrink: see `ShardTask`.
     """
     size = sum(pathlib.Path(source.root, file).stat().st_size for file in source.files)
-    count = max(-(-len(source) // SHARD_IMAGES), -(-size // SHARD_BYTES))
+    if shrink:
+        size = int(size * _size_ratio(source, shrink))
+    count = min(len(source), max(1, -(-size // SHARD_BYTES)))
     for i, part in enumerate(np.array_split(np.arange(len(source)), count)):
         images = range(int(part[0]), int(part[-1]) + 1)
         path = target / f"{name}-{split}.array_record-{i:05d}-of-{count:05d}"
         yield ShardTask(path, split, source, images, shrink)
+
+
+def _size_ratio(source: FolderSource, shrink: int) -> float:
+    """Bytes of shrunk images / bytes of the files, of a sample; 1.0 where none can be decoded."""
+    before = 0
+    after = 0
+    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)):
+        try:
+            shrunk, _ = _read_image(source, int(index), shrink)
+        except (decode.BadImage, OSError):
+            continue
+        before += pathlib.Path(source.name(int(index))).stat().st_size
+        after += len(shrunk)
+    return after / before if before else 1.0
 
 
 def write_shard(task: ShardTask) -> None:
@@ -84,14 +99,25 @@ def write_shard(task: ShardTask) -> None:
         for index in task.images:
             file = task.source.files[index]
             try:
-                data, label = task.source.record(index)
-                yield _serialize_example(_shrink_image(data, task.shrink), label, file)
+                data, label = _read_image(task.source, index, task.shrink)
             except (decode.BadImage, OSError) as error:
                 bad.append(f"{task.source.name(index)}: {error}")
+                continue
+            yield _serialize_example(data, label, file)
 
     count = tfrecord.write_array_record(task.path, examples())
     note = {**file_facts(task.path), "records": count, "bad": bad}
     atomic_io.write(task.note_path, json.dumps(note))
+
+
+def _read_image(source: FolderSource, index: int, shrink: int) -> tuple[bytes, int]:
+    """(encoded bytes, class) of an image that can be decoded, shrunk."""
+
+    def read() -> tuple[bytes, int]:
+        data, label = source.record(index)
+        return _shrink_image(data, shrink), label
+
+    return faults.retry(read, lambda: source.name(index), faults.RETRY_SECONDS)
 
 
 def _shrink_image(data: bytes, shrink: int) -> bytes:
