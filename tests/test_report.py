@@ -3,15 +3,18 @@
 import html.parser
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from absl import flags
 
-from lmim_jax.cli import report
+from lmim_jax.cli import pca, report
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.common import clustering
 from lmim_jax.methods import base as methods
@@ -144,6 +147,7 @@ def test_unlabeled_images_have_neighbors_other_than_themselves(folder, images, t
     assert searched == len(list((images / "train" / "cat").iterdir()))
     for query in queries:
         assert query.labeled_image.class_name == ""
+        assert query.labeled_image.file_name.isdigit()
         cosines = [neighbor.cosine for neighbor in query.neighbors]
         assert cosines == sorted(cosines, reverse=True)
         for neighbor in query.neighbors:
@@ -151,6 +155,38 @@ def test_unlabeled_images_have_neighbors_other_than_themselves(folder, images, t
     assert log_sections.read_metric_log(tmp_path) == []
     assert log_sections.curves_section([]) is None
     assert log_sections.evaluations_section(tmp_path, []) is None
+
+
+def test_own_images_become_a_page(folder, images, tmp_path):
+    own = tmp_path / "my photos"
+    shutil.copytree(images / "test" / "cat", own / "2024")
+    (own / "cut.jpg").write_bytes((images / "train" / "cat" / "01.jpg").read_bytes()[:200])
+    before = snapshot(own)
+    run = pca.with_images(runs.open_run(folder), str(own), "online")
+    text = pca.page(run, "Features of <my photos>", images=9, bank=20)
+    assert snapshot(own) == before
+    elements = Parsed(text).found
+    names = [a["id"] for tag, a in elements if tag == "section"]
+    assert names == ["features", "attention", "similarities", "neighbors"]
+    assert "<h1>Features of &lt;my photos&gt;</h1>" in text
+    assert "://" not in text
+    assert "<figcaption>07</figcaption>" in text  # the name of a file
+    assert "cut</figcaption>" not in text  # it cannot be read
+    alone = pca.with_images(runs.open_run(folder), str(own / "2024"), "online")
+    encoded = run_features.encode_images(alone, 1)
+    assert encoded.tokens.std() > 0
+
+
+def snapshot(folder):
+    """{path: content} of the files below a folder."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_page_is_not_written_among_the_images(folder, images, monkeypatch):
+    values = {"workdir": str(folder), "out": str(images / "pca.html")}
+    monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(**values))
+    with pytest.raises(UserError, match="is in the folder of the images; give another folder"):
+        pca.main([str(images)])
 
 
 def test_bad_input_is_one_line(images, tmp_path):

@@ -15,6 +15,7 @@ COMMANDS = {
         "Evaluate the frozen features of a run: k-NN, probes, fine-tuning, ...",
     ),
     "features": ("extract_features", "Write the features of a folder of images to a file."),
+    "pca": ("pca", "Show the features of a folder of images as a page."),
     "report": ("report", "Write an HTML report of a run."),
     "export": ("export", "Export an encoder for timm, Hugging Face, Flax or PyTorch."),
     "import-weights": ("import_weights", "Make a run of an official PyTorch checkpoint."),

@@ -52,7 +52,7 @@ def report(run: Run, bank: int) -> str:
         patch_sections.segmentation_section(encoded, SEGMENTED),
         patch_sections.attention_section(encoded, IMAGES),
         patch_sections.similarity_section(encoded, IMAGES),
-        image_sections.neighbors_section(queries, searched),
+        image_sections.neighbors_section(queries, searched, run.data.held_out == "test"),
         log_sections.provenance_section(run),
     ]
     title = f"Run {run.folder.resolve().name}"

@@ -118,7 +118,7 @@ def features_section(encoded: EncodedImages) -> Section:
     for k, image in enumerate(encoded.images):
         name = f"image {k + 1}"
         row = [
-            html.figure(image, f"held-out {name}", encoded.class_names[k] or "image"),
+            html.figure(image, name, encoded.names[k]),
             html.figure(trained[k], f"principal components of its features, {name}", "trained"),
             html.figure(untrained[k], f"the same for the untrained encoder, {name}", "untrained"),
         ]
@@ -149,12 +149,13 @@ def _pca_images(tokens: Float[np.ndarray, "K h w D"]) -> UInt8[np.ndarray, "K h 
     return (np.clip(colors, 0, 1) * 255).round().astype(np.uint8)
 
 
-def neighbors_section(queries: list[Query], searched: int) -> Section:
-    """Held-out images and their nearest training images.
+def neighbors_section(queries: list[Query], searched: int, held_out: bool) -> Section:
+    """Images and their nearest training images.
 
     Args:
       queries: the images, with their neighbors.
       searched: number of training images that were searched.
+      held_out: whether the queries are not among them.
     """
     rows = []
     for k, query in enumerate(queries, 1):
@@ -163,28 +164,31 @@ def neighbors_section(queries: list[Query], searched: int) -> Section:
             alt = f"neighbor {rank} of query {k}, cosine {neighbor.cosine:.3f}"
             row.append(_neighbor_figure(neighbor, query.labeled_image.class_name, alt))
         rows.append(row)
+    which = f"A held-out image, and the nearest of {searched:,} training images"
+    if not held_out:
+        which = f"An image, and the nearest ones of {searched:,} images"
     look = (
-        f"A held-out image, and the nearest of {searched:,} training images by the cosine "
-        "similarity of their mean features. Look for neighbors that show the same thing rather "
-        "than the same colors"
+        f"{which} by the cosine similarity of their mean features. Look for neighbors that show "
+        "the same thing rather than the same colors"
     )
     if queries[0].labeled_image.class_name:
         look += " (green: the same class; labels are not used in training)"
     look += "."
-    collapsed = "the same few images appear for every query, and their classes look random."
+    collapsed = "the same few images appear for every query."
     cards = html.cards(rows, len(rows[0]), 28)
     return html.explained_section("neighbors", "Nearest neighbors", look, collapsed, cards)
 
 
 def _query_figure(number: int, labeled_image: LabeledImage) -> Html:
-    caption = html.join("query", html.tag("br"), labeled_image.class_name)
+    name = labeled_image.class_name or labeled_image.file_name
+    caption = html.join("query", html.tag("br"), name)
     return html.figure(labeled_image.image, f"query {number}", caption)
 
 
 def _neighbor_figure(neighbor: Neighbor, query_class: str, alt: str) -> Html:
     """A neighbor with its cosine and its class, colored by whether that is the query's."""
     name = neighbor.labeled_image.class_name
-    label = html.tag("span", name)
+    label = html.tag("span", name or neighbor.labeled_image.file_name)
     if query_class:
         color = "good" if name == query_class else "bad"
         label = html.tag("span", name, class_=color)

@@ -6,6 +6,7 @@ H W C rows, columns and channels of an image.
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,11 @@ from lmim_jax.data.eval.eval_data import EvaluationData, Subset
 from lmim_jax.evaluators import visualization
 from lmim_jax.evaluators.common import classifiers
 from lmim_jax.train.runs import Run
+from lmim_jax.utils.errors import UserError
 
 FEATURE = "patches_prenorm"  # the official feature: patch tokens before the final norm
 REFERENCE = 32  # R: images whose mean feature at each position is subtracted
+FEW = 8  # images whose means at each position would contain much of the images themselves
 CHUNK = 8  # images encoded at a time
 FINE = 28  # images are enlarged to this many rows or columns of patches, as in the paper's figure
 BATCH = 64  # training images encoded at a time in the search for neighbors
@@ -52,7 +55,7 @@ class EncodedImages:
 
     Attributes:
       images: as the encoder sees them.
-      class_names: "" for unlabeled images.
+      names: of the classes; of the files of unlabeled images.
       masks: true where the object is; None if the dataset has no masks.
       tokens: patch features; the mean over R images at each position is subtracted.
       untrained_tokens: the same for freshly initialized weights.
@@ -61,7 +64,7 @@ class EncodedImages:
     """
 
     images: UInt8[np.ndarray, "K H W C"]
-    class_names: list[str]
+    names: list[str]
     masks: Bool[np.ndarray, "K H W"] | None
     tokens: Float[np.ndarray, "K h w D"]
     untrained_tokens: Float[np.ndarray, "K h w D"]
@@ -88,10 +91,17 @@ class TrainingViews:
 
 @dataclasses.dataclass(frozen=True)
 class LabeledImage:
-    """An image as the encoder sees it, and the name of its class ("" if unlabeled)."""
+    """An image as the encoder sees it.
+
+    Attributes:
+      image: its pixels.
+      class_name: "" if it is unlabeled.
+      file_name: "" if it has a class.
+    """
 
     image: UInt8[np.ndarray, "H W C"]
     class_name: str
+    file_name: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +114,7 @@ class Neighbor:
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A held-out image, and the training images nearest to it, the nearest first."""
+    """An image, and the training images nearest to it, the nearest first."""
 
     labeled_image: LabeledImage
     neighbors: list[Neighbor]
@@ -113,16 +123,32 @@ class Query:
 def sample_canvases(
     data: EvaluationData, count: int
 ) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
-    """Some held-out images, the same ones at every call.
+    """Some readable held-out images, the same ones at every call.
 
     Returns:
       {"image", "size", "label"} of each image, and their indices in the held-out split.
+
+    Raises:
+      UserError: none of them can be read.
     """
     batch, indices = data.sample(data.held_out, count)
+    readable = _readable_rows(batch, indices)
     canvases = {}
     for name in ("image", "size", "label"):
-        canvases[name] = np.asarray(batch[name])[: len(indices)]
-    return canvases, indices
+        canvases[name] = np.asarray(batch[name])[readable]
+    return canvases, tuple(indices[row] for row in readable)
+
+
+def _readable_rows(batch: dict[str, Any], indices: tuple[int, ...]) -> list[int]:
+    """The rows of a sample that could be read.
+
+    Raises:
+      UserError: there are none.
+    """
+    read = np.asarray(batch["index"])[: len(indices)] >= 0
+    if not read.any():
+        raise UserError(f"not one of {len(indices)} images that were chosen at random can be read")
+    return np.flatnonzero(read).tolist()
 
 
 def encode_images(run: Run, count: int) -> EncodedImages:
@@ -136,9 +162,12 @@ def encode_images(run: Run, count: int) -> EncodedImages:
     encoding = encode(run.placed_weights.params, canvases)
     untrained = encode(run.initial_weights(run.mesh).params, canvases)
     heads = encoding.attention.shape[1]
+    names = []
+    for index, label in zip(indices[:count], canvases["label"], strict=False):
+        names.append(class_name(data, label) or file_name(data, data.held_out, index))
     return EncodedImages(
         images=encoding.images[:count],
-        class_names=[class_name(data, label) for label in canvases["label"][:count]],
+        names=names,
         masks=_object_masks(data, augment, indices[:count]),
         tokens=_center_tokens(encoding.tokens, count, grid),
         untrained_tokens=_center_tokens(untrained.tokens, count, grid),
@@ -165,8 +194,14 @@ def _enlarged(run: Run) -> tuple[Augment, tuple[int, int]]:
 def _center_tokens(
     tokens: Float[np.ndarray, "R N D"], count: int, grid: tuple[int, int]
 ) -> Float[np.ndarray, "K h w D"]:
-    """Tokens of the first `count` images, with the mean over all images subtracted per position."""
-    centered = tokens - tokens.mean(axis=0)
+    """Tokens of the first `count` images, with the mean over all images subtracted.
+
+    It is the mean at each position, unless there are too few images for that.
+    """
+    axes: tuple[int, ...] = (0,)
+    if len(tokens) < FEW:
+        axes = (0, 1)
+    centered = tokens - tokens.mean(axis=axes, keepdims=True)
     return centered[:count].reshape((count,) + grid + (-1,))
 
 
@@ -192,6 +227,11 @@ def class_name(data: EvaluationData, label: int) -> str:
     if 0 <= label < len(data.classes):
         return data.classes[label]
     return ""
+
+
+def file_name(data: EvaluationData, split: str, index: int) -> str:
+    """The name of an image without its folder and its suffix."""
+    return pathlib.PurePath(data.sources[split].name(index)).stem
 
 
 def _make_encoder(method: Any, augment: Augment) -> Encode:
@@ -289,8 +329,9 @@ def nearest_neighbors(run: Run, queries: int, count: int, bank: int) -> tuple[li
     searched = np.sort(np.random.default_rng(0).permutation(len(train))[:bank])
     encode = jax.jit(functools.partial(_mean_features, run.method))
     batch, query_indices = data.sample(data.held_out, queries)
-    query_features = np.asarray(encode(run.placed_weights.params, batch["images"]))
-    query_features = query_features[: len(query_indices)]
+    rows = _readable_rows(batch, query_indices)
+    query_indices = tuple(query_indices[row] for row in rows)
+    query_features = np.asarray(encode(run.placed_weights.params, batch["images"]))[rows]
     bank_features, bank_ids = _encode_bank(run, encode, searched)
     queries_normalized = classifiers.l2_normalize_rows(query_features)
     cosines = queries_normalized @ classifiers.l2_normalize_rows(bank_features).T
@@ -298,14 +339,15 @@ def nearest_neighbors(run: Run, queries: int, count: int, bank: int) -> tuple[li
         cosines[np.asarray(query_indices)[:, None] == bank_ids[None]] = -np.inf
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
     thumbnails = _thumbnails(data, train, bank_ids[order].ravel())
-    images = _as_seen(data, batch)
-    labels = np.asarray(batch["label"])
+    images = _as_seen(data, batch)[rows]
+    labels = np.asarray(batch["label"])[rows]
     found = []
     for k, nearest in enumerate(order):
         neighbors = []
         for i in nearest:
             neighbors.append(Neighbor(thumbnails[int(bank_ids[i])], float(cosines[k, i])))
-        found.append(Query(LabeledImage(images[k], class_name(data, labels[k])), neighbors))
+        query = _describe(data, data.held_out, int(query_indices[k]), images[k], labels[k])
+        found.append(Query(query, neighbors))
     return found, len(searched)
 
 
@@ -344,6 +386,16 @@ def _as_seen(data: EvaluationData, batch: dict[str, Any]) -> UInt8[np.ndarray, "
     return _to_uint8(np.asarray(data.augment.denormalize(batch["images"])))
 
 
+def _describe(
+    data: EvaluationData, split: str, index: int, image: UInt8[np.ndarray, "H W C"], label: int
+) -> LabeledImage:
+    """An image of a split with the name of its class, or else of its file."""
+    name = class_name(data, label)
+    if name:
+        return LabeledImage(image, name, "")
+    return LabeledImage(image, "", file_name(data, split, index))
+
+
 def _thumbnails(
     data: EvaluationData, source: Any, indices: Int[np.ndarray, " M"]
 ) -> dict[int, LabeledImage]:
@@ -355,5 +407,6 @@ def _thumbnails(
     labels = np.asarray(batch["label"])
     thumbnails = {}
     for row, i in enumerate(order):
-        thumbnails[int(chosen[i])] = LabeledImage(images[row], class_name(data, labels[row]))
+        index = int(chosen[i])
+        thumbnails[index] = _describe(data, "train", index, images[row], labels[row])
     return thumbnails

@@ -63,7 +63,7 @@ summary { cursor: pointer; color: var(--accent) }
 .card { padding: .6rem }
 .card > .row { display: grid; gap: .4rem; grid-template-columns: repeat(var(--columns), 1fr) }
 figure { margin: 0; min-width: 0 }
-figcaption { font-size: .75rem; line-height: 1.3; margin-top: .15rem }
+figcaption { font-size: .75rem; line-height: 1.3; margin-top: .15rem; overflow-wrap: anywhere }
 img, svg { display: block; max-width: 100% }
 img { background: var(--edge) }
 figure img, figure canvas { width: 100%; image-rendering: pixelated; border-radius: 3px }
