@@ -55,6 +55,8 @@ WARMUP_SHARE = 0.1
 EVALUATIONS = 2  # in the run, besides that at its start
 LINE_SECONDS = 10.0  # between lines of metrics
 CHECKPOINT_SECONDS = 120.0
+LINES = 20  # of metrics, and SAVES checkpoints, where the speed is not known
+SAVES = 4
 MEASURED_SECONDS = 5.0
 FILLED = PREFETCH_BATCHES + 2  # steps whose batches were decoded while the step was compiled
 
@@ -119,8 +121,13 @@ class Chooser:
         self._choose_encoder(images)
         mesh = sharding.make_mesh(self.config.mesh.data, self.config.mesh.fsdp)
         self._choose_batch(images, mesh)
-        speed = multihost.gather_json(measure_images_per_second(self.config, splits["train"], mesh))
-        self._choose_length(images, speed[0])
+        if "epochs" in self._given or "total_steps" in self._given:
+            self._choose_intervals(images, 0.0)
+            return
+        speed = measure_images_per_second(self.config, splits["train"], mesh)
+        speed = multihost.gather_json(speed)[0]  # the same for all processes
+        self._choose_length(images, speed)
+        self._choose_intervals(images, speed)
 
     def _add(self, what: str, value: str, reason: str, *options: str) -> None:
         """Note a choice; `options` are dotted names."""
@@ -236,31 +243,35 @@ class Chooser:
     def _choose_length(self, images: int, images_per_second: float) -> None:
         config = self.config
         hours = config.hours or (CPU_HOURS if self._on_cpu else ACCELERATOR_HOURS)
-        config.hours = hours
         steps = images // config.batch_size  # of an epoch
         affordable = 3600 * hours * images_per_second / (steps * config.batch_size)
-        self.set({"epochs": max(1, min(MOST_EPOCHS, int(affordable)))})
-        epochs = config.epochs
-        total = epochs * steps
-        if config.total_steps:
-            total = config.total_steps
-            epochs = total / steps
-        per_second = images_per_second / config.batch_size
-        every = max(epochs / EVALUATIONS, 1 / steps)
+        self.set({"hours": hours, "epochs": max(1, min(MOST_EPOCHS, int(affordable)))})
+        total = config.epochs * steps
+        seconds = duration(total * config.batch_size / images_per_second)
+        reason = f"{seconds} at {images_per_second:.0f} images/s (measured)"
+        if config.epochs == MOST_EPOCHS:
+            reason += f"; never more than {MOST_EPOCHS} epochs"
+        self._add("length", f"{config.epochs} epochs, {total:,} steps", reason, "hours", "epochs")
+
+    def _choose_intervals(self, images: int, images_per_second: float) -> None:
+        """How often to log, save and evaluate; without a known speed, by the number of steps."""
+        config = self.config
+        steps = images // config.batch_size  # of an epoch
+        total = config.total_steps or config.epochs * steps
+        line = total / LINES
+        save = total / SAVES
+        if images_per_second:
+            line = LINE_SECONDS * images_per_second / config.batch_size
+            save = CHECKPOINT_SECONDS * images_per_second / config.batch_size
         values = {
             "optimizer.warmup_epochs": WARMUP_SHARE * config.epochs,
-            "log_every": max(1, min(total, round(LINE_SECONDS * per_second))),
-            "checkpoint_every": max(1, min(total, round(CHECKPOINT_SECONDS * per_second))),
+            "log_every": max(1, min(total, round(line))),
+            "checkpoint_every": max(1, min(total, round(save))),
         }
         for title, section in config.evaluators.items():
             if isinstance(section, ConfigDict) and section.every:
-                values[f"evaluators.{title}.every"] = every
+                values[f"evaluators.{title}.every"] = total / steps / EVALUATIONS
         self.set(values)
-        seconds = duration(total / per_second)
-        reason = f"{seconds} at {images_per_second:.0f} images/s (measured)"
-        if not config.total_steps and config.epochs == MOST_EPOCHS:
-            reason += f"; at most {MOST_EPOCHS}"
-        self._add("length", f"{epochs:g} epochs, {total:,} steps", reason, "hours", "epochs")
 
 
 def image_sides(source: sources.Source) -> np.ndarray:

@@ -56,6 +56,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     """
     process_start = time.perf_counter()
     descriptors.raise_limit()
+    config.data.source = sources.kind(config.data)
+    workdirs.check_outside_images(workdir, config.data)
     mesh = _make_mesh(config)
     attention.check_fused(config.method)
     splits, found = _open_sources(config)

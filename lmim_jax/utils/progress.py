@@ -36,6 +36,7 @@ def show(batches: Iterable[Item], title: str, total: int) -> Iterator[Item]:
         batches = tqdm.tqdm(batches, title, total, leave=False, unit=" batches", disable=hidden)
     start = time.perf_counter()
     logged = start
+    _shown_at["batches"] = start
     for done, batch in enumerate(batches, 1):
         yield batch
         now = time.perf_counter()
