@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import test_loops
 import test_reference
 import tiny
 from ml_collections import ConfigDict
@@ -47,6 +48,13 @@ def load(stem):
     return config, test_reference.group(case, "state/")
 
 
+def load_bootmae():
+    """The same of BootMAE, from its training loop."""
+    path = next(path for path in test_loops.LOOPS if path.stem == "bootmae")
+    case, sizes = test_loops.load(path)
+    return test_loops.recipe(sizes), test_reference.group(case, "state/")
+
+
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Saving arrays that lie on eight devices takes seconds."""
@@ -67,9 +75,9 @@ def method_of(config):
     return import_weights.methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
 
 
-@pytest.mark.parametrize("stem", ["latent_mim_infonce", "mae", "ijepa", "pilamim"])
+@pytest.mark.parametrize("stem", ["latent_mim_infonce", "mae", "ijepa", "pilamim", "bootmae"])
 def test_reference_weights_go_in_and_out_and_back_unchanged(stem, tmp_path):
-    config, arrays = load(stem)
+    config, arrays = load_bootmae() if stem == "bootmae" else load(stem)
     drop = DROP.get(stem, ())
     np.savez(tmp_path / "official.npz", **arrays)
     lines = import_weights.import_weights(

@@ -276,8 +276,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "format",
         None,
-        "The method whose official code wrote the file: latent_mim | pilamim | mae | ijepa. "
-        "Example: --format=mae",
+        "The method whose official code wrote the file: latent_mim | pilamim | mae | ijepa | "
+        "bootmae. Example: --format=mae",
     )
     flags.DEFINE_multi_string(
         "drop",
