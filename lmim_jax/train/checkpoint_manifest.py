@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lmim_jax.utils import atomic_io
+from lmim_jax.utils import atomic_io, faults
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -138,10 +138,10 @@ def verify(folder: str | os.PathLike[str], contents: bool = True) -> CheckpointS
     sizes = _file_sizes(folder)
     total = sum(sizes.values())
     try:
-        manifest = read(folder)
+        manifest = _read_patiently(folder / NAME, lambda: read(folder))
     except FileNotFoundError:
         return CheckpointStatus("partial", (f"{NAME} is missing",), total)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, faults.ReadFailed) as error:
         return CheckpointStatus("damaged", (f"{NAME}: {error}",), total)
 
     def check(name: str) -> str | None:
@@ -162,12 +162,23 @@ def _file_problem(
         return f"{_describe(name)} is missing"
     if size != expected["size"]:
         return f"{_describe(name)} has {size} bytes instead of {expected['size']}"
+    if not contents:
+        return None
+    path = folder / name
     try:
-        if contents and _checksum(folder / name) != expected["sha256"]:
-            return f"{_describe(name)}: wrong checksum"
+        checksum = _read_patiently(path, lambda: _checksum(path))
     except OSError as error:
         return f"{_describe(name)}: {error.strerror}"
+    except faults.ReadFailed as error:
+        return f"{_describe(name)}: {error}"
+    if checksum != expected["sha256"]:
+        return f"{_describe(name)}: wrong checksum"
     return None
+
+
+def _read_patiently(path: pathlib.Path, read_it: Callable[[], Any]) -> Any:
+    """The result of reading a file, again while the environment is at fault."""
+    return faults.retry(read_it, lambda: str(path), faults.RETRY_SECONDS)
 
 
 def steps(workdir: str | os.PathLike[str]) -> dict[int, pathlib.Path]:
