@@ -35,7 +35,7 @@ class Sizes(NamedTuple):
 
 RECIPES = {
     "cifar10": Sizes(8, 4, 192, 6, 3, 128, 4, 10, 512, 256),
-    "vit_ti": Sizes(14, 16, 192, 12, 3, 512, 16, 20, 4096, 32),
+    "vit_ti": Sizes(14, 16, 192, 12, 3, 128, 4, 20, 1024, 32),
     "vit_b": Sizes(14, 16, 768, 12, 12, 512, 16, 20, 4096, 8),
 }
 DECODER_DEPTH = 3
