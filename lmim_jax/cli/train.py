@@ -26,7 +26,7 @@ from lmim_jax.cli import app
 from lmim_jax.distributed import multihost, preemption
 from lmim_jax.train import checkpoints, lock, loop, metric_logger, runs, workdir
 from lmim_jax.utils import atomic_io, progress
-from lmim_jax.utils.errors import UserError, exit_now, fail
+from lmim_jax.utils.errors import EXIT_SECONDS, UserError, exit_now, fail
 from lmim_jax.utils.logging import log_to_console
 
 log = logging.getLogger("lmim_jax.cli.train")
@@ -78,6 +78,7 @@ def main(arguments: list[str]) -> None:
         fail(
             f"{error}; its state is saved, run the same command again to resume",
             preemption.EXIT_CODE,
+            EXIT_SECONDS if jax.process_count() > 1 else 1.0,
         )
 
 

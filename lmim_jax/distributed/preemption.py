@@ -70,7 +70,8 @@ class PreemptionHandler:
         del frame
         now = time.monotonic()
         if self._received_at is not None:
-            if number == signal.SIGINT and now - self._received_at > SAME_PRESS:
+            pressed_again = number == signal.SIGINT and now - self._received_at > SAME_PRESS
+            if pressed_again or self._ignored:
                 raise KeyboardInterrupt
             return
         self._received_at = now
@@ -89,7 +90,7 @@ class PreemptionHandler:
         return self._from_keyboard and jax.process_count() == 1
 
     def ignore_signals(self) -> None:
-        """Stop for nothing but another Ctrl-C, which raises KeyboardInterrupt."""
+        """Ignore the signal that was received; another one raises KeyboardInterrupt."""
         self._ignored = True
 
     def should_stop(self) -> bool:

@@ -350,7 +350,7 @@ class TrainingLoop:
     def _show_results(self, step: int) -> None:
         """Show what there is of a run that its user has stopped; its state is saved.
 
-        Another Ctrl-C leaves out what is not done yet.
+        Another signal leaves out what is not done yet. Errors are only logged.
         """
         self._handler.ignore_signals()
         if not step:
@@ -363,8 +363,13 @@ class TrainingLoop:
                     self._run_evaluator(evaluator, step)
         except KeyboardInterrupt:
             log.info("the evaluation is left out")
-        summary = _write_summary(self._workdir, step, self.wall_seconds)
-        log.info(summaries.format_summary(summary, self._workdir))
+        except Exception as error:  # if it is strict
+            log.error("the evaluation failed: %s", faults.first_line(error))
+        try:
+            summary = _write_summary(self._workdir, step, self.wall_seconds)
+            log.info(summaries.format_summary(summary, self._workdir))
+        except Exception as error:
+            log.error("there is no summary: %s", faults.first_line(error))
 
     def _rescue_state(self, error: BaseException) -> None:
         """Save the state, if that is possible, before an error ends the run; it raises nothing."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable
 from typing import NoReturn
 
-EXIT_SECONDS = 20.0  # that a process has to end its threads
+EXIT_SECONDS = 20.0  # that a process has to end its threads, and to wait for other processes
 
 
 class UserError(ValueError):
@@ -33,19 +33,20 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
     return f" (choices: {', '.join(known)})"
 
 
-def fail(message: object, code: int = 2) -> NoReturn:
+def fail(message: object, code: int = 2, exit_seconds: float = EXIT_SECONDS) -> NoReturn:
     """Print an error in one line to stderr and exit.
 
     Args:
       message: an exception or a text.
       code: exit code; 2 is for mistakes of the user.
+      exit_seconds: how long to wait for threads, some of which may hang in a read.
     """
     with contextlib.suppress(OSError):  # the terminal may be gone
         print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
     if isinstance(message, DataLoaderTimeout):
         exit_now(code)
-    # A normal exit waits for all threads, and some may hang in a read
-    late = threading.Timer(EXIT_SECONDS, exit_now, [code])
+    # A normal exit waits for all threads
+    late = threading.Timer(exit_seconds, exit_now, [code])
     late.daemon = True
     late.start()
     sys.exit(code)
