@@ -186,9 +186,12 @@ def test_shapes_is_prepared_once_and_read_encoded(tmp_path, monkeypatch):
     from lmim_jax.data.synthetic import shapes
 
     monkeypatch.setattr(shapes, "SPLITS", {"train": 12, "test": 5})
+    killed = tmp_path / "shapes" / "incomplete.ABCDEF_2.0.0"  # left by a process that was killed
+    killed.mkdir(parents=True)
     train, test = (sources.open_shapes(tmp_path, split) for split in ("train", "test"))
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
     assert (len(train), len(test), len(written)) == (12, 5, 2)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_dir()} == {"shapes", "2.0.0"}
     again = sources.open_shapes(tmp_path, "train")
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert [again.record(i) for i in range(12)] == [train.record(i) for i in range(12)]

@@ -20,6 +20,8 @@ import io
 import logging
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -196,8 +198,13 @@ def prepare(folder: str | os.PathLike, kind: str | None = None) -> Shapes:
                 builder.info.full_name,
                 builder.data_dir,
             )
+            for rest in pathlib.Path(builder.data_dir).parent.glob("incomplete.*"):
+                shutil.rmtree(rest)  # of a process that was killed: we hold the lock
             tfds.disable_progress_bar()
-            # TFDS prints that it downloads, which it does not
-            with contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare()
+            # TFDS prints that it downloads, which it does not, and makes a folder for it
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                tempfile.TemporaryDirectory() as downloads,
+            ):
+                builder.download_and_prepare(download_dir=downloads)
     return builder
