@@ -273,8 +273,9 @@ def test_a_bank_in_blocks_has_the_same_neighbors(count, k, monkeypatch):
     monkeypatch.setattr(classifiers, "BANK_ROWS", 64)
     monkeypatch.setattr(classifiers, "QUERIES", 16)
     # Small integers and many duplicates: cosines are exact, and equal ones are frequent
-    bank = np.eye(4, dtype=np.float32)[RNG.integers(0, 4, count)] * RNG.choice([1, 2], (count, 1))
-    queries = np.eye(4, dtype=np.float32)[RNG.integers(0, 4, 37)]
+    rng = np.random.default_rng(0)
+    bank = np.eye(4, dtype=np.float32)[rng.integers(0, 4, count)] * rng.choice([1, 2], (count, 1))
+    queries = np.eye(4, dtype=np.float32)[rng.integers(0, 4, 37)]
     k = min(k, count)
     scores, index = classifiers.nearest_neighbors(queries, bank.astype(np.float32), k, MESH)
     expected_scores, expected_index = largest_cosines(queries, bank, k)
@@ -307,6 +308,36 @@ def test_logistic_regression_is_that_of_scikit_learn(more):
                 ours.biases[i], theirs.intercept_, atol=1e-2 if more else 2e-3
             )
             assert np.mean(ours.predict(q)[i] == t) == theirs.score(q, t)
+
+
+def test_chunks_do_not_change_the_solution(monkeypatch):
+    (x, y), (q, _) = blobs(0.9)
+    whole = lbfgs_logistic.fit(x, y, 3, (1e-3, 1e-1), 300, MESH)
+    monkeypatch.setattr(lbfgs_logistic, "CHUNK", 4)  # 32 images on 8 devices, and the other 28
+    monkeypatch.setattr(lbfgs_logistic, "MAX_LOGITS", 3)  # one strength at a time
+    parts = lbfgs_logistic.fit(x, y, 3, (1e-3, 1e-1), 300, MESH)
+    np.testing.assert_allclose(
+        parts.weights, whole.weights, atol=1e-3 * np.abs(whole.weights).max()
+    )
+    np.testing.assert_array_equal(parts.predict(q), whole.predict(q))
+
+
+def test_only_chosen_images_count():
+    (x, y), _ = blobs(0.9)
+    chosen = np.arange(len(x)) % 3 > 0
+    problem = lbfgs_logistic.prepare(x.copy(), y, 3, MESH)
+    found = problem.solve((1e-2,), 300, chosen)
+    expected = lbfgs_logistic.fit(x[chosen], y[chosen], 3, (1e-2,), 300)
+    np.testing.assert_allclose(found.weights, expected.weights, atol=2e-3)
+    rows = np.flatnonzero(~chosen)
+    np.testing.assert_array_equal(found.classify(problem.coordinates, rows), found.predict(x[rows]))
+
+
+def test_regression_leaves_its_features_alone_unless_they_may_be_overwritten():
+    train, test = blobs(0.9)
+    before = train.features.copy()
+    make("logistic_regression").accuracies(train, test, 3, MESH)
+    np.testing.assert_array_equal(train.features, before)
 
 
 def all_accuracies(train, test):

@@ -23,7 +23,7 @@ from lmim_jax.utils import array_memory
 log = logging.getLogger(__name__)
 
 QUERIES = 512  # compared at a time
-BANK_ROWS = 65_536  # training vectors that are on the devices at a time
+BANK_ROWS = 32_768  # training vectors that are on the devices at a time
 VOTERS = 4096  # queries whose votes are counted at a time: VOTERS x classes numbers in memory
 
 Best = tuple[Array, Array]  # the largest cosines so far and their indices in the bank, [QUERIES, k]
@@ -32,12 +32,15 @@ Best = tuple[Array, Array]  # the largest cosines so far and their indices in th
 def l2_normalize_rows(x: Float[np.ndarray, "*B D"]) -> Float[np.ndarray, "*B D"]:
     """Scale the last axis to length 1 (a length is at least 1e-12), float32."""
     length = np.linalg.norm(x, axis=-1, keepdims=True)
-    return (x / np.maximum(length, 1e-12)).astype(np.float32)
+    return (x / np.maximum(length, 1e-12)).astype(np.float32, copy=False)
 
 
 def _padded(x: Float[np.ndarray, "n D"], rows: int) -> Float[np.ndarray, "rows D"]:
     """Rows of length 1 in the direction of those of `x`, and rows of zeros."""
-    return np.pad(l2_normalize_rows(x), ((0, rows - len(x)), (0, 0)))
+    unit = l2_normalize_rows(x)
+    if len(x) == rows:
+        return unit
+    return np.pad(unit, ((0, rows - len(x)), (0, 0)))
 
 
 @functools.lru_cache(maxsize=4)
