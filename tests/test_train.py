@@ -79,7 +79,11 @@ def test_a_run_logs_what_it_did(finished):
         "wall_seconds",
         "collapse_index",
     } <= summary.keys()
-    assert summary["knn5"] == {"untrained": logged[0]["knn/knn5"], "trained": summary["knn/knn5"]}
+    assert summary["knn5"] == {
+        "majority": 50.0,
+        "untrained": logged[0]["knn/knn5"],
+        "trained": summary["knn/knn5"],
+    }
     names = {
         "given_0000000.png",
         "seen_0000000.png",
@@ -255,7 +259,7 @@ def test_harmless_keys_may_change(finished, images):
 
 NAN = {  # key to set -> (value, the quantity named first)
     "optimizer.base_lr": (1e30, "(loss|grad_norm|param_norm|target_norm)"),
-    "augment.std": ((0.0, 0.0, 0.0), "input_mean"),
+    "augment.std": ((1e-45, 1e-45, 1e-45), "input_mean"),
     "method.momentum_start": (math.nan, "target_norm"),
 }
 
@@ -328,7 +332,7 @@ def test_the_recipe_is_chosen_by_flag(flags, recipe):
 
 
 def test_skipping_stops_after_too_many_in_a_row(images, tmp_path, caplog):
-    change = {"augment.std": (0.0, 0.0, 0.0), "on_nonfinite": "skip", "max_skipped": 3, **SMALL}
+    change = {"augment.std": 3 * (1e-45,), "on_nonfinite": "skip", "max_skipped": 3, **SMALL}
     with pytest.raises(metric_logger.NonFinite, match=r"step 4: input_mean = "):
         loop.train(recipe(images, **change), tmp_path)
     skipped = [record.args[:2] for record in caplog.records if "skipped" in record.msg]

@@ -78,7 +78,7 @@ class Evaluator(base.Evaluator):
             cuts = clustering.nested_clusters(image_tokens, (self.clusters,))
             clusters.append(cuts[self.clusters])
         return plotting.plot_features(
-            inputs[: self.images],
+            inputs[: len(tokens)],
             pca_rgb(tokens).reshape(*shape, 3),
             np.stack(clusters).reshape(shape),
             object_pixels(data, indices[: self.images], augment),
