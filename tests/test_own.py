@@ -4,9 +4,12 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import conftest
 import jax
@@ -17,9 +20,14 @@ from PIL import Image
 
 from lmim_jax.configs import own, quickstart, vit_b
 from lmim_jax.data import sources
-from lmim_jax.distributed import sharding
+from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.eval.eval_data import EvaluationData, Subset
+from lmim_jax.distributed import preemption, sharding
+from lmim_jax.evaluators import neighbors
+from lmim_jax.methods import base as methods
 from lmim_jax.perf import choices
-from lmim_jax.train import loop, workdir
+from lmim_jax.train import loop, metric_logger, workdir
+from lmim_jax.utils import progress
 from lmim_jax.utils.errors import UserError
 
 
@@ -201,6 +209,88 @@ def test_the_speed_is_that_of_real_steps(photos, monkeypatch):
     assert 1 < choices.measure_images_per_second(config, source, mesh) < 1e6
 
 
+# Results
+
+
+def test_ctrl_c_saves_then_shows_results_and_the_run_goes_on(images, tmp_path, monkeypatch):
+    config = tiny.get_config()
+    config.data.path = str(images)
+    del config.evaluators.visualization
+    config.log_every = 100
+    add = metric_logger.MetricLogger.add
+
+    def press(self, step, metrics):
+        add(self, step, metrics)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(metric_logger.MetricLogger, "add", press)
+    with pytest.raises(preemption.Preempted, match="after step 4 of 12"):
+        loop.train(config, tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert summary["knn5"].keys() >= {"untrained", "trained"}
+    assert summary["loss"] > 0  # of steps that were not logged yet
+    assert (tmp_path / "pictures/curves.png").exists()
+    monkeypatch.setattr(metric_logger.MetricLogger, "add", add)
+    assert loop.train(config, tmp_path)["steps"] == 12
+
+
+def test_a_run_of_two_steps_ends_with_figures_gauges_and_curves(images, tmp_path, caplog):
+    config = tiny.get_config()
+    config.data.path = str(images)
+    config.update(total_steps=2, log_every=50)
+    config.evaluators.knn.every = 100.0
+    del config.evaluators.visualization
+    caplog.set_level("INFO")
+    summary = loop.train(config, tmp_path)
+    assert summary["knn5"].keys() == {"majority", "trained"}
+    assert summary["effective_rank"] > 0
+    assert (tmp_path / "pictures/curves.png").exists()
+    lines = [record.getMessage() for record in caplog.records]
+    compiled = next(i for i, line in enumerate(lines) if re.match(r"compiled in \d+", line))
+    assert "compiling the train step ..." in lines[:compiled]
+    assert not any(line.startswith("step 1") for line in lines[:compiled])
+
+
+def test_a_picture_of_neighbors_needs_no_classes(tmp_path):
+    names = [f"{i}.png" for i in range(9)]
+    write_images(tmp_path, names)
+    (tmp_path / "copy.png").write_bytes((tmp_path / "0.png").read_bytes())
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    config = tiny.get_config()
+    config.data.path = str(tmp_path)
+    config.data.max_bad_fraction = 0.5
+    method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    augment = Augment.from_config(
+        config.augment, image_size=method.image_size, eval_size=method.feature_size
+    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    splits = sources.open_splits(config.data)
+    data = EvaluationData(splits, config.data, augment, mesh)
+    evaluator = neighbors.Evaluator(feature="pixels", images=11, count=2, bank=100, batch_size=11)
+    (picture,) = evaluator.run(method, {}, data).values()
+    assert picture.shape[-1] == 3
+    one = EvaluationData(
+        {"train": Subset(splits["train"], (0,)), "test": None}, config.data, augment, mesh
+    )
+    assert evaluator.run(method, {}, one) == {}
+
+
+def test_long_work_is_not_silent(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(progress, "SILENCE", 0.05)
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
+    with progress.working("solving"):
+        time.sleep(0.4)
+    assert "solving: 0s so far" in caplog.text
+    assert 2 <= caplog.text.count("so far") <= 4  # the intervals double
+    caplog.clear()
+    for _ in progress.show(range(20), "images", 20):
+        time.sleep(0.02)
+    assert re.search(r"images: \d+ of 20 batches, ETA 0s", caplog.text)
+
+
 # The command
 
 COMMANDS = """
@@ -234,6 +324,8 @@ SMALL = {
     "method.projector_width": 16,
     "augment.eval_resize": 16,
     "report": False,
+    "evaluators.logistic_regression.l2": "(0.001,)",
+    "evaluators.logistic_regression.iterations": 10,
 }
 
 

@@ -402,7 +402,6 @@ class TrainingLoop:
 
     def _run_evaluator(self, evaluator: evaluators.Scheduled, step: int) -> None:
         """Run an evaluator; one that fails is skipped on all processes, unless it is `strict`."""
-        self._evaluated[evaluator.title] = step
         start = time.perf_counter()
         metrics: dict[str, float] = {}
         pictures: dict[str, evaluators.Picture] = {}
@@ -419,6 +418,7 @@ class TrainingLoop:
             trace = None if isinstance(error, UserError) else error
             log.error("the evaluation %s failed:", evaluator.title, exc_info=trace)
         failures = multihost.exchange(failure, EVALUATION_TIMEOUT)
+        self._evaluated[evaluator.title] = step
         if any(failures):
             failure = next(filter(None, failures))
             log.error(
