@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from lmim_jax.data import folder_listing, inventory, shared_array, sources
 from lmim_jax.data.decode import SUFFIXES
 from lmim_jax.utils.checksum import names_checksum
-from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.faults import ReadFailed
 
 # Names whose order depends on how "/" sorts among other characters, and on bytes outside UTF-8
 NAMES = (
@@ -147,7 +147,7 @@ def test_a_forbidden_folder_is_named(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     make_files(tmp_path, ["a/1.jpg", "b/2.jpg"])
     fail_to_list(monkeypatch, "/b", OSError(errno.EIO, "Input/output error"))
-    with pytest.raises(UserError, match=r"/b/: this folder cannot be listed \(Input/output error"):
+    with pytest.raises(ReadFailed, match=r"/b/: this folder cannot be listed \(Input/output error"):
         folder_listing.list_folder(tmp_path)
 
 

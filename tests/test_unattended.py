@@ -97,6 +97,7 @@ ENVIRONMENT = [
 CONTENT = [
     os_error(errno.ENOENT),
     os_error(errno.ENOTDIR),
+    os_error(errno.EACCES),
     decode.BadImage("truncated"),
     RuntimeError("open() failed: No such file or directory; opening /data/a"),
     RuntimeError("Corrupted Riegeli/records file: chunk data hash mismatch"),

@@ -18,7 +18,7 @@ from jaxtyping import Int
 
 from lmim_jax.data import shared_array
 from lmim_jax.data.decode import SUFFIXES
-from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.faults import ReadFailed
 
 # Names of splits in public datasets
 SPLIT = re.compile(r"train(ing)?|test(ing)?|val(id|idation)?|dev|eval(uation)?", re.IGNORECASE)
@@ -149,7 +149,7 @@ def list_folder(top: str | os.PathLike) -> Listing:
     to.
 
     Raises:
-      UserError: a folder cannot be read, other than for lack of permission.
+      ReadFailed: a folder cannot be read, other than for lack of permission.
     """
     return _Walk(os.fspath(top)).run()
 
@@ -217,7 +217,7 @@ class _Walk:
             self._unreadable.append(prefix[:-1] or self._top)
             return []
         except OSError as error:
-            raise UserError(f"{path}: this folder cannot be listed ({error.strerror})") from error
+            raise ReadFailed(f"{path}: this folder cannot be listed ({error.strerror})") from error
         keys.sort()
         parts: list[tuple[str, list[str]]] = []
         for is_folder, group in itertools.groupby(keys, key=_ends_with_slash):

@@ -19,8 +19,16 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# There is no such file
-ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+# There is no such file, or it may not be read; see also `has_vanished`
+ABSENT = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+}
 # Recognized by their texts in the errors of libraries that do not pass on the number
 RECOGNIZED = (
     errno.EMFILE,
@@ -99,7 +107,11 @@ def number_of(error: BaseException) -> int | None:
 
 
 def has_vanished(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder is missing or empty, as where a file system is not mounted."""
+    """Whether a folder is missing or empty, or cannot be listed.
+
+    So it is where a file system is not mounted, or its tickets have expired: a file that is missing
+    there says nothing.
+    """
     try:
         with os.scandir(folder) as entries:
             return next(entries, None) is None
