@@ -101,6 +101,7 @@ def test_an_unknown_group_is_named(tmp_path):
 
 
 CONFIG = """
+'One thread or two.'
 from ml_collections import ConfigDict
 
 NAMES = ("one", "two")
@@ -154,7 +155,10 @@ def test_a_study_runs_resumes_and_reports(tmp_path, images):
     assert 0 < results["one"]["collapse_index"][0] <= 1
     page = (out / "index.html").read_text()
     assert "://" not in page
-    assert page.count("<img ") == 1
+    assert page.count("<img ") == 2  # the patch features of both
+    assert "<h1>One thread or two</h1>" in page
+    assert page.count("<svg ") == page.count('aria-label="curve: ') > 3
+    assert page.count("patch features of two") == 1
 
     (out / "two/seed0/summary.json").unlink()  # as if it had been killed before its end
     second = run_study(config, out, images)

@@ -9,6 +9,7 @@ cost of training). Every run is a process of its own in OUT/NAME/seedS, with its
 command to resume. OUT/index.html, OUT/table.md and OUT/results.json are updated after every run.
 """
 
+import ast
 import collections
 import dataclasses
 import json
@@ -324,6 +325,7 @@ class _Publisher:
 
     Args:
       out: the folder of the study.
+      title: of the page.
       command: that runs the study.
       groups: its groups.
       runs: its runs.
@@ -333,12 +335,14 @@ class _Publisher:
     def __init__(
         self,
         out: pathlib.Path,
+        title: str,
         command: str,
         groups: Sequence[Group],
         runs: Sequence[Run],
         descriptions: Mapping[str, str],
     ) -> None:
         self._out = out
+        self._title = title
         self._command = command
         self._groups = groups
         self._runs = runs
@@ -351,7 +355,13 @@ class _Publisher:
             if run.finished:
                 folders[run.name][run.seed] = run.folder
         comparison.publish(
-            self._out, self._command, self._groups, self._descriptions, folders, costs or {}
+            self._out,
+            self._title,
+            self._command,
+            self._groups,
+            self._descriptions,
+            folders,
+            costs or {},
         )
 
 
@@ -364,6 +374,13 @@ def _command_line(given: Any) -> str:
     for change in given.set:
         parts.append(f"--set={change}")
     return " ".join(parts)
+
+
+def _title(given: Any) -> str:
+    """The first line of the study's config, which says what is compared, or its name."""
+    path = pathlib.Path(config_flags.get_config_filename(given["config"]))
+    text = ast.get_docstring(ast.parse(path.read_text())) or f"Study {path.stem}"
+    return text.splitlines()[0].rstrip(".")
 
 
 def main(arguments: list[str]) -> None:
@@ -383,7 +400,7 @@ def main(arguments: list[str]) -> None:
         out,
     )
     descriptions = {name: description for name, description, _, _ in given.config.runs}
-    publisher = _Publisher(out, _command_line(given), groups, runs, descriptions)
+    publisher = _Publisher(out, _title(given), _command_line(given), groups, runs, descriptions)
     try:
         failed = execute(missing, given.parallel, publisher.publish)
     except KeyboardInterrupt:

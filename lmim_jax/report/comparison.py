@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from lmim_jax.report import elements
@@ -40,6 +39,8 @@ COLUMNS = {
     "gflop_per_image": Column("GFLOP / image", 2),
     "step_images_per_second": Column("images/s", 0),
 }
+PICTURE = "seen_*.png"  # of patch features, by the evaluator `visualization`
+MAX_PICTURE_SIDE = 800  # pixels
 KNN = "knn/knn20"  # the metric that variants are ranked by
 JUDGED = ("collapse_index", "effective_rank", KNN)  # the metrics that conclusions are about
 NOTE = (
@@ -148,7 +149,11 @@ def markdown_table(variants: Sequence[Variant]) -> str:
 def html_table(variants: Sequence[Variant]) -> Html:
     """The variants and their metrics as an HTML table."""
     head, rows = _table_cells(variants)
-    return html.table(head, rows, numbers=range(2, len(head)))
+    cells: list[list[object]] = []
+    for name, description, *values in rows:
+        note = html.tag("span", description, class_="soft")
+        cells.append([html.join(name, html.tag("br"), note), *values])
+    return html.table(["run", *head[2:]], cells, numbers=range(1, len(head) - 1))
 
 
 def verdict(before: Sequence[float], after: Sequence[float]) -> str:
@@ -228,9 +233,7 @@ def _negative_mean_knn(variant: Variant) -> float:
     return -statistics.mean(variant.values[KNN])
 
 
-def plot_curves(
-    names: Sequence[str], folders: Mapping[str, SeedFolders]
-) -> UInt8[np.ndarray, "H W 3"] | None:
+def curve_panels(names: Sequence[str], folders: Mapping[str, SeedFolders]) -> list[plotting.Panel]:
     """Every metric over training steps, as the mean over seeds, with one line per variant.
 
     Args:
@@ -238,7 +241,7 @@ def plot_curves(
       folders: {name: {seed: folder}}.
 
     Returns:
-      The picture; None if no metric was logged.
+      A panel for each metric that was logged.
     """
     panels: list[plotting.Panel] = []
     for metric, column in COLUMNS.items():
@@ -249,9 +252,49 @@ def plot_curves(
                 lines[name] = curve
         if lines:
             panels.append((column.heading, lines, {}))
-    if not panels:
-        return None
-    return plotting.plot_curves(panels, "Mean over seeds", shared_legend=True)
+    return panels
+
+
+def _curves_html(panels: Sequence[plotting.Panel]) -> Html:
+    """The panels as charts with one legend above them."""
+    colors = plotting.line_colors(panels[plotting.fullest_panel(panels)])
+    keys = []
+    for name, color in colors.items():
+        swatch = html.tag("i", style=f"background:{color}")
+        keys.append(html.tag("span", swatch, name))
+    charts = []
+    for panel in panels:
+        chart = html.tag(
+            "div",
+            html.Html(plotting.curve_svg(panel, colors)),
+            role="img",
+            aria_label=f"curve: {panel[0]}",
+        )
+        charts.append(html.tag("figure", elements.heading(panel[0]), chart))
+    return html.join(
+        elements.container(keys, class_="keys"), elements.container(charts, class_="charts")
+    )
+
+
+def _pictures_html(variants: Sequence[Variant], folders: Mapping[str, SeedFolders]) -> Html:
+    """The last picture of the patch features of each variant, of its first seed."""
+    figures = []
+    for variant in variants:
+        for folder in list(folders[variant.name].values())[:1]:
+            paths = sorted(pathlib.Path(folder, "pictures").glob(PICTURE))
+            if not paths:
+                continue
+            with Image.open(paths[-1]) as file:
+                pixels = np.asarray(file.convert("RGB"))
+            alt = f"patch features of {variant.name}"
+            caption = f"{variant.name}: {variant.description}"
+            shown = html.image(pixels, alt, MAX_PICTURE_SIDE)
+            figures.append(html.tag("figure", shown, html.tag("figcaption", caption)))
+    if not figures:
+        return html.Html("")
+    cards = [html.tag("div", figure, class_="card whole") for figure in figures]
+    grid = elements.container(cards, class_="cards", style="--card-width:30rem")
+    return html.join(elements.heading("Patch features at the end of training"), grid)
 
 
 def _mean_curve(metric: str, folders: SeedFolders) -> tuple[list[int], list[float]] | None:
@@ -272,6 +315,7 @@ def _mean_curve(metric: str, folders: SeedFolders) -> tuple[list[int], list[floa
 
 def publish(
     out: str | pathlib.Path,
+    title: str,
     command: str,
     groups: Sequence[Group],
     descriptions: Mapping[str, str],
@@ -282,6 +326,7 @@ def publish(
 
     Args:
       out: the folder to write to.
+      title: of the page.
       command: that makes this study, for the page.
       groups: the tables.
       descriptions: {variant: what it is}.
@@ -306,11 +351,11 @@ def publish(
     text = json.dumps({"command": command, "groups": results}, indent=2)
     atomic_io.write(out / "results.json", text + "\n")
     header = html.join(
-        html.tag("h1", out.name),
+        html.tag("h1", title),
         html.tag("p", elements.code(command)),
         html.tag("p", NOTE, class_="soft"),
     )
-    atomic_io.write(out / "index.html", html.document(out.name, header, sections))
+    atomic_io.write(out / "index.html", html.document(title, header, sections))
 
 
 def _group_markdown(group: Group, variants: Sequence[Variant], sentences: Sequence[str]) -> str:
@@ -329,10 +374,12 @@ def _group_section(
     """A group as a section of the page; its curves are also written as a PNG file."""
     name = group.title.replace(" ", "_")
     content = [html_table(variants), elements.bullet_list(sentences)]
-    picture = plot_curves(group.names, folders)
-    if picture is not None:
+    panels = curve_panels(group.names, folders)
+    if panels:
+        picture = plotting.plot_curves(panels, "Mean over seeds", shared_legend=True)
         Image.fromarray(picture).save(out / f"{name}.png", optimize=True)
-        content.append(html.plot(picture, f"curves of {group.title}"))
+        content.append(_curves_html(panels))
+    content.append(_pictures_html(variants, folders))
     return Section(name, group.title, elements.concatenate(content))
 
 

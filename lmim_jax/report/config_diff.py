@@ -64,7 +64,7 @@ def _all_recipes() -> Iterator[tuple[str, ConfigDict]]:
     for name in recipes.names():
         module = importlib.import_module(f"lmim_jax.configs.{name}")
         if name == "small":
-            for method in module.METHODS:
+            for method in module.methods():
                 for dataset in module.DATASETS:
                     variant = f"{method},{dataset}"
                     yield f"small:{variant}", module.get_config(variant)

@@ -45,6 +45,18 @@ table { border-collapse: collapse; margin: .8rem 0; font-size: .9rem;
 td, th { padding: .25rem .7rem; border-bottom: 1px solid var(--edge); text-align: left;
   font-weight: 400 }
 td.number, th.number { text-align: right }
+td.number { white-space: nowrap }
+@media (max-width: 40rem) {
+  table, tbody, tr, td { display: block }
+  th, td.none { display: none }
+  tr { padding: .4rem 0; border-bottom: 1px solid var(--edge) }
+  td, td.number { display: flex; justify-content: space-between; gap: 1rem; padding: .1rem 0;
+    border: 0; text-align: right; white-space: normal; overflow-wrap: anywhere }
+  td:first-child { display: block; text-align: left; font-weight: 600 }
+  td:first-child span { font-weight: 400 }
+  td::before { content: attr(data-column); color: var(--soft); text-align: left; flex: none }
+  td:first-child::before { content: none }
+}
 code, pre { font: .85em/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
   background: var(--card) }
 code { padding: .1rem .3rem; overflow-wrap: anywhere }
@@ -72,6 +84,10 @@ figure img, figure canvas { width: 100%; image-rendering: pixelated; border-radi
 .over img { height: auto }
 figure svg { width: 100%; height: auto }
 .mark { fill: none; stroke: #fff; stroke-width: .25 }
+.whole img { height: auto; image-rendering: auto }
+.keys { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .6rem 0; font-size: .85rem }
+.keys i { display: inline-block; width: 1.2rem; height: .2rem; margin-right: .4rem;
+  vertical-align: middle }
 [data-cosines] .over { cursor: crosshair }
 """
 
@@ -129,34 +145,22 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
     return Html(f"<{start}>{_concatenate(children)}</{name}>")
 
 
-def image(picture: UInt8[np.ndarray, "H W 3"], alt: str) -> Html:
+def image(picture: UInt8[np.ndarray, "H W 3"], alt: str, max_side: int = MAX_SIDE) -> Html:
     """An <img> with its pixels inside: PNG, or JPEG where it is large.
 
     Args:
       picture: pixels.
       alt: text for readers who cannot see it.
+      max_side: in pixels; larger images are shrunk.
     """
     pil_image = Image.fromarray(np.ascontiguousarray(picture))
-    pil_image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    pil_image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if max(pil_image.size) <= MAX_PNG_SIDE:
         pil_image.save(buffer, "png", optimize=True)
         return _embed("png", buffer, pil_image, alt)
     pil_image.save(buffer, "jpeg", quality=88)
     return _embed("jpeg", buffer, pil_image, alt)
-
-
-def plot(picture: UInt8[np.ndarray, "H W 3"], alt: str) -> Html:
-    """An <img> of a plot at its own size, always PNG.
-
-    Args:
-      picture: pixels.
-      alt: text for readers who cannot see it.
-    """
-    pil_image = Image.fromarray(picture)
-    buffer = io.BytesIO()
-    pil_image.save(buffer, "png", optimize=True)
-    return _embed("png", buffer, pil_image, alt)
 
 
 def _embed(file_format: str, buffer: io.BytesIO, pil_image: Image.Image, alt: str) -> Html:
@@ -175,18 +179,25 @@ def table(
       rows: cells, Html or text.
       numbers: indices of the columns that are aligned to the right.
     """
-    lines = [_table_row("th", head, numbers)]
-    lines += [_table_row("td", row, numbers) for row in rows]
+    lines = [_table_row("th", head, head, numbers)]
+    lines += [_table_row("td", row, head, numbers) for row in rows]
     return tag("div", tag("table", _concatenate(lines)), class_="scroll")
 
 
-def _table_row(cell_name: str, cells: Sequence[object], numbers: Collection[int]) -> Html:
+def _table_row(
+    cell_name: str, cells: Sequence[object], head: Sequence[object], numbers: Collection[int]
+) -> Html:
+    """A row; its cells name their columns, for narrow screens."""
     made = []
     for column, cell in enumerate(cells):
+        attributes: dict[str, object] = {}
         if column in numbers:
-            made.append(tag(cell_name, cell, class_="number"))
-        else:
-            made.append(tag(cell_name, cell))
+            attributes["class_"] = "number"
+        if cell_name == "td" and cell == "":
+            attributes["class_"] = "number none"
+        elif cell_name == "td" and column > 0:
+            attributes["data_column"] = head[column]
+        made.append(tag(cell_name, cell, **attributes))
     return tag("tr", _concatenate(made))
 
 
