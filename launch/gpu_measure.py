@@ -111,7 +111,7 @@ def seconds(function: Callable[..., Any], *arguments: jax.Array) -> float:
 def shapes() -> Result:
     """Draw the images of quickstart."""
     config = quickstart.get_config()
-    config.data.path = str(FILES / "shapes")
+    config.data.cache = str(FILES / "shapes")
     source = sources.from_config(config.data, "train")
     assert source is not None
     return {"images": len(source)}
@@ -160,7 +160,7 @@ def resume(name: str, changes: Sequence[str]) -> Result:
         "    config.evaluators = ConfigDict()\n"
         "    return config\n"
     )
-    options = {"data.path": FILES / "shapes", "total_steps": STEPS, "checkpoint_every": EVERY}
+    options = {"data.cache": FILES / "shapes", "total_steps": STEPS, "checkpoint_every": EVERY}
     options |= {"log_every": 2}
     if TINY:
         options |= TINY_QUICKSTART
