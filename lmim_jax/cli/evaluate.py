@@ -89,7 +89,7 @@ def choose_sections(titles: Sequence[str], config: ConfigDict) -> dict[str, Conf
     """
     if not titles:
         raise UserError(f"--evaluators is empty; give all, or some of: {', '.join(config)}")
-    chosen = {}
+    chosen: dict[str, ConfigDict] = {}
     for given in titles:
         title = evaluators.current_name(given)
         if given == ALL:

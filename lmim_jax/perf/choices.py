@@ -143,7 +143,7 @@ class Chooser:
 
     def _choose_splits(self) -> None:
         data = self.config.data
-        folders = {}
+        folders: dict[str, str] = {}
         for path in sorted(pathlib.Path(data.path).expanduser().iterdir()):
             if path.is_dir():
                 folders.setdefault(path.name.lower(), path.name)
