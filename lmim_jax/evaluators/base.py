@@ -127,7 +127,7 @@ def labels_problem(classes: Sequence[str], splits: Mapping[str, Any]) -> str:
       splits: {"train": source, "test": source or None}.
     """
     if not classes:
-        return "the images have no classes (folders give them: CLASS/, or train/CLASS/ and test/CLASS/)"
+        return "the images have no classes; folders give them: CLASS/ or train/CLASS/, test/CLASS/"
     if len(classes) == 1:
         return f"all training images are of one class, {classes[0]!r}, which says nothing"
     for split, name in (("train", "training"), ("test", "test")):
