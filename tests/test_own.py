@@ -177,6 +177,30 @@ def test_sizes_follow_images_and_machine(monkeypatch, platform, sides, images, e
     assert config.optimizer.warmup_epochs < config.epochs
 
 
+def test_a_handful_of_images_is_enough(monkeypatch):
+    config = Unmeasured(monkeypatch, "cpu", (375, 500), 6).config
+    assert (config.batch_size, config.epochs) == (4, 800)
+
+
+@pytest.mark.parametrize(
+    ("folders", "given", "expected"),
+    [
+        (("train", "test", "val"), {}, ("train", "test")),
+        (("Training", "Val"), {}, ("Training", "Val")),
+        (("train",), {}, ("train", "")),
+        (("cat", "dog"), {}, ("train", "test")),
+        (("train", "val", "mine"), {"test_split": "mine"}, ("train", "mine")),
+    ],
+)
+def test_splits_are_found_by_their_names(tmp_path, folders, given, expected):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    config = own.get_config()
+    config.data.update(path=str(tmp_path), **given)
+    choices.Chooser(config, [f"data.{key}" for key in given])._choose_splits()
+    assert (config.data.train_split, config.data.test_split) == expected
+
+
 def test_a_large_batch_is_divided_until_it_fits(monkeypatch):
     config = Unmeasured(monkeypatch, "gpu", (375, 500), 100_000, memory=3e9).config
     assert (config.batch_size, config.micro_batches) == (1024, 4)

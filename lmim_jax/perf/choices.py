@@ -142,9 +142,11 @@ class Chooser:
         self.choices.append(Choice(what, value, reason, " ".join(flags)))
 
     def _choose_splits(self) -> None:
-        data = self.config.data
+        root = pathlib.Path(self.config.data.path).expanduser()
+        if not self.config.data.path or not root.is_dir():
+            return  # another source, or an error when it is opened
         folders: dict[str, str] = {}
-        for path in sorted(pathlib.Path(data.path).expanduser().iterdir()):
+        for path in sorted(root.iterdir()):
             if path.is_dir():
                 folders.setdefault(path.name.lower(), path.name)
         train = folders.get("train") or folders.get("training")
@@ -208,10 +210,10 @@ class Chooser:
 
     def _choose_batch(self, images: int, mesh: Mesh) -> None:
         """The largest batch that gives enough steps, in as many parts as the memory requires."""
-        wanted = max(images // STEPS_PER_EPOCH, FEWEST_IMAGES, mesh.size)
+        wanted = max(images // STEPS_PER_EPOCH, min(FEWEST_IMAGES, images))
         most = MOST_IMAGES.get(self._platform, MOST_IMAGES_ELSEWHERE)
-        batch = mesh.size * 2 ** int(math.log2(max(min(wanted, most), mesh.size) / mesh.size))
-        self.set({"batch_size": batch})
+        of_device = max(min(wanted, most) // mesh.size, 1)
+        self.set({"batch_size": mesh.size * 2 ** int(math.log2(of_device))})
         batch = self.config.batch_size
         if batch > images:
             raise UserError(

@@ -32,7 +32,7 @@ ROWS = {
     "trained": "trained encoder",
 }
 NEXT_STEPS = {
-    "your own images": "lmim train --config=vit_s --config.data.path=FOLDER",
+    "your own images": "lmim train FOLDER",
     "a collapse": "lmim train --config.method.target=joint --config.method.loss=mse "
     "--workdir=runs/collapse",
     "an HTML report": "lmim report --workdir={run}",
