@@ -13,6 +13,9 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 
 from lmim_jax.configs import vit_b
 
+# At the size of configs/small.py: over the same shares of a run of 500 steps
+SMALL = {"momentum": (0.99, 0.995, 0.999), "momentum_epochs": (1, 4)}
+
 
 def get_config() -> ConfigDict:
     """vit_b and its differences."""

@@ -8,11 +8,13 @@ the cost of training is reported: FLOPs and images per second, measured after al
 are in RESULTS.md; at this size and length they say little about ImageNet.
 """
 
+import importlib
+
 from ml_collections import ConfigDict
 
 from lmim_jax.configs import small
 
-TARGETS = {  # what a method predicts
+TARGETS = {  # what a method predicts; of other methods, their recipe's title
     "latent_mim": "latents, patch discrimination",
     "latent_mim_lite": "a random projection of patches, patch discrimination",
     "pilamim": "pixels, latents and CLS, regression",
@@ -29,8 +31,13 @@ def get_config(dataset: str = "shapes") -> ConfigDict:
       dataset: shapes | cifar10.
     """
     runs = []
-    for name in small.METHODS:
-        runs.append((name, TARGETS[name], f"configs/small.py:{name},{dataset}", ()))
+    targets = dict(TARGETS)
+    for name in small.methods():
+        if name not in targets:
+            recipe = importlib.import_module(f"lmim_jax.configs.{name}_vit_b")
+            targets[name] = (recipe.__doc__ or "").partition("\n")[0]
+    for name, target in targets.items():
+        runs.append((name, target, f"configs/small.py:{name},{dataset}", ()))
     shuffled = (
         "pilamim_shuffled",
         "the same, targets shuffled",
@@ -41,7 +48,7 @@ def get_config(dataset: str = "shapes") -> ConfigDict:
     config.seeds = (0, 1)
     config.runs = (*runs, shuffled)
     config.groups = (
-        ("comparison", "none", tuple(small.METHODS)),
+        ("comparison", "none", tuple(targets)),
         ("what the released code of PiLaMIM does", "first", ("pilamim", "pilamim_shuffled")),
     )
     config.cost = True  # measure what training costs

@@ -12,6 +12,9 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 
 from lmim_jax.configs import vit_b
 
+# At the size of configs/small.py, a context has 11 patches on average, at most 17 in 200 batches
+SMALL = {"context_capacity": 20, "min_context": 3}
+
 
 def get_config() -> ConfigDict:
     """vit_b, with I-JEPA's method, crops, schedules and weights to evaluate."""

@@ -8,15 +8,23 @@ targets, masks, losses and schedules are those of each method's paper. A run tak
 two CPU cores; RESULTS.md lists what the methods reach.
 """
 
+import functools
+import importlib
 from collections.abc import Callable
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
-from lmim_jax.configs import bootmae_vit_b, ijepa_vit_b, mae_vit_b, pilamim_vit_b, quickstart
+from lmim_jax.configs import quickstart
+from lmim_jax.methods import base
+from lmim_jax.utils import recipes
 from lmim_jax.utils.errors import UserError
 
+Change = Callable[[ConfigDict], None]
+
+# The options that make every method small, as far as it has them. What else has to change at this
+# size is in its recipe, configs/NAME_vit_b.py: a dict SMALL of options of the method.
 SIZES = dict(grid=(8, 8), patch_size=8, width=96, depth=4, heads=4, dtype="float32")
-DECODER = dict(decoder_width=64, decoder_depth=2, decoder_heads=4)
+SIZES |= dict(decoder_width=64, decoder_depth=2, decoder_heads=4, latent_decoder_width=64)
 
 
 def get_config(which: str = "latent_mim,shapes") -> ConfigDict:
@@ -31,12 +39,21 @@ def get_config(which: str = "latent_mim,shapes") -> ConfigDict:
     del config.evaluators.logistic_regression
     config.evaluators.knn.baselines = False
     config.evaluators.visualization.every = 0.0
-    for name, choices in ((method, METHODS), (dataset, DATASETS)):
+    for name, choices in ((method, methods()), (dataset, DATASETS)):
         if name not in choices:
             listed = " | ".join(choices)
             raise UserError(f"configs/small.py:{which}: {name!r} must be one of: {listed}")
         choices[name](config)
     return config
+
+
+def methods() -> dict[str, Change]:
+    """The methods: Latent MIM and all others that have a recipe NAME_vit_b."""
+    found: dict[str, Change] = {"latent_mim": latent_mim, "latent_mim_lite": latent_mim_lite}
+    for name in base.names():
+        if f"{name}_vit_b" in recipes.names():
+            found[name] = functools.partial(other_method, name=name)
+    return found
 
 
 def latent_mim(config: ConfigDict) -> None:
@@ -48,30 +65,13 @@ def latent_mim_lite(config: ConfigDict) -> None:
     config.method.target = "random_projection"
 
 
-def mae(config: ConfigDict) -> None:
-    """MAE."""
-    config.method = mae_vit_b.mae(config.data.get_ref("channels"))
-    config.method.update(**SIZES, **DECODER)
-
-
-def pilamim(config: ConfigDict) -> None:
-    """PiLaMIM."""
-    config.method = pilamim_vit_b.pilamim(config.data.get_ref("channels"))
-    config.method.update(**SIZES, **DECODER, latent_decoder_width=64)
-
-
-def ijepa(config: ConfigDict) -> None:
-    """I-JEPA; of 8 x 8 patches, its context has 11 on average, and at most 17 in 200 batches."""
-    config.method = ijepa_vit_b.ijepa(config.data.get_ref("channels"))
-    config.method.update(**SIZES, **DECODER, context_capacity=20, min_context=3)
-
-
-def bootmae(config: ConfigDict) -> None:
-    """BootMAE; its momentum rises over the same shares of the run, adapted to 500 steps."""
-    config.method = bootmae_vit_b.bootmae(config.data.get_ref("channels"))
-    config.method.update(**SIZES, decoder_width=64)
-    config.method.update(num_visible=16, block_total=39, block_smallest=5, block_largest=20)
-    config.method.update(momentum=(0.99, 0.995, 0.999), momentum_epochs=(1, 4))
+def other_method(config: ConfigDict, name: str) -> None:
+    """The method of a recipe NAME_vit_b with small sizes."""
+    recipe = importlib.import_module(f"lmim_jax.configs.{name}_vit_b")
+    config.method = recipe.get_config().method
+    config.method.channels = FieldReference(config.data.get_ref("channels"))
+    config.method.update({key: value for key, value in SIZES.items() if key in config.method})
+    config.method.update(getattr(recipe, "SMALL", {}))
 
 
 def shapes(config: ConfigDict) -> None:
@@ -88,13 +88,4 @@ def cifar10(config: ConfigDict) -> None:
         config.method.gap = 1
 
 
-Change = Callable[[ConfigDict], None]
-METHODS: dict[str, Change] = {
-    "latent_mim": latent_mim,
-    "latent_mim_lite": latent_mim_lite,
-    "pilamim": pilamim,
-    "mae": mae,
-    "ijepa": ijepa,
-    "bootmae": bootmae,
-}
 DATASETS: dict[str, Change] = {"shapes": shapes, "cifar10": cifar10}

@@ -34,7 +34,11 @@ Set an option of `lmim evaluate` as `--config.EVALUATOR.KEY=VALUE`, for example
 RECIPES_INTRODUCTION = """
 The docstrings of the files in `configs/`. `--config=NAME` selects a recipe.
 """
-METHOD_RECIPES = ("mae_vit_b", "pilamim_vit_b", "ijepa_vit_b", "bootmae_vit_b")
+METHOD_RECIPES = tuple(
+    f"{path.stem}_vit_b"
+    for path in sorted((ROOT / "lmim_jax" / "methods").glob("*.py"))
+    if (ROOT / "configs" / f"{path.stem}_vit_b.py").exists()
+)
 API_PACKAGES = (
     "methods",
     "evaluators",

@@ -38,10 +38,13 @@ def relative(path):
 
 @pytest.fixture(scope="module")
 def overlay(tmp_path_factory):
-    """A copy of the package with the example files of the guides in it."""
+    """A copy of the package, its tests and documentation with the example files of the guides."""
     folder = tmp_path_factory.mktemp("overlay")
-    for name in ("lmim_jax", "configs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    ignored = shutil.ignore_patterns("__pycache__", "*.npz", "results")
+    for name in ("lmim_jax", "configs", "tests", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for file in ("tests/interop.npz", "pyproject.toml"):
+        shutil.copy(ROOT / file, folder / file)
     for page in ("method.md", "evaluator.md"):
         blocks = TITLED_BLOCK.findall((DOCS / "extending" / page).read_text())
         assert len(blocks) == 2, "a guide has a module and its recipe"
@@ -73,7 +76,7 @@ def color_run(overlay, images, tmp_path_factory):
     run_lmim(
         overlay,
         "train",
-        "--config=color_mim",
+        "--config=small:color_mim,shapes",
         f"--workdir={workdir}",
         "--config.data.source=folder",
         f"--config.data.path={images}",
@@ -92,6 +95,24 @@ def test_the_example_method_trains(color_run):
     summary = json.loads((color_run / "summary.json").read_text())
     assert summary["steps"] == 4
     assert 0 < summary["loss"] < 10
+
+
+def run_tests(folder, *arguments):
+    """Run tests of the copy in `folder`; all must pass."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n0", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.slow
+def test_the_example_method_passes_the_tests_without_another_edit(overlay):
+    run_tests(overlay, "tests/test_methods.py", "tests/test_configs.py", "tests/test_layout.py")
+    run_tests(overlay, "tests", "-k", "color_mim or valid_recipe")
 
 
 def test_the_example_evaluator_evaluates(overlay, color_run):
@@ -143,7 +164,7 @@ def test_commands_and_recipes_exist(path):
         assert name in COMMANDS, " ".join(words)
         for word in words[2:]:
             recipe = re.fullmatch(r"--config=([\w.:,/]+)", word)
-            if recipe and recipe[1] not in ("RECIPE", "color_mim", "my_evaluators"):
+            if recipe and recipe[1] not in ("RECIPE", "color_mim_vit_b", "my_evaluators"):
                 recipes.locate(recipe[1])
 
 

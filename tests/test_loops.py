@@ -25,7 +25,7 @@ from lmim_jax.train import step as train_step
 from lmim_jax.train.build import build
 
 LOOPS = sorted((pathlib.Path(__file__).parent / "reference" / "loops").glob("*.npz"))
-SLOW = ("bootmae", "pilamim", "pilamim_aligned")  # their programs take seconds to compile
+SLOW = ("bootmae", "mae", "pilamim", "pilamim_aligned")  # their programs take seconds to compile
 # Softmax does not see the bias of keys: its gradient is rounding noise, which Adam enlarges
 KEY_BIASES = {"/qkv/bias": (1, 3), "/kv/bias": (0, 2)}  # (part, parts) of the array
 LOSS = 1e-5  # relative
