@@ -248,8 +248,12 @@ def _preprocessing(model: TrainedModel, kind: str) -> str:
     """A paragraph on how images must be prepared."""
     augment = model.config.augment
     height, width = model.method.feature_size
+    resize = f"Resize the short side to {augment.eval_resize} pixels"
+    if height != width:
+        share = augment.eval_resize / min(height, width)
+        resize = f"Resize until {share * height:.0f} x {share * width:.0f} pixels are covered"
     text = (
-        f"Resize the short side to {augment.eval_resize} pixels ({augment.interpolation}, "
+        f"{resize} ({augment.interpolation}, "
         f"antialiased), crop the center of {height} x {width} pixels, scale channels to 0 .. 1, "
         f"subtract ({_join_numbers(augment.mean)}), and divide by ({_join_numbers(augment.std)})."
     )

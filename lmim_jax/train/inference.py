@@ -88,8 +88,8 @@ class Model:
     ) -> Float[Array, "B H W C"]:
         """Prepare images for `encode`, exactly as the evaluators do.
 
-        The short side is resized to `config.augment.eval_resize` pixels with antialiasing, the
-        center is cropped, and channels are normalized.
+        The short side is resized to `config.augment.eval_resize` pixels with antialiasing (see
+        `Augment.resized`), the center is cropped, and channels are normalized.
 
         Args:
           images: one image or several: paths of files, PIL images, or arrays [H, W], [H, W, 1] or
