@@ -1,11 +1,13 @@
 """Collapse metrics on features whose values are known; padding changes nothing; the warning."""
 
+import gc
 import logging
 
 import jax
 import numpy as np
 import pytest
 
+from lmim_jax.distributed import sharding
 from lmim_jax.train import collapse_metrics
 
 RNG = np.random.default_rng(0)
@@ -42,6 +44,38 @@ def test_collapse_index_is_the_mean_over_pairs():
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     pairs = [unit[i] @ unit[j] for i in range(7) for j in range(7) if i != j]
     assert measure(x)[0] == pytest.approx(np.mean(pairs), rel=1e-5)
+
+
+class Images:
+    """A sample of images, as `EvaluationData` gives it: with the canvases."""
+
+    held_out = "test"
+    mesh = sharding.make_mesh()
+
+    def sample(self, split, count):
+        batch = {
+            "image": jax.numpy.zeros((count, 123, 123, 3), np.uint8),
+            "images": jax.numpy.ones((count, 4, 4, 3)),
+            "index": np.arange(count),
+        }
+        return batch, tuple(range(count))
+
+
+class Pixels:
+    """A method whose features are pixels."""
+
+    @staticmethod
+    def features(params, images):
+        tokens = images.reshape(len(images), 16, 3) * params["scale"][None, None]
+        return {"patches": tokens, "patches_prenorm": tokens}
+
+
+def test_no_canvases_stay_on_the_devices():
+    measure_collapse = collapse_metrics.make_collapse_metrics(Pixels(), Images(), 8)
+    found = measure_collapse({"scale": np.ones(3, np.float32)}, {})
+    assert float(found["collapse_index"]) == pytest.approx(1, abs=1e-3)
+    gc.collect()
+    assert not [array for array in jax.live_arrays() if array.shape[1:] == (123, 123, 3)]
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -73,11 +73,20 @@ def test_the_table_is_complete(planned):
         "chip-hours",
         "(the 75% of 141.00 GB that jax takes)",
         "3 batches ahead 1.21 GB",
-        "collapse metrics of 512 images, and evaluation",
+        "512 images of the collapse metrics 0.04 GB",
+        "collapse metrics of 512 images, and evaluation; of that, the search of neighbors 0.03 GB",
+        "features of the training images 3.94 GB",
         "from the traced program, not compiled",
     )
     for part in parts:
         assert part in text
+
+
+def test_what_stays_on_the_devices_is_counted(planned):
+    memory = planned["memory"]
+    assert memory["collapse_images"] == 512 * 224 * 224 * 3 * 4 / 8
+    parts = ("arguments", "temporaries", "batches_ahead", "collapse_images")
+    assert memory["needed"] == sum(memory[name] for name in parts)
 
 
 def test_how_to_get_the_compiled_program_is_said(planned, monkeypatch):

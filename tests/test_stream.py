@@ -9,8 +9,10 @@ import io
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -192,7 +194,10 @@ def test_where_to_crop_is_checked():
     ("number", "message"),
     [
         (signal.SIGKILL, r"data worker \d of 2 \(pid \d+\) died"),
-        (signal.SIGSTOP, r"no image decoded for 4 s: data worker \d of 2 \(pid \d+\) does not respond"),
+        (
+            signal.SIGSTOP,
+            r"no image decoded for 4 s: data worker \d of 2 \(pid \d+\) does not respond",
+        ),
     ],
 )
 def test_a_worker_that_dies_or_hangs_is_named(number, message):
@@ -246,6 +251,22 @@ def test_memory_is_bounded():
         time.sleep(0.2)  # a slow step: the loader prefetches as far as it may
         most = max(most, made - used * BATCH)
     assert 2 <= most / BATCH <= 6  # on the devices 2, and 1 waiting to be put there; on the host 3
+
+
+def test_threads_recycle_memory_of_several_sizes():
+    """Four threads, each with sizes of its own: this once raised a KeyError."""
+
+    def recycle(thread):
+        for i in range(10_000):
+            prefetch.recycled_array((1 + (i + thread) % 3, 8), np.uint8)[:] = thread
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with futures.ThreadPoolExecutor(4) as threads:
+            list(threads.map(recycle, range(4)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_memory_is_recycled_only_when_no_view_is_left():

@@ -89,7 +89,7 @@ def plan(config: ConfigDict, topology: str, settings: Settings) -> Plan:
         else:
             source = "trace"
             analysis = aot.analyze(parts, chips)
-    memory = _memory(parts, analysis, parsed)
+    memory = _memory(parts, analysis, parsed, settings["images"])
     flops = aot.flops_per_image(parts)
     seconds = _step_seconds(parts, analysis, parsed, flops, settings["utilization"])
     utilization = flops["method"] * config.batch_size / chips / chip.flops / seconds["step"]
@@ -131,11 +131,16 @@ def plan(config: ConfigDict, topology: str, settings: Settings) -> Plan:
 
 
 def _memory(
-    parts: TrainingParts, analysis: aot.StepAnalysis, topology: accelerators.Topology
+    parts: TrainingParts,
+    analysis: aot.StepAnalysis,
+    topology: accelerators.Topology,
+    training_images: int,
 ) -> dict[str, float]:
-    """Bytes of a device: those of the step, "batches_ahead", "needed" by all, and "limit".
+    """Bytes of a device: those of the step, what stays beside it, "needed" by all, and "limit".
 
-    The limit is what jax leaves to a program: all of a TPU, a share of a GPU ("device").
+    Beside the step stay "batches_ahead" and "collapse_images". An evaluation with neighbors takes
+    "search", in place of the temporaries of the step, and "features" on each host. The limit
+    is what jax leaves to a program: all of a TPU, a share of a GPU ("device").
     """
     memory = {"limit": topology.chip.memory, **analysis.memory}
     if topology.kind not in accelerators.TPUS:
@@ -143,7 +148,10 @@ def _memory(
         memory["limit"] = _gpu_memory_share() * topology.chip.memory
     images = parts.config.batch_size // topology.chips
     memory["batches_ahead"] = aot.BATCHES_AHEAD * aot.batch_bytes(parts, images)
-    memory["needed"] += memory["batches_ahead"]
+    memory["collapse_images"] = aot.collapse_image_bytes(parts) / topology.chips
+    memory["needed"] += memory["batches_ahead"] + memory["collapse_images"]
+    memory["search"] = aot.search_bytes(parts, training_images, topology.chips)
+    memory["features"] = aot.feature_bytes(parts, training_images)
     return memory
 
 
@@ -313,6 +321,10 @@ def _memory_lines(planned: Plan) -> list[str]:
         if name in memory:
             known.append(f"{name} {_gigabytes(memory[name])}")
     known.append(f"{aot.BATCHES_AHEAD} batches ahead {_gigabytes(memory['batches_ahead'])}")
+    known.append(
+        f"{planned['gauge_images']} images of the collapse metrics "
+        f"{_gigabytes(memory['collapse_images'])}"
+    )
     spare = memory["limit"] - memory["needed"]
     result = f"fits, {_gigabytes(spare)} left"
     if not planned["feasible"]:
@@ -327,7 +339,10 @@ def _memory_lines(planned: Plan) -> list[str]:
     lines = [
         f"memory      {needed} of {limit} ({', '.join(known)}): {result}",
         f"            between steps, in place of the temporaries: collapse metrics of "
-        f"{planned['gauge_images']} images, and evaluation",
+        f"{planned['gauge_images']} images, and evaluation; of that, the search of neighbors "
+        f"{_gigabytes(memory['search'])}",
+        f"            on each host, while neighbors are searched: features of the training images "
+        f"{_gigabytes(memory['features'])}",
     ]
     if planned["from"] == "trace":
         lines.append(

@@ -30,6 +30,7 @@ SUFFIXES = (
     ".tiff",
 )
 MAX_PIXELS = 50_000_000  # against decompression bombs; read from the header, before decoding
+MAX_SIDE = 65_535  # that of JPEG: resizing a line of millions of pixels takes seconds
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by number of channels
 JPEG_SCALES = (8, 4, 2)  # by which a JPEG can be shrunk while it is decoded
 JPEG_MARKER = b"\xff\xd8"  # the first bytes of every JPEG
@@ -112,7 +113,9 @@ def decode_to_canvas(
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise BadImage if an image has more than MAX_PIXELS pixels."""
+    """Raise BadImage if an image has more than MAX_PIXELS pixels, or a side above MAX_SIDE."""
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"{width} x {height} pixels, a side of more than {MAX_SIDE}")
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS}")
 

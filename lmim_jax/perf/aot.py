@@ -18,12 +18,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from lmim_jax.data.prefetch import PREFETCH_BATCHES
 from lmim_jax.distributed import sharding
+from lmim_jax.evaluators.common import classifiers
 from lmim_jax.models.layer_stack import with_remat_and_scan
 from lmim_jax.perf import accelerators, flops, gpu_targets, hlo, traffic
 from lmim_jax.train.build import TrainingParts, build
@@ -199,6 +201,26 @@ def state_bytes(parts: TrainingParts) -> dict[str, int]:
 def batch_bytes(parts: TrainingParts, images: int) -> int:
     """Bytes of a batch of a number of images, as the loader delivers it."""
     return _tree_bytes(parts.abstract_batch(images))
+
+
+def collapse_image_bytes(parts: TrainingParts) -> int:
+    """Bytes of the normalized images of the collapse metrics, which stay on the devices."""
+    height, width = parts.method.feature_size
+    pixels = height * width * parts.config.data.channels
+    return parts.config.gauge_images * pixels * np.dtype(np.float32).itemsize
+
+
+def feature_bytes(parts: TrainingParts, images: int) -> int:
+    """Bytes of a feature vector of each of so many images, as evaluators keep it on each host."""
+    return images * parts.method.width * np.dtype(np.float32).itemsize
+
+
+def search_bytes(parts: TrainingParts, images: int, devices: int) -> int:
+    """Bytes on a device to compare images with a block of the bank of neighbors."""
+    rows = -(-min(images, classifiers.BANK_ROWS) // devices)
+    vectors = (rows + classifiers.QUERIES) * parts.method.width
+    cosines = classifiers.QUERIES * rows
+    return (vectors + 2 * cosines) * np.dtype(np.float32).itemsize
 
 
 def _tree_bytes(tree: Any) -> int:
