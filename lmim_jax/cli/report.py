@@ -18,7 +18,7 @@ from lmim_jax.cli import app
 from lmim_jax.report import image_sections, log_sections, patch_sections, run_features
 from lmim_jax.report.script import SCRIPT
 from lmim_jax.train.runs import Run, open_run
-from lmim_jax.utils import atomic_io, html
+from lmim_jax.utils import atomic_io, html, progress
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
 
@@ -40,21 +40,24 @@ def report(run: Run, bank: int) -> str:
       bank: how many training images are searched for neighbors.
     """
     metric_log = log_sections.read_metric_log(run.folder)
-    views = run_features.training_views(run, IMAGES)
-    encoded = run_features.encode_images(run, IMAGES)
-    queries, searched = run_features.nearest_neighbors(run, QUERIES, NEIGHBORS, bank)
-    sections = [
-        log_sections.curves_section(metric_log),
-        log_sections.evaluations_section(run.folder, metric_log),
-        image_sections.input_section(views),
-        image_sections.reconstructions_section(views),
-        image_sections.features_section(encoded),
-        patch_sections.segmentation_section(encoded, SEGMENTED),
-        patch_sections.attention_section(encoded, IMAGES),
-        patch_sections.similarity_section(encoded, IMAGES),
-        image_sections.neighbors_section(queries, searched, run.data.held_out == "test"),
-        log_sections.provenance_section(run),
-    ]
+    with progress.working("images and features"):
+        views = run_features.training_views(run, IMAGES)
+        encoded = run_features.encode_images(run, IMAGES)
+    with progress.working("nearest neighbors"):
+        queries, searched = run_features.nearest_neighbors(run, QUERIES, NEIGHBORS, bank)
+    with progress.working("pictures"):
+        sections = [
+            log_sections.curves_section(metric_log),
+            log_sections.evaluations_section(run.folder, metric_log),
+            image_sections.input_section(views),
+            image_sections.reconstructions_section(views),
+            image_sections.features_section(encoded),
+            patch_sections.segmentation_section(encoded, SEGMENTED),
+            patch_sections.attention_section(encoded, IMAGES),
+            patch_sections.similarity_section(encoded, IMAGES),
+            image_sections.neighbors_section(queries, searched, run.data.held_out == "test"),
+            log_sections.provenance_section(run),
+        ]
     title = f"Run {run.folder.resolve().name}"
     header = log_sections.page_header(run, metric_log)
     present = [section for section in sections if section is not None]

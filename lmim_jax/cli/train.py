@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from lmim_jax.cli import app
 from lmim_jax.distributed import multihost, preemption
 from lmim_jax.train import checkpoints, lock, loop, metric_logger, runs, workdir
-from lmim_jax.utils import atomic_io, progress
+from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import EXIT_SECONDS, UserError, exit_now, fail
 from lmim_jax.utils.logging import log_to_console
 
@@ -158,8 +158,7 @@ def write_report(folder: str) -> None:
     if not page.exists():
         log.info("writing the page ...")
         try:
-            with progress.working("writing the page"):
-                atomic_io.write(page, report.report(runs.open_run(folder), BANK))
+            atomic_io.write(page, report.report(runs.open_run(folder), BANK))
         except (UserError, OSError) as error:
             log.warning("no page: %s", error)
             return
