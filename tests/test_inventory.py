@@ -4,10 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
 from lmim_jax.configs import vit_b
-from lmim_jax.data import folder_listing, inventory, sources
+from lmim_jax.data import folder_listing, inventory, sources, tfds_source
+from lmim_jax.data.eval.eval_data import EvaluationData, only_labeled
 from lmim_jax.evaluators import base
 from lmim_jax.utils.errors import UserError
 
@@ -228,6 +231,26 @@ def test_a_link_to_another_dataset_is_followed_once(tmp_path):
     splits, lines, _ = found(tmp_path / "used")
     assert labels(splits["train"]) == [0, 0, 0, 1, 1, 1]
     assert "links" not in text(lines)
+
+
+def test_records_without_a_class_are_told_and_no_probe_trains_on_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_source, "cache_folder", lambda: tmp_path)
+    draw(tmp_path / "a.png")
+    records = []
+    for label in (0, 1, -1, 1):
+        example = tf_example_pb2.Example()
+        feature = example.features.feature
+        feature["image"].bytes_list.value.append((tmp_path / "a.png").read_bytes())
+        if label >= 0:
+            feature["label"].int64_list.value.append(label)
+        records.append(example.SerializeToString())
+    source = tfds_source.TfdsSource(records, "x", ("a", "b"), "image", "label", None)
+    splits = {"train": source, "test": None}
+    assert labels(source) == [0, 1, -1, 1]
+    lines = inventory.describe(splits, {}, inventory.Places("", "train", "", "", 0))
+    assert "train 4 images, 2 classes; of 4 that were read, 1 have no class" in text(lines)
+    data = EvaluationData(splits, ConfigDict(), None, None)
+    assert labels(only_labeled(data).sources["train"]) == [0, 1, 1]
 
 
 def test_class_names_that_differ_in_case_are_named(tmp_path):

@@ -169,7 +169,10 @@ def _describe_split(split: str, source: Any, train: Any, listings: Listings) -> 
         return [(title, f"{text} without classes{why}")]
     classes = source.classes
     if not complete:
-        return [(title, f"{text}, {len(classes):,} classes")]
+        text += f", {len(classes):,} classes"
+        if len(known) < len(labels):
+            text += f"; of {len(labels)} that were read, {len(labels) - len(known)} have no class"
+        return [(title, text)]
     lines = [(title, f"{text}, {_describe_classes(classes, known)}")]
     if len(known) < len(labels):
         lines.append(_describe_unlabeled(title, source, labels))

@@ -19,6 +19,7 @@ from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import EvaluationData, Subset
 from lmim_jax.evaluators import visualization
 from lmim_jax.evaluators.common import classifiers
+from lmim_jax.evaluators.common.finite import check_finite
 from lmim_jax.train.runs import Run
 from lmim_jax.utils.errors import UserError
 
@@ -258,6 +259,7 @@ def _make_encoder(method: Any, augment: Augment) -> Encode:
             chunk_images, chunk_tokens, chunk_attention = jax.device_get(
                 encode_chunk(params, chunk)
             )
+            check_finite(chunk_tokens, params, chunk_images)
             images.append(chunk_images)
             tokens.append(chunk_tokens)
             attention.append(chunk_attention)

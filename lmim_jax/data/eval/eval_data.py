@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from lmim_jax.data import decode, loader, prefetch
+from lmim_jax.data import decode, loader, prefetch, tfds_source
 from lmim_jax.data.activity import Activity
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.sources import Source
@@ -299,7 +299,7 @@ class EvaluationData:
         batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
         first, rows = loader.process_rows(batch_size)
         order = EvaluationOrder(images, batch_size, first, rows, prefetch.num_parts(workers, rows))
-        return prefetch.WorkerPool(order, 0, workers)
+        return prefetch.WorkerPool(order, 0, workers, keep=True)
 
     def _placed(self, batch: Batch) -> Batch:
         """A batch on the devices; the index of an unreadable image becomes -1."""
@@ -330,14 +330,19 @@ def known_labels(source: Any) -> tuple[Int[np.ndarray, " n"], bool]:
 
 
 def only_labeled(data: EvaluationData) -> EvaluationData:
-    """The same images without the training images that are known to have no class."""
+    """The same images without the training images that have no class."""
     source = data.sources["train"]
     labels, complete = known_labels(source)
-    if not complete or (labels >= 0).all():
+    if (labels >= 0).all():
         return data
-    indices = tuple(np.flatnonzero(labels >= 0).tolist())
+    labeled: Source
+    if complete:
+        indices = tuple(np.flatnonzero(labels >= 0).tolist())
+        labeled = Subset(source, indices, data.classes)
+    else:
+        labeled = tfds_source.select_classes(source, source.classes)
     chosen = copy.copy(data)
-    chosen.sources = {**data.sources, "train": Subset(source, indices, data.classes)}
+    chosen.sources = {**data.sources, "train": labeled}
     return chosen
 
 

@@ -26,6 +26,7 @@ from lmim_jax.data.augment.device import Augment
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
 from lmim_jax.evaluators.common import image_features
+from lmim_jax.evaluators.common.finite import check_finite
 from lmim_jax.models.layers import patchify
 from lmim_jax.utils import faults
 
@@ -272,6 +273,8 @@ class Extractor:
             own = {kind: value[row] for kind, value in found.items()}
             if "patches" in own:
                 own["patches"] = own["patches"][: image.grid[0] * image.grid[1]]
+            for value in own.values():
+                check_finite(value, self._params, {})
             features.append(own)
         return features
 
