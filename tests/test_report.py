@@ -21,7 +21,7 @@ from lmim_jax.methods import base as methods
 from lmim_jax.models.layers import patchify
 from lmim_jax.optim import adamw
 from lmim_jax.report import config_diff, log_sections, run_features
-from lmim_jax.train import provenance, runs, workdir
+from lmim_jax.train import provenance, runs, summary, workdir
 from lmim_jax.train.checkpoints import Checkpoints
 from lmim_jax.train.state import create_state
 from lmim_jax.utils import html as page
@@ -139,6 +139,35 @@ def test_figures_are_those_of_the_files(text):
     assert "12.3" in text
     assert "cut.json</code> contains no readable metrics" in text
     assert f"jax {jax.__version__}" in text
+
+
+def test_any_accuracy_has_a_tile_with_its_baselines():
+    later = {
+        "fewshot/shots5": {"trained": 61.0, "untrained": 20.0},
+        "fewshot/shots5_std": {"trained": 1.0},
+        "linear_probe/top1": {"trained": 71.0},
+        "segments/miou4": {"trained": 33.0},
+        "knn/knn200": {"trained": 50.0},
+        "knn/knn10": {"trained": 51.0, "pixels": 40.0},
+    }
+    tiles = log_sections._accuracy_tiles([{}, later])
+    found = [(tile.title, tile.value) for tile in tiles]
+    assert found == [("linear probe", "71.0 %"), ("k-NN 10", "51.0 %"), ("fewshot", "61.0 %")]
+    assert tiles[1].note == "vote of the 10 nearest training images; raw pixels: 40.0 %"
+    assert log_sections._accuracy_tiles([{"segments/miou4": {"trained": 33.0}}]) == []
+
+
+def test_rows_of_tables_are_described(text):
+    assert "<td>knn/knn5</td>" in text
+    assert ">vote of the 5 nearest training images</td>" in text
+    assert 'data-column="untrained encoder"' in text
+
+
+def test_the_report_has_one_speed():
+    lines = [{"step": i, "images_per_second": speed} for i, speed in enumerate((5, 100, 300))]
+    (tile,) = log_sections._training_tiles(lines, width=8)
+    found = summary.summarize(lines, total_steps=2, seconds=1.0)
+    assert (tile.value, found["images_per_second"]) == ("100", 100)
 
 
 def test_unlabeled_images_have_neighbors_other_than_themselves(folder, images, tmp_path):

@@ -1,6 +1,10 @@
 """The summary of a run: linear accuracy first, k-NN beside it; as dict, table and curves."""
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from lmim_jax.train import summary
+from lmim_jax.utils import plotting
 
 LINES = [
     {
@@ -100,3 +104,36 @@ def test_curves_of_accuracies_come_first_with_their_baselines():
     _, curves, constants = panels[1]
     assert list(curves) == ["knn/knn20", "knn/nn1"]
     assert constants == {"raw pixels, k-NN 20": 72.25, "color histogram, k-NN 20": 64.5}
+
+
+def test_curves_fill_their_rows_and_explain_lines_that_need_it():
+    for count in range(1, 14):
+        rows = plotting._row_lengths(count)
+        assert sum(rows) == count
+        assert 1 <= min(rows) <= max(rows) <= 3
+    one = plotting.curve_svg(("loss", {"the only line": ([1, 2], [3.0, 4.0])}, {}))
+    assert "the only line" not in one
+    lines = {"loss": ([1, 2], [3.0, 4.0])}
+    two = plotting.curve_svg(("loss", lines, {"raw pixels": 3.2, "color histogram": 3.6}))
+    for label, (_, color) in zip(("raw", "color"), plotting.CONSTANT_STYLES, strict=False):
+        assert label in two
+        assert f"stroke: {color}" in two
+    titles = [
+        title
+        for title, _, _ in summary.curve_panels(
+            [{"step": 1, "learning_rate": 0.1, "grad_norm": 2.0}]
+        )
+    ]
+    assert titles == ["learning rate", "gradient norm"]
+
+
+def test_a_legend_lies_below_the_data():
+    lines = {f"line {i}": ([1, 2], [3.0, 4.0]) for i in range(5)}
+    figure = Figure(figsize=(4, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    plotting._plot_panel(axes, ("many", lines, {}), {})
+    plotting._add_legend(axes, ("many", lines, {}))
+    figure.canvas.draw()
+    assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
+    assert axes.get_legend().get_window_extent().y0 >= 0

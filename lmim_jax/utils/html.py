@@ -48,7 +48,7 @@ td.number, th.number { text-align: right }
 td.number { white-space: nowrap }
 @media (max-width: 40rem) {
   table, tbody, tr, td { display: block }
-  th, td.none { display: none }
+  th { display: none }
   tr { padding: .4rem 0; border-bottom: 1px solid var(--edge) }
   td, td.number { display: flex; justify-content: space-between; gap: 1rem; padding: .1rem 0;
     border: 0; text-align: right; white-space: normal; overflow-wrap: anywhere }
@@ -56,6 +56,7 @@ td.number { white-space: nowrap }
   td:first-child span { font-weight: 400 }
   td::before { content: attr(data-column); color: var(--soft); text-align: left; flex: none }
   td:first-child::before { content: none }
+  td.none { display: none }
 }
 code, pre { font: .85em/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
   background: var(--card) }
