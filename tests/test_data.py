@@ -2,6 +2,7 @@
 
 import io
 import logging
+import multiprocessing
 import shutil
 
 import jax
@@ -10,10 +11,10 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lmim_jax.data import decode, loader, sources
+from lmim_jax.data import decode, kept_workers, loader, sources
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
-from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.errors import DataLoaderTimeout, UserError
 
 OPTIONS = dict(canvas=40, channels=3, workers=0, threads=1, timeout=60.0, max_bad_fraction=0.2)
 
@@ -152,6 +153,45 @@ def test_evaluation_covers_every_image_once_and_marks_padding(partly_bad, caplog
     assert sorted(index) == [-1, *(i for i in range(48) if i != 3)]  # the broken image is left out
     list(data.batches("train", 20))
     assert caplog.text.count("03.jpg") == 1, "named once, not at every evaluation"
+
+
+@pytest.fixture(scope="module")
+def evaluated_by_workers(images):
+    source = {split: sources.open_folder(images, split) for split in ("train", "test")}
+    yield EvaluationData(source, options(workers=2), Plain, sharding.make_mesh())
+    kept_workers.end_all()
+
+
+def places(stream):
+    return [np.asarray(batch["index"]).tolist() for batch in stream]
+
+
+def test_workers_are_kept_over_evaluations(evaluated_by_workers, images):
+    data = evaluated_by_workers
+    alone = EvaluationData(data.sources, options(), Plain, data.mesh)
+    given_up = data.batches("train", 8)
+    next(given_up)
+    given_up.close()
+    pids = set()
+    for split in ("train", "test", "train"):
+        assert places(data.batches(split, 8)) == places(alone.batches(split, 8))
+        pids.update(child.pid for child in multiprocessing.active_children())
+    assert len(pids) == 2
+    pixels = [hash(np.asarray(batch["images"]).tobytes()) for batch in data.batches("test", 8)]
+    assert pixels == [
+        hash(np.asarray(batch["images"]).tobytes()) for batch in alone.batches("test", 8)
+    ]
+
+
+def test_a_kept_worker_that_dies_is_named_and_replaced(evaluated_by_workers):
+    data = evaluated_by_workers
+    before = places(data.batches("train", 8))
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+    with pytest.raises(DataLoaderTimeout, match=r"data worker 0 of 2 .* died \(exit code -9"):
+        list(data.batches("train", 8))
+    assert places(data.batches("train", 8)) == before
 
 
 def test_a_sample_is_random_but_the_same_at_every_call(images):

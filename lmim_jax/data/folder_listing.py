@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
+from numpy.typing import DTypeLike
 
 from lmim_jax.data import shared_array
 from lmim_jax.data.decode import SUFFIXES
@@ -82,7 +83,7 @@ class NamesWriter:
 
     def finish(self) -> Names:
         """All names; the writer ends."""
-        dtype = np.uint64
+        dtype: DTypeLike = np.uint64
         if self._size < 2**32:
             dtype = np.uint32
         starts = np.frombuffer(self._starts, np.uint64).astype(dtype)

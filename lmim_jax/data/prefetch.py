@@ -29,9 +29,11 @@ from ml_collections import ConfigDict
 from numpy.typing import DTypeLike
 
 from lmim_jax.data import activity as activities
+from lmim_jax.data import kept_workers
 from lmim_jax.data.activity import Activity
 from lmim_jax.utils import descriptors, subprocess
 from lmim_jax.utils.errors import DataLoaderTimeout
+from lmim_jax.utils.faults import ReadFailed
 
 log = logging.getLogger(__name__)
 
@@ -110,13 +112,32 @@ def num_parts(workers: int, rows: int) -> int:
     return max(1, min(workers, rows))
 
 
+@dataclasses.dataclass(frozen=True)
+class _FailuresAsElements:
+    """An order whose read failures are elements {"failure": message}.
+
+    Grain would pass on an exception only after it has stopped all workers, which takes a while.
+    """
+
+    order: BatchOrder
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        try:
+            return self.order[i]
+        except ReadFailed as error:
+            return {"failure": str(error)}
+
+
 def _iterate_elements(order: BatchOrder, start: int, workers: int) -> Iterator[dict[str, Any]]:
     """Iterate over the elements of an order from `start`, in threads or worker processes.
 
     Worker i % workers decodes element i. Each process decodes two elements at a time, so that no
     thread idles while the last image of a batch is decoded.
     """
-    dataset = grain.MapDataset.source(order)[start:]
+    dataset = grain.MapDataset.source(_FailuresAsElements(order))[start:]
     iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
     if workers:
         # Grain's workers read absl flags, which are not parsed in a notebook
@@ -146,12 +167,18 @@ class WorkerPool:
       order: the stream, in parts.
       start: the first batch.
       workers: number of worker processes, at most one per part; 0: threads of this process.
+      keep: the worker processes are used again by the next pool that keeps them; `start` is 0.
     """
 
-    def __init__(self, order: BatchOrder, start: int, workers: int):
+    def __init__(self, order: BatchOrder, start: int, workers: int, keep: bool = False):
         self._num_parts = order.parts
         self._num_workers = min(workers, order.parts)
-        self._elements = _iterate_elements(order, start * order.parts, self._num_workers)
+        if keep and self._num_workers:
+            self._elements = kept_workers.iterate(
+                _FailuresAsElements(order), self._num_workers, _initialize_worker
+            )
+        else:
+            self._elements = _iterate_elements(order, start * order.parts, self._num_workers)
         self._pid_of_worker: dict[int, int] = {}
         self._next_element = 0
 
@@ -167,17 +194,25 @@ class WorkerPool:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _next_part(self) -> Batch:
-        """The next element of the order, without its "pid"."""
+        """The next element of the order, without its "pid".
+
+        Raises:
+          DataLoaderTimeout: a worker died.
+          ReadFailed: an image could not be read for a long time.
+        """
         try:
             part = dict(next(self._elements))
         except RuntimeError as error:
             # Grain's wording for a worker process that ended
-            if "terminated unexpectedly" not in str(error):
+            is_worker = "terminated unexpectedly" in str(error)
+            if not is_worker and not isinstance(error, kept_workers.WorkerDied):
                 raise
             cause = str(error).split(". ")[0]
             raise DataLoaderTimeout(
                 f"{self.describe_pending_worker()} died ({cause}); was it out of memory?"
             ) from error
+        if "failure" in part:
+            raise ReadFailed(part["failure"])
         pid = int(part.pop("pid"))
         if self._num_workers:
             self._pid_of_worker[self._pending_worker] = pid
