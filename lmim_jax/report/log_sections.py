@@ -262,7 +262,7 @@ def _logged_metrics(log: MetricLog) -> Metrics:
 
 def _read_evaluations(folder: str | pathlib.Path) -> dict[str, Metrics | None]:
     """{name of a file that `lmim evaluate` wrote: its metrics, or None if it is unreadable}."""
-    evaluations = {}
+    evaluations: dict[str, Metrics | None] = {}
     for path in sorted(pathlib.Path(folder, "evaluations").glob("*.json")):
         content = _parse_json(path.read_text(errors="replace"))
         figures = None

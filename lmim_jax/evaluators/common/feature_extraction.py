@@ -24,9 +24,10 @@ from PIL import Image
 from lmim_jax.data import decode
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.distributed import sharding
-from lmim_jax.evaluators.base import EvaluatedMethod, Params
+from lmim_jax.evaluators.base import Params
 from lmim_jax.evaluators.common import image_features
 from lmim_jax.evaluators.common.finite import check_finite
+from lmim_jax.methods.base import Method
 from lmim_jax.models.layers import patchify
 from lmim_jax.utils import faults
 
@@ -103,7 +104,7 @@ def select_features(
     return found
 
 
-def feature_shapes(method: EvaluatedMethod, kinds: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def feature_shapes(method: Method, kinds: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The shape of each requested feature of an image of the size of training; no weights needed.
 
     Raises:
@@ -209,7 +210,7 @@ class Extractor:
         pixels = decode.decode(data, self._canvas, channels)
         if self._canvas:
             image = np.zeros((self._canvas, self._canvas, channels), np.uint8)
-            size = np.int32(decode.place_on_canvas(pixels, image))
+            size = np.array(decode.place_on_canvas(pixels, image), np.int32)
             height, width = self._transform.eval_size
             grid = (height // patch_size, width // patch_size)
             return PreparedImage((height, width), grid, {"image": image, "size": size})
@@ -298,7 +299,7 @@ class Extractor:
         return self._positions[grid]
 
 
-def _with_crops(transform: Augment, method: EvaluatedMethod, size: int) -> Augment:
+def _with_crops(transform: Augment, method: Method, size: int) -> Augment:
     """The transform of evaluators, scaled so that the short side of crops is `size` pixels."""
     scale = size / min(method.feature_size)
     sides = []
