@@ -64,7 +64,9 @@ def make_schedules(
     Returns:
       (learning rate, weight decay), what the optimizer uses in a step, counted from 0.
     """
-    unit = steps_per_epoch if config.per_epoch else 1
+    unit = 1.0
+    if config.per_epoch:
+        unit = steps_per_epoch
     curve = schedules.warmup_cosine(
         config.warmup_start * config.lr,
         config.lr,

@@ -56,12 +56,13 @@ def warmup_cosine(
       A function of the step, counted from 0.
     """
     decay_start = warmup_steps if rebased else 0
-    rise = max(warmup_steps, 1)  # steps from start to peak
-    if peak_in_warmup:
-        rise = max(round(warmup_steps) - 1, 1)
+    last_of_warmup = max(round(warmup_steps) - 1, 1)
 
     def learning_rate(step: Step) -> Float[Array, ""]:
-        warmup = linear(start, peak, jnp.minimum(step / rise, 1))
+        rise = step / max(warmup_steps, 1)
+        if peak_in_warmup:
+            rise = jnp.minimum(step / last_of_warmup, 1)
+        warmup = linear(start, peak, rise)
         progress = (step - decay_start) / max(total_steps - decay_start, 1)
         decay = cosine(peak, floor, progress)
         if not rebased:

@@ -11,8 +11,8 @@ import functools
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Mapping
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -181,7 +181,7 @@ def entries(method: Method) -> dict[str, Entry]:
     """
     spec = describe(method)
     found = {}
-    for path, leaf in _abstract_tree(method).items():
+    for path, leaf in _abstract_tree(cast(Hashable, method)).items():
         name = torch_name(path)
         for pattern, replacement in spec.renames:
             name = re.sub(pattern, replacement, name)
@@ -196,7 +196,7 @@ def entries(method: Method) -> dict[str, Entry]:
 
 
 @functools.cache
-def _abstract_tree(method: Method) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_tree(method: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of all parameters of a method and of its teacher, by path."""
     params = jax.eval_shape(method.init, jax.random.key(0))
     return flatten_dict({"params": params, "target": method.target_of(params)}, sep="/")
