@@ -19,6 +19,7 @@ SIZES |= dict(block_total=8, block_smallest=2, block_largest=4)
 
 EVALUATORS = {  # what is smaller than in configs/evaluate.py
     "logistic_regression": dict(batch_size=16, l2=(1e-3, 1e-1), iterations=50),
+    "neighbors": dict(batch_size=16, images=2, count=2),
     "fewshot": dict(batch_size=16, shots=(1, 4), percent=(50,), draws=2, iterations=50),
     "linear_probe": dict(batch_size=16, epochs=1.0, warmup_epochs=0.5),
     "attentive_probe": dict(batch_size=16, epochs=1.0, warmup_epochs=0.5),
@@ -44,7 +45,7 @@ def get_config():
 
 def evaluator(name):
     """The config section of any evaluator, shrunk."""
-    sections = {**evaluate.get_config(), **get_config().evaluators}
+    sections = {**evaluate.get_config(), **vit_b.evaluators(), **get_config().evaluators}
     return {**sections[name], **EVALUATORS.get(name, {})}
 
 
