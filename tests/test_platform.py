@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
 from lmim_jax.data.augment import device
 from lmim_jax.distributed import sharding
 from lmim_jax.methods.common import losses
-from lmim_jax.models import attention, cudnn_attention, layers
+from lmim_jax.models import attention, cudnn_attention, layers, tpu_attention
 from lmim_jax.models.blocks import Attention, CrossAttention
 from lmim_jax.perf import aot, program_stats
 from lmim_jax.utils.errors import UserError
@@ -236,3 +238,71 @@ def test_infonce_is_exact_where_default_products_are_rounded(monkeypatch, precis
     expected = loss()
     monkeypatch.setattr(jnp, "einsum", rounded(precision))
     np.testing.assert_allclose(loss(), expected, rtol=1e-5)
+
+
+def test_the_kernel_for_tpus_equals_plain_attention():
+    """Self- and cross-attention with their gradients, of heads that lie side by side."""
+    x, context = normal(2, 5, 16), normal(2, 3, 8)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    for module, inputs in ((Attention, (x,)), (CrossAttention, (x, context))):
+        layer = module(heads=2, dtype=jnp.bfloat16, implementation="auto")
+        params = layer.init(jax.random.key(0), *inputs)
+
+        def loss(params, *inputs, layer=layer):
+            return jnp.square(layer.apply(params, *inputs).astype(jnp.float32)).sum()
+
+        step = jax.value_and_grad(loss, argnums=(0, 1))
+        plain = step(params, *inputs)
+        on_device = jax.shard_map(
+            step, mesh=mesh, in_specs=P(), out_specs=(P(), (P(), P())), check_vma=False
+        )
+        with tracing_for("tpu"), pltpu.force_tpu_interpret_mode():
+            # XLA cannot split the kernel over devices
+            assert "pallas_call" not in str(jax.make_jaxpr(layer.apply)(params, *inputs))
+            assert "pallas_call" in str(jax.make_jaxpr(on_device)(params, *inputs))
+            fused = jax.jit(on_device)(params, *inputs)
+        for found, expected in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "width", "fits"),
+    [
+        (177, 177, 768, True),
+        (177, 21, 512, True),
+        (257, 257, 1280, True),  # ViT-H/14; compiled for a v5e
+        (393, 393, 1024, False),  # it does not compile
+        (577, 577, 768, False),  # it does not compile
+    ],
+)
+def test_the_kernel_for_tpus_is_used_where_images_fit(tokens, context, width, fits):
+    assert tpu_attention.fits(tokens, context, width) == fits
+
+
+def test_windows_of_patches_on_tpus_equal_gathered_ones():
+    images = normal(2, 12, 18, 3)
+    offsets = jnp.asarray(RNG.integers(0, 3, size=(2, 2, 3, 2)))
+    expected = layers.patchify(images, (2, 3), 4, 2, offsets)
+    with tracing_for("tpu"):
+        text = str(jax.make_jaxpr(lambda x: layers.patchify(x, (2, 3), 4, 2, offsets))(images))
+        found = layers.patchify(images, (2, 3), 4, 2, offsets)
+    assert "gather" not in text
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_layer_norm_on_accelerators_equals_flax():
+    x = normal(3, 5, 32) + 1
+    params = {"params": {"scale": normal(32), "bias": normal(32)}}
+    weights = normal(3, 5, 32)
+
+    def loss(params, x):
+        norm = layers.layer_norm(1e-6, jnp.float32, "norm")
+        return (norm.apply(params, x) * weights).sum()
+
+    step = jax.value_and_grad(loss, argnums=(0, 1))
+    expected = step(params, x)
+    with tracing_for("gpu"):
+        assert isinstance(layers.layer_norm(1e-6, jnp.float32, "norm"), layers.LayerNorm)
+        found = step(params, x)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

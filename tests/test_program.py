@@ -1,6 +1,6 @@
 """Programs for GPUs and TPUs that are not there: what is read from them, and that they compile."""
 
-import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -96,6 +96,48 @@ def test_kernels_are_read_from_the_text():
     }
 
 
+# Lines of a real program for a v5e, shortened
+TPU_PROGRAM = """HloModule jit_train_step, is_scheduled=true
+
+%async_computation (p.0: bf16[256,176,512]) -> bf16[64,176,512] {
+  %p.0 = bf16[256,176,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %slice.1 = bf16[64,176,512]{2,1,0:T(8,128)(2,1)S(1)} slice(%p.0), slice={[0:64], [0:176], [0:512]}
+}
+
+%fused_computation (p.1: bf16[256,177,64]) -> f32[177] {
+  %p.1 = bf16[256,177,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %sum = f32[177]{0:T(256)} negate(%p.1)
+}
+
+ENTRY %main (x: bf16[256,176,512], y: bf16[256,177,64]) -> f32[177] {
+  %x = bf16[256,176,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %y = bf16[256,177,64]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %slice-start = ((bf16[256,176,512]{2,1,0:T(8,128)(2,1)}), bf16[64,176,512]{2,1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) async-start(%x), calls=%async_computation
+  %slice-done = bf16[64,176,512]{2,1,0:T(8,128)(2,1)S(1)} async-done(%slice-start)
+  %custom-call.1 = bf16[128,176,512]{2,1,0:T(8,128)(2,1)S(1)} custom-call(%slice-done, %slice-done), custom_call_target="ConcatBitcast"
+  %copy-start.1 = (bf16[256,176,512]{2,1,0:T(8,128)(2,1)S(1)}, bf16[256,176,512]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%x), backend_config={"dma_priority":1}
+  %copy-done.1 = bf16[256,176,512]{2,1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start.1)
+  %attention_forward.1 = bf16[256,176,512]{2,1,0:T(8,128)(2,1)} custom-call(%copy-done.1), custom_call_target="tpu_custom_call", metadata={op_name="jit(train_step)/shard_map/jvp(ViT)/block01/attn/attention_forward/pallas_call"}
+  ROOT %fusion.1 = f32[177]{0:T(256)} fusion(%y), kind=kLoop, calls=%fused_computation
+}
+"""  # noqa: E501
+
+
+def test_traffic_of_a_tpu_is_that_of_whole_tiles_outside_the_chip():
+    found = traffic.summarize(TPU_PROGRAM)
+    assert found["kernels"] == 4
+    assert found["products"] == {"Pallas": 1}
+    whole = 256 * 176 * 512 * 2
+    sizes = {
+        "slice": whole // 4,  # what is read of a large array
+        "copy": whole,
+        "kernel": whole,  # it reads from memory on the chip
+        "fusion": 256 * 184 * 128 * 2 + 256 * 4,  # 177 x 64 in tiles of 8 x 128
+    }
+    assert found["bytes"] == sum(sizes.values())
+    assert found["parts"][-1]["where"] == "jvp(ViT)/block*/attn/attention_forward/pallas_call"
+
+
 def test_the_estimate_is_the_sum_of_the_model():
     chip = accelerators.CHIPS["h100"]
     program = {"bytes": 2.7e12, "kernels": 500_000}
@@ -189,6 +231,26 @@ def test_the_traffic_of_a_small_model():
     assert memory["needed"] >= memory["arguments"] > 64 * 512 * 512 * 3
     assert found["seconds"]["step"] > 0
     assert "MB an image" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="pip install libtpu")
+def test_the_traffic_of_a_small_model_on_a_tpu():
+    """As for a GPU, with a smaller model, as that compiler takes longer."""
+    shrink = ["depth=1", "decoder_depth=1", "projector_depth=1", "width=384", "heads=6"]
+    done = lmim(
+        "bench",
+        "--what=program",
+        "--device=v5e",
+        "--config=vit_b",
+        "--config.batch_size=64",
+        *(f"--config.method.{change}" for change in shrink),
+    )
+    found = json.loads(done.stdout)
+    assert 20e6 < found["bytes_per_image"] < TPU_BYTES_PER_IMAGE
+    assert found["products"]["Pallas"] == 2 * 3 + 1  # of target, encoder and decoder
+    assert set(found["seconds"]) == {"products", "traffic"}
+    assert "at the data sheet's rates" in done.stderr
 
 
 @needs_compiler

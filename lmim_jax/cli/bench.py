@@ -9,9 +9,9 @@
 
 step: the train step by itself, on random images: images/s, utilization, compile time, memory, and
 properties of its program.
-program: the train step compiled for a GPU that need not be there (pip install '.[plan-gpu]'):
-kernels, memory traffic by part of the model, memory, products, and an estimate of its time. This
-takes minutes.
+program: the train step compiled for a GPU or a TPU that need not be there (pip install
+'.[plan-gpu]', pip install libtpu): kernels, memory traffic by part of the model, memory, products,
+and, for GPUs, an estimate of its time. This takes minutes.
 train: the whole training loop with its input pipeline, compared with the step by itself.
 input: images per second that the host decodes, by stage and as a whole, compared with torchvision's
 way (Pillow and numpy).
@@ -34,7 +34,6 @@ from lmim_jax.perf import (
     bench_program,
     bench_step,
     bench_train,
-    gpu_targets,
     profile,
 )
 from lmim_jax.train import workdir
@@ -136,8 +135,8 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "device",
         "h100",
-        sorted(gpu_targets.TARGETS),
-        "program: the GPU to compile for. Example: --device=h200",
+        bench_program.DEVICES,
+        "program: the GPU or TPU to compile for. Example: --device=v5e",
     )
     flags.DEFINE_string(
         "program_text",

@@ -197,6 +197,8 @@ def _step_seconds(
         "network": accelerators.network_seconds(topology, wire_bytes),
     }
     if analysis.program is not None:
+        seconds["memory"] = analysis.program["bytes"] / chip.bandwidth
+    if analysis.program is not None and topology.kind not in accelerators.TPUS:
         step_flops = (flops["executed"] + flops["augmentation"]) * images
         estimated = traffic.estimate_seconds(chip, step_flops, analysis.program)
         return {

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lmim_jax.models import cudnn_attention
+from lmim_jax.models import cudnn_attention, tpu_attention
 from lmim_jax.utils import xla_flags
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.platform import current_platform
@@ -108,6 +108,37 @@ def _fused_is_faster(query: Array, key: Array, mask: Array | None) -> bool:
     return faster
 
 
+def uses_tpu_kernel(
+    implementation: str,
+    dtype: Any,
+    tokens: int,
+    context: int,
+    width: int,
+    mask: Array | None = None,
+) -> bool:
+    """Whether attention is the kernel for TPUs, see tpu_attention.py, in place of `attend`.
+
+    XLA cannot split such a kernel over devices: it is used inside a `shard_map` only, as in the
+    train step.
+
+    Args:
+      implementation: see `attend`; "auto": the kernel where it is possible.
+      dtype: of the computation.
+      tokens: T.
+      context: S.
+      width: A K.
+      mask: see `attend`.
+    """
+    return (
+        implementation == "auto"
+        and current_platform() == "tpu"
+        and mask is None
+        and dtype == jnp.bfloat16
+        and tpu_attention.fits(tokens, context, width)
+        and bool(jax.sharding.get_abstract_mesh().manual_axes)
+    )
+
+
 def attention_weights(
     query: Float[Array, "B T A K"], key: Float[Array, "B S A K"]
 ) -> Float[Array, "B A T S"]:
@@ -150,16 +181,16 @@ def _backward(residuals: Residuals, gradient: Array) -> tuple[Array, Array, Arra
     gradient = _swap_heads(gradient).astype(jnp.float32) / total
     common = (gradient * output).sum(axis=-1, keepdims=True)
     gradient = gradient.astype(value.dtype)
-    value_gradient = _matmul_float32(exponentials.mT, gradient)
+    value_gradient = jnp.matmul(exponentials.mT, gradient)
     score_gradient = _matmul_float32(gradient, value.mT) - common
     score_gradient = exponentials * score_gradient * query.shape[-1] ** -0.5
     score_gradient = score_gradient.astype(query.dtype)
-    query_gradient = _matmul_float32(score_gradient, key)
-    key_gradient = _matmul_float32(score_gradient.mT, query)
+    query_gradient = jnp.matmul(score_gradient, key)
+    key_gradient = jnp.matmul(score_gradient.mT, query)
     return (
-        _swap_heads(query_gradient.astype(value.dtype)),
-        _swap_heads(key_gradient.astype(value.dtype)),
-        _swap_heads(value_gradient.astype(value.dtype)),
+        _swap_heads(query_gradient),
+        _swap_heads(key_gradient),
+        _swap_heads(value_gradient),
         None,
     )
 

@@ -9,7 +9,8 @@ import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from lmim_jax.models.attention import attend, attention_weights
+from lmim_jax.models import tpu_attention
+from lmim_jax.models.attention import attend, attention_weights, uses_tpu_kernel
 from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm
 
 QkvBias = bool | tuple[bool, bool, bool]  # of queries, keys and values alike, or of each
@@ -40,8 +41,13 @@ class Attention(nn.Module, kw_only=True):
         batch, tokens, width = x.shape
         head_width = width // self.heads
         project = Dense(3 * self.heads * head_width, self.dtype, self.qkv_bias, name="qkv")
+        maps_requested = self.is_mutable_collection("intermediates")
+        sizes = (tokens, tokens, self.heads * head_width)
+        if not maps_requested and uses_tpu_kernel(self.implementation, self.dtype, *sizes, mask):
+            x = tpu_attention.attend_self(project(x), self.heads)
+            return Dense(width, self.dtype, name="proj")(x)
         query, key, value = project.by_head(x, 3, self.heads)
-        if self.is_mutable_collection("intermediates"):  # attention maps were requested
+        if maps_requested:
             self.sow("intermediates", "attention", attention_weights(query, key))
         x = attend(query, key, value, self.implementation, mask)
         x = x.reshape(batch, tokens, -1)
@@ -72,9 +78,13 @@ class CrossAttention(nn.Module, kw_only=True):
         head_width = width // self.heads
         query_bias, key_bias, value_bias = np.broadcast_to(self.qkv_bias, 3).tolist()
         query = Dense(self.heads * head_width, self.dtype, query_bias, name="q")(x)
-        query = query.reshape(batch, tokens, -1, head_width)
         kv_bias = (key_bias, value_bias)
         project = Dense(2 * self.heads * head_width, self.dtype, kv_bias, name="kv")
+        sizes = (tokens, context.shape[1], self.heads * head_width)
+        if uses_tpu_kernel(self.implementation, self.dtype, *sizes):
+            x = tpu_attention.attend_cross(query, project(context), self.heads)
+            return Dense(width, self.dtype, name="proj")(x)
+        query = query.reshape(batch, tokens, -1, head_width)
         key, value = project.by_head(context, 2, self.heads)
         x = attend(query, key, value, self.implementation)
         x = x.reshape(batch, tokens, -1)

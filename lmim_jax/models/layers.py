@@ -4,6 +4,8 @@ Letters: B batch, H W image height and width, C channels, h w grid rows and colu
 N = h w patches, p patch size, P = p p C pixel values of a patch, D width.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -53,11 +55,27 @@ def patchify(
     if gap:
         if offsets is None:
             raise ValueError(f"windows in cells with a gap of {gap} need offsets")
-        rows = offsets[..., 0, None] + jnp.arange(patch_size).reshape(1, 1, 1, patch_size)
-        columns = offsets[..., 1, None] + jnp.arange(patch_size).reshape(1, 1, 1, patch_size)
-        x = jnp.take_along_axis(x, rows[..., None, None], axis=3)
-        x = jnp.take_along_axis(x, columns[..., None, :, None], axis=4)
+        x = _window(x, offsets[..., 0], patch_size, axis=3)
+        x = _window(x, offsets[..., 1], patch_size, axis=4)
     return x.reshape(batch, h * w, patch_size * patch_size * channels)
+
+
+def _window(
+    cells: Float[Array, "B h w _ _ C"], offsets: Int[Array, "B h w"], size: int, axis: int
+) -> Float[Array, "B h w _ _ C"]:
+    """Cut `size` rows (axis 3) or columns (axis 4) out of every cell, from its own offset on.
+
+    On TPUs, where a gather is a loop over small slices, it is a choice among all possible windows.
+    """
+    offsets = jnp.expand_dims(offsets, (3, 4, 5))
+    if current_platform() != "tpu":
+        index = jnp.expand_dims(jnp.arange(size), [i for i in range(6) if i != axis])
+        return jnp.take_along_axis(cells, offsets + index, axis=axis)
+    window = jax.lax.slice_in_dim(cells, 0, size, axis=axis)
+    for start in range(1, cells.shape[axis] - size + 1):
+        other = jax.lax.slice_in_dim(cells, start, start + size, axis=axis)
+        window = jnp.where(offsets == start, other, window)
+    return window
 
 
 def unpatchify(
@@ -293,7 +311,89 @@ def _linear(x: Array, kernel: Array, bias: Array | None, dtype: Dtype) -> Array:
     return y.reshape(x.shape[:-1] + y.shape[-1:])
 
 
-def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.LayerNorm:
+class LayerNorm(nn.Module):
+    """LayerNorm with float32 statistics, for accelerators: flax's in every value but for rounding.
+
+    The gradients of scale and bias are sums over all tokens, for which autodiff writes float32
+    arrays of the size of x. Here they are computed from x and the statistics of its tokens.
+
+    Attributes:
+      epsilon: added to the variance.
+      dtype: of the output.
+    """
+
+    epsilon: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalize every token."""
+        width = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, width)
+        bias = self.param("bias", nn.initializers.zeros, width)
+        return normalize(x, scale, bias, self.epsilon, self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize(
+    x: Float[Array, "... D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    epsilon: float,
+    dtype: Dtype,
+) -> Float[Array, "... D"]:
+    """Shift and scale every token to mean 0 and variance 1, then by the parameters."""
+    return _normalize_forward(x, scale, bias, epsilon, dtype)[0]
+
+
+def _normalize_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float, dtype: Dtype
+) -> tuple[Array, tuple[Array, ...]]:
+    mean = x.astype(jnp.float32).mean(axis=-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
+    y = (x - mean) * (jax.lax.rsqrt(variance + epsilon) * _of_rank(x, scale)) + _of_rank(x, bias)
+    return y.astype(dtype), (x, scale)
+
+
+def _of_rank(x: Array, channels: Array) -> Array:
+    """Channels [D] as [..., D], of as many axes as x has."""
+    return channels.reshape((1,) * (x.ndim - 1) + channels.shape)
+
+
+def _normalize_backward(
+    epsilon: float, dtype: Dtype, residuals: tuple[Array, ...], dy: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients in two passes over x and dy: sums over channels, then everything else.
+
+    The variance is the mean square minus the squared mean. What float32 loses by that is small
+    beside the rounding of x to bfloat16.
+    """
+    x, scale = residuals
+    dtype = x.dtype
+    # Behind a barrier, so that XLA does not take the mean out of the kernel of the forward pass
+    x = jax.lax.optimization_barrier(x).astype(jnp.float32)
+    dy = dy.astype(jnp.float32)
+    scaled = dy * _of_rank(x, scale)
+    sums = (x, x * x, scaled, scaled * x)
+    means = []
+    for values in sums:
+        means.append(values.mean(axis=-1, keepdims=True))
+    mean, square, gradient, product = jax.lax.optimization_barrier(tuple(means))
+    factor = jax.lax.rsqrt(square - mean * mean + epsilon)
+    normalized = (x - mean) * factor
+    common = gradient + normalized * (factor * (product - mean * gradient))
+    tokens = tuple(range(x.ndim - 1))
+    return (
+        ((scaled - common) * factor).astype(dtype),
+        (dy * normalized).sum(axis=tokens),
+        dy.sum(axis=tokens),
+    )
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.Module:
     """A LayerNorm with float32 statistics and the two-pass variance, as in torch.
 
     Args:
@@ -301,4 +401,6 @@ def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.LayerNorm:
       dtype: of the output.
       name: of the module, and so of its parameters.
     """
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+    if current_platform() == "cpu":
+        return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+    return LayerNorm(epsilon=epsilon, dtype=dtype, name=name)

@@ -85,7 +85,7 @@ class StepAnalysis:
       collectives: the messages between devices.
       compiled_flops_per_image: the compiler's count; None where it is not known.
       compile_seconds: None where nothing was compiled.
-      program: of a program for GPUs, see `traffic.summarize`; None for others.
+      program: of a compiled program, see `traffic.summarize`; None where nothing was compiled.
     """
 
     mesh: dict[str, int]
@@ -240,8 +240,13 @@ def _device_part(leaf: Any, placement: Any) -> Any:
     return jax.ShapeDtypeStruct(placement.shard_shape(leaf.shape), leaf.dtype)
 
 
-def compile_for_tpu(parts: TrainingParts, topology: str) -> StepAnalysis:
+def compile_for_tpu(parts: TrainingParts, topology: str, text_file: str = "") -> StepAnalysis:
     """Compile the train step with libtpu for a topology such as "v5e:4x4" or "2xv5e:4x4".
+
+    Args:
+      parts: of the recipe.
+      topology: need not exist.
+      text_file: where to write the compiled program as text; "": nowhere.
 
     Returns:
       The analysis; where the memory does not suffice, it has only "needed" and "limit", and no
@@ -264,12 +269,15 @@ def compile_for_tpu(parts: TrainingParts, topology: str) -> StepAnalysis:
             raise
         seconds = time.perf_counter() - began
         return StepAnalysis(dict(mesh.shape), memory, [], compile_seconds=seconds)
+    if text_file:
+        pathlib.Path(text_file).write_text(text)
     return StepAnalysis(
         mesh=dict(mesh.shape),
         memory=_compiled_memory(compiled),
         collectives=hlo.collectives(text),
         compiled_flops_per_image=_compiled_flops(compiled, config, mesh.size),
         compile_seconds=time.perf_counter() - began,
+        program=traffic.summarize(text),
     )
 
 

@@ -18,6 +18,12 @@ KINDS = (
 )
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\((.*?)\)(?:,|$)")
 _SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
+# Element type, sizes, axes from minor to major, tile of the last axes, memory: 1 is on the chip
+_ARRAY = re.compile(
+    r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]"
+    r"(?:\{([\d,]*)(?::(?:T\(([\d,]+)\))?[^}]*?(?:S\((\d+)\))?[^}S]*)?\})?"
+)
+ON_CHIP = "1"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
@@ -181,18 +187,49 @@ def shapes(type_text: str) -> tuple[str, ...]:
     return tuple(f"{element}[{sizes}]" for element, sizes in _SHAPE.findall(type_text))
 
 
+def arrays(type_text: str) -> tuple[str, ...]:
+    """The arrays in the type of an instruction, a tuple or not, with their layouts."""
+    return tuple(match[0] for match in _ARRAY.finditer(type_text))
+
+
 def num_bytes(shapes: Sequence[str]) -> int:
     """Bytes of arrays of these shapes."""
     total = 0
     for shape in shapes:
         element, _, sizes = shape.rstrip("]").partition("[")
-        bits = 8  # of "pred"
-        width = re.search(r"\d+", element)
-        if width:
-            bits = int(width[0])
-        count = math.prod(int(size) for size in sizes.split(",") if size)
-        total += bits * count // 8
+        total += _bits(element) * math.prod(_integers(sizes)) // 8
     return total
+
+
+def memory_bytes(type_text: str) -> int:
+    """Bytes that the arrays in the type of an instruction take of the device's main memory.
+
+    On TPUs, arrays consist of whole tiles, such as 8 x 128, and some are in memory on the chip,
+    which is not counted.
+
+    Args:
+      type_text: with layouts, as "bf16[256,177]{0,1:T(8,128)(2,1)S(1)}", or a tuple of such.
+    """
+    total = 0
+    for element, sizes, minor_to_major, tile, memory in _ARRAY.findall(type_text):
+        if memory == ON_CHIP:
+            continue
+        lengths = _integers(sizes)
+        axes = _integers(minor_to_major)
+        for axis, side in zip(axes, reversed(_integers(tile)), strict=False):
+            lengths[axis] = math.ceil(lengths[axis] / side) * side
+        total += _bits(element) * math.prod(lengths) // 8
+    return total
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def _bits(element: str) -> int:
+    """Bits of an element of a type such as "bf16" or "pred"."""
+    width = re.search(r"\d+", element)
+    return int(width[0]) if width else 8
 
 
 def _group_size(line: str) -> int:

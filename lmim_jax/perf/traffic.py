@@ -1,9 +1,10 @@
-"""The kernels of a program that was compiled for a GPU: memory traffic, products, estimated time.
+"""The kernels of a program compiled for a GPU or a TPU: memory traffic, products, estimated time.
 
 Traffic is the size of every kernel's operands and results, each counted once: what a kernel moves
-between the GPU's memory and its caches if it reads and writes everything in one pass. Not counted:
-workspaces of libraries, collectives, and what a kernel leaves out of a large operand. Of a
-conditional, all branches are counted.
+between the device's memory and its caches if it reads and writes everything in one pass. Not
+counted: workspaces of libraries, and collectives. A kernel that reads a part of a large operand is
+counted with all of it, unless all that it does is to cut that part out. Of a conditional, all
+branches are counted.
 """
 
 import collections
@@ -30,8 +31,12 @@ FREE = (
     "replica-id",
 )
 PRODUCTS = ("dot", "convolution")
+SLICES = ("slice", "dynamic-slice")  # they read as much as they write
+# Custom calls on TPUs that move nothing
+FREE_TARGETS = ("ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound")
 WORKSPACES = ("u8", "s8")  # element types of what libraries return besides their results
-LIBRARIES = {"__cublas": "cuBLAS", "__cudnn": "cuDNN"}  # start of a target -> library
+# Start of a target -> what computes it
+LIBRARIES = {"__cublas": "cuBLAS", "__cudnn": "cuDNN", "tpu_custom_call": "Pallas"}
 
 # What kernels reached on an H100 (docs/results/gpu.md), as shares of its data sheet
 PRODUCT_SHARE = 650e12 / 989e12  # large bfloat16 products
@@ -72,7 +77,8 @@ class _Program:
         parts = set()
         for computation in self.computations.values():
             for instruction in computation.values():
-                parts.add(instruction.calls)
+                if instruction.opcode != "async-start":
+                    parts.add(instruction.calls)
                 if instruction.opcode != "call":
                     parts.add(instruction.applies)
         found = []
@@ -96,14 +102,19 @@ class _Program:
 
     def _size(self, instruction: Instruction) -> int:
         """Bytes of the operands, each counted once, and of the results."""
-        results = hlo.shapes(instruction.type)
+        size = 0
+        results = hlo.arrays(instruction.type)
         if instruction.opcode == "copy-start":  # (result, operand, counter)
             results = results[:1]
-        if instruction.target.startswith(tuple(LIBRARIES)) and len(results) > 1:
-            results = tuple(shape for shape in results if not shape.startswith(WORKSPACES))
-        size = hlo.num_bytes(results)
+        for result in results:
+            workspace = len(results) > 1 and result.startswith(WORKSPACES)
+            if not (workspace and instruction.target.startswith(tuple(LIBRARIES))):
+                size += hlo.memory_bytes(result)
+        if instruction.opcode in SLICES:
+            return size + hlo.num_bytes(hlo.shapes(instruction.type))
+        siblings = self.computations[instruction.computation]
         for operand in dict.fromkeys(instruction.operands):
-            size += hlo.num_bytes(self._operand_shapes(instruction, operand))
+            size += hlo.memory_bytes(siblings[operand].type)
         return size
 
     def _operand_shapes(self, instruction: Instruction, operand: str) -> tuple[str, ...]:
@@ -140,6 +151,8 @@ class _Program:
 
 def _is_kernel(instruction: Instruction) -> bool:
     opcode = instruction.opcode
+    if instruction.target in FREE_TARGETS:
+        return False
     if opcode in FREE or opcode.endswith(("-done", "-update")) or opcode.startswith("async-"):
         return False
     return opcode.removesuffix("-start") not in hlo.KINDS
@@ -151,7 +164,7 @@ def _collapse(where: str) -> str:
 
 
 def kernels(text: str) -> list[Kernel]:
-    """The kernels of a program that was compiled for a GPU.
+    """The kernels of a program that was compiled for a GPU or a TPU.
 
     Args:
       text: `compiled.as_text()`.
@@ -160,7 +173,7 @@ def kernels(text: str) -> list[Kernel]:
 
 
 def summarize(text: str) -> dict[str, Any]:
-    """Add up the kernels of a program that was compiled for a GPU.
+    """Add up the kernels of a program that was compiled for a GPU or a TPU.
 
     Args:
       text: `compiled.as_text()`.

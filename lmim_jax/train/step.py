@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from lmim_jax.distributed import sharding
 from lmim_jax.models.layer_stack import with_remat_and_scan
 from lmim_jax.train.state import TrainState
-from lmim_jax.utils.platform import traced_for
+from lmim_jax.utils.platform import current_platform, traced_for
 from lmim_jax.utils.prng import image_keys
 
 Batch = dict[str, Array]
@@ -140,9 +140,11 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         target = update_target(state.target, method.target_of(params), method.ema_rate(state.step))
-        # Behind a barrier, so that XLA does not share the squares with Adam's second moments, which
-        # would write them to memory on a CPU
-        metrics["grad_norm"] = optax.tree.norm(jax.lax.optimization_barrier(grads))
+        if current_platform() == "cpu":
+            # Behind a barrier, so that XLA does not share the squares with Adam's second moments,
+            # which would write them to memory
+            grads = jax.lax.optimization_barrier(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["param_norm"] = optax.tree.norm(params)
         metrics["target_norm"] = jnp.float32(optax.tree.norm(target))
         if skip_nonfinite:
