@@ -263,6 +263,7 @@ def test_ctrl_c_saves_then_shows_results_and_the_run_goes_on(images, tmp_path, m
 def test_a_run_of_two_steps_ends_with_figures_gauges_and_curves(images, tmp_path, caplog):
     config = tiny.get_config()
     config.data.path = str(images)
+    config.data.source = "shapes"  # as in quickstart
     config.update(total_steps=2, log_every=50)
     config.evaluators.knn.every = 100.0
     del config.evaluators.visualization
@@ -271,6 +272,8 @@ def test_a_run_of_two_steps_ends_with_figures_gauges_and_curves(images, tmp_path
     assert summary["knn5"].keys() == {"majority", "trained"}
     assert summary["effective_rank"] > 0
     assert (tmp_path / "pictures/curves.png").exists()
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert (stored["data"]["source"], stored["training_images"]["source"]) == ("folder", "folder")
     lines = [record.getMessage() for record in caplog.records]
     compiled = next(i for i, line in enumerate(lines) if re.match(r"compiled in \d+", line))
     assert "compiling the train step ..." in lines[:compiled]
