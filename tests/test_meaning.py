@@ -113,6 +113,17 @@ def test_sizes_that_cannot_be_are_refused(change, message):
         augmentation(**change)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_every_channel_needs_a_mean(channels):
+    config = tiny.get_config()
+    config.data.channels = channels
+    message = f"mean and std have 3 numbers; with config.data.channels={channels} they need"
+    with pytest.raises(UserError, match=message):
+        build(config, steps_per_epoch=1)
+    config.augment.update(mean=channels * (0.5,), std=channels * (0.2,))
+    assert build(config, steps_per_epoch=1).method.channels == channels
+
+
 def test_nothing_is_written_before_sizes_are_checked(images, tmp_path):
     config = tiny.get_config()
     config.data.path = str(images)

@@ -153,6 +153,11 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
     augmentation = Augment.from_config(
         config.augment, image_size=method.image_size, eval_size=method.feature_size
     )
+    if len(augmentation.mean) != method.channels:
+        raise UserError(
+            f"config.augment.mean and std have {len(augmentation.mean)} numbers; with "
+            f"config.data.channels={method.channels} they need {method.channels}"
+        )
     # With config.total_steps, all that is measured in epochs of the schedules scales with the run
     optimizer, learning_rate = adamw.from_config(
         config.optimizer,
