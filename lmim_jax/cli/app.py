@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lmim_jax.utils import descriptors, recipes
+from lmim_jax.utils.buckets import BucketError
 from lmim_jax.utils.errors import DataLoaderTimeout, UserError, fail
 
 HELP = ("--help", "-help", "-h", "--helpshort")
@@ -63,7 +64,7 @@ def run(command: Command, argv: Sequence[str]) -> None:
         descriptors.raise_limit()
         try:
             command.main(positional[1:])
-        except UserError as error:
+        except (UserError, BucketError) as error:
             fail(error)
         except DataLoaderTimeout as error:
             fail(error, 1)

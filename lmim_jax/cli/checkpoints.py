@@ -7,20 +7,20 @@ Exit code 1 if a step is damaged or incomplete.
 """
 
 import datetime
-import pathlib
 import sys
 
 from absl import flags
 
 from lmim_jax.cli import app
 from lmim_jax.train import checkpoint_manifest
+from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 
 RECIPES: dict[str, str | None] = {}
 MAX_PROBLEMS = 5  # printed for each step
 
 
-def table(workdir: str | pathlib.Path, verify: bool) -> tuple[list[str], bool]:
+def table(workdir: buckets.Pathname, verify: bool) -> tuple[list[str], bool]:
     """The table of checkpoints.
 
     Args:
@@ -34,10 +34,12 @@ def table(workdir: str | pathlib.Path, verify: bool) -> tuple[list[str], bool]:
       UserError: there are no checkpoints.
     """
     steps = checkpoint_manifest.steps(workdir)
-    folder = pathlib.Path(workdir, checkpoint_manifest.FOLDER, checkpoint_manifest.QUARANTINE)
-    quarantined = sorted(folder.glob("*"))
+    root = buckets.path(workdir, checkpoint_manifest.FOLDER)
+    folder = root / checkpoint_manifest.QUARANTINE
+    quarantined = buckets.matching(folder, "*")
     if not steps and not quarantined:
-        raise UserError(f"{workdir}: no checkpoints here; give the --workdir of a run")
+        problem = buckets.problem(root)
+        raise UserError(problem or f"{workdir}: no checkpoints here; give the --workdir of a run")
     lines = [f"{'step':>10}  {'state':<8}  {'size':>9}  saved"]
     all_good = True
     for step, path in steps.items():

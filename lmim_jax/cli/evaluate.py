@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import pathlib
 import shlex
 import sys
 import time
@@ -38,7 +37,7 @@ from lmim_jax.evaluators.common.feature_cache import FeatureCache
 from lmim_jax.report.eval_table import line, table
 from lmim_jax.train import runs
 from lmim_jax.train.metric_writer import write_picture
-from lmim_jax.utils import atomic_io, progress
+from lmim_jax.utils import atomic_io, buckets, progress
 from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import duration, log_to_console
 
@@ -250,7 +249,7 @@ def _log_metrics(metrics: Mapping[str, float], seconds: float, left: float) -> N
 
 
 def open_inputs(
-    run: runs.Run, data_config: ConfigDict, baselines: bool, folder: pathlib.Path
+    run: runs.Run, data_config: ConfigDict, baselines: bool, folder: buckets.Path
 ) -> Inputs:
     """Open the images and place the weights on all devices.
 
@@ -322,8 +321,9 @@ def main(arguments: list[str]) -> None:
     )
     log_to_console()
     workdir = app.run_folder(arguments)
+    out = buckets.path(given.out) if given.out else None
     run = runs.open_run(workdir)
-    folder = pathlib.Path(workdir, "evaluations")
+    folder = buckets.path(workdir, "evaluations")
     sections = choose_sections(given.evaluators, given.config)
     everything = ALL in given.evaluators
     left_out = [title for title in given.config if title not in sections]
@@ -342,9 +342,7 @@ def main(arguments: list[str]) -> None:
     titles = list(sections)
     if everything:
         titles = given.evaluators
-    out = folder / file_name(run.step, titles)
-    if given.out:
-        out = pathlib.Path(given.out)
+    out = out or folder / file_name(run.step, titles)
     head = {
         "command": shlex.join(["lmim", *sys.argv[1:]]),
         "evaluated": inputs.description,
@@ -361,7 +359,7 @@ def main(arguments: list[str]) -> None:
             _show(measured, inputs.description, out)
 
 
-def _show(measured: Measured, description: Mapping[str, Any], out: pathlib.Path) -> None:
+def _show(measured: Measured, description: Mapping[str, Any], out: buckets.Path) -> None:
     """Write the pictures and print the table."""
     for title, picture in measured.pictures.items():
         write_picture(out.parent, title.replace("/", "_"), picture)

@@ -27,7 +27,7 @@ from lmim_jax.convert import hf, model_card, parity_check, timm, torch_encoder
 from lmim_jax.convert.official import base as official
 from lmim_jax.data import sources
 from lmim_jax.train import runs
-from lmim_jax.utils import array_io, atomic_io
+from lmim_jax.utils import array_io, atomic_io, buckets
 from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import log_to_console
 
@@ -45,7 +45,7 @@ def export(
     run: runs.Run,
     kind: str,
     which: str,
-    folder: str | pathlib.Path,
+    folder: buckets.Pathname,
     license_name: str = "",
     base_model: str = "",
 ) -> None:
@@ -62,21 +62,31 @@ def export(
     Raises:
       UserError: the folder is not empty, or the format cannot hold this encoder.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = buckets.path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out={folder} is not empty; give another folder")
-    arrays, texts = _contents(run, kind, which)
+    contents = _contents(run, kind, which)
+    card = model_card.write(run, kind, which, license_name, base_model)
+    if isinstance(folder, buckets.BucketPath):
+        with buckets.local_folder(folder) as local:
+            _write(local, contents, card)
+        return
     draft = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    for name, content in texts.items():
-        atomic_io.write(draft / name, json.dumps(content, indent=2) + "\n")
-    array_io.write(draft / runs.WEIGHTS_FILE, arrays, {"format": "pt"})
-    card = model_card.write(run, kind, which, license_name, base_model)
-    atomic_io.write(draft / "README.md", card)
+    _write(draft, contents, card)
     if folder.exists():
         folder.rmdir()
     draft.rename(folder)
+
+
+def _write(folder: pathlib.Path, contents: Contents, card: str) -> None:
+    """Write the files into a folder."""
+    arrays, texts = contents
+    for name, content in texts.items():
+        atomic_io.write(folder / name, json.dumps(content, indent=2) + "\n")
+    array_io.write(folder / runs.WEIGHTS_FILE, arrays, {"format": "pt"})
+    atomic_io.write(folder / "README.md", card)
 
 
 def _contents(run: runs.Run, kind: str, which: str) -> Contents:
@@ -139,8 +149,8 @@ def main(arguments: list[str]) -> None:
     if given.check:
         images = read_some_images(run, given.images)
     export(run, given.format, which, given.out, given.license, given.base_model)
-    folder = pathlib.Path(given.out).expanduser()
-    size = sum(path.stat().st_size for path in folder.iterdir())
+    folder = buckets.path(given.out)
+    size = sum(buckets.file_sizes(folder).values())
     print(
         f"{given.out}: {which} weights of step {run.step}, {size / 1e6:.1f} MB; "
         f"how to use them: {given.out}/README.md"
@@ -157,6 +167,9 @@ def _check_flags() -> None:
     if given.format not in FORMATS:
         hint = did_you_mean(given.format, FORMATS)
         raise UserError(f"--format={given.format} must be one of: {' | '.join(FORMATS)}{hint}")
+    is_bucket = isinstance(buckets.path(given.out), buckets.BucketPath)
+    if given.check and is_bucket:
+        raise UserError(f"--check opens the exported folder, not in a bucket: --out={given.out}")
     if given.check and given.format not in LIBRARIES:
         raise UserError(
             f"--check compares with another library, which --format={given.format} does not need"
@@ -167,9 +180,10 @@ def _check_flags() -> None:
         )
 
 
-def _check(run: runs.Run, which: str, folder: pathlib.Path, images: list[bytes]) -> None:
+def _check(run: runs.Run, which: str, folder: buckets.Path, images: list[bytes]) -> None:
     """Compare with the other library; exit with code 1 if features differ."""
     kind = flags.FLAGS.format
+    assert isinstance(folder, pathlib.Path)
     found = parity_check.compare(kind, folder, run, run.encoder_params(which), images)
     print(
         f"{kind} on {len(images)} images: features differ by at most {found['features']:.1e} "

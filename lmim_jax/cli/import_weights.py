@@ -41,7 +41,7 @@ from lmim_jax.train import checkpoint_manifest, lock, workdir
 from lmim_jax.train.build import complete
 from lmim_jax.train.checkpoints import Checkpoints
 from lmim_jax.train.state import TrainState, init_state
-from lmim_jax.utils import array_io, atomic_io
+from lmim_jax.utils import array_io, atomic_io, buckets
 from lmim_jax.utils.checksum import file_checksum
 from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import log_to_console
@@ -120,7 +120,7 @@ def _check_used(flag: str, patterns: Sequence[str], found: Sequence[str], exampl
 def import_weights(
     path: str | pathlib.Path,
     config: ConfigDict,
-    folder: str | pathlib.Path,
+    folder: buckets.Pathname,
     identity: dict[str, Any] | None,
     drop: Sequence[str] = (),
     fresh: Sequence[str] = (),
@@ -141,7 +141,7 @@ def import_weights(
     Raises:
       UserError: see `read`; or the folder holds a run.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = buckets.path(folder)
     if (folder / "config.json").exists() or checkpoint_manifest.steps(folder):
         raise UserError(f"--workdir={folder} holds a run already; give another folder")
     method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)

@@ -26,7 +26,7 @@ from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.report import elements, image_sections, patch_sections, run_features
 from lmim_jax.report.script import SCRIPT
 from lmim_jax.train import runs
-from lmim_jax.utils import atomic_io, html
+from lmim_jax.utils import atomic_io, buckets, html
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
 
@@ -102,10 +102,11 @@ def main(arguments: list[str]) -> None:
     log_to_console()
     given = flags.FLAGS
     workdir, (folder,) = app.run_and_arguments(arguments, "IMAGES")
-    out = pathlib.Path(given.out).expanduser()
-    if out.resolve().is_relative_to(pathlib.Path(folder).expanduser().resolve()):
+    out = buckets.path(given.out)
+    is_local = isinstance(out, pathlib.Path)
+    if is_local and out.resolve().is_relative_to(pathlib.Path(folder).expanduser().resolve()):
         raise UserError(f"--out={out} is in the folder of the images; give another folder")
-    if not out.parent.is_dir():
+    if is_local and not out.parent.is_dir():
         raise UserError(f"--out={out}: no folder {out.parent}")
     run = runs.open_run(workdir)
     which = run.choose_weights(given.weights)

@@ -9,7 +9,6 @@ network.
 """
 
 import logging
-import pathlib
 import time
 
 from absl import flags
@@ -18,7 +17,7 @@ from lmim_jax.cli import app
 from lmim_jax.report import image_sections, log_sections, patch_sections, run_features
 from lmim_jax.report.script import SCRIPT
 from lmim_jax.train.runs import Run, open_run
-from lmim_jax.utils import atomic_io, html, progress
+from lmim_jax.utils import atomic_io, buckets, html, progress
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
 
@@ -70,8 +69,8 @@ def main(arguments: list[str]) -> None:
     log_to_console()
     given = flags.FLAGS
     workdir, _ = app.run_and_arguments(arguments)
+    out = buckets.path(given.out or buckets.path(workdir, "report.html"))
     run = open_run(workdir, given.path)
-    out = pathlib.Path(given.out or run.folder / "report.html")
     text = report(run, given.bank)
     try:
         atomic_io.write(out, text)

@@ -12,6 +12,7 @@ command to resume. OUT/index.html, OUT/table.md and OUT/results.json are updated
 import ast
 import collections
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -30,7 +32,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.report import comparison
 from lmim_jax.report.comparison import Group, Values
-from lmim_jax.utils import atomic_io
+from lmim_jax.utils import atomic_io, buckets
 from lmim_jax.utils.errors import UserError, did_you_mean, fail
 from lmim_jax.utils.logging import duration, log_to_console
 
@@ -61,7 +63,7 @@ class Run:
     seed: int
     recipe: str
     changes: tuple[str, ...]
-    folder: pathlib.Path
+    folder: buckets.Path
 
     @property
     def config_flags(self) -> list[str]:
@@ -99,7 +101,7 @@ class Run:
         own_cores = os.sched_getaffinity(0)
         os.sched_setaffinity(0, cores)  # inherited by the child
         try:
-            with (self.folder / LOG_FILE).open("ab") as output:
+            with self._local_log.open("ab") as output:
                 return subprocess.Popen(
                     command,
                     env=self._environment(share),
@@ -109,9 +111,24 @@ class Run:
         finally:
             os.sched_setaffinity(0, own_cores)
 
+    @property
+    def _local_log(self) -> pathlib.Path:
+        """Where the log is written; for a run in a bucket, it is uploaded in the end."""
+        log_file = self.folder / LOG_FILE
+        if isinstance(log_file, pathlib.Path):
+            return log_file
+        digest = hashlib.sha256(str(log_file).encode()).hexdigest()
+        return pathlib.Path(tempfile.gettempdir(), f"lmim_jax_study_{digest[:16]}.txt")
+
+    def upload_log(self) -> None:
+        """Upload the log of a run in a bucket that has ended."""
+        log_file = self.folder / LOG_FILE
+        if isinstance(log_file, buckets.BucketPath):
+            log_file.write_bytes(self._local_log.read_bytes())
+
     def _environment(self, share: float) -> dict[str, str]:
         """Environment variables of the process; the runs of a study share compiled programs."""
-        study_folder = self.folder.parents[1].absolute()
+        study_folder = self.folder.parent.parent.absolute()
         environment = {"JAX_COMPILATION_CACHE_DIR": str(study_folder / "compiled")}
         environment.update(os.environ)
         if share < 1:
@@ -120,7 +137,7 @@ class Run:
 
     def failure_reason(self) -> str:
         """The last line of the log that names an error, or else the last line."""
-        text = (self.folder / LOG_FILE).read_text(errors="replace").strip()
+        text = self._local_log.read_text(errors="replace").strip()
         lines = text.splitlines() or ["no output"]
         for line in reversed(lines):
             if re.match(r"[\w.]*(error|exception|killed)\b", line, re.IGNORECASE):
@@ -138,7 +155,7 @@ class _Process:
 
 
 def plan(
-    config: ConfigDict, only: Sequence[str], changes: Sequence[str], out: str | pathlib.Path
+    config: ConfigDict, only: Sequence[str], changes: Sequence[str], out: buckets.Pathname
 ) -> tuple[list[Group], list[Run]]:
     """The groups and runs of a study.
 
@@ -167,7 +184,7 @@ def plan(
     for seed in config.seeds:
         for name, _, recipe, run_changes in config.runs:
             if name in wanted:
-                folder = pathlib.Path(out, _folder_name(name), f"seed{seed}")
+                folder = buckets.path(out, _folder_name(name), f"seed{seed}")
                 all_changes = tuple(run_changes) + tuple(changes)
                 runs.append(Run(name, seed, recipe, all_changes, folder))
     return groups, runs
@@ -237,6 +254,7 @@ class _Scheduler:
     def _report(self, ended: _Process) -> None:
         """Log the result of a run."""
         run = ended.run
+        run.upload_log()
         if ended.process.returncode:
             self.failed.append(run)
             log.error("%s, seed %d FAILED: %s", run.name, run.seed, run.failure_reason())
@@ -285,7 +303,7 @@ def execute(runs: Sequence[Run], parallel: int, on_finished: Callable[[], None])
     return scheduler.failed
 
 
-def measure_costs(runs: Iterable[Run], out: pathlib.Path) -> dict[str, Values]:
+def measure_costs(runs: Iterable[Run], out: buckets.Path) -> dict[str, Values]:
     """Measure the cost of training each variant, one by one, and store it in OUT/cost.json.
 
     Returns:
@@ -334,7 +352,7 @@ class _Publisher:
 
     def __init__(
         self,
-        out: pathlib.Path,
+        out: buckets.Path,
         title: str,
         command: str,
         groups: Sequence[Group],
@@ -350,7 +368,7 @@ class _Publisher:
 
     def publish(self, costs: Mapping[str, Values] | None = None) -> None:
         """Write the pages with the runs that are finished by now."""
-        folders: dict[str, dict[int, pathlib.Path]] = collections.defaultdict(dict)
+        folders: dict[str, dict[int, buckets.Path]] = collections.defaultdict(dict)
         for run in self._runs:
             if run.finished:
                 folders[run.name][run.seed] = run.folder
@@ -390,7 +408,7 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # this process only: accelerators are for the runs
     log_to_console()
     given = flags.FLAGS
-    out = pathlib.Path(given.out)
+    out = buckets.path(given.out)
     groups, runs = plan(given.config, given.only, given.set, out)
     missing = [run for run in runs if not run.finished]
     log.info(

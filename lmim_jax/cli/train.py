@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from lmim_jax.cli import app
 from lmim_jax.distributed import multihost, preemption
 from lmim_jax.train import checkpoints, lock, loop, metric_logger, runs, workdir
-from lmim_jax.utils import atomic_io
+from lmim_jax.utils import atomic_io, buckets
 from lmim_jax.utils.errors import EXIT_SECONDS, UserError, exit_now, fail
 from lmim_jax.utils.logging import log_to_console
 
@@ -133,7 +133,7 @@ def fill_in(config: ConfigDict, folder: str) -> None:
 
     given = flags.FLAGS
     overrides = config_flags.get_override_values(given["config"])
-    if pathlib.Path(folder, "config.json").exists():
+    if buckets.path(folder, "config.json").exists():
         stored = runs.read_config(folder)
         if "hours" in stored:
             known = {key: value for key, value in stored.items() if key in config}
@@ -154,7 +154,7 @@ def write_report(folder: str) -> None:
     """Write the page of a run, unless it exists; what it lacks is logged."""
     from lmim_jax.cli import report  # slow to import
 
-    page = pathlib.Path(folder, "report.html")
+    page = buckets.path(folder, "report.html")
     if not page.exists():
         log.info("writing the page ...")
         try:

@@ -7,12 +7,12 @@ applies and what to cite.
 import dataclasses
 import importlib
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lmim_jax
 from lmim_jax.convert.trained_model import TrainedModel
+from lmim_jax.utils import buckets
 
 NO_LICENSE = "other"  # the name that the Hugging Face Hub has for it
 LIBRARIES = {"timm": "timm", "hf": "transformers", "flax": "lmim_jax", "safetensors": "safetensors"}
@@ -348,7 +348,7 @@ def _summary_rows(model: TrainedModel, summary: Mapping[str, Any]) -> Rows:
 def _evaluation_rows(model: TrainedModel) -> Rows:
     """Rows from evaluations/*.json, which `lmim evaluate` writes."""
     rows: Rows = {}
-    for path in sorted((model.folder / "evaluations").glob("*.json")):
+    for path in buckets.matching(model.folder / "evaluations", "*.json"):
         content = _read_json(path)
         evaluated = content.get("evaluated", {})
         if evaluated.get("step") != model.step:
@@ -384,7 +384,7 @@ def _table_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: buckets.Path) -> dict[str, Any]:
     """Read a JSON file; {} if it does not exist."""
     if not path.is_file():
         return {}

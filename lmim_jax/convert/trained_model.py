@@ -1,16 +1,16 @@
 """What exporting needs of a trained model."""
 
-import pathlib
 from typing import Any, Protocol
 
 from lmim_jax.methods.base import Method, Params
+from lmim_jax.utils import buckets
 
 
 class TrainedModel(Protocol):
     """A trained model; `train.runs.Run` is one."""
 
     @property
-    def folder(self) -> pathlib.Path:
+    def folder(self) -> buckets.Path:
         """Folder of the run, with its summary and evaluations."""
 
     @property

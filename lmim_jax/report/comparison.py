@@ -4,9 +4,9 @@ Nothing here depends on the method: a metric that a run has not logged is left o
 """
 
 import dataclasses
+import io
 import itertools
 import json
-import pathlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from PIL import Image
 
 from lmim_jax.report import elements
 from lmim_jax.train.metric_writer import read_metrics
-from lmim_jax.utils import atomic_io, html, plotting
+from lmim_jax.utils import atomic_io, buckets, html, plotting
 from lmim_jax.utils.html import Html, Section
 
 
@@ -49,7 +49,7 @@ NOTE = (
 )
 
 Values = dict[str, list[float]]  # {metric: its value for each seed}
-SeedFolders = Mapping[int, str | pathlib.Path]  # {seed: folder of the finished run}
+SeedFolders = Mapping[int, buckets.Pathname]  # {seed: folder of the finished run}
 Reference = Literal["previous", "first", "none"]
 
 
@@ -78,7 +78,7 @@ class Group:
     names: Sequence[str]
 
 
-def last_values(folder: str | pathlib.Path) -> dict[str, Any]:
+def last_values(folder: buckets.Pathname) -> dict[str, Any]:
     """The last value of every metric of a run."""
     values: dict[str, Any] = {}
     for line in read_metrics(folder):
@@ -86,7 +86,7 @@ def last_values(folder: str | pathlib.Path) -> dict[str, Any]:
     return values
 
 
-def one_line_summary(folder: str | pathlib.Path) -> str:
+def one_line_summary(folder: buckets.Pathname) -> str:
     """The main metrics of a finished run in one line."""
     values = last_values(folder)
     parts = []
@@ -281,10 +281,10 @@ def _pictures_html(variants: Sequence[Variant], folders: Mapping[str, SeedFolder
     figures = []
     for variant in variants:
         for folder in list(folders[variant.name].values())[:1]:
-            paths = sorted(pathlib.Path(folder, "pictures").glob(PICTURE))
+            paths = buckets.matching(buckets.path(folder, "pictures"), PICTURE)
             if not paths:
                 continue
-            with Image.open(paths[-1]) as file:
+            with Image.open(io.BytesIO(paths[-1].read_bytes())) as file:
                 pixels = np.asarray(file.convert("RGB"))
             alt = f"patch features of {variant.name}"
             caption = f"{variant.name}: {variant.description}"
@@ -314,7 +314,7 @@ def _mean_curve(metric: str, folders: SeedFolders) -> tuple[list[int], list[floa
 
 
 def publish(
-    out: str | pathlib.Path,
+    out: buckets.Pathname,
     title: str,
     command: str,
     groups: Sequence[Group],
@@ -333,7 +333,7 @@ def publish(
       folders: {variant: {seed: folder}} of finished runs.
       costs: {variant: {metric: [value]}} of training, as far as they were measured.
     """
-    out = pathlib.Path(out)
+    out = buckets.path(out)
     out.mkdir(parents=True, exist_ok=True)
     markdown = []
     sections = []
@@ -369,7 +369,7 @@ def _group_section(
     variants: Sequence[Variant],
     sentences: Sequence[str],
     folders: Mapping[str, SeedFolders],
-    out: pathlib.Path,
+    out: buckets.Path,
 ) -> Section:
     """A group as a section of the page; its curves are also written as a PNG file."""
     name = group.title.replace(" ", "_")
@@ -377,7 +377,9 @@ def _group_section(
     panels = curve_panels(group.names, folders)
     if panels:
         picture = plotting.plot_curves(panels, "Mean over seeds", shared_legend=True)
-        Image.fromarray(picture).save(out / f"{name}.png", optimize=True)
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "png", optimize=True)
+        atomic_io.write(out / f"{name}.png", file.getvalue())
         content.append(_curves_html(panels))
     content.append(_pictures_html(variants, folders))
     return Section(name, group.title, elements.concatenate(content))

@@ -6,7 +6,6 @@ A file that is missing leaves its part out; a damaged file is listed by name ins
 import dataclasses
 import itertools
 import json
-import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from lmim_jax.train import summary
 from lmim_jax.train.collapse_metrics import COLLAPSED
 from lmim_jax.train.runs import Run
 from lmim_jax.train.summary import BASELINES, ROWS
-from lmim_jax.utils import html, plotting
+from lmim_jax.utils import buckets, html, plotting
 from lmim_jax.utils.html import Html, Section
 from lmim_jax.utils.logging import duration
 
@@ -47,9 +46,9 @@ class Tile:
     note: str
 
 
-def read_metric_log(folder: str | pathlib.Path) -> MetricLog:
+def read_metric_log(folder: buckets.Pathname) -> MetricLog:
     """The lines of metrics.jsonl, except for an incomplete last one; [] without such a file."""
-    path = pathlib.Path(folder, "metrics.jsonl")
+    path = buckets.path(folder, "metrics.jsonl")
     if not path.exists():
         return []
     lines = []
@@ -218,7 +217,7 @@ def curves_section(log: MetricLog) -> Section | None:
     return html.explained_section("curves", "Training curves", look, collapsed, content)
 
 
-def evaluations_section(folder: str | pathlib.Path, log: MetricLog) -> Section | None:
+def evaluations_section(folder: buckets.Pathname, log: MetricLog) -> Section | None:
     """Metrics of evaluators, from metrics.jsonl and evaluations/*.json; None if there are none."""
     content = []
     logged = _logged_metrics(log)
@@ -260,10 +259,10 @@ def _logged_metrics(log: MetricLog) -> Metrics:
     return metrics
 
 
-def _read_evaluations(folder: str | pathlib.Path) -> dict[str, Metrics | None]:
+def _read_evaluations(folder: buckets.Pathname) -> dict[str, Metrics | None]:
     """{name of a file that `lmim evaluate` wrote: its metrics, or None if it is unreadable}."""
     evaluations: dict[str, Metrics | None] = {}
-    for path in sorted(pathlib.Path(folder, "evaluations").glob("*.json")):
+    for path in buckets.matching(buckets.path(folder, "evaluations"), "*.json"):
         content = _parse_json(path.read_text(errors="replace"))
         figures = None
         if isinstance(content, dict) and isinstance(content.get("figures"), dict):
@@ -363,7 +362,7 @@ def _format_fact(value: object) -> str:
 
 
 def _commands(
-    folder: pathlib.Path,
+    folder: buckets.Path,
     starts: list[dict[str, Any]],
     match: config_diff.RecipeMatch | None,
 ) -> list[str]:

@@ -5,7 +5,6 @@ manifest holds checksums, because Orbax restores a flipped bit without an error.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lmim_jax.utils import atomic_io, faults
+from lmim_jax.utils import atomic_io, buckets, faults
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,6 +26,7 @@ FOLDER = "checkpoints"  # in a workdir: one sub-folder per step
 QUARANTINE = "aside"  # in FOLDER: steps that did not verify
 COMMITTED = "sealed-before"  # in FOLDER: an empty file, present once any step has been committed
 CHUNK = 1 << 22  # bytes read at a time
+READERS = 16  # threads that read files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,12 @@ class CheckpointStatus:
 
 
 def write(
-    folder: str | os.PathLike[str],
+    folder: buckets.Pathname,
     tensors: dict[str, dict[str, Any]],
     confirm: Callable[[], None],
     **metadata: Any,
 ) -> dict[str, Any]:
-    """Commit a step: checksum its files, flush them to disk, then write the manifest atomically.
+    """Commit a step: read its files back, flush them to disk, then write the manifest atomically.
 
     Args:
       folder: of the step.
@@ -69,15 +69,17 @@ def write(
     Returns:
       The manifest.
     """
-    folder = pathlib.Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        entries = list(pool.map(_flushed_entry, paths))
-    files = {}
-    for path, entry in zip(paths, entries, strict=True):
-        files[path.relative_to(folder).as_posix()] = entry
-    for parent in {path.parent for path in paths}:
-        atomic_io.flush_folder(parent)
+    folder = buckets.path(folder)
+    sizes = buckets.file_sizes(folder)
+
+    def describe(name: str) -> dict[str, Any]:
+        return {"size": sizes[name], "sha256": _checksum(folder / name, sizes[name], flush=True)}
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        files = dict(zip(sizes, pool.map(describe, sizes), strict=True))
+    if isinstance(folder, pathlib.Path):
+        for parent in {(folder / name).parent for name in files}:
+            atomic_io.flush_folder(parent)
     manifest = {"time": time.time(), **metadata, "files": files, "tensors": tensors}
     body = json.dumps(manifest, indent=1)
     head = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()})
@@ -86,56 +88,46 @@ def write(
     return manifest
 
 
-def _flushed_entry(path: pathlib.Path) -> dict[str, Any]:
-    """The manifest entry of a file, which is flushed to disk."""
-    return {"size": path.stat().st_size, "sha256": _checksum(path, flush=True)}
-
-
-def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read(folder: buckets.Pathname) -> dict[str, Any]:
     """Read the manifest of a step.
 
     Raises:
       FileNotFoundError: the step has no manifest.
       ValueError: the manifest is damaged.
     """
-    head, _, body = pathlib.Path(folder, NAME).read_text().partition("\n")
+    head, _, body = buckets.path(folder, NAME).read_text().partition("\n")
     digest = hashlib.sha256(body[:-1].encode()).hexdigest()
     if json.loads(head)["sha256"] != digest or body[-1:] != "\n":
         raise ValueError("its checksum is wrong")
     return json.loads(body)
 
 
-def checksum(folder: str | os.PathLike[str]) -> str:
+def checksum(folder: buckets.Pathname) -> str:
     """The SHA-256 of a step's manifest, which itself contains the checksums of all its files."""
-    head, _, _ = pathlib.Path(folder, NAME).read_text().partition("\n")
+    head, _, _ = buckets.path(folder, NAME).read_text().partition("\n")
     return json.loads(head)["sha256"]
 
 
-def is_committed(folder: str | os.PathLike[str]) -> bool:
+def is_committed(folder: buckets.Pathname) -> bool:
     """Whether a step has a manifest; its contents are not verified."""
-    return pathlib.Path(folder, NAME).exists()
+    return buckets.path(folder, NAME).is_file()
 
 
-def _file_sizes(folder: pathlib.Path) -> dict[str, int]:
-    """{name: bytes} of the files below a folder; files may disappear while a run is writing."""
-    sizes = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = pathlib.Path(parent, name)
-            with contextlib.suppress(FileNotFoundError):
-                sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    return sizes
+def delete(folder: buckets.Pathname) -> None:
+    """Delete a step, its manifest first: a step that is half deleted counts as partial."""
+    buckets.path(folder, NAME).unlink(missing_ok=True)
+    buckets.remove_tree(buckets.path(folder))
 
 
-def verify(folder: str | os.PathLike[str], contents: bool = True) -> CheckpointStatus:
+def verify(folder: buckets.Pathname, contents: bool = True) -> CheckpointStatus:
     """Compare a step with its manifest.
 
     Args:
       folder: of the step.
       contents: compare checksums; otherwise check only that all files exist and have their sizes.
     """
-    folder = pathlib.Path(folder)
-    sizes = _file_sizes(folder)
+    folder = buckets.path(folder)
+    sizes = buckets.file_sizes(folder)
     total = sum(sizes.values())
     try:
         manifest = _read_patiently(folder / NAME, lambda: read(folder))
@@ -148,14 +140,14 @@ def verify(folder: str | os.PathLike[str], contents: bool = True) -> CheckpointS
         expected = manifest["files"][name]
         return _file_problem(folder, name, expected, sizes.get(name), contents)
 
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         problems = tuple(filter(None, pool.map(check, manifest["files"])))
     state = "damaged" if problems else "good"
     return CheckpointStatus(state, problems, total)
 
 
 def _file_problem(
-    folder: pathlib.Path, name: str, expected: dict[str, Any], size: int | None, contents: bool
+    folder: buckets.Path, name: str, expected: dict[str, Any], size: int | None, contents: bool
 ) -> str | None:
     """What is wrong with a file of a step; None where nothing is."""
     if size is None:
@@ -166,7 +158,7 @@ def _file_problem(
         return None
     path = folder / name
     try:
-        checksum = _read_patiently(path, lambda: _checksum(path))
+        checksum = _read_patiently(path, lambda: _checksum(path, size))
     except OSError as error:
         return f"{_describe(name)}: {error.strerror}"
     except faults.ReadFailed as error:
@@ -176,28 +168,28 @@ def _file_problem(
     return None
 
 
-def _read_patiently(path: pathlib.Path, read_it: Callable[[], Any]) -> Any:
+def _read_patiently(path: buckets.Path, read_it: Callable[[], Any]) -> Any:
     """The result of reading a file, again while the environment is at fault."""
     return faults.retry(read_it, lambda: str(path), faults.RETRY_SECONDS)
 
 
-def steps(workdir: str | os.PathLike[str]) -> dict[int, pathlib.Path]:
+def steps(workdir: buckets.Pathname) -> dict[int, buckets.Path]:
     """{step: folder} of all steps in workdir/checkpoints in any state, oldest first."""
-    root = pathlib.Path(workdir, FOLDER)
-    if not root.is_dir():
-        return {}
-    found = {int(path.name): path for path in root.glob("*") if path.name.isdigit()}
+    found: dict[int, buckets.Path] = {}
+    for path in buckets.matching(buckets.path(workdir, FOLDER), "*"):
+        if path.name.isdigit():
+            found[int(path.name)] = path
     return dict(sorted(found.items()))
 
 
-def newest_good_step(workdir: str | os.PathLike[str], quarantine: bool = False) -> int | None:
+def newest_good_step(workdir: buckets.Pathname, quarantine: bool = False) -> int | None:
     """The newest step whose checksums all match; None where no step was ever committed.
 
     Steps that do not verify are listed in a warning.
 
     Args:
       workdir: of the run.
-      quarantine: move steps that do not verify to checkpoints/aside.
+      quarantine: move steps that do not verify to checkpoints/aside; in a bucket, their manifests.
 
     Raises:
       UserError: steps were committed, and none of them is good.
@@ -212,10 +204,10 @@ def newest_good_step(workdir: str | os.PathLike[str], quarantine: bool = False) 
             return step
         problem = f"step {step} is {status}"
         if quarantine:
-            problem += f", moved to {_move_to_quarantine(path, status.state)}"
+            problem += _move_to_quarantine(path, status.state)
         problems.append(problem)
     listed = "; ".join(problems)
-    if pathlib.Path(workdir, FOLDER, COMMITTED).exists():
+    if buckets.path(workdir, FOLDER, COMMITTED).is_file():
         listed = listed or "all of them have been deleted"
         raise UserError(
             f"{workdir} has no good checkpoint: {listed}. To start over, choose another --workdir"
@@ -225,13 +217,27 @@ def newest_good_step(workdir: str | os.PathLike[str], quarantine: bool = False) 
     return None
 
 
-def _move_to_quarantine(path: pathlib.Path, state: str) -> pathlib.Path:
-    """Move a step to, for example, checkpoints/aside/512-damaged, replacing an older one."""
+def _move_to_quarantine(path: buckets.Path, state: str) -> str:
+    """Move a step to, for example, checkpoints/aside/512-damaged, replacing an older one.
+
+    In a bucket, where moving means copying, only its manifest is moved, which makes it partial.
+
+    Returns:
+      What was moved where, for a message.
+    """
+    if isinstance(path, buckets.BucketPath):
+        manifest = path / NAME
+        if not manifest.is_file():
+            return ""
+        copy = path.parent / QUARANTINE / f"{path.name}-{state}-{NAME}"
+        copy.write_bytes(manifest.read_bytes())
+        manifest.unlink()
+        return f", {NAME} moved to {copy}"
     destination = path.parent / QUARANTINE / f"{path.name}-{state}"
     shutil.rmtree(destination, ignore_errors=True)
     destination.parent.mkdir(exist_ok=True)
     path.rename(destination)
-    return destination
+    return f", moved to {destination}"
 
 
 def _describe(name: str) -> str:
@@ -242,9 +248,13 @@ def _describe(name: str) -> str:
     return name
 
 
-def _checksum(path: pathlib.Path, flush: bool = False) -> str:
+def _checksum(path: buckets.Path, size: int, flush: bool = False) -> str:
     """The hexadecimal SHA-256 of a file; `flush` also flushes it to disk."""
     digest = hashlib.sha256()
+    if isinstance(path, buckets.BucketPath):
+        for chunk in path.read_chunks(size, CHUNK):
+            digest.update(chunk)
+        return digest.hexdigest()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)

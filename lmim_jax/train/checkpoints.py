@@ -3,13 +3,12 @@
 workdir/checkpoints/512/state/...        written by Orbax, a folder per tensor
 workdir/checkpoints/512/manifest.json    written last: sizes, checksums, shapes
 workdir/checkpoints/aside/512-damaged    a step that did not verify
+
+In a bucket the same holds: the manifest alone says that a step is complete.
 """
 
 import contextlib
 import logging
-import os
-import pathlib
-import shutil
 import threading
 import time
 import types
@@ -28,12 +27,11 @@ from lmim_jax.train.checkpoint_manifest import COMMITTED, FOLDER, newest_good_st
 from lmim_jax.train.lock import Lock, LockLost
 from lmim_jax.train.metric_writer import read_metrics
 from lmim_jax.train.state import TrainState
-from lmim_jax.utils import faults
+from lmim_jax.utils import atomic_io, buckets, faults
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DELETED = "deleted-"  # prefix of the folder of a step that is being deleted
 SAVE_TIMEOUT = 1200  # seconds
 
 
@@ -49,7 +47,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], config: ConfigDict, lock: Lock | None = None
+        self, workdir: buckets.Pathname, config: ConfigDict, lock: Lock | None = None
     ) -> None:
         """Open the checkpoints of a run.
 
@@ -60,7 +58,7 @@ class Checkpoints:
           lock: of the run; nothing is written once it is lost. None: the caller knows that there
             is no other writer.
         """
-        self._workdir = pathlib.Path(workdir)
+        self._workdir = buckets.path(workdir)
         self._config = config
         self._lock = lock
         self._root = self._workdir.absolute() / FOLDER
@@ -142,7 +140,7 @@ class Checkpoints:
         target = jax.tree.map(placed, _without_key(abstract), shardings)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         args = ocp.args.PyTreeRestore(target, restore_args=restore_args)
-        restored = self._orbax.restore(folder / "state", args=args)
+        restored = _reader().restore(str(folder / "state"), args=args)
         self._saved_step = step
         return restored.replace(rng=jax.random.wrap_key_data(restored.rng))
 
@@ -164,10 +162,12 @@ class Checkpoints:
             self._confirm_lock()
             if self._failures:  # the old one would raise its error again
                 self._orbax = _checkpointer(self._barrier)
+            if jax.process_index() == 0:
+                checkpoint_manifest.delete(folder)
             folder.mkdir(parents=True, exist_ok=True)
             self._barrier("folder")
             args = ocp.args.PyTreeSave(_without_key(state))
-            self._orbax.save(folder / "state", args=args, force=True)
+            self._orbax.save(str(folder / "state"), args=args, force=True)
         except Exception as error:
             self._handle_failure(step, error)
         else:
@@ -207,7 +207,7 @@ class Checkpoints:
                 checkpoint_manifest.write(
                     self._root / str(step), tensors, self._confirm_lock, step=step
                 )
-                (self._root / COMMITTED).touch()
+                atomic_io.write(self._root / COMMITTED, "")
             self._barrier("committed")
         except Exception as error:  # disk full, folder deleted, ...: training continues
             self._handle_failure(step, error)
@@ -241,7 +241,8 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # the coordinator may be gone
             multihost.abort(f"failed/{self._attempt}", self._error)
         if not isinstance(error, LockLost):  # else the files may be those of the other run
-            shutil.rmtree(self._root / str(step), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                checkpoint_manifest.delete(self._root / str(step))
         log.error(
             "SAVING STEP %d FAILED (%d of %d in a row before the run stops): %s; %s. Retrying soon",
             step,
@@ -257,15 +258,12 @@ class Checkpoints:
         return [step for step, path in found if checkpoint_manifest.is_committed(path)]
 
     def _delete_old_steps(self) -> None:
-        """Delete committed steps that the retention policy does not keep.
-
-        They are renamed first, so that a step is never half deleted under its own name.
-        """
+        """Delete steps that the retention policy does not keep, and older ones that are partial."""
         committed = self._committed()
-        for step in set(committed) - self._steps_to_keep(committed):
-            (self._root / str(step)).rename(self._root / f"{DELETED}{step}")
-        for path in self._root.glob(f"{DELETED}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        keep = self._steps_to_keep(committed)
+        for step, path in steps(self._workdir).items():
+            if step < committed[-1] and step not in keep:
+                checkpoint_manifest.delete(path)
 
     def _steps_to_keep(self, committed: list[int]) -> set[int]:
         """The newest steps, every multiple of an interval, and the best by a metric."""
@@ -284,7 +282,7 @@ class Checkpoints:
         return keep
 
 
-def newest_step(workdir: str | os.PathLike[str]) -> int:
+def newest_step(workdir: buckets.Pathname) -> int:
     """The newest good step of a run.
 
     Raises:
@@ -298,7 +296,7 @@ def newest_step(workdir: str | os.PathLike[str]) -> int:
     return step
 
 
-def read_weights(workdir: str | os.PathLike[str], method: Any, step: int) -> tuple[Any, Any]:
+def read_weights(workdir: buckets.Pathname, method: Any, step: int) -> tuple[Any, Any]:
     """Read the weights of a good step, without the optimizer's state.
 
     Args:
@@ -313,12 +311,12 @@ def read_weights(workdir: str | os.PathLike[str], method: Any, step: int) -> tup
     tree = {"params": params, "target": method.target_of(params)}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     args = ocp.args.PyTreeRestore(tree, restore_args=as_numpy, partial_restore=True)
-    folder = pathlib.Path(workdir).absolute() / FOLDER / str(step)
-    restored = _checkpointer().restore(folder / "state", args=args)
+    folder = buckets.path(workdir).absolute() / FOLDER / str(step)
+    restored = _reader().restore(str(folder / "state"), args=args)
     return restored["params"], restored["target"]
 
 
-def _checkpointer(barrier: Callable[..., None] | None = None) -> ocp.AsyncCheckpointer:
+def _checkpointer(barrier: Callable[..., None]) -> ocp.AsyncCheckpointer:
     """Orbax's checkpointer, with a folder per tensor, so that a damaged tensor can be named.
 
     Files are not compressed: float32 weights do not shrink.
@@ -326,9 +324,22 @@ def _checkpointer(barrier: Callable[..., None] | None = None) -> ocp.AsyncCheckp
     Args:
       barrier: how processes wait for each other, a function of (key, timeout_ms).
     """
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
     options = ocp.options.AsyncOptions(timeout_secs=SAVE_TIMEOUT, barrier_sync_fn=barrier)
-    return ocp.AsyncCheckpointer(handler, async_options=options)
+    return ocp.AsyncCheckpointer(_handler(), async_options=options)
+
+
+def _reader() -> ocp.Checkpointer:
+    """Orbax's checkpointer for reading.
+
+    In a bucket it would look for a file of its own that says that the state is complete, which
+    states that were saved elsewhere and copied there lack: our manifest says it.
+    """
+    by_name = ocp.path.atomicity.AtomicRenameTemporaryPath
+    return ocp.Checkpointer(_handler(), temporary_path_class=by_name)
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
 
 
 def _without_key(state: TrainState) -> TrainState:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lmim_jax.distributed import multihost
-from lmim_jax.utils import atomic_io
+from lmim_jax.utils import atomic_io, buckets
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,9 @@ class LockLost(RuntimeError):
 
 
 class Lock:
-    """The file workdir/lock, which process 0 of a run holds. Use it in a `with` block."""
+    """The file or object workdir/lock, held by process 0 of a run. Use it in a `with` block."""
 
-    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+    def __init__(self, workdir: buckets.Pathname) -> None:
         """Acquire the lock; that of a dead run is taken over. All processes must call it.
 
         Raises:
@@ -49,7 +49,7 @@ class Lock:
             cannot be written.
         """
         self._workdir = workdir
-        self._file = _LockFile(pathlib.Path(workdir, "lock"))
+        self._file = _open(buckets.path(workdir, "lock"))
         self._count = 0
         self._content = b""  # as last written
         self._held = False
@@ -106,6 +106,8 @@ class Lock:
     def _acquire(self) -> None:
         try:
             self._wait_until_acquired()
+            # In a bucket, it takes one more permission than the first time
+            self._lost = not self._file.renew(self._next_content())
         except OSError as error:
             raise UserError(f"{self._workdir} cannot be written: {error}") from error
         self._held = True
@@ -166,6 +168,12 @@ class Lock:
         while not self._stop.wait(HEARTBEAT):
             with contextlib.suppress(OSError):  # the folder may be unavailable for a while
                 self._beat()
+
+
+def _open(path: buckets.Path) -> "_LockFile | _LockObject":
+    if isinstance(path, buckets.BucketPath):
+        return _LockObject(path)
+    return _LockFile(path)
 
 
 class _LockFile:
@@ -252,6 +260,51 @@ class _LockFile:
     def _claim_path(self, content: bytes) -> pathlib.Path:
         digest = hashlib.sha256(_first_line(content)).hexdigest()
         return self._path.with_name(f"lock.{digest[:16]}")
+
+
+class _LockObject:
+    """A lock as an object in a bucket, with the methods of _LockFile.
+
+    Every write is bound to the generation of the object that was read or written before.
+    """
+
+    def __init__(self, path: buckets.BucketPath) -> None:
+        self._path = path
+        self._generation = b""  # of what was written last
+
+    def read(self) -> bytes | None:
+        content, _ = self._path.read_version()
+        return content
+
+    def create(self, content: bytes) -> bool:
+        existing, generation = self._path.read_version()
+        return existing is None and self._write(content, generation)
+
+    def renew(self, content: bytes) -> bool:
+        if self._write(content, self._generation):
+            return True
+        # An earlier heartbeat may have arrived though it was reported as failed
+        existing, generation = self._path.read_version()
+        is_ours = existing is not None and _first_line(existing) == _first_line(content)
+        return is_ours and self._write(content, generation)
+
+    def take_over(self, dead: bytes, content: bytes, impatient: bool) -> bool:
+        del impatient
+        existing, generation = self._path.read_version()
+        return existing == dead and self._write(content, generation)
+
+    def remove(self, content: bytes) -> None:
+        del content
+        self._path.write_version(None, self._generation)
+
+    def _write(self, content: bytes, generation: bytes) -> bool:
+        written = self._path.write_version(content, generation)
+        if written is None:  # changed by others, or by this write, if its answer was lost
+            existing, written = self._path.read_version()
+            if existing != content:
+                return False
+        self._generation = written
+        return True
 
 
 def _flush(file: Any, content: bytes) -> None:

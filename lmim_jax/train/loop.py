@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import pathlib
 import time
 from typing import Any
 
@@ -26,7 +24,7 @@ from lmim_jax.train.collapse_metrics import make_collapse_metrics
 from lmim_jax.train.lock import Lock, LockLost
 from lmim_jax.train.metric_logger import MetricLogger, NonFinite
 from lmim_jax.train.metric_writer import MetricWriter, read_metrics, write_picture
-from lmim_jax.utils import atomic_io, descriptors, faults, progress
+from lmim_jax.utils import atomic_io, buckets, descriptors, faults, progress
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, fill_lines
 
@@ -37,12 +35,13 @@ Sources = dict[str, Any]  # {"train": source, "test": source or None}
 EVALUATION_TIMEOUT = 600.0  # seconds that the other processes may take longer for an evaluation
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: buckets.Pathname) -> dict[str, Any]:
     """Train; a run that was interrupted resumes.
 
     Args:
       config: see configs/vit_b.py.
-      workdir: folder of this run's checkpoints, metrics and summary; created if needed.
+      workdir: folder of this run's checkpoints, metrics and summary, local or gs://BUCKET/FOLDER;
+        created if needed.
 
     Returns:
       The summary, which is also written to workdir/summary.json.
@@ -88,7 +87,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             mesh=mesh,
             splits=splits,
             scheduled=scheduled,
-            workdir=pathlib.Path(workdir),
+            workdir=buckets.path(workdir),
             lock=lock,
             checkpoints=checkpoints,
             handler=handler,
@@ -146,7 +145,7 @@ class TrainingLoop:
         mesh: Mesh,
         splits: Sources,
         scheduled: list[evaluators.Scheduled],
-        workdir: pathlib.Path,
+        workdir: buckets.Path,
         lock: Lock,
         checkpoints: Checkpoints,
         handler: preemption.PreemptionHandler,
@@ -330,6 +329,7 @@ class TrainingLoop:
 
     def _save(self, step: int) -> None:
         """Start to save the state after a step."""
+        self._writer.flush()  # a resumed run goes on after the saved lines
         self._checkpoints.save(self._state, step)
         self._saved_at = time.monotonic()
 
@@ -366,6 +366,7 @@ class TrainingLoop:
         except Exception as error:  # if it is strict
             log.error("the evaluation failed: %s", faults.first_line(error))
         try:
+            self._writer.flush()
             summary = _write_summary(self._workdir, step, self.wall_seconds)
             log.info(summaries.format_summary(summary, self._workdir))
         except Exception as error:
@@ -447,12 +448,12 @@ def _log_parameter_counts(params: dict[str, Any]) -> None:
 
 
 def _write_summary(
-    workdir: str | os.PathLike[str], total_steps: int, wall_seconds: float
+    workdir: buckets.Pathname, total_steps: int, wall_seconds: float
 ) -> dict[str, Any]:
     """Summarize the run in summary.json and curves.png."""
     lines = read_metrics(workdir)
     summary = summaries.summarize(lines, total_steps=total_steps, seconds=wall_seconds)
     write_picture(workdir, "curves", summaries.draw_curves(lines, workdir))
-    path = pathlib.Path(workdir, "summary.json")
+    path = buckets.path(workdir, "summary.json")
     atomic_io.write(path, json.dumps(summary, indent=2) + "\n")
     return summary

@@ -4,11 +4,9 @@ A full disk delays them and does not stop training.
 """
 
 import importlib.util
+import io
 import json
 import logging
-import math
-import os
-import pathlib
 import re
 import shlex
 import time
@@ -21,12 +19,12 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from lmim_jax.distributed import multihost
-from lmim_jax.utils import atomic_io
+from lmim_jax.train import metric_storage
+from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-BOARD_FOLDER = "tensorboard"
 # TensorBoard shows the tags of one prefix together; the first pattern for a whole name decides
 PREFIXES = (
     (r".*/.*", "eval"),
@@ -53,15 +51,15 @@ class MetricWriter:
 
     wall_seconds: float
 
-    def __init__(self, workdir: str | os.PathLike[str], start: int) -> None:
+    def __init__(self, workdir: buckets.Pathname, start: int) -> None:
         """Open the writers.
 
         Args:
           workdir: of the run.
           start: the step to continue from; lines of later steps (of a killed run) are dropped.
         """
-        self._workdir = pathlib.Path(workdir)
-        self._path = self._workdir / "metrics.jsonl"
+        self._workdir = buckets.path(workdir)
+        self._storage = metric_storage.open_storage(workdir)
         self._start = start
         self._is_first_process = jax.process_index() == 0
         self._pending = b""  # lines that are not written yet
@@ -75,19 +73,15 @@ class MetricWriter:
                 self._evaluated |= {name.split("/")[0] for name in values if "/" in name}
 
     def _keep_lines_until_start(self) -> list[dict[str, Any]]:
-        """Drop lines of steps after the start; return what the last of the others say."""
-        if not self._path.exists():
-            return []
-        lines = [
-            line for line in self._path.read_text().splitlines() if _step_of(line) <= self._start
-        ]
-        atomic_io.write(self._path, "".join(line + "\n" for line in lines))
-        return [json.loads(line) for line in lines]
+        """Drop lines of steps after the start; return the others."""
+        return [json.loads(line) for line in self._storage.keep_lines(self._start)]
 
     @property
     def board_command(self) -> str:
         """The command that shows the curves in TensorBoard, which may have to be installed."""
-        command = f"tensorboard --logdir={shlex.quote(str(self._workdir / BOARD_FOLDER))}"
+        command = (
+            f"tensorboard --logdir={shlex.quote(str(self._workdir / metric_storage.BOARD_FOLDER))}"
+        )
         if importlib.util.find_spec("tensorboard"):
             return command
         return f"pip install tensorboard && {command}"
@@ -147,17 +141,24 @@ class MetricWriter:
         """Write what is still pending, and close.
 
         Raises:
-          UserError: there is still no space for it.
+          UserError: it still cannot be written.
         """
-        if self._pending:
-            self._attempt([self._append])
+        try:
             if self._pending:
-                raise UserError(
-                    f"{self._path}: its last lines cannot be written; free some space, and run "
-                    "the command again"
-                )
-        if self._board:
-            self._attempt([self._board.close])
+                self._append()
+            if self._board:
+                self._attempt([self._board.close])
+            self._storage.close()
+        except OSError as error:
+            raise UserError(
+                f"{self._workdir / metric_storage.NAME}: its last lines cannot be written "
+                f"({error}); mend that, and run the command again"
+            ) from error
+
+    def flush(self) -> None:
+        """Write what was kept back so far, before the state is saved."""
+        if self._is_first_process:
+            self._attempt([self._storage.flush])
 
     def _attempt(self, actions: Iterable[Callable[[], None]]) -> None:
         """Run each action; the first of several failures in a row is logged."""
@@ -179,13 +180,7 @@ class MetricWriter:
 
     def _append(self) -> None:
         """Append all pending lines, or none of them."""
-        with self._path.open("ab", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            try:
-                atomic_io.write_all(file, self._pending)
-            except OSError:
-                file.truncate(end)
-                raise
+        self._storage.append(self._pending)
         self._pending = b""
 
     def _write_events(self, step: int, summaries: Iterable[Any]) -> None:
@@ -194,7 +189,7 @@ class MetricWriter:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         if not self._board:
-            folder = self._workdir / BOARD_FOLDER
+            folder = self._storage.board_folder
             folder.mkdir(parents=True, exist_ok=True)
             self._board = EventsWriter(str(folder / "events"))
             # Makes TensorBoard discard what it has read of later steps
@@ -206,28 +201,22 @@ class MetricWriter:
         self._board.flush()
 
 
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metrics(workdir: buckets.Pathname) -> list[dict[str, Any]]:
     """All lines of a run's metrics.jsonl.
 
     Raises:
       FileNotFoundError: there is no such file.
     """
-    path = pathlib.Path(workdir, "metrics.jsonl")
+    path = buckets.path(workdir, metric_storage.NAME)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_picture(
-    workdir: str | os.PathLike[str], name: str, picture: UInt8[np.ndarray, "H W 3"]
+    workdir: buckets.Pathname, name: str, picture: UInt8[np.ndarray, "H W 3"]
 ) -> None:
     """Write a picture to workdir/pictures/NAME.png."""
-    folder = pathlib.Path(workdir, "pictures")
+    folder = buckets.path(workdir, "pictures")
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(picture)).save(folder / f"{name}.png", optimize=True)
-
-
-def _step_of(line: str) -> float:
-    """The step of a metrics line; infinite for a line cut off by a kill, so that it is dropped."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(picture)).save(file, "png", optimize=True)
+    (folder / f"{name}.png").write_bytes(file.getvalue())

@@ -6,7 +6,6 @@ They are kept in RUN/environment.json.
 import datetime
 import json
 import logging
-import os
 import pathlib
 import platform
 import shlex
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 
 from lmim_jax.distributed import multihost
-from lmim_jax.utils import atomic_io
+from lmim_jax.utils import atomic_io, buckets
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +38,16 @@ def describe() -> dict[str, Any]:
     }
 
 
-def read_starts(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_starts(workdir: buckets.Pathname) -> list[dict[str, Any]]:
     """The records of all starts of a run, oldest first; empty where there are none."""
     try:
-        found = json.loads(pathlib.Path(workdir, NAME).read_text())
+        found = json.loads(buckets.path(workdir, NAME).read_text())
     except (OSError, ValueError):
         return []
     return found if isinstance(found, list) else []
 
 
-def record_start(workdir: str | os.PathLike[str], images: Sequence[str]) -> None:
+def record_start(workdir: buckets.Pathname, images: Sequence[str]) -> None:
     """Add a record of this start; a full disk does not stop the run here.
 
     Args:
@@ -59,7 +58,7 @@ def record_start(workdir: str | os.PathLike[str], images: Sequence[str]) -> None
         return
     records = [*read_starts(workdir), {**describe(), "images": list(images)}]
     try:
-        atomic_io.write(pathlib.Path(workdir, NAME), json.dumps(records, indent=2) + "\n")
+        atomic_io.write(buckets.path(workdir, NAME), json.dumps(records, indent=2) + "\n")
     except OSError as error:
         log.warning("%s was not written: %s", NAME, error)
 

@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +24,7 @@ from lmim_jax.evaluators.base import STRICT
 from lmim_jax.methods import base as methods
 from lmim_jax.train import checkpoint_manifest, checkpoints
 from lmim_jax.train.state import initial_params
-from lmim_jax.utils import array_io
+from lmim_jax.utils import array_io, buckets
 from lmim_jax.utils.checksum import file_checksum
 from lmim_jax.utils.errors import UserError
 
@@ -73,7 +72,7 @@ class Run:
       opened: images that are open already; None: those of `config.data`.
     """
 
-    folder: pathlib.Path
+    folder: buckets.Path
     config: ConfigDict
     method: Any
     exported: str | None = None
@@ -239,7 +238,7 @@ class Run:
         return {**self.params, **self.target}
 
 
-def open_run(folder: str | os.PathLike[str], images: str | os.PathLike[str] = "") -> Run:
+def open_run(folder: buckets.Pathname, images: str | os.PathLike[str] = "") -> Run:
     """Open a run with its newest good checkpoint, or an exported model.
 
     Args:
@@ -249,7 +248,7 @@ def open_run(folder: str | os.PathLike[str], images: str | os.PathLike[str] = ""
     Raises:
       UserError: it is neither.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = buckets.path(folder)
     config = read_config(folder)
     exported = config.pop("exported", None)
     config = with_tuples(config)
@@ -273,26 +272,30 @@ def _mend_resize(augment: ConfigDict, smallest: int) -> None:
         augment.eval_resize = mended
 
 
-def _read_exported(folder: pathlib.Path) -> Weights:
-    arrays, _ = array_io.read(folder / WEIGHTS_FILE)
+def _read_exported(folder: buckets.Path) -> Weights:
+    with buckets.local_file(folder / WEIGHTS_FILE) as file:
+        arrays, _ = array_io.read(file)
+        checksum = file_checksum(file)
     step = read_config(folder)["exported"]["step"]
-    checksum = file_checksum(folder / WEIGHTS_FILE)
     return Weights(unflatten_dict(arrays, sep="/"), {}, step, checksum)
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(folder: buckets.Pathname) -> dict[str, Any]:
     """The config.json of a run, of plain values.
 
     Raises:
       UserError: there is none, or it is not that of a run.
     """
-    path = pathlib.Path(folder, "config.json")
+    path = buckets.path(folder, "config.json")
     try:
         config = json.loads(path.read_text())
         missing = sorted(REQUIRED - config.keys())
         if missing:
             raise KeyError(*missing)
     except FileNotFoundError as error:
+        problem = buckets.problem(path.parent)
+        if problem:
+            raise UserError(problem) from error
         raise UserError(
             f"{folder} is not a run: it has no config.json; give the --workdir of one"
         ) from error

@@ -1,8 +1,6 @@
 """The end of a run: one dict for programs, one table for people, one picture of curves."""
 
 import json
-import os
-import pathlib
 import re
 import statistics
 from typing import Any
@@ -11,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from lmim_jax.train.collapse_metrics import COLLAPSED
-from lmim_jax.utils import plotting
+from lmim_jax.utils import buckets, plotting
 
 Line = dict[str, Any]  # of metrics.jsonl
 Panel = tuple[str, dict[str, Any], dict[str, float]]  # see `plotting.plot_curves`
@@ -41,9 +39,9 @@ NEXT_STEPS = {
 }
 
 
-def read_summary(workdir: str | os.PathLike[str], total_steps: int) -> dict[str, Any] | None:
+def read_summary(workdir: buckets.Pathname, total_steps: int) -> dict[str, Any] | None:
     """The summary of a run that has finished `total_steps` steps, or None."""
-    path = pathlib.Path(workdir, "summary.json")
+    path = buckets.path(workdir, "summary.json")
     if not path.exists():
         return None
     summary = json.loads(path.read_text())
@@ -151,9 +149,9 @@ def _linear_first(accuracies: dict[str, Any]) -> dict[str, Any]:
     return {LINEAR: accuracies[LINEAR], **accuracies}
 
 
-def format_summary(summary: dict[str, Any], workdir: str | os.PathLike[str]) -> str:
+def format_summary(summary: dict[str, Any], workdir: buckets.Pathname) -> str:
     """The summary for people: metrics, output files, next steps; several lines."""
-    folder = pathlib.Path(workdir)
+    folder = buckets.path(workdir)
     files = {
         "pictures": "curves.png first; masking, and features",
         "summary.json": "these numbers",
@@ -212,7 +210,7 @@ def _collapse_lines(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def draw_curves(lines: list[Line], workdir: str | os.PathLike[str]) -> UInt8[np.ndarray, "H W 3"]:
+def draw_curves(lines: list[Line], workdir: buckets.Pathname) -> UInt8[np.ndarray, "H W 3"]:
     """Draw curves.png from the lines of metrics.jsonl."""
     return plotting.plot_curves(curve_panels(lines), f"Run {workdir}")
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from lmim_jax.data import sources
 from lmim_jax.distributed import multihost
-from lmim_jax.utils import atomic_io, xla_flags
+from lmim_jax.utils import atomic_io, buckets, xla_flags
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,7 @@ IMAGES = "training_images"
 VISIBILITY_TIMEOUT = 90.0  # seconds until a network file system shows a new file to other hosts
 
 
-def check(
-    workdir: str | os.PathLike[str], config: dict[str, Any], data: dict[str, Any] | None
-) -> None:
+def check(workdir: buckets.Pathname, config: dict[str, Any], data: dict[str, Any] | None) -> None:
     """Check that `workdir` is not that of a run with another config or data; nothing is written.
 
     Args:
@@ -48,10 +46,13 @@ def check(
       data: a flat dict that identifies the training images; None: not known yet.
 
     Raises:
-      UserError: listing the keys that differ.
+      UserError: listing the keys that differ; or what is lacking for a bucket.
     """
-    path = pathlib.Path(workdir, "config.json")
-    if not path.exists():
+    path = buckets.path(workdir, "config.json")
+    problem = buckets.problem(path.parent)
+    if problem:
+        raise UserError(problem)
+    if not path.is_file():
         return
     known = json.loads(path.read_text())
     ours = _as_json(config, data if IMAGES in known else None)
@@ -70,35 +71,36 @@ def check(
         )
 
 
-def check_outside_images(workdir: str | os.PathLike[str], data: ConfigDict) -> None:
-    """Check that a run would not be written into the folder of its images.
+def check_outside_images(workdir: buckets.Pathname, data: ConfigDict) -> None:
+    """Check that a run can be written there, and not into the folder of its images.
 
     Args:
       workdir: of the run.
       data: `config.data`.
 
     Raises:
-      UserError: it would be.
+      UserError: it would be; or it is neither a local folder nor one in a supported bucket.
     """
+    folder = buckets.path(workdir)
+    if isinstance(folder, buckets.BucketPath):
+        return
     if not data.path or sources.kind(data) != "folder":
         return
     images = pathlib.Path(data.path).expanduser().resolve()
-    if pathlib.Path(workdir).expanduser().resolve().is_relative_to(images):
+    if folder.resolve().is_relative_to(images):
         raise UserError(
             f"the run would be in {workdir}, inside the images in {data.path}; give --workdir=RUN "
             "elsewhere"
         )
 
 
-def claim(
-    workdir: str | os.PathLike[str], config: dict[str, Any], data: dict[str, Any] | None
-) -> None:
+def claim(workdir: buckets.Pathname, config: dict[str, Any], data: dict[str, Any] | None) -> None:
     """Check again, and write config.json, unless it exists. The arguments are those of `check`.
 
     Raises:
       UserError: see `check`; or naming processes that do not see the same folder.
     """
-    path = pathlib.Path(workdir, "config.json")
+    path = buckets.path(workdir, "config.json")
 
     def check_and_write() -> None:
         check(workdir, config, data)
@@ -117,7 +119,7 @@ def claim(
         )
 
 
-def _write_config(path: pathlib.Path, config: dict[str, Any], data: dict[str, Any] | None) -> None:
+def _write_config(path: buckets.Path, config: dict[str, Any], data: dict[str, Any] | None) -> None:
     """Write config.json, unless it exists; add what identifies the images, if it is missing."""
     if not path.exists():
         log.info("new run in %s", path.parent)
@@ -136,7 +138,7 @@ def _as_json(config: dict[str, Any], data: dict[str, Any] | None) -> dict[str, A
     return json.loads(json.dumps(content))
 
 
-def pin_kernels(workdir: str | os.PathLike[str], deterministic: bool) -> None:
+def pin_kernels(workdir: buckets.Pathname, deterministic: bool) -> None:
     """On NVIDIA GPUs, store XLA's choice of kernels with the run, so that it resumes identically.
 
     XLA benchmarks several kernels for an operation when it compiles, and may choose another one
@@ -144,23 +146,26 @@ def pin_kernels(workdir: str | os.PathLike[str], deterministic: bool) -> None:
     environment variable XLA_FLAGS.
 
     Args:
-      workdir: of the run.
+      workdir: of the run; in a bucket, no choice is stored.
       deterministic: also exclude kernels whose sums depend on timing. XLA benchmarks none then.
     """
     if not shutil.which("nvidia-smi"):
         return
-    rank = os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
-    path = pathlib.Path(workdir).absolute() / f"gpu_kernels_{rank}.textproto"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    action = "load_autotune_results_from" if path.exists() else "dump_autotune_results_to"
-    flags = [f"--xla_gpu_{action}={path}"]
+    flags = []
+    folder = buckets.path(workdir).absolute()
+    if isinstance(folder, pathlib.Path):
+        rank = os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
+        path = folder / f"gpu_kernels_{rank}.textproto"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        action = "load_autotune_results_from" if path.exists() else "dump_autotune_results_to"
+        flags.append(f"--xla_gpu_{action}={path}")
     if deterministic:
         flags.append(f"--{xla_flags.DETERMINISTIC}=true")
     xla_flags.add("XLA_FLAGS", flags)
 
 
 def set_xla_flags(
-    config: ConfigDict, workdir: str | os.PathLike[str], coordinator: str = ""
+    config: ConfigDict, workdir: buckets.Pathname, coordinator: str = ""
 ) -> list[str]:
     """Set XLA's flags as a recipe asks for. Call it before jax looks for devices.
 

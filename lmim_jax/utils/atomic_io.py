@@ -1,14 +1,19 @@
-"""Writing files atomically: after a kill or a power cut, a file is the old or the new one."""
+"""Writing files atomically: after a kill or a power cut, a file is the old or the new one.
+
+Objects in buckets always are.
+"""
 
 import contextlib
 import io
 import os
-import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from lmim_jax.utils import buckets
 
-def write(path: str | os.PathLike[str], content: str | bytes | memoryview) -> None:
+
+def write(path: buckets.Pathname, content: str | bytes | memoryview) -> None:
     """Write a file atomically: to a temporary file beside it, flushed to disk, then renamed."""
     if isinstance(content, str):
         content = content.encode()
@@ -17,9 +22,15 @@ def write(path: str | os.PathLike[str], content: str | bytes | memoryview) -> No
 
 
 @contextlib.contextmanager
-def open_new(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A temporary file beside `path`, to be written; without an error, it becomes `path`."""
-    path = pathlib.Path(path)
+def open_new(path: buckets.Pathname) -> Iterator[BinaryIO]:
+    """A temporary file to be written; without an error, it becomes the file or object `path`."""
+    path = buckets.path(path)
+    if isinstance(path, buckets.BucketPath):
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            path.write_bytes(file.read())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:

@@ -7,7 +7,6 @@ are read, the feature, this code and its libraries. So a file can never be out o
 import hashlib
 import json
 import logging
-import pathlib
 import zipfile
 from collections.abc import Callable
 from typing import IO, Any
@@ -21,7 +20,7 @@ from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
 from lmim_jax.evaluators.common.image_features import Labeled
-from lmim_jax.utils import array_memory, atomic_io
+from lmim_jax.utils import array_memory, atomic_io, buckets
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +38,11 @@ class FeatureCache:
       misses: how many were computed.
     """
 
-    def __init__(self, folder: str | pathlib.Path) -> None:
+    def __init__(self, folder: buckets.Pathname) -> None:
         """Set the folder, which is created with the first file."""
         self.hits = 0
         self.misses = 0
-        self._folder = pathlib.Path(folder)
+        self._folder = buckets.path(folder)
         # By id; the objects are kept as well, as an id is only unique while its object exists
         self._checksums: dict[int, tuple[str, Params]] = {}
         self._identities: dict[int, tuple[dict[str, Any], Any]] = {}
@@ -127,12 +126,13 @@ class FeatureCache:
         return self._identities[id(source)][0]
 
 
-def _read(path: pathlib.Path, key: str) -> Labeled | None:
+def _read(path: buckets.Path, key: str) -> Labeled | None:
     """The features of a file; None if it does not exist or is damaged."""
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
-        with np.load(path) as stored:  # a zip archive: every member has a checksum
+        # A zip archive: every member has a checksum
+        with buckets.local_file(path) as file, np.load(file) as stored:
             if str(stored["key"]) != key:
                 raise ValueError("it has another key")
             with stored.zip.open("x.npy") as file:
@@ -158,7 +158,7 @@ def _read_array(file: IO[bytes]) -> Float[np.ndarray, "N D"]:
     return features
 
 
-def _write(path: pathlib.Path, key: str, found: Labeled) -> None:
+def _write(path: buckets.Path, key: str, found: Labeled) -> None:
     """Write a file atomically, or log why it cannot be written."""
     try:
         with atomic_io.open_new(path) as file:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int
 
-from lmim_jax.utils import array_io
+from lmim_jax.utils import array_io, buckets
 from lmim_jax.utils.errors import UserError
 
 # By kind of feature, an array per image: [D], and for "patches" [patches of the image, D]
@@ -20,7 +20,7 @@ Grids = Int[np.ndarray, "I 2"]
 Write = Callable[[list[str], Grids, Features], None]
 
 
-def make_writer(path: str | pathlib.Path) -> Write:
+def make_writer(path: buckets.Pathname) -> Write:
     """A function that writes a file of features.
 
     Args:
@@ -33,10 +33,10 @@ def make_writer(path: str | pathlib.Path) -> Write:
     Raises:
       UserError: unknown suffix, no such folder, or a missing package.
     """
-    path = pathlib.Path(path).expanduser()
+    path = buckets.path(path)
     if path.suffix not in WRITERS:
         raise UserError(f"--out={path}: the file must end in {', '.join(WRITERS)}")
-    if not path.parent.is_dir():
+    if isinstance(path, pathlib.Path) and not path.parent.is_dir():
         raise UserError(f"--out={path}: no folder {path.parent}")
     if path.suffix == ".parquet":
         try:
@@ -47,9 +47,10 @@ def make_writer(path: str | pathlib.Path) -> Write:
             ) from error
 
     def write(names: list[str], grids: Grids, features: Features) -> None:
-        draft = path.with_name(f"{path.name}.part")
-        WRITERS[path.suffix](draft, names, grids, features)
-        draft.replace(path)
+        with buckets.local_folder(path.parent) as folder:
+            draft = folder / f"{path.name}.part"
+            WRITERS[path.suffix](draft, names, grids, features)
+            draft.replace(folder / path.name)
 
     return write
 
