@@ -155,11 +155,11 @@ def test_a_fault_that_lasts_ends_the_run_by_name():
 
 def test_a_vanished_folder_is_not_a_folder_of_missing_images(images, tmp_path):
     source = sources.open_folder(images / "train" / "cat", "train")
-    gone = dataclasses.replace(source, root=str(tmp_path))
+    gone = dataclasses.replace(source, root=str(tmp_path / "unmounted"))
     with pytest.raises(OSError, match="is its file system mounted") as caught:
         gone.record(0)
     assert caught.value.errno == errno.ESTALE
-    (tmp_path / "another").touch()
+    (tmp_path / "unmounted").mkdir()
     with pytest.raises(FileNotFoundError):
         gone.record(0)
 

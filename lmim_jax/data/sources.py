@@ -230,7 +230,7 @@ class FolderSource:
         except (FileNotFoundError, PermissionError) as error:
             if not faults.has_vanished(self.root):
                 raise
-            message = "the folder is missing, empty or closed; is its file system mounted?"
+            message = "the folder is missing or closed; is its file system mounted?"
             raise OSError(errno.ESTALE, message, self.root) from error
         if self.labels is None:
             return data, NO_CLASS

@@ -107,16 +107,16 @@ def number_of(error: BaseException) -> int | None:
 
 
 def has_vanished(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder is missing or empty, or cannot be listed.
+    """Whether a folder is missing or cannot be listed.
 
     So it is where a file system is not mounted, or its tickets have expired: a file that is missing
     there says nothing.
     """
     try:
-        with os.scandir(folder) as entries:
-            return next(entries, None) is None
+        os.scandir(folder).close()
     except OSError:
         return True
+    return False
 
 
 def retry(read: Callable[[], Result], describe: Callable[[], str], seconds: float) -> Result:

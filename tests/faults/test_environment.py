@@ -172,13 +172,15 @@ def test_errors_of_the_storage_are_waited_for(images, tmp_path, injected, undist
     assert equals(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 def test_storage_that_fails_for_too_long_ends_the_run_by_name_and_saved(
-    images, tmp_path, injected, undisturbed, full
+    workers, images, tmp_path, injected, undisturbed, full
 ):
     """[- / also resumed]"""
     if not full:
         pytest.skip("two runs; ./launch/test.sh --faults")
-    process = injected.start(images, tmp_path / "run", *NOT_EVALUATED, "--config.data.timeout=3")
+    flags = (*NOT_EVALUATED, f"--config.data.workers={workers}")
+    process = injected.start(images, tmp_path / "run", *flags, "--config.data.timeout=3")
     processes.wait_for(lambda: processes.step_of(tmp_path / "run") >= 3, [process])
     injected.set(f"errno {errno.EIO}")
     ((code, output),) = processes.finish([process])
@@ -186,7 +188,7 @@ def test_storage_that_fails_for_too_long_ends_the_run_by_name_and_saved(
     assert re.search(r"error: \S+/train/\S+ could not be read for .*Input/output", output), output
     assert f"the state of step {saved_step(tmp_path / 'run')} is saved" in output
     injected.set("")
-    ((code, output),) = processes.finish([injected.start(images, tmp_path / "run", *NOT_EVALUATED)])
+    ((code, output),) = processes.finish([injected.start(images, tmp_path / "run", *flags)])
     assert code == 0, output
     assert equals(undisturbed, tmp_path / "run")
 
