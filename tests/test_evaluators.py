@@ -25,6 +25,7 @@ from lmim_jax.evaluators import base, fewshot, knn, logistic_regression, visuali
 from lmim_jax.evaluators.common import classifiers, clustering, image_features, lbfgs_logistic
 from lmim_jax.evaluators.common.image_features import Labeled
 from lmim_jax.methods import base as methods
+from lmim_jax.utils import array_memory
 from lmim_jax.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -320,6 +321,27 @@ def test_chunks_do_not_change_the_solution(monkeypatch):
         parts.weights, whole.weights, atol=1e-3 * np.abs(whole.weights).max()
     )
     np.testing.assert_array_equal(parts.predict(q), whole.predict(q))
+
+
+def test_features_are_neither_copied_nor_normalized_as_a_whole(monkeypatch):
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    x = array_memory.copy(np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32))
+    monkeypatch.setattr(lbfgs_logistic, "CHUNK", 16)
+    problem = lbfgs_logistic.prepare(x, np.zeros(64), 3, one)
+    assert np.shares_memory(problem.coordinates, x)
+    (part,) = problem.parts
+    assert part.x.shape == (4, 16, 8)
+    assert part.x.addressable_data(0).unsafe_buffer_pointer() == x.ctypes.data
+    normalized = []
+
+    def normalize(rows, original=classifiers.l2_normalize_rows):
+        normalized.append(len(rows))
+        return original(rows)
+
+    monkeypatch.setattr(classifiers, "l2_normalize_rows", normalize)
+    monkeypatch.setattr(classifiers, "BANK_ROWS", 16)
+    classifiers.nearest_neighbors(x[:5], x, 3, one)
+    assert normalized == [5, 16, 16, 16, 16]
 
 
 def test_only_chosen_images_count():
