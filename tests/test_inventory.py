@@ -129,7 +129,7 @@ def test_limits_per_class_without_classes_take_the_first_images(tmp_path, limit)
         draw(tmp_path / "train" / f"{i}.jpg", i)
     splits, lines, _ = found(tmp_path, train_per_class=limit)
     assert list(splits["train"].files) == [f"{i}.jpg" for i in range(6)][:limit]
-    assert ("of 6 images" in text(lines)) == (limit < 6)
+    assert (f"the first {limit} of 6 images without classes" in text(lines)) == (limit < 6)
 
 
 def test_limits_count_images_without_a_class_together(tmp_path):
@@ -180,6 +180,7 @@ def test_other_folders_and_an_absent_split_are_named(tmp_path):
     ("train", "test", "hint"),
     [
         ("pets/train", "pets/test", "the folder pets/ as --config.data.path"),
+        ("coco/train_images", "coco/val2017", "the folder coco/ as --config.data.path"),
         ("Train", "Test", "--config.data.train_split=Train, --config.data.test_split=Test"),
         (
             "a/b/training",

@@ -21,8 +21,11 @@ from lmim_jax.data import shared_array
 from lmim_jax.data.decode import SUFFIXES
 from lmim_jax.utils.faults import ReadFailed
 
-# Names of splits in public datasets
-SPLIT = re.compile(r"train(ing)?|test(ing)?|val(id|idation)?|dev|eval(uation)?", re.IGNORECASE)
+# Names of splits in public datasets: Train, testing, validation, val2017, test_images
+SPLIT = re.compile(
+    r"(train(ing)?|test(ing)?|val(id|idation)?|dev|eval(uation)?)([-_ ]?(\d+|set|data|images?))?",
+    re.IGNORECASE,
+)
 CHUNK = 65_536  # names that are decoded at a time
 END = b"\0"  # after each name; no file name contains it
 ENCODING = ("utf-8", "surrogateescape")  # names may be no valid UTF-8, see PEP 383

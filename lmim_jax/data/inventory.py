@@ -30,7 +30,6 @@ WIDTH = 91  # columns of a line; the log adds the time
 LINES = 12  # at most, with the heading
 TITLE_WIDTH = 12
 LISTED = 3  # names in a line
-TRAIN = re.compile(r"train(ing)?", re.IGNORECASE)
 LAST_NAME = "\U0010ffff"  # sorts after every name
 
 Line = tuple[str, str]  # title, text
@@ -151,22 +150,21 @@ def describe_files(listings: Iterable[Listing]) -> list[Line]:
 
 def _describe_split(split: str, source: Any, train: Any, listings: Listings) -> list[Line]:
     """Images and classes of a split, and its images without a class."""
+    labels, complete = known_labels(source)
+    known = labels[labels >= 0]
     title = split
     text = f"{len(source):,} images"
     if isinstance(source, FolderSource):
         title = _last(source.root) + "/"
         if split != "train" and source.root == train.root:
             title = "held out"
-        listed = len(listings[source.root].images)
-        if len(source) < listed:
-            text = f"{len(source):,} of {listed:,} images"
-    labels, complete = known_labels(source)
-    known = labels[labels >= 0]
+        listing = listings[source.root]
+        if len(source) < len(listing.images):
+            text = f"{len(source):,} of {len(listing.images):,} images"
+        if not len(known):
+            return [(title, _describe_without_classes(source, train, listing, text))]
     if not len(known):
-        why = ""
-        if isinstance(source, FolderSource):
-            why = _why_unlabeled(source, train, listings[source.root])
-        return [(title, f"{text} without classes{why}")]
+        return [(title, f"{text} without classes")]
     classes = source.classes
     if not complete:
         text += f", {len(classes):,} classes"
@@ -197,13 +195,18 @@ def _describe_classes(classes: Sequence[str], labels: Int[np.ndarray, " n"]) -> 
     return f"{text}, {present.min():,} to {present.max():,} images each ({largest}: {share:.0f} %)"
 
 
-def _why_unlabeled(source: FolderSource, train: FolderSource, listing: Listing) -> str:
-    """What would give classes to a folder without them, for a line on it."""
+def _describe_without_classes(
+    source: FolderSource, train: FolderSource, listing: Listing, text: str
+) -> str:
+    """A folder without classes, `text`, and what would give it some."""
+    if len(source) < len(listing.images):
+        text = f"the first {text}"
+    text += " without classes"
     if source is not train and train.classes:
-        return f"; in {_last(source.root)}/CLASS/, accuracies could be measured"
+        return f"{text}; in {_last(source.root)}/CLASS/, accuracies could be measured"
     if len(listing.classes) == 1 and not listing.loose and not listing.split_like:
-        return f": {listing.classes[0]}/ is the only folder, which says nothing"
-    return ""
+        return f"{text}: {listing.classes[0]}/ is the only folder, which says nothing"
+    return text
 
 
 def _describe_unlabeled(title: str, source: FolderSource, labels: Int[np.ndarray, " N"]) -> Line:
@@ -253,11 +256,14 @@ def _describe_inner_splits(
 ) -> list[Line]:
     """Folders among the training images that look like splits."""
     lines = []
-    tests = [path for path in listing.split_like if not TRAIN.fullmatch(_last(path))]
+    where = ""
+    if pathlib.Path(listing.top) != root:
+        where = f"{_last(listing.top)}/"
+    tests = [path for path in listing.split_like if not _is_train(path)]
     for path in tests[:2]:
         count = _count_below(train.files, f"{path}/")
         if count:
-            text = f"{count:,} of the training images are in {path}/, which looks like a test split"
+            text = f"{count:,} of the training images are in {where}{path}/, as if for tests"
             lines.append(("CAUTION", text))
             way_out = _way_out(listing, path, root, places)
             if way_out:
@@ -269,7 +275,7 @@ def _way_out(listing: Listing, path: str, root: pathlib.Path, places: Places) ->
     """How a folder among the training images would become a split; "" if that is not clear."""
     parent = _parent(path)
     siblings = [p for p in listing.split_like if _parent(p) == parent]
-    trains = [_last(p) for p in siblings if TRAIN.fullmatch(_last(p))]
+    trains = [_last(p) for p in siblings if _is_train(p)]
     if not places.flag or not trains or pathlib.Path(listing.top) != root:
         return ""
     options = []
@@ -280,6 +286,11 @@ def _way_out(listing: Listing, path: str, root: pathlib.Path, places: Places) ->
     if _last(path) != places.test:
         options.append(f"{places.flag}test_split={_last(path)}")
     return ", ".join(options)
+
+
+def _is_train(path: str) -> bool:
+    """Whether a folder that looks like a split is for training, by its name."""
+    return _last(path).lower().startswith("train")
 
 
 def _last(path: str) -> str:
