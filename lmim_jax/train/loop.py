@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 Sources = dict[str, Any]  # {"train": source, "test": source or None}
 
+RESULTS_TIMEOUT = (
+    30.0  # seconds without an image, after which a user who stops a run has no results
+)
 EVALUATION_TIMEOUT = 600.0  # seconds that the other processes may take longer for an evaluation
 
 
@@ -355,6 +358,8 @@ class TrainingLoop:
         self._handler.ignore_signals()
         if not step:
             return
+        data = self._data.config
+        data.timeout = min(data.timeout, RESULTS_TIMEOUT)
         log.info("the state of step %d is saved; evaluating it, Ctrl-C leaves that out", step)
         try:
             self._logger.log_rest()
