@@ -227,10 +227,10 @@ class FolderSource:
         """(encoded bytes, class) of an image; OSError if the file cannot be read."""
         try:
             data = pathlib.Path(self.root, self.files[index]).read_bytes()
-        except (FileNotFoundError, PermissionError) as error:
+        except FileNotFoundError as error:
             if not faults.has_vanished(self.root):
                 raise
-            message = "the folder is missing or closed; is its file system mounted?"
+            message = "the folder is gone; is its file system mounted?"
             raise OSError(errno.ESTALE, message, self.root) from error
         if self.labels is None:
             return data, NO_CLASS

@@ -7,6 +7,7 @@ anything about the file that was being read. They pass, or somebody has to mend 
 import errno
 import logging
 import os
+import pathlib
 import re
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# There is no such file, or it may not be read; see also `has_vanished`
+# There is no such file, or it may not be read; but see `has_vanished`
 ABSENT = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -107,13 +108,11 @@ def number_of(error: BaseException) -> int | None:
 
 
 def has_vanished(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder is missing or cannot be listed.
-
-    So it is where a file system is not mounted, or its tickets have expired: a file that is missing
-    there says nothing.
-    """
+    """Whether a folder is gone, as where a file system is not mounted any more."""
     try:
-        os.scandir(folder).close()
+        pathlib.Path(folder).stat()
+    except PermissionError:
+        return False
     except OSError:
         return True
     return False
