@@ -145,7 +145,7 @@ copy_to() { tpus tpu-vm scp "$2" "$1:lmim_jax.tar.gz" --worker=all; }
 INSTALL='set -e; mkdir -p lmim_jax; tar xzf lmim_jax.tar.gz -C lmim_jax; cd lmim_jax
 [ -x .venv/bin/python ] || { python3 -m pip install --user -q uv
   python3 -m uv venv -q --python 3.12 .venv; }
-python3 -m uv pip install -q --python .venv/bin/python "jax[tpu]" -r requirements.txt'
+python3 -m uv pip install -q --python .venv/bin/python "jax[tpu]" -r requirements.txt "gcsfs>=2025.3"'
 
 mount_nfs() {  # a new machine updates itself and holds the lock of apt for some minutes
   workers "set -e

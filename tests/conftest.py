@@ -83,6 +83,16 @@ def pytest_collection_modifyitems(config, items):
     items[:] = wanted
 
 
+@pytest.fixture
+def bucket():
+    """An emulator of Google Cloud Storage with the bucket `bkt`."""
+    pytest.importorskip("gcsfs", reason="buckets need gcsfs: pip install 'lmim_jax[gcs]'")
+    import gcs_emulator
+
+    with gcs_emulator.Emulator("bkt") as emulator:
+        yield emulator
+
+
 @pytest.fixture(scope="session")
 def full(request):
     """Whether the whole fault suite was asked for."""

@@ -17,6 +17,8 @@ import re
 import threading
 import urllib.parse
 
+from lmim_jax.utils import buckets
+
 PAGE = 1000  # objects of a page of a listing, as of the real one
 VARIABLES = ("TENSORSTORE_GCS_HTTP_URL", "STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
 
@@ -54,6 +56,8 @@ class Emulator:
     def __enter__(self):
         self._before = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
+        buckets._store.cache_clear()  # with connections to another server
+        buckets._file_system.cache_clear()
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 

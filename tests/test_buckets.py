@@ -27,15 +27,6 @@ from lmim_jax.utils.errors import UserError
 pytest.importorskip("gcsfs", reason="buckets need gcsfs: pip install 'lmim_jax[gcs]'")
 
 
-@pytest.fixture
-def bucket():
-    """An emulator with the bucket `bkt`."""
-    with gcs_emulator.Emulator("bkt") as emulator:
-        buckets._store.cache_clear()  # its connections are those of another server
-        buckets._file_system.cache_clear()
-        yield emulator
-
-
 @pytest.mark.parametrize(
     ("text", "kind"),
     [("gs://bkt/run", buckets.BucketPath), ("runs/vit_b", pathlib.Path), ("a:b", pathlib.Path)],
@@ -227,6 +218,7 @@ class Cut(Exception):
     """Ends a run as a kill would."""
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_that_of_a_local_folder(images, tmp_path, bucket, monkeypatch, caplog):
     """It begins in a local folder, is copied to the bucket, cut short, damaged, and ends there."""
     one = sharding.make_mesh(devices=jax.devices()[:1])  # quicker than eight

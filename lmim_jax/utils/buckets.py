@@ -276,11 +276,13 @@ def _prepare_libraries(text: str) -> None:
     """Set up gcsfs, by which Orbax writes too, to ask the bucket each time."""
     if not importlib.util.find_spec("gcsfs"):
         raise UserError(f"{text}: buckets need gcsfs: pip install 'lmim_jax[gcs]'")
-    # Or it asks for the type of the bucket by gRPC, which needs one more permission
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
+    import gcsfs.core
 
     for protocol in ("gs", "gcs"):
+        # Its default class asks for the type of the bucket by gRPC, for which it needs one more
+        # permission, and for some types does not use the interface that is tested here
+        fsspec.register_implementation(protocol, gcsfs.core.GCSFileSystem, clobber=True)
         fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lmim_jax.train import checkpoint_manifest, checkpoints
+from lmim_jax.utils import buckets
 
 ROOT = pathlib.Path(conftest.ROOT)
 LIMIT = 300  # seconds that anything may take on a busy machine
@@ -142,8 +143,8 @@ def finish(running):
 
 def lines(workdir):
     """The complete metric lines of a run, which may still be running."""
-    path = pathlib.Path(workdir, "metrics.jsonl")
-    text = path.read_text() if path.exists() else ""
+    path = buckets.path(workdir, "metrics.jsonl")
+    text = path.read_text() if path.is_file() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
@@ -177,6 +178,7 @@ def digest(workdir, step):
     """SHA-256 over the names and bytes of all tensors of a saved step, as read by Orbax."""
     path = checkpoints.steps(workdir)[step].absolute() / "state"
     reader = ocp.PyTreeCheckpointer()
+    path = str(path)
     tree = reader.metadata(path).item_metadata.tree
     # As numpy arrays, whatever devices saved them
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

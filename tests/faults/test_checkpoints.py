@@ -15,9 +15,10 @@ import tiny
 
 from lmim_jax.cli import checkpoints as tool
 from lmim_jax.distributed import sharding
-from lmim_jax.train import checkpoint_manifest, metric_writer
+from lmim_jax.train import checkpoint_manifest, lock, metric_writer
 from lmim_jax.train import checkpoints as checkpoint
 from lmim_jax.train.state import TrainState
+from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 
 MESH = sharding.make_mesh()
@@ -69,9 +70,30 @@ def restore(workdir, size=40):
         return checkpoints.restore(fresh, shardings(fresh))
 
 
+@pytest.fixture(params=["local", "gs"])
+def root(request, tmp_path):
+    """A folder for runs: of the file system, or in a bucket."""
+    if request.param == "local":
+        return tmp_path
+    request.getfixturevalue("bucket")
+    return buckets.path("gs://bkt/runs")
+
+
+def in_bucket(path):
+    """Whether a path is in a bucket."""
+    return isinstance(path, buckets.BucketPath)
+
+
+def copy(source, target):
+    """Copy a run."""
+    for name in buckets.file_sizes(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes((source / name).read_bytes())
+
+
 def files(folder):
     """All files of a step that hold anything."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    return [folder / name for name, size in buckets.file_sizes(folder).items() if size]
 
 
 def flip(path, rng):
@@ -82,19 +104,30 @@ def flip(path, rng):
     path.write_bytes(data)
 
 
-def test_what_is_saved_is_restored(tmp_path):
-    save(tmp_path, 1, 2)
-    assert same(restore(tmp_path), state(2))
-    assert restore(tmp_path / "nothing") is None
+def test_what_is_saved_is_restored(root):
+    save(root, 1, 2)
+    assert same(restore(root), state(2))
+    assert restore(root / "nothing") is None
 
 
-def test_every_flipped_bit_is_detected_and_its_file_named(tmp_path, full):
-    """[100 / 1,000 bits, over all files of a step, evenly]"""
+def test_a_run_is_copied_to_a_bucket_and_back(tmp_path, bucket):
+    run = buckets.path("gs://bkt/run")
     save(tmp_path, 1)
-    step = tmp_path / "checkpoints" / "1"
+    copy(tmp_path, run)
+    assert same(restore(run), state(1))
+    save(run, 2)
+    copy(run, tmp_path)
+    assert same(restore(tmp_path), state(2))
+
+
+def test_every_flipped_bit_is_detected_and_its_file_named(root, full):
+    """[100 / 1,000 bits, over all files of a step, evenly; 20 / 1,000 in a bucket]"""
+    save(root, 1)
+    step = root / "checkpoints" / "1"
     rng = random.Random(0)
     paths = files(step)
-    for i in range(1000 if full else 100):
+    bits = 20 if in_bucket(root) else 100
+    for i in range(1000 if full else bits):
         path = paths[i % len(paths)]
         good = path.read_bytes()
         flip(path, rng)
@@ -114,13 +147,17 @@ def damage(path, kind, rng):
     elif kind == "delete":
         path.unlink()
     else:
-        os.truncate(path, int(kind * path.stat().st_size))
+        content = path.read_bytes()
+        path.write_bytes(content[: int(kind * len(content))])
 
 
-def test_a_damaged_step_is_set_aside_and_the_one_before_restored(tmp_path, caplog, full):
-    """[8 / 50 flips; truncation to 0, 50 and 99.9 %; deletion of every fifth / every file]"""
-    save(tmp_path / "good", 1, 2)
-    paths = files(tmp_path / "good" / "checkpoints" / "2")
+def test_a_damaged_step_is_set_aside_and_the_one_before_restored(root, caplog, full):
+    """[8 / 50 flips; truncation to 0, 50 and 99.9 %; deletion of every fifth / every file]
+
+    In a bucket, every sixth of these / all.
+    """
+    save(root / "good", 1, 2)
+    paths = files(root / "good" / "checkpoints" / "2")
     rng = random.Random(1)
     cases = [(rng.choice(paths), "flip") for _ in range(50 if full else 8)]
     cases += [(rng.choice(paths), share) for share in (0, 0.5, 0.999)]
@@ -128,41 +165,52 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_restored(tmp_path, caplo
     manifest = paths[0].parent / checkpoint_manifest.NAME
     if manifest.parent.name == "2":
         cases.append((manifest, "delete"))
+    if in_bucket(root) and not full:
+        cases = cases[::6]
     for i, (path, kind) in enumerate(cases):
-        run = tmp_path / f"run{i}"
-        shutil.copytree(tmp_path / "good", run)
-        damage(run / path.relative_to(tmp_path / "good"), kind, rng)
+        run = root / f"run{i}"
+        copy(root / "good", run)
+        damage(run / path.relative_to(root / "good"), kind, rng)
         caplog.clear()
         assert same(restore(run), state(1)), (path, kind)
         (warning,) = [
-            record.getMessage() for record in caplog.records if record.levelname == "WARNING"
+            record.getMessage()
+            for record in caplog.records
+            if record.levelname == "WARNING" and record.name.startswith("lmim_jax")
         ]
         assert "RESTORING AN OLDER CHECKPOINT, step 1: step 2 is" in warning
         assert path.name in warning
-        assert list(checkpoint.steps(run)) == [1]
-        (quarantined,) = (run / "checkpoints" / "aside").iterdir()
-        assert quarantined.name.split("-")[0] == "2"
-        shutil.rmtree(run)
+        is_partial = path.name == checkpoint_manifest.NAME and kind == "delete"
+        if in_bucket(root):  # only the manifest is moved
+            assert checkpoint_manifest.verify(run / "checkpoints" / "2").state == "partial"
+        else:
+            assert list(checkpoint.steps(run)) == [1]
+        if not (in_bucket(root) and is_partial):
+            (quarantined,) = (run / "checkpoints" / "aside").iterdir()
+            assert quarantined.name.split("-")[0] == "2"
+        buckets.remove_tree(run)
 
 
-def test_without_any_good_step_the_error_says_so(tmp_path):
-    save(tmp_path, 1, 2)
+def test_without_any_good_step_the_error_says_so(root):
+    save(root, 1, 2)
     for step in (1, 2):
-        flip(files(tmp_path / "checkpoints" / str(step) / "state")[3], random.Random(0))
+        flip(files(root / "checkpoints" / str(step) / "state")[3], random.Random(0))
     with pytest.raises(
         UserError, match=r"no good checkpoint: step 2 is damaged: state/.*; step 1 is damaged"
     ):
-        restore(tmp_path)
+        restore(root)
+    for path in checkpoint.steps(root).values():
+        buckets.remove_tree(path)
+    buckets.remove_tree(root / "checkpoints" / "aside")
     with pytest.raises(UserError, match="no good checkpoint: all of them have been deleted"):
-        shutil.rmtree(tmp_path / "checkpoints" / "aside")
-        restore(tmp_path)
+        restore(root)
 
 
-def test_a_first_save_cut_short_is_no_damage(tmp_path, caplog):
-    save(tmp_path, 1)
-    (tmp_path / "checkpoints" / "1" / checkpoint_manifest.NAME).unlink()
-    (tmp_path / "checkpoints" / checkpoint_manifest.COMMITTED).unlink()
-    assert restore(tmp_path) is None
+def test_a_first_save_cut_short_is_no_damage(root, caplog):
+    save(root, 1)
+    (root / "checkpoints" / "1" / checkpoint_manifest.NAME).unlink()
+    (root / "checkpoints" / checkpoint_manifest.COMMITTED).unlink()
+    assert restore(root) is None
     assert "no save was ever completed: step 1 is partial: manifest.json is missing" in caplog.text
 
 
@@ -180,16 +228,16 @@ def test_a_checkpoint_of_another_model_is_refused_by_tensor(tmp_path):
         checkpoints.restore(other, shardings(other))
 
 
-def test_retention_keeps_the_newest_every_mth_and_the_best(tmp_path):
+def test_retention_keeps_the_newest_every_mth_and_the_best(root):
     lines = [
         {"step": step, "knn/knn5": value}
         for step, value in ((1, 5.0), (3, 9.0), (5, 7.0), (9, 8.0))
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     change = {"checkpoint_keep": 2, "checkpoint_keep_every": 4, "checkpoint_best": "knn/knn5"}
-    save(tmp_path, *range(1, 10), **change)
-    assert list(checkpoint.steps(tmp_path)) == [3, 4, 8, 9]
-    for path in checkpoint.steps(tmp_path).values():
+    save(root, *range(1, 10), **change)
+    assert list(checkpoint.steps(root)) == [3, 4, 8, 9]
+    for path in checkpoint.steps(root).values():
         assert checkpoint_manifest.verify(path).state == "good"
 
 
@@ -238,6 +286,51 @@ def test_a_full_disk_is_logged_at_once_leaks_nothing_and_is_tried_again(small_di
         checkpoints.save(state(3, size), 3)
     assert not checkpoints.failing
     assert same(restore(small_disk, size), state(3, size))
+
+
+def test_a_bucket_that_refuses_a_save_is_like_a_full_disk(bucket, caplog):
+    run = buckets.path("gs://bkt/run")
+    save(run, 1)
+    before = bucket.names("bkt")
+    with checkpoint.Checkpoints(run, tiny.get_config()) as checkpoints:
+        bucket.forbidden = {"POST"}
+        checkpoints.save(state(2), 2)
+        checkpoints.wait()
+        assert checkpoints.failing
+        assert "SAVING STEP 2 FAILED" in caplog.text
+        assert "the checkpoint of step 1 is good" in caplog.text
+        bucket.forbidden = set()
+        assert bucket.names("bkt") == before
+        checkpoints.save(state(3), 3)
+    assert not checkpoints.failing
+    assert same(restore(run), state(3))
+
+
+def test_a_busy_bucket_and_cut_uploads_cost_only_time(bucket, full):
+    """[1 save / 10 saves: every tenth request is refused, every tenth upload cut]"""
+    bucket.busy = 0.02 if not full else 0.1
+    bucket.cut = 0.1
+    steps = range(1, 11) if full else [1]
+    save(buckets.path("gs://bkt/run"), *steps)
+    assert same(restore(buckets.path("gs://bkt/run")), state(steps[-1]))
+    bucket.busy = bucket.cut = 0.0
+    for path in checkpoint.steps("gs://bkt/run").values():
+        assert checkpoint_manifest.verify(path).state == "good"
+
+
+def test_a_writer_that_lost_its_lock_saves_nothing(root):
+    save(root, 1)
+    with lock.Lock(root) as held:
+        (root / "lock").write_text(json.dumps(dict.fromkeys(("host", "pid", "start", "since"))))
+        before = buckets.file_sizes(root)
+        with (
+            pytest.raises(checkpoint.SaveFailed, match="was taken over by another run"),
+            checkpoint.Checkpoints(root, tiny.get_config(), held) as checkpoints,
+        ):
+            checkpoints.save(state(1), 1)
+            checkpoints.save(state(2), 2)
+        assert buckets.file_sizes(root) == before
+    assert same(restore(root), state(1))
 
 
 def test_after_so_many_failures_the_run_stops_with_the_reason(tmp_path):
@@ -325,18 +418,18 @@ def listed_states(lines):
     return [line.split()[1] for line in lines if line.split()[0].isdigit()]
 
 
-def test_the_tool_lists_every_step_and_finds_the_damage(tmp_path):
-    save(tmp_path, 1, 2, 3)
-    _, all_good = tool.table(tmp_path, verify=True)
+def test_the_tool_lists_every_step_and_finds_the_damage(root):
+    save(root, 1, 2, 3)
+    _, all_good = tool.table(root, verify=True)
     assert all_good
-    (tmp_path / "checkpoints" / "2" / checkpoint_manifest.NAME).unlink()
-    path = files(tmp_path / "checkpoints" / "3" / "state")[-1]
+    (root / "checkpoints" / "2" / checkpoint_manifest.NAME).unlink()
+    path = files(root / "checkpoints" / "3" / "state")[-1]
     flip(path, random.Random(0))
-    by_size, _ = tool.table(tmp_path, verify=False)
+    by_size, _ = tool.table(root, verify=False)
     assert listed_states(by_size) == ["good", "partial", "good"]
-    by_content, all_good = tool.table(tmp_path, verify=True)
+    by_content, all_good = tool.table(root, verify=True)
     assert listed_states(by_content) == ["good", "partial", "damaged"]
     assert any(path.name in line and "wrong checksum" in line for line in by_content)
     assert not all_good
     with pytest.raises(UserError, match="no checkpoints here"):
-        tool.table(tmp_path / "nowhere", verify=False)
+        tool.table(root / "nowhere", verify=False)

@@ -168,3 +168,100 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_taken_over(images, tmp_
     assert code == 75
     assert "taking over" in output
     assert not (tmp_path / "lock").exists()
+
+
+BUCKET_RUN = "gs://bkt/run"
+RARELY = "--config.checkpoint_every=10"
+
+
+def stored_steps(bucket):
+    """{step: whether it is committed} of the run in the bucket, without a request."""
+    names = bucket.names("bkt", "run/checkpoints/")
+    found = {}
+    for name in names:
+        step = name.split("/")[2]
+        if step.isdigit():
+            found[int(step)] = f"run/checkpoints/{step}/manifest.json" in names
+    return found
+
+
+def newest(bucket):
+    """The newest committed step of the run in the bucket, 0 before the first."""
+    return max((step for step, committed in stored_steps(bucket).items() if committed), default=0)
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_kill_9_of_a_run_in_a_bucket_changes_no_bit(images, whole, bucket, part, full, last, flags):
+    """[none / 2 runs killed 10 times each]"""
+    if not full:
+        pytest.skip("a bucket needs twice the time; ./launch/test.sh --faults")
+    kills = 0
+    for i in range(10):
+        first = newest(bucket)
+        if first >= last - 10:
+            break
+        (process,) = running = processes.start(images, BUCKET_RUN, *flags, RARELY)
+        until = first + 10 * random.randrange(1, 3)
+        conditions = (
+            lambda: True,
+            lambda: not all(stored_steps(bucket).values()),
+            lambda until=until: newest(bucket) >= min(until, last - 10),
+        )
+        before = bucket.objects["bkt"].get("run/lock")
+        processes.wait_for(
+            lambda before=before: bucket.objects["bkt"].get("run/lock") != before, running
+        )
+        processes.wait_for(conditions[i % 3], running)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=20)
+        kills += 1
+    ((code, output),) = processes.finish(processes.start(images, BUCKET_RUN, *flags, RARELY))
+    assert code == 0, output
+    assert kills >= 3
+    print(f"killed {kills} times")  # shown by -rP
+    equals(whole(1), BUCKET_RUN)
+
+
+@pytest.mark.parametrize("number", (1, 2))
+@pytest.mark.parametrize("repetition", range(2))
+def test_a_signal_saves_one_good_step_in_a_bucket(
+    images, whole, bucket, number, repetition, full, last, flags
+):
+    """[none / 2 with one process and 2 with two, SIGTERM to either]"""
+    if not full:
+        pytest.skip("a bucket needs twice the time; ./launch/test.sh --faults")
+    running = processes.start(images, BUCKET_RUN, *flags, RARELY, processes=number)
+    processes.wait_for(lambda: newest(bucket) >= 10, running)
+    running[repetition % number].send_signal(signal.SIGTERM)
+    ended = processes.finish(running)
+    assert [code for code, _ in ended] == [75] * number, ended
+    (step,) = {int(re.search(r"stopped after step (\d+)", output)[1]) for _, output in ended}
+    assert newest(bucket) == step < last
+    assert checkpoint_manifest.verify(checkpoints.steps(BUCKET_RUN)[step]).state == "good"
+    for code, output in processes.finish(
+        processes.start(images, BUCKET_RUN, *flags, RARELY, processes=number)
+    ):
+        assert code == 0, output
+    equals(whole(number), BUCKET_RUN)
+
+
+def test_two_writers_of_a_bucket_and_a_stolen_lock(images, bucket, full):
+    """[none / once]"""
+    if not full:
+        pytest.skip("a bucket needs twice the time; ./launch/test.sh --faults")
+    forever = "--config.epochs=1000"
+    (first,) = running = processes.start(images, BUCKET_RUN, forever, RARELY)
+    processes.wait_for(lambda: newest(bucket) >= 10, running)
+    ((code, output),) = processes.finish(processes.start(images, BUCKET_RUN, forever, RARELY))
+    assert code == 2
+    assert f"pid {first.pid}, since 20" in output.splitlines()[-1]
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    running = processes.start(images, BUCKET_RUN, forever, RARELY)
+    before = newest(bucket)
+    processes.wait_for(lambda: newest(bucket) > before, running)
+    bucket.write("bkt", "run/lock", b'{"host": "h", "pid": 1, "start": 1, "since": "now"}\n1\n')
+    ((code, output),) = processes.finish(running)
+    assert code == 1
+    assert "was taken over by another run" in output.splitlines()[-1]
+    assert newest(bucket) >= before
