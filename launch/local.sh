@@ -25,8 +25,8 @@ done
 if [ "${JAX_PLATFORMS:-}" != cpu ] && { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; then
   if ! python -c 'import sys, jax; sys.exit(jax.default_backend() == "cpu")' 2>/dev/null; then
     echo "error: this machine has an NVIDIA GPU, but jax sees only the CPU." >&2
-    echo "  Install: $root/.venv/bin/pip install 'jax[cuda13]'   (jax[cuda12] for drivers older than 580)" >&2
-    echo "  or run on the CPU: JAX_PLATFORMS=cpu $0 $*" >&2
+    printf "  Install: %q -m pip install 'jax[cuda13]'   (jax[cuda12] for drivers older than 580)\n" "$(command -v python)" >&2
+    echo "  or run on the CPU: JAX_PLATFORMS=cpu$(printf ' %q' "$0" "$@")" >&2
     exit 2
   fi
 fi

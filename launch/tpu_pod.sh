@@ -12,6 +12,7 @@
 # read-only as /mnt/disk, for data; DELETE=1, `watch` deletes the slices at the end. See launch/README.md.
 # Google serves TPU7x and later by GKE only, not by the API used here: launch/gke_jobset.yaml.
 set -uo pipefail
+me="$(printf %q "$0")"  # as it was called, from the folder of the caller
 cd "$(dirname "$0")/.." || exit
 POLL="${POLL:-30}"          # seconds between two queries
 FAILURES="${FAILURES:-20}"  # so many failed attempts in a row end `watch`; it waits longer after each
@@ -57,7 +58,7 @@ step() {  # NAME COMMAND...: run it, and exit with its exit code if it fails
   code=$?
   [ "$code" = 0 ] && return
   echo "error: '$name' failed with exit code $code. Nothing was deleted; run the same command again to resume," >&2
-  echo "  or delete the slice: ./launch/tpu_pod.sh delete" >&2
+  echo "  or delete the slice: $me delete" >&2
   exit "$code"
 }
 
@@ -232,7 +233,7 @@ train() {
     running) say "already running; nothing was changed"; return ;;
     some)
       echo "error: the run goes on on some workers only; they should end within a minute. Nothing was changed; run" >&2
-      echo "  the same command again, or end them: ./launch/tpu_pod.sh stop" >&2
+      echo "  the same command again, or end them: $me stop" >&2
       exit 1
       ;;
   esac
@@ -241,7 +242,7 @@ train() {
   [ -z "${NFS:-}" ] || step "mount $NFS" mount_nfs
   [ -z "${DISK:-}" ] || step "mount $DISK" mount_disk
   step "start on all workers" start "$@"
-  say "started; ./launch/tpu_pod.sh logs"
+  say "started; $me logs"
 }
 
 follow() {  # wait until the run has ended, or the slice is gone; how is in $temporary/verdict

@@ -14,4 +14,5 @@ if [ "$(cat "$VENV/installed-for-$1" 2>/dev/null)" != "$wanted" ]; then
   "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-deps --editable .  # the command lmim
   echo "$wanted" >"$VENV/installed-for-$1"
 fi
+export LMIM_CALLER_PATH="${LMIM_CALLER_PATH:-$PATH}"  # printed commands are for that shell
 source "$VENV/bin/activate"

@@ -5,6 +5,7 @@ see `Command`.
 """
 
 import functools
+import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,7 @@ def run(command: Command, argv: Sequence[str]) -> None:
         try:
             command.main(positional[1:])
         except (UserError, BucketError) as error:
-            fail(error)
+            fail(with_own_flags(command, str(error)))
         except DataLoaderTimeout as error:
             fail(error, 1)
 
@@ -73,6 +74,19 @@ def run(command: Command, argv: Sequence[str]) -> None:
     if has_arguments(argv):
         recipes_of = getattr(command, "RECIPES_OF_ARGUMENTS", recipes_of)
     absl.app.run(call, argv=list(argv), flags_parser=functools.partial(parse_flags, recipes_of))
+
+
+def with_own_flags(command: Command, message: str) -> str:
+    """A message with the flags that a command has in place of the options of a config.
+
+    Args:
+      command: the module; `FLAGS_OF_OPTIONS`, if it has it: {option, or start of options: flag}.
+      message: of an error.
+    """
+    renamed: Mapping[str, str] = getattr(command, "FLAGS_OF_OPTIONS", {})
+    for option, flag in renamed.items():
+        message = re.sub(rf"(--)?\bconfig\.{re.escape(option)}", flag, message)
+    return message
 
 
 def has_arguments(argv: Sequence[str]) -> bool:

@@ -16,8 +16,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -37,11 +35,12 @@ from lmim_jax.evaluators.common.feature_cache import FeatureCache
 from lmim_jax.report.eval_table import line, table
 from lmim_jax.train import runs
 from lmim_jax.train.metric_writer import write_picture
-from lmim_jax.utils import atomic_io, buckets, progress
+from lmim_jax.utils import atomic_io, buckets, commands, progress
 from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import duration, log_to_console
 
 RECIPES: dict[str, str | None] = {"config": "evaluate", "data": "evaluate:data"}
+FLAGS_OF_OPTIONS = {"data.": "--data."}
 ALL = "all"  # of --evaluators
 TRAINED = "trained"  # the column of the trained encoder
 
@@ -344,7 +343,7 @@ def main(arguments: list[str]) -> None:
         titles = given.evaluators
     out = out or folder / file_name(run.step, titles)
     head = {
-        "command": shlex.join(["lmim", *sys.argv[1:]]),
+        "command": commands.of_this_process(),
         "evaluated": inputs.description,
         "config": {title: section.to_dict() for title, section in sections.items()},
     }

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.cli import app
 from lmim_jax.convert.official import base as official
@@ -41,7 +41,7 @@ from lmim_jax.train import checkpoint_manifest, lock, workdir
 from lmim_jax.train.build import complete
 from lmim_jax.train.checkpoints import Checkpoints
 from lmim_jax.train.state import TrainState, init_state
-from lmim_jax.utils import array_io, atomic_io, buckets
+from lmim_jax.utils import array_io, atomic_io, buckets, commands
 from lmim_jax.utils.checksum import file_checksum
 from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import log_to_console
@@ -228,9 +228,24 @@ def main(arguments: list[str]) -> None:
     lines = import_weights(arguments[0], given.config, run, identity, given.drop, given.fresh)
     print("\n".join(lines))
     print(f"\n{run} is a run now, at step 0:\n")
-    print(f"  lmim features --workdir={run} IMAGES --out=features.npz")
-    print(f"  lmim export --workdir={run} --format=timm --out=DIR")
-    print(f"  lmim train --config=THE_SAME_RECIPE --workdir={run}")
+    for words in next_steps():
+        print("  " + commands.line(*words))
+
+
+def next_steps() -> list[list[str]]:
+    """The words of commands that can follow the one that was given."""
+    given = flags.FLAGS
+    run = f"--workdir={given.workdir}"
+    steps = [
+        ["features", run, "FOLDER", "--out=features.npz"],
+        ["export", run, "--format=flax", "--out=DIR"],
+    ]
+    if given.data:  # there is at least a batch of images
+        recipe = config_flags.get_config_filename(given["config"])
+        changes = config_flags.get_override_values(given["config"])
+        options = [f"--config.{key}={value}" for key, value in changes.items()]
+        steps.append(["train", f"--config={recipe}", *options, run])
+    return steps
 
 
 def _check_flags() -> None:

@@ -26,10 +26,11 @@ from absl import flags
 from lmim_jax.cli import app
 from lmim_jax.data import decode, inventory, sources, tfds_source
 from lmim_jax.data.prepare import tfds_writer, tfrecord
-from lmim_jax.utils import atomic_io, subprocess
+from lmim_jax.utils import atomic_io, commands, subprocess
 from lmim_jax.utils.errors import UserError
 
 RECIPES: dict[str, str | None] = {}
+FLAGS_OF_OPTIONS = {"data.path": "--folder"}
 VERSION = "1.0.0"
 SPLITS = ("train", "test", "val", "validation")
 
@@ -230,10 +231,9 @@ def main(arguments: list[str]) -> None:
     else:
         target = convert_folder(given.folder, given.out, given.name, given.shrink, given.processes)
         _report_bad_files(target / tfds_writer.BAD)
-    print(
-        f"ready: --config.data.source=tfds --config.data.name={target.parent.name} "
-        f"--config.data.dir={target.parent.parent}"
-    )
+    options = {"source": "tfds", "name": target.parent.name, "dir": target.parent.parent}
+    options_of_data = [f"--config.data.{key}={value}" for key, value in options.items()]
+    print("ready:", commands.line("train", "--config=own", *options_of_data))
 
 
 def _report_bad_files(path: pathlib.Path) -> None:

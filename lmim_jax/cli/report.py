@@ -22,6 +22,7 @@ from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
 
 RECIPES: dict[str, str | None] = {}
+FLAGS_OF_OPTIONS = {"data.path": "--path"}
 # How many are shown
 IMAGES = 6
 SEGMENTED = 4

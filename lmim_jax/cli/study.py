@@ -32,7 +32,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.report import comparison
 from lmim_jax.report.comparison import Group, Values
-from lmim_jax.utils import atomic_io, buckets
+from lmim_jax.utils import atomic_io, buckets, commands
 from lmim_jax.utils.errors import UserError, did_you_mean, fail
 from lmim_jax.utils.logging import duration, log_to_console
 
@@ -386,12 +386,12 @@ class _Publisher:
 def _command_line(given: Any) -> str:
     """The command that was given, without --out and --parallel."""
     recipe = config_flags.get_config_filename(given["config"])
-    parts = ["lmim", "study", f"--config={recipe}"]
+    parts = ["study", f"--config={recipe}"]
     if given.only:
         parts.append(f"--only={','.join(given.only)}")
     for change in given.set:
         parts.append(f"--set={change}")
-    return " ".join(parts)
+    return commands.line(*parts)
 
 
 def _title(given: Any) -> str:

@@ -50,7 +50,7 @@ features = model.encode(images)           # features.mean, features.patches; fea
 ```""",  # noqa: E501
     "safetensors": """```sh
 lmim import-weights model.safetensors --format={method} \\
-    --config=RECIPE --workdir=RUN
+    --config=RECIPE --workdir=RUN --nodata
 ```""",
 }
 OTHER_SIZES = {

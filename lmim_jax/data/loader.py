@@ -277,7 +277,8 @@ def steps_per_epoch(source: Source, batch_size: int) -> int:
     """
     if len(source) < batch_size:
         raise UserError(
-            f"config.batch_size={batch_size} is more than the {len(source)} training images"
+            f"config.batch_size={batch_size} is more than the {len(source)} training images; "
+            f"give at most --config.batch_size={len(source)}"
         )
     return len(source) // batch_size
 

@@ -24,7 +24,7 @@ from jaxtyping import Int, Shaped
 from lmim_jax.data.decode import BadImage
 from lmim_jax.data.shared_array import SharedArray, share
 from lmim_jax.distributed import multihost
-from lmim_jax.utils import atomic_io, descriptors, faults
+from lmim_jax.utils import atomic_io, commands, descriptors, faults
 from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError
 
@@ -180,7 +180,7 @@ def open_split(builder: "tfds.core.DatasetBuilder", split: str) -> TfdsSource:
         raise UserError(
             f"{info.full_name} in {builder.data_dir} is prepared as {' and '.join(formats)}, "
             "which does not support random access; write ArrayRecord files beside it: "
-            f"lmim prepare --tfrecord={builder.data_dir}"
+            + commands.line("prepare", f"--tfrecord={builder.data_dir}")
         )
     try:
         records = builder.as_data_source(split=split, file_format="array_record").data_source

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,12 +23,12 @@ class RecipeMatch:
     Attributes:
       name: as for `--config`.
       differences: {key: (the recipe's value, the run's value)}, keys joined by dots.
-      command: trains with the run's config.
+      flags: of `lmim train`, they give the run's config.
     """
 
     name: str
     differences: Differences
-    command: str
+    flags: list[str]
 
 
 def nearest_recipe(config: dict[str, Any]) -> RecipeMatch | None:
@@ -54,9 +53,8 @@ def nearest_recipe(config: dict[str, Any]) -> RecipeMatch | None:
             best_differences = differences
     if best_recipe is None:
         return None
-    command = ["lmim", "train", f"--config={best_name}"]
-    command += _override_flags(best_recipe, config)
-    return RecipeMatch(best_name, best_differences, shlex.join(command))
+    flags = [f"--config={best_name}", *_override_flags(best_recipe, config)]
+    return RecipeMatch(best_name, best_differences, flags)
 
 
 def _all_recipes() -> Iterator[tuple[str, ConfigDict]]:

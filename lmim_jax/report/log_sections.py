@@ -16,7 +16,7 @@ from lmim_jax.train import summary
 from lmim_jax.train.collapse_metrics import COLLAPSED
 from lmim_jax.train.runs import Run
 from lmim_jax.train.summary import BASELINES, ROWS
-from lmim_jax.utils import buckets, html, plotting
+from lmim_jax.utils import buckets, commands, html, plotting
 from lmim_jax.utils.html import Html, Section
 from lmim_jax.utils.logging import duration
 
@@ -366,12 +366,19 @@ def _commands(
     starts: list[dict[str, Any]],
     match: config_diff.RecipeMatch | None,
 ) -> list[str]:
-    """Shell commands that concern the run, each with a comment."""
-    commands = []
+    """Shell commands that concern the run, each with a comment; they run in any folder."""
+    first = starts[0] if starts else {}
+    found = {}
     if match:
-        commands.append(f"{match.command} --workdir=NEW_RUN   # reproduce the training")
-    if starts and "command" in starts[0]:
-        commands.append(f"{starts[0]['command']}   # the original command")
-    commands.append(f"lmim checkpoints --workdir={folder} --verify   # check the weights")
-    commands.append(f"lmim report --workdir={folder}   # this page")
-    return commands
+        found["reproduce the training"] = commands.line(
+            "train", *match.flags, f"--workdir={folder.absolute()}_again"
+        )
+    if "command" in first:
+        found["the original command"] = first["command"]
+    if "folder" in first:  # paths of the images can be relative to it
+        for name, command in found.items():
+            found[name] = commands.in_folder(first["folder"], command)
+    run = f"--workdir={folder.absolute()}"
+    found["check the weights"] = commands.line("checkpoints", run, "--verify")
+    found["this page"] = commands.line("report", run)
+    return [f"{command}   # {name}" for name, command in found.items()]

@@ -7,8 +7,10 @@ import importlib.util
 import io
 import json
 import logging
+import pathlib
 import re
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,7 +22,7 @@ from PIL import Image
 
 from lmim_jax.distributed import multihost
 from lmim_jax.train import metric_storage
-from lmim_jax.utils import buckets
+from lmim_jax.utils import buckets, commands
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -79,12 +81,12 @@ class MetricWriter:
     @property
     def board_command(self) -> str:
         """The command that shows the curves in TensorBoard, which may have to be installed."""
-        command = (
-            f"tensorboard --logdir={shlex.quote(str(self._workdir / metric_storage.BOARD_FOLDER))}"
-        )
+        program = commands.called(pathlib.Path(sys.executable).with_name("tensorboard"))
+        folder = self._workdir / metric_storage.BOARD_FOLDER
+        command = shlex.join([program, f"--logdir={folder}"])
         if importlib.util.find_spec("tensorboard"):
             return command
-        return f"pip install tensorboard && {command}"
+        return f"{shlex.quote(commands.python())} -m pip install tensorboard && {command}"
 
     def has_evaluation(self, title: str) -> bool:
         """Whether the evaluation of that title was written at the step this writer starts from."""

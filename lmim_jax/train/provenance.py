@@ -8,15 +8,13 @@ import json
 import logging
 import pathlib
 import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from lmim_jax.distributed import multihost
-from lmim_jax.utils import atomic_io, buckets
+from lmim_jax.utils import atomic_io, buckets, commands
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +22,14 @@ NAME = "environment.json"
 
 
 def describe() -> dict[str, Any]:
-    """This process: {"time", "command", "system", "devices", "processes", "versions"}.
+    """This process: {"time", "command", "folder", "system", "devices", "processes", "versions"}.
 
     For "versions", see `multihost.versions`.
     """
     return {
         "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": _command_line(),
+        "command": commands.of_this_process(),
+        "folder": str(pathlib.Path.cwd()),
         "system": platform.platform(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
@@ -61,11 +60,3 @@ def record_start(workdir: buckets.Pathname, images: Sequence[str]) -> None:
         atomic_io.write(buckets.path(workdir, NAME), json.dumps(records, indent=2) + "\n")
     except OSError as error:
         log.warning("%s was not written: %s", NAME, error)
-
-
-def _command_line() -> str:
-    """The command that started this process: "lmim train ..." or "python main.py ..."."""
-    program = pathlib.Path(sys.argv[0]).name
-    if program in ("lmim", "__main__.py"):  # the latter of python -m lmim_jax.cli
-        return shlex.join(["lmim"] + sys.argv[1:])
-    return shlex.join(["python"] + sys.argv)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from lmim_jax.train.collapse_metrics import COLLAPSED
-from lmim_jax.utils import buckets, plotting
+from lmim_jax.utils import buckets, commands, plotting
 
 Line = dict[str, Any]  # of metrics.jsonl
 Panel = tuple[str, dict[str, Any], dict[str, float]]  # see `plotting.plot_curves`
@@ -29,13 +29,19 @@ ROWS = {
     "untrained": "untrained encoder",
     "trained": "trained encoder",
 }
-NEXT_STEPS = {
-    "your own images": "lmim train FOLDER",
-    "a collapse": "lmim train --config.method.target=joint --config.method.loss=mse "
-    "--workdir=runs/collapse",
-    "an HTML report": "lmim report --workdir={run}",
-    "all evaluators": "lmim evaluate --workdir={run} --evaluators=all --baselines",
-    "use the features": "docs/features.md",
+NEXT_STEPS: dict[str, tuple[str, ...]] = {  # what one may want -> words of a command
+    "your own images": ("train", "FOLDER"),
+    "a collapse": (
+        "train",
+        "--config=quickstart",
+        "--config.method.target=joint",
+        "--config.method.loss=mse",
+        "--workdir=runs/collapse",
+    ),
+    "an HTML report": ("report", "--workdir={run}"),
+    "all evaluators": ("evaluate", "--workdir={run}", "--evaluators=all", "--baselines"),
+    "use the features": ("features", "--workdir={run}", "FOLDER", "--out=features.npz"),
+    "look at features": ("pca", "FOLDER", "--workdir={run}", "--out=pca.html"),
 }
 
 
@@ -167,8 +173,9 @@ def format_summary(summary: dict[str, Any], workdir: buckets.Pathname) -> str:
     for name, contents in files.items():
         lines.append(f"  {name:<18}  {contents}")
     lines += ["", "Next steps:", ""]
-    for goal, how in NEXT_STEPS.items():
-        lines.append(f"  {goal:<18}  {how.format(run=folder)}")
+    for goal, words in NEXT_STEPS.items():
+        command = commands.line(*[word.replace("{run}", str(folder)) for word in words])
+        lines.append(f"  {goal:<18}  {command}")
     return "\n".join(lines) + "\n"
 
 
