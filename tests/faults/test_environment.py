@@ -90,9 +90,10 @@ def test_a_signal_to_the_group_spares_the_workers(
     if number != signal.SIGTERM and not full:
         pytest.skip("more of the same; ./launch/test.sh --faults")
     workers = (*NOT_EVALUATED, "--config.data.workers=2")
-    injected.set("sleep 0.2")
     process = injected.start(images, tmp_path / "run", *workers)
     processes.wait_for(lambda: processes.step_of(tmp_path / "run") >= 3, [process])
+    injected.set("sleep 3")
+    time.sleep(5)  # until no decoded batch is left
     os.killpg(process.pid, number)
     ((code, output),) = processes.finish([process])
     assert code == 75, output
