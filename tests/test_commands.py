@@ -20,7 +20,7 @@ import tiny
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from lmim_jax.cli import app, import_weights
+from lmim_jax.cli import app, import_weights, study
 from lmim_jax.cli.__main__ import COMMANDS
 from lmim_jax.convert import model_card
 from lmim_jax.report import config_diff, log_sections
@@ -213,6 +213,20 @@ def test_what_follows_an_import_is_of_its_recipe(tmp_path, monkeypatch):
     with tool("train"):
         pass
     assert len(steps) == 2
+
+
+def test_the_command_of_a_study_is_one_that_makes_it_again(monkeypatch):
+    with tool("study") as (_, module):
+        monkeypatch.setattr(
+            sys, "argv", ["lmim", "--config=compare:cifar10", "--set=data.path=my images"]
+        )
+        app.parse_flags(module.RECIPES, sys.argv)
+        command = study._command_line(flags.FLAGS)
+        assert study._title(flags.FLAGS)
+    words = arguments_of(shlex.split(command))[1]
+    assert words[0].endswith("compare.py:cifar10")
+    assert words[1] == "--set=data.path=my images"
+    parse(command, monkeypatch)
 
 
 # Flags that messages name

@@ -396,7 +396,8 @@ def _command_line(given: Any) -> str:
 
 def _title(given: Any) -> str:
     """The first line of the study's config, which says what is compared, or its name."""
-    path = pathlib.Path(config_flags.get_config_filename(given["config"]))
+    name = config_flags.get_config_filename(given["config"])
+    path = pathlib.Path(name.partition(":")[0])  # without the argument of its get_config
     text = ast.get_docstring(ast.parse(path.read_text())) or f"Study {path.stem}"
     return text.splitlines()[0].rstrip(".")
 
