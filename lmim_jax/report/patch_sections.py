@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from lmim_jax.evaluators.common import classifiers, clustering
 from lmim_jax.report import elements
@@ -62,7 +63,9 @@ def _segmentation_row(
     note = html.tag("figcaption", "t-SNE: each point is a patch; similar patches are close.")
     row.append(html.tag("figure", note))
     perplexity = min(30, (len(flat) - 1) / 3)
-    points = TSNE(perplexity=perplexity, max_iter=500, random_state=0).fit_transform(flat)
+    embedding = TSNE(perplexity=perplexity, max_iter=500, random_state=0)
+    with threadpool_limits(1):  # so few points: threads would only wait for each other
+        points = embedding.fit_transform(flat)
     for clusters, labels in cuts.items():
         row.append(_scatter(points, labels, f"t-SNE of the patches of {name}, K = {clusters}"))
     return row
