@@ -58,7 +58,7 @@ class Emulator:
         os.environ.update(self.environment)
         buckets._store.cache_clear()  # with connections to another server
         buckets._file_system.cache_clear()
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
