@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Train on this machine: ./launch/local.sh [DIR] [--processes=N] [--fake_devices=N] [flags of lmim train]
+# Train on this machine: ./launch/local.sh [DIR] [--processes=N] [--fake_devices=N] [--restarts=N] [flags of lmim train]
 # Creates .venv on the first call (PYTHON selects the interpreter), then trains on the images in the folder DIR; without
 # DIR and flags, the recipe quickstart. Paths are those of the folder that it is called from. One process uses all GPUs;
-# several (--processes) share them. --fake_devices: CPU devices per process.
+# several (--processes) share them. --fake_devices: CPU devices per process. --restarts: start again after an error or a
+# crash, at most N times in a row without a new checkpoint, and not after a mistake of the user or Ctrl-C.
 set -euo pipefail
 here="$PWD"
 cd "$(dirname "$0")/.."
@@ -11,10 +12,12 @@ source launch/venv.sh requirements.txt
 cd "$here"
 
 processes=1
+restarts=0
 arguments=()
 for argument in "$@"; do
   case "$argument" in
     --processes=*) processes="${argument#*=}" ;;
+    --restarts=*) restarts="${argument#*=}" ;;
     --fake_devices=*)
       export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${argument#*=}"
       ;;
@@ -30,5 +33,7 @@ if [ "${JAX_PLATFORMS:-}" != cpu ] && { command -v nvidia-smi >/dev/null && nvid
     exit 2
   fi
 fi
-if [ "$processes" = 1 ]; then exec python "$root/main.py" ${arguments[@]+"${arguments[@]}"}; fi
-exec "$root/launch/processes.sh" "$processes" python "$root/main.py" ${arguments[@]+"${arguments[@]}"}
+command=(python "$root/main.py" ${arguments[@]+"${arguments[@]}"})
+if [ "$processes" != 1 ]; then command=("$root/launch/processes.sh" "$processes" "${command[@]}"); fi
+if [ "$restarts" != 0 ]; then command=(python "$root/launch/restart.py" "$restarts" "${command[@]}"); fi
+exec "${command[@]}"

@@ -16,7 +16,7 @@ me="$(printf %q "$0")"  # as it was called, from the folder of the caller
 cd "$(dirname "$0")/.." || exit
 POLL="${POLL:-30}"          # seconds between two queries
 FAILURES="${FAILURES:-20}"  # so many failed attempts in a row end `watch`; it waits longer after each
-CRASHES="${CRASHES:-5}"     # so many runs in a row that end by themselves within half an hour end `watch`
+RESTARTS="${RESTARTS:-5}"   # so many restarts in a row without a new checkpoint end the run, and `watch`
 
 fail() { echo "error: $*" >&2; exit 2; }
 say() { echo "$(date '+%F %T') $*" >&2; }
@@ -186,13 +186,13 @@ echo \"worker \$(hostname): \$(activity)\"" >"$temporary/answers" || return
   grep -o '^worker .*' "$temporary/answers"
 }
 
-verdict() {  # on all workers together: running, some (run), mistake, stopped, finished or ended
+verdict() {  # on all workers together: running, some (run), mistake (or no such program), stopped, finished or ended
   local lines
   lines="$(activities)" || return
   if ! grep -qv ': running$' <<<"$lines"; then echo running
   elif grep -q ': running$' <<<"$lines"; then echo some
   elif grep -q ': stopped$' <<<"$lines"; then echo stopped
-  elif grep -q ': ended 2$' <<<"$lines"; then echo mistake
+  elif grep -Eq ': ended (2|126|127)$' <<<"$lines"; then echo mistake
   elif ! grep -qv ': ended 0$' <<<"$lines"; then echo finished
   else echo ended; fi
 }
@@ -203,6 +203,7 @@ start() {  # quoted twice: for the local shell and the remote one
   workers "cd lmim_jax || exit; $ACTIVITY
 [ \"\$(activity)\" = running ] && { echo already running; exit; }
 rm -f train.pid train.code train.stopped
+export LMIM_RESTARTS=$RESTARTS LMIM_RESTART=${restart:-0} LMIM_RESTART_REASON=$(printf %q "${reason:-}")
 run='.venv/bin/python main.py \"\$@\" & echo \$! >train.pid; wait \$!; echo \$? >train.code'
 nohup setsid sh -c \"\$run\" main.py$( [ $# = 0 ] || printf ' %q' "$@") >>train.log 2>&1 </dev/null &
 until [ -s train.pid ]; do sleep 0.1; done"
@@ -269,12 +270,11 @@ follow() {  # wait until the run has ended, or the slice is gone; how is in $tem
 }
 
 watch() {
-  local failures=0 crashes=0 started code how
+  local failures=0 code how restart=0 reason=""
   while true; do
     (train "$@")  # a run that is going on is left alone
     code=$?
     [ "$code" != 2 ] || exit 2
-    started=$SECONDS
     if [ "$code" = 0 ] && follow; then
       failures=0
       how="$(<"$temporary/verdict")"
@@ -290,15 +290,11 @@ watch() {
       finished) [ -z "${DELETE:-}" ] || step "delete the slice" delete; return ;;
       stopped) return ;;
       mistake) workers "tail -n 20 lmim_jax/train.log" >&2; exit 2 ;;
-      gone) crashes=0; continue ;;
+      gone) continue ;;
     esac
-    [ $((SECONDS - started)) -lt 1800 ] || crashes=0
-    crashes=$((crashes + 1))
-    if [ "$crashes" -ge "$CRASHES" ]; then
-      workers "tail -n 20 lmim_jax/train.log" >&2
-      echo "error: the run ended by itself $crashes times in a row within half an hour; its last lines are above" >&2
-      exit 1
-    fi
+    # The run itself counts its restarts without progress, and ends with exit code 2 after $RESTARTS
+    restart=$((restart + 1))
+    reason="$how"
     sleep "$POLL"
   done
 }

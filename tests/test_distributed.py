@@ -10,7 +10,7 @@ import types
 
 import jax
 import pytest
-from jax._src.clusters import cloud_tpu_cluster, ompi_cluster, slurm_cluster
+from jax._src.clusters import cloud_tpu_cluster, k8s_cluster, ompi_cluster, slurm_cluster
 
 from lmim_jax.distributed import multihost
 from lmim_jax.train import workdir
@@ -75,7 +75,7 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
         ({"TPU_VISIBLE_CHIPS": "0"}, ("libtpu",), 4, None),  # another run may use the other chips
         (TPU_PROCESSES, ("libtpu",), 4, ("Cloud TPU", TPU_PROCESS)),
         (TPU_PROCESSES | {"MEGASCALE_NUM_SLICES": "2"}, ("libtpu",), 4, ("Cloud TPU", {})),
-        (POD, ("kubernetes",), 0, ("Kubernetes", {"cluster_detection_method": "k8s"})),
+        (POD, ("kubernetes",), 0, ("Kubernetes", {})),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ("kubernetes",), 0, None),  # a single pod
     ],
 )
@@ -92,6 +92,36 @@ def test_a_missing_package_for_detection_is_named(environment, package, monkeypa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install '?{package}.*--coordinator"):
         multihost.detect(environment, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 0),
+        (SLURM | {"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, 5),
+        (OMPI | ORTE, 3),
+        (TPU_PROCESSES, 1),
+        (GKE_TPU, 1),
+        (GKE_TPU | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}, 3),
+        (POD, 2),
+    ],
+)
+def test_a_process_knows_its_number_before_it_meets_the_others(environment, expected, monkeypatch):
+    for name in os.environ:
+        if name.startswith(("SLURM", "OMPI", "TPU", "MEGASCALE", "KUBERNETES", "JOB_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for kind in (k8s_cluster.K8sCluster, cloud_tpu_cluster.GkeTpuCluster):
+        monkeypatch.setattr(kind, "is_env_present", lambda kind=kind: _is_for(kind, environment))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "kubernetes" or None)
+    assert multihost.process_number() == expected
+    assert multihost.process_number("host:1", 7) == 7  # of processes.sh
+
+
+def _is_for(kind, environment):
+    name = {"K8sCluster": "KUBERNETES_SERVICE_HOST", "GkeTpuCluster": "TPU_WORKER_HOSTNAMES"}
+    return name[kind.__name__] in environment
 
 
 def test_processes_that_share_tpu_chips_need_numbers(tmp_path):

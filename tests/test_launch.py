@@ -45,13 +45,21 @@ def test_the_process_that_dies_first_is_named_and_gives_the_exit_code():
     assert launch("", count="none").returncode == 2
 
 
-def slurm(folder, program="python", **environment):
-    """Run slurm.sbatch with an srun that shows its arguments: (its process, the arguments)."""
-    srun = folder / "srun"
-    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "gpu: ${SLURM_CPUS_PER_GPU:-}" >"$0.told"\n')
-    srun.chmod(0o755)
-    (folder / "python").write_text("#!/bin/sh\n")
-    (folder / "python").chmod(0o755)
+def slurm(folder, program=sys.executable, end="", **environment):
+    """Run slurm.sbatch with an srun that shows its arguments: (its process, the arguments).
+
+    Args:
+      folder: for the programs.
+      program: the interpreter.
+      end: a shell command at the end of srun.
+    """
+    told = 'printf "%s\\n" "$@" "gpu: ${SLURM_CPUS_PER_GPU:-}" >"$0.told"'
+    programs = {"srun": f"{told}\n{end}", "scontrol": 'echo "$@"'}
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    (folder / "launch").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "launch" / "restart.py", folder / "launch")
     job = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
     variables = {**os.environ, **job, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": program}
     command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), "--x=1 2"]
@@ -88,9 +96,22 @@ def test_the_cpus_of_a_slurm_job_are_shared_by_its_tasks(tmp_path, environment, 
     assert ("warning: 1 CPU per task" in done.stderr) == (cpus == 1)
 
 
+def test_slurm_starts_again_after_an_error(tmp_path):
+    for code, starts in ((1, 3), (75, 1), (2, 1)):  # 75: the job is requeued
+        end = 'echo "$LMIM_RESTART of $LMIM_RESTARTS" >>started\n'
+        end += f'[ "$LMIM_RESTART" = 2 ] || exit {code}'
+        (tmp_path / "started").unlink(missing_ok=True)
+        variables = {"RESTARTS": "4", "RESTART_PAUSE": "0"}
+        done, _ = slurm(tmp_path, end=end, program=sys.executable, **variables)
+        started = (tmp_path / "started").read_text().splitlines()
+        assert started == ["0 of 4", "1 of 4", "2 of 4"][:starts], done.stderr
+        assert ("requeue 1" in done.stdout) == (code == 75)
+        assert done.returncode == {1: 0, 75: 0, 2: 2}[code]
+
+
 def test_slurm_tasks_in_containers(tmp_path):
     _, told = slurm(tmp_path)
-    assert told[-4:-1] == ["python", "main.py", "--x=1 2"]
+    assert told[-4:-1] == [sys.executable, "main.py", "--x=1 2"]
     flags = {"SRUN_FLAGS": "--container-image=a.sqsh --container-mounts=/shared"}
     done, told = slurm(tmp_path, program="", **flags)  # the python of the container
     assert done.returncode == 0, done.stderr
@@ -130,6 +151,10 @@ def test_the_job_sets_are_complete(name):
     (rule,) = job["podFailurePolicy"]["rules"]
     codes = {"containerName": container["name"], "operator": "In", "values": [2]}
     assert rule == {"action": "FailJob", "onExitCodes": codes}
+    environment = {variable.pop("name"): variable for variable in container["env"]}
+    attempt = "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
+    assert environment["LMIM_RESTART"] == {"valueFrom": {"fieldRef": {"fieldPath": attempt}}}
+    assert int(environment["LMIM_RESTARTS"]["value"]) > 0
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
     assert mounts.keys() == {"/shared", "/dev/shm"}
@@ -150,7 +175,7 @@ def test_pods_with_gpus_find_their_driver_and_the_first_of_them():
     # Pod 0 of the job is reached as JOBSET-JOB-0-0.JOBSET
     assert f"--coordinator={name}-{job['name']}-0-0.{name}:8482 " in container["args"][0]
     libraries = {"name": "LD_LIBRARY_PATH", "value": "/usr/local/nvidia/lib64"}
-    assert container["env"] == [libraries]
+    assert libraries in container["env"]
     assert "LD_LIBRARY_PATH=/usr/local/nvidia/lib64" in (ROOT / "launch" / "Dockerfile").read_text()
 
 

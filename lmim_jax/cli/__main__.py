@@ -10,6 +10,7 @@ from lmim_jax.utils.errors import did_you_mean, fail
 # Command -> (module in lmim_jax.cli, what it does)
 COMMANDS = {
     "train": ("train", "Pretrain an encoder with a recipe, or resume a run."),
+    "extend": ("extend", "Train a run for more epochs than it had."),
     "evaluate": (
         "evaluate",
         "Evaluate the frozen features of a run: k-NN, probes, fine-tuning, ...",
@@ -62,8 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = given[0]
     if name not in COMMANDS:
         fail(f"lmim {name}: no such command{did_you_mean(name, COMMANDS)}")
-    module = importlib.import_module(f"lmim_jax.cli.{COMMANDS[name][0]}")
-    app = importlib.import_module("lmim_jax.cli.app")
+    try:
+        module = importlib.import_module(f"lmim_jax.cli.{COMMANDS[name][0]}")
+        app = importlib.import_module("lmim_jax.cli.app")
+    except ImportError as error:  # no restart would mend it
+        fail(f"lmim {name}: {error}; install what requirements.txt lists")
     app.run(module, [f"lmim {name}", *given[1:]])
 
 

@@ -15,6 +15,7 @@ if a second Ctrl-C aborted that.
 """
 
 import logging
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -24,7 +25,16 @@ from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.cli import app
 from lmim_jax.distributed import multihost, preemption
-from lmim_jax.train import checkpoints, lock, loop, metric_logger, runs, workdir
+from lmim_jax.train import (
+    checkpoints,
+    extension,
+    lock,
+    loop,
+    metric_logger,
+    restarts,
+    runs,
+    workdir,
+)
 from lmim_jax.utils import atomic_io, buckets
 from lmim_jax.utils.errors import EXIT_SECONDS, UserError, exit_now, fail
 from lmim_jax.utils.logging import log_to_console
@@ -42,7 +52,21 @@ def main(arguments: list[str]) -> None:
     given = flags.FLAGS
     config = given.config
     folder = read_arguments(arguments)
+    run(config, folder, given.schedule if given.extend else "")
+
+
+def run(config: ConfigDict, folder: str, schedule: str = "") -> None:
+    """Train in a folder, and exit as the errors and signals of a run ask for.
+
+    Args:
+      config: the recipe.
+      folder: of the run.
+      schedule: "continue" or "restart": extend the run, see train/extension.py.
+    """
+    given = flags.FLAGS
     workdir.check_outside_images(folder, config.data)
+    process = multihost.process_number(given.coordinator, given.process_id)
+    restart = restarts.check(folder, os.environ, process)
     try:
         flags_of_xla = workdir.set_xla_flags(config, folder, given.coordinator)
         multihost.initialize(
@@ -53,11 +77,13 @@ def main(arguments: list[str]) -> None:
             app.device_ids(),
         )
         log_to_console()
+        if restart:
+            log.warning(restart)
         for line in flags_of_xla:
             log.info(line)
-        if "hours" in config:
+        if "hours" in config and "config" in given:
             fill_in(config, folder)
-        loop.train(config, folder)
+        loop.train(config, folder, schedule)
         if config.report and jax.process_count() == 1:
             write_report(folder)
     except (metric_logger.NonFinite, checkpoints.SaveFailed, lock.LockLost) as error:
@@ -184,6 +210,29 @@ def define_flags() -> None:
         "With DIR: how long to train, by default 4 minutes on a CPU and an hour on others; more "
         "than 800 epochs are never chosen. Example: --hours=2",
     )
+    flags.DEFINE_bool(
+        "extend",
+        False,
+        "Extend a run to more epochs than it had, with --config.epochs. "
+        "Example: --extend --config.epochs=200",
+    )
+    define_schedule()
+    define_processes()
+
+
+def define_schedule() -> None:
+    """Define what an extension does to the schedules."""
+    flags.DEFINE_enum(
+        "schedule",
+        extension.CONTINUE,
+        extension.SCHEDULES,
+        "Extending a run: continue (the cosine of the new length goes on from this step) or "
+        "restart (warm-up and cosine again, over the added steps). Example: --schedule=restart",
+    )
+
+
+def define_processes() -> None:
+    """Define the flags of a command that trains as several processes."""
     app.define_processes()
     flags.DEFINE_integer(
         "heartbeat",

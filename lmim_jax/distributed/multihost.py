@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax._src.clusters import ClusterEnv  # whose numbers jax.distributed.initialize gives
 from jax._src.distributed import global_state  # its key-value store has no public interface
 from jax.experimental import multihost_utils
 
@@ -65,8 +66,37 @@ def detect(
             raise UserError(
                 "this is an indexed Kubernetes job: pip install 'jax[k8s]', or give --coordinator"
             )
-        return "Kubernetes", {"cluster_detection_method": "k8s"}
+        return "Kubernetes", {}  # jax has no name for it
     return None
+
+
+def process_number(coordinator: str = "", process_id: int = -1) -> int:
+    """The number of this process, as jax will give it, before the processes have found each other.
+
+    Args:
+      coordinator: "host:port" of process 0; "": the environment says who there is.
+      process_id: which process this is; only with `coordinator`.
+
+    Raises:
+      UserError: see `detect`.
+    """
+    if coordinator:
+        return process_id
+    detected = detect(os.environ)
+    if detected is None:
+        return 0
+    _, cluster = detected
+    if "process_id" in cluster:
+        return cluster["process_id"]
+    method = cluster.get("cluster_detection_method")
+    for kind in ClusterEnv._cluster_types:
+        if method is not None:
+            chosen = kind.name == method
+        else:
+            chosen = not kind.opt_in_only_method and kind.is_env_present()
+        if chosen:
+            return kind.get_process_id()
+    return 0
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -1,0 +1,102 @@
+"""Runs a command, and again after an error or a crash: launch/restart.py N COMMAND [ARGUMENTS]
+
+N: how many restarts in a row may find the run at the same step; 0: no restarts. The run counts them
+itself, by its checkpoints (lmim_jax/train/restarts.py), and ends with exit code 2 when it gives up.
+Not restarted: exit codes 0 (finished), 2 (a mistake of the user), 75 (it was asked to stop, and has
+saved), 126 and 127 (no such program), 130 (Ctrl-C), and whatever follows a signal to this process,
+which is passed on. The exit code is that of the last start, 128 + N after signal N.
+
+RESTART_PAUSE: seconds before a restart (10); they double up to 5 minutes while starts end within
+half an hour. Needs nothing but Python.
+"""
+
+import contextlib
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+FINAL = (0, 2, 75, 126, 127, 130)  # exit codes
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+LONGEST_PAUSE = 300.0  # seconds
+SHORT = 1800.0  # seconds; a start that lasts longer resets the pause
+
+
+class Restarter:
+    """Runs a command until it is done; signals are passed on, and end the restarts."""
+
+    def __init__(self, limit, command):
+        self._limit = limit
+        self._command = command
+        self._child = None
+        self._stopped = threading.Event()
+
+    def receive(self, number, _):
+        """Pass a signal on to the command."""
+        self._stopped.set()
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(number)
+
+    def run(self):
+        """Run the command; the exit code of its last start."""
+        first_pause = float(os.environ.get("RESTART_PAUSE", "10"))
+        pause = first_pause
+        environment = dict(os.environ, LMIM_RESTARTS=str(self._limit), LMIM_RESTART="0")
+        number = 0
+        while True:
+            began = time.monotonic()
+            code = self._start(environment)
+            if code in FINAL or self._stopped.is_set() or not self._limit:
+                return code
+            if time.monotonic() - began > SHORT:
+                pause = first_pause
+            number += 1
+            reason = describe(code)
+            say(f"the run {reason}; restart {number} in {pause:.0f} s")
+            if self._stopped.wait(pause):
+                return code
+            pause = min(2 * pause, LONGEST_PAUSE)
+            environment["LMIM_RESTART"] = str(number)
+            environment["LMIM_RESTART_REASON"] = reason
+
+    def _start(self, environment):
+        try:
+            self._child = subprocess.Popen(self._command, env=environment)
+        except OSError as error:
+            say(f"error: {error.filename}: {error.strerror}")
+            return 127
+        code = self._child.wait()
+        return code if code >= 0 else 128 - code
+
+
+def describe(code):
+    """How a start has ended."""
+    if code > 128:
+        with contextlib.suppress(ValueError):  # no such signal
+            return f"was killed by signal {code - 128} ({signal.Signals(code - 128).name})"
+    return f"ended with exit code {code}"
+
+
+def say(text):
+    """A line of the log, which may be gone."""
+    with contextlib.suppress(OSError):
+        print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def main(arguments):
+    """Run the command of the arguments; its exit code."""
+    if len(arguments) < 2 or not arguments[0].isdecimal():
+        say("error: give the number of restarts and a command: launch/restart.py 5 COMMAND")
+        return 2
+    restarter = Restarter(int(arguments[0]), arguments[1:])
+    for number in PASSED_ON:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, restarter.receive)
+    return restarter.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
