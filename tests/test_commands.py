@@ -414,7 +414,6 @@ class Shell:
             **os.environ,
             "XLA_FLAGS": f"{conftest.FAST} --xla_force_host_platform_device_count=1",
             "XDG_CACHE_HOME": str(folder / "cache"),
-            "OMP_NUM_THREADS": "1",  # threads of t-SNE wait for each other on busy machines
         }
         self.environment.pop("PYTHONPATH", None)
 
