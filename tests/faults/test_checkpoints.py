@@ -307,10 +307,10 @@ def test_a_bucket_that_refuses_a_save_is_like_a_full_disk(bucket, caplog):
 
 
 def test_a_busy_bucket_and_cut_uploads_cost_only_time(bucket, full):
-    """[1 save / 10 saves: every tenth request is refused, every tenth upload cut]"""
-    bucket.busy = 0.02 if not full else 0.1
+    """[1 save / 3 saves: every fiftieth request is refused, every tenth upload cut]"""
+    bucket.busy = 0.02
     bucket.cut = 0.1
-    steps = range(1, 11) if full else [1]
+    steps = range(1, 4) if full else [1]
     save(buckets.path("gs://bkt/run"), *steps)
     assert same(restore(buckets.path("gs://bkt/run")), state(steps[-1]))
     bucket.busy = bucket.cut = 0.0
