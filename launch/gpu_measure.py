@@ -171,7 +171,7 @@ def resume(name: str, changes: Sequence[str]) -> Result:
     killed = folder / "killed"
     _train(command, whole)
     killed.mkdir()
-    for kernels in whole.glob("gpu_kernels_*"):  # the choice of kernels belongs to a run
+    for kernels in whole.glob("gpu_kernels*"):  # the choice of kernels belongs to a run
         shutil.copy(kernels, killed)
     victim = subprocess.Popen([*command, f"--workdir={killed}"], stdout=sys.stderr)
     deadline = time.monotonic() + KILL_TIMEOUT

@@ -112,6 +112,8 @@ def test_a_process_knows_its_number_before_it_meets_the_others(environment, expe
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    # Not the metadata server
+    monkeypatch.setattr(cloud_tpu_cluster, "get_tpu_env_value", environment.get)
     for kind in (k8s_cluster.K8sCluster, cloud_tpu_cluster.GkeTpuCluster):
         monkeypatch.setattr(kind, "is_env_present", lambda kind=kind: _is_for(kind, environment))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "kubernetes" or None)

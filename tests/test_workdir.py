@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lmim_jax.train import lock, workdir
+from lmim_jax.train import lock
 from lmim_jax.utils.errors import UserError
 
 DEAD = {
@@ -200,24 +200,3 @@ def test_a_folder_that_is_unavailable_for_a_while_keeps_its_lock(tmp_path, hurry
         held.raise_if_lost()
         (tmp_path / "gone").rename(run)
         held.confirm()
-
-
-def test_kernels_are_pinned_where_there_is_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--mine")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    workdir.pin_kernels(tmp_path / "run", True)
-    assert os.environ["XLA_FLAGS"] == "--mine"
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    file = tmp_path / "run" / "gpu_kernels_0.textproto"
-    workdir.pin_kernels(tmp_path / "run", True)
-    expected = [
-        "--mine",
-        f"--xla_gpu_dump_autotune_results_to={file}",
-        "--xla_gpu_exclude_nondeterministic_ops=true",
-    ]
-    assert os.environ["XLA_FLAGS"].split() == expected
-    file.touch()
-    monkeypatch.setenv("XLA_FLAGS", "")
-    workdir.pin_kernels(tmp_path / "run", False)
-    assert os.environ["XLA_FLAGS"] == f"--xla_gpu_load_autotune_results_from={file}"

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from lmim_jax.distributed import multihost
-from lmim_jax.train import workdir
+from lmim_jax.train import gpu_kernels, workdir
 from lmim_jax.utils import xla_flags
 from lmim_jax.utils.errors import UserError
 
@@ -116,14 +116,13 @@ def test_deterministic_kernels_are_found_in_the_environment(monkeypatch, flags, 
 def test_the_flags_of_a_recipe(known, tmp_path, monkeypatch):
     monkeypatch.setattr(multihost, "visible_gpus", lambda: 1)
     monkeypatch.setattr(multihost, "visible_tpu_chips", lambda: 0)
-    monkeypatch.setattr(workdir.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_kernels, "pin", lambda *which: [f"pinned {which}"])
     config = tiny.get_config()
-    workdir.set_xla_flags(config, tmp_path)
-    pinned = f"--xla_gpu_dump_autotune_results_to={tmp_path}/gpu_kernels_0.textproto"
-    assert os.environ["XLA_FLAGS"].split() == [pinned, TRITON]
+    lines = workdir.set_xla_flags(config, tmp_path, process=3)
+    assert lines == [f"pinned {(tmp_path, 3)}", f"XLA_FLAGS: {TRITON}"]
     monkeypatch.setenv("XLA_FLAGS", "")
     config.deterministic = True
     config.xla_flags = "none"
     workdir.set_xla_flags(config, tmp_path, coordinator="host:1")
-    assert os.environ["XLA_FLAGS"].split() == [pinned, f"--{xla_flags.DETERMINISTIC}=true"]
+    assert os.environ["XLA_FLAGS"] == f"--{xla_flags.DETERMINISTIC}=true"
     assert xla_flags.is_deterministic()

@@ -68,7 +68,7 @@ def run(config: ConfigDict, folder: str, schedule: str = "") -> None:
     process = multihost.process_number(given.coordinator, given.process_id)
     restart = restarts.check(folder, os.environ, process)
     try:
-        flags_of_xla = workdir.set_xla_flags(config, folder, given.coordinator)
+        flags_of_xla = workdir.set_xla_flags(config, folder, given.coordinator, process)
         multihost.initialize(
             given.coordinator,
             given.num_processes,

@@ -15,7 +15,7 @@ from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost, preemption, sharding
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.models import attention
-from lmim_jax.train import provenance
+from lmim_jax.train import gpu_kernels, provenance
 from lmim_jax.train import summary as summaries
 from lmim_jax.train import workdir as workdirs
 from lmim_jax.train.build import TrainingParts, build
@@ -295,6 +295,7 @@ class TrainingLoop:
         with progress.working("compiling"):
             self._train_step = self._train_step.lower(self._state, batch).compile()
             self._collapse_metrics.compile(self._state.params, self._state.target)
+        gpu_kernels.publish(self._workdir)
         log.info("compiled in %s", duration(time.perf_counter() - start))
 
     def _run_step(self, step: int, batch: dict[str, jax.Array]) -> None:
@@ -333,6 +334,7 @@ class TrainingLoop:
     def _save(self, step: int) -> None:
         """Start to save the state after a step."""
         self._writer.flush()  # a resumed run goes on after the saved lines
+        gpu_kernels.publish(self._workdir)  # of evaluations too
         self._checkpoints.save(self._state, step)
         self._saved_at = time.monotonic()
 

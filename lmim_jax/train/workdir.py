@@ -5,7 +5,6 @@ import logging
 import os
 import pathlib
 import re
-import shutil
 import socket
 import time
 from typing import Any
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 
 from lmim_jax.data import sources
 from lmim_jax.distributed import multihost
+from lmim_jax.train import gpu_kernels
 from lmim_jax.utils import atomic_io, buckets, xla_flags
 from lmim_jax.utils.errors import UserError
 
@@ -138,34 +138,8 @@ def _as_json(config: dict[str, Any], data: dict[str, Any] | None) -> dict[str, A
     return json.loads(json.dumps(content))
 
 
-def pin_kernels(workdir: buckets.Pathname, deterministic: bool) -> None:
-    """On NVIDIA GPUs, store XLA's choice of kernels with the run, so that it resumes identically.
-
-    XLA benchmarks several kernels for an operation when it compiles, and may choose another one
-    next time, which rounds differently. Call it before jax looks for devices; it sets the
-    environment variable XLA_FLAGS.
-
-    Args:
-      workdir: of the run; in a bucket, no choice is stored.
-      deterministic: also exclude kernels whose sums depend on timing. XLA benchmarks none then.
-    """
-    if not shutil.which("nvidia-smi"):
-        return
-    flags = []
-    folder = buckets.path(workdir).absolute()
-    if isinstance(folder, pathlib.Path):
-        rank = os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
-        path = folder / f"gpu_kernels_{rank}.textproto"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        action = "load_autotune_results_from" if path.exists() else "dump_autotune_results_to"
-        flags.append(f"--xla_gpu_{action}={path}")
-    if deterministic:
-        flags.append(f"--{xla_flags.DETERMINISTIC}=true")
-    xla_flags.add("XLA_FLAGS", flags)
-
-
 def set_xla_flags(
-    config: ConfigDict, workdir: buckets.Pathname, coordinator: str = ""
+    config: ConfigDict, workdir: buckets.Pathname, coordinator: str = "", process: int = 0
 ) -> list[str]:
     """Set XLA's flags as a recipe asks for. Call it before jax looks for devices.
 
@@ -173,6 +147,7 @@ def set_xla_flags(
       config: the recipe.
       workdir: of the run, which keeps XLA's choice of kernels.
       coordinator: host and port of the first of several processes; "": found by `multihost.detect`.
+      process: the number of this process; 0 keeps XLA's choice of kernels.
 
     Returns:
       Lines for the log.
@@ -180,11 +155,14 @@ def set_xla_flags(
     Raises:
       UserError: an unknown value of `xla_flags`, or see `multihost.detect`.
     """
-    pin_kernels(workdir, config.deterministic)
+    lines = gpu_kernels.pin(workdir, process)
+    if config.deterministic and multihost.visible_gpus():
+        xla_flags.add("XLA_FLAGS", [f"--{xla_flags.DETERMINISTIC}=true"])
     several = bool(coordinator) or multihost.detect(os.environ) is not None
-    return xla_flags.set_for_run(
+    lines += xla_flags.set_for_run(
         config.xla_flags,
         gpus=multihost.visible_gpus(),
         tpu=multihost.visible_tpu_chips() > 0,
         several=several,
     )
+    return lines
