@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config = vit_b.get_config()
     config.batch_size = 2048  # peak learning rate 1.2e-3
     config.epochs = 801
+    config.optimizer.warmup_epochs = FieldReference(40.0) * config.get_ref("epochs") / 801
     config.augment.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     config.method = bootmae(config.data.get_ref("channels"))
     config.optimizer.update(warmup_start=0.0, peak_in_warmup=True)  # numpy.linspace as released

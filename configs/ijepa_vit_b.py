@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config = vit_b.get_config()
     config.batch_size = 2048
     config.epochs = 600
+    config.optimizer.warmup_epochs = FieldReference(40.0) * config.get_ref("epochs") / 600
     config.method = ijepa(config.data.get_ref("channels"))
     config.augment.update(scale=(0.3, 1.0), flip=False, interpolation="bilinear")
     config.optimizer.base_lr = 1.25e-4  # peak 1e-3 at batch 2048

@@ -11,7 +11,7 @@ publish no numbers for it.
 
 import pathlib
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from lmim_jax.configs import vit_b
 
@@ -22,6 +22,6 @@ def get_config() -> ConfigDict:
     config.batch_size = 1024
     config.epochs = 300
     config.data.classes = str(pathlib.Path(__file__).with_name("imagenet100.txt"))
-    config.optimizer.warmup_epochs = 30.0
+    config.optimizer.warmup_epochs = FieldReference(30.0) * config.get_ref("epochs") / 300
     config.method.similarity_weight = 0.0
     return config

@@ -4,7 +4,8 @@
 
 Global batch 4096, 249,600 steps. Published for ViT-B with normalized pixels: linear probe (CLS)
 65.1 % after 800 epochs (mmpretrain) and 67.8 to 68.0 % after 1600 (the paper and its repository),
-fine-tuning 83.3 and 83.6 %. Sources: the paper (arXiv 2111.06377), table 8; the released code.
+fine-tuning 83.3 and 83.6 %. Sources: the paper (arXiv 2111.06377), table 8; the released code. The
+released 1600 epochs have the same warm-up: --config.epochs=1600 --config.optimizer.warmup_epochs=40
 """
 
 from ml_collections import ConfigDict, FieldReference

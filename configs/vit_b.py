@@ -20,6 +20,10 @@ def get_config() -> ConfigDict:
     config.micro_batches = 1  # gradient accumulation: equal parts of the batch, one after the other
     config.epochs = 800  # an epoch is floor(images / batch_size) steps
     config.total_steps = config_dict.placeholder(int)  # instead of epochs; warm-up scales with it
+    # Start from the weights of this run or exported model, a folder; optimizer, step and seed are
+    # new. "": from random ones
+    config.init_from = ""
+    config.extensions = ()  # what lmim extend has done to this run; not to be set
     config.update(devices())
 
     config.data = data()
@@ -43,7 +47,8 @@ def get_config() -> ConfigDict:
     # Peak; base_lr x batch_size / 256 unless set: 2.4e-3 here
     optimizer.lr = optimizer.get_ref("base_lr") * batch_size / 256
     optimizer.warmup_start = 0.25  # share of the peak at which the warm-up starts
-    optimizer.warmup_epochs = 40.0  # the learning rate rises on a line
+    # The learning rate rises on a line; 40/800 of the epochs unless set
+    optimizer.warmup_epochs = FieldReference(40.0) * config.get_ref("epochs") / 800
     optimizer.floor = 0.25  # share of the peak at which the cosine ends
     optimizer.rebased = True  # the cosine starts after the warm-up; False: at step 0
     optimizer.peak_in_warmup = False  # the last step of the warm-up has the peak, not the next one
@@ -127,7 +132,17 @@ def data() -> ConfigDict:
     data.train_per_class = 0  # folder: only the first images of each class, by file name; 0: all
     data.test_per_class = 0  # the same of the test split
     data.canvas = 512  # the host decodes into a canvas of this side; shrinks larger images
-    data.channels = 3  # 1 gray, 3 RGB
+    # 1 gray, 3 RGB; any number for TIFF and NPY files of so many bands, with augment.mean and std
+    # of that length: lmim prepare --statistics prints them
+    data.channels = 3
+    # Which values of 16-bit, signed or floating-point samples become the levels 0 and 255; 8 bits
+    # stay as they are. auto: smallest and largest of a sample of the training images, of each band
+    # if they are not gray or RGB | LOW,HIGH, such as 0,4095, or of each band: 0,4095;0,1000 |
+    # percentiles of the sample: 1%,99% | full: the range of the type. Stored with the run
+    data.range = "auto"
+    data.max_pixels = 50_000_000  # of an image; larger ones count as bad
+    data.exif_orientation = False  # True: turn images upright as their EXIF data say
+    data.transparency = "ignore"  # ignore (colors below it count) | white | black: the background
     data.workers = 0  # decoding processes per host; 0: threads. The stream does not depend on it
     data.threads = 0  # decoding threads per process; 0: as many as there are cores
     # Seconds without a single decoded image after which the run gives up, and for which an image is

@@ -51,15 +51,21 @@ def match_rules(rules: Rules, params: Any, key: str) -> Any:
 
 
 def make_schedules(
-    config: ConfigDict, *, warmup_steps: float, total_steps: int, steps_per_epoch: float
+    config: ConfigDict,
+    *,
+    warmup_steps: float,
+    total_steps: int,
+    steps_per_epoch: float,
+    start: int = 0,
 ) -> tuple[schedules.Schedule, schedules.Schedule]:
     """Build the schedules of the learning rate and of the weight decay.
 
     Args:
       config: `config.optimizer`, see configs/vit_b.py.
       warmup_steps: length of the warm-up in optimizer steps.
-      total_steps: length of the run in optimizer steps.
+      total_steps: length of the schedules in optimizer steps, warm-up included.
       steps_per_epoch: optimizer steps in an epoch, for `config.per_epoch`.
+      start: the step at which they begin.
 
     Returns:
       (learning rate, weight decay), what the optimizer uses in a step, counted from 0.
@@ -78,20 +84,25 @@ def make_schedules(
     )
 
     def learning_rate(step: schedules.Step) -> schedules.Scalar:
-        step = step + config.steps_ahead
+        step = schedules.since(step, start) + config.steps_ahead
         if config.per_epoch:
             step = step // steps_per_epoch
         return curve(step)
 
     def weight_decay(step: schedules.Step) -> schedules.Scalar:
-        progress = (step + config.steps_ahead) / total_steps
+        progress = (schedules.since(step, start) + config.steps_ahead) / total_steps
         return schedules.cosine(config.weight_decay, config.weight_decay_end, progress)
 
     return learning_rate, weight_decay
 
 
 def from_config(
-    config: ConfigDict, *, warmup_steps: float, total_steps: int, steps_per_epoch: float
+    config: ConfigDict,
+    *,
+    warmup_steps: float,
+    total_steps: int,
+    steps_per_epoch: float,
+    start: int = 0,
 ) -> tuple[optax.GradientTransformation, schedules.Schedule]:
     """Build the optimizer and its learning-rate schedule.
 
@@ -100,6 +111,7 @@ def from_config(
       warmup_steps: see `make_schedules`.
       total_steps: see `make_schedules`.
       steps_per_epoch: see `make_schedules`.
+      start: see `make_schedules`.
 
     Returns:
       (optax transformation, learning rate as a function of the step).
@@ -115,6 +127,7 @@ def from_config(
         warmup_steps=warmup_steps,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
+        start=start,
     )
 
     def decay_mask(params: Any) -> Any:

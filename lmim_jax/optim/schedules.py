@@ -13,6 +13,13 @@ Step = Int[Array, ""] | int
 Schedule = Callable[[Step], Scalar]
 
 
+def since(step: Step, start: int) -> Step:
+    """The step of a schedule that begins at step `start`; 0 before it."""
+    if not start:
+        return step
+    return jnp.maximum(step - start, 0)
+
+
 def cosine(start: float, end: float, progress: Scalar) -> Float[Array, ""]:
     """Interpolate from start to end along half a cosine.
 

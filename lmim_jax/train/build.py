@@ -19,7 +19,7 @@ from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.optim import adamw
-from lmim_jax.train import state, step
+from lmim_jax.train import extension, state, step
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.prng import augment_keys
 
@@ -147,8 +147,9 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
             f"{config.data.channels}, which it follows: set that one alone"
         )
     total_steps = config.total_steps or config.epochs * steps_per_epoch
+    span = extension.span(config, total_steps)
     method = methods.from_config(
-        config.method, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+        config.method, total_steps=span.steps, steps_per_epoch=steps_per_epoch
     )
     augmentation = Augment.from_config(
         config.augment, image_size=method.image_size, eval_size=method.feature_size
@@ -156,14 +157,15 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
     if len(augmentation.mean) != method.channels:
         raise UserError(
             f"config.augment.mean and std have {len(augmentation.mean)} numbers; with "
-            f"config.data.channels={method.channels} they need {method.channels}"
+            f"config.data.channels={method.channels} they need {method.channels}, which lmim "
+            f"prepare --folder=IMAGES --statistics --channels={method.channels} computes"
         )
-    # With config.total_steps, all that is measured in epochs of the schedules scales with the run
     optimizer, learning_rate = adamw.from_config(
         config.optimizer,
-        warmup_steps=config.optimizer.warmup_epochs * total_steps / config.epochs,
-        total_steps=total_steps,
-        steps_per_epoch=total_steps / config.epochs,
+        warmup_steps=span.warmup_steps,
+        total_steps=span.steps,
+        steps_per_epoch=span.steps_per_epoch,
+        start=span.start,
     )
     crop_keys = functools.partial(augment_keys, config.seed)
     return TrainingParts(

@@ -182,6 +182,12 @@ def steps(workdir: buckets.Pathname) -> dict[int, buckets.Path]:
     return dict(sorted(found.items()))
 
 
+def newest_committed_step(workdir: buckets.Pathname) -> int | None:
+    """The newest step that has a manifest, or None; its contents are not verified."""
+    committed = [step for step, path in steps(workdir).items() if is_committed(path)]
+    return max(committed, default=None)
+
+
 def newest_good_step(workdir: buckets.Pathname, quarantine: bool = False) -> int | None:
     """The newest step whose checksums all match; None where no step was ever committed.
 

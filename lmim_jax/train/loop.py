@@ -10,15 +10,16 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmim_jax.data import inventory, loader, sources
+from lmim_jax.data import inventory, loader, pixel_range, sources
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost, preemption, sharding
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.models import attention
-from lmim_jax.train import gpu_kernels, provenance
+from lmim_jax.train import extension, gpu_kernels, initialization, provenance
 from lmim_jax.train import summary as summaries
 from lmim_jax.train import workdir as workdirs
 from lmim_jax.train.build import TrainingParts, build
+from lmim_jax.train.checkpoint_manifest import newest_committed_step
 from lmim_jax.train.checkpoints import Checkpoints, SaveFailed
 from lmim_jax.train.collapse_metrics import make_collapse_metrics
 from lmim_jax.train.lock import Lock, LockLost
@@ -38,13 +39,15 @@ RESULTS_TIMEOUT = (
 EVALUATION_TIMEOUT = 600.0  # seconds that the other processes may take longer for an evaluation
 
 
-def train(config: ConfigDict, workdir: buckets.Pathname) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> dict[str, Any]:
     """Train; a run that was interrupted resumes.
 
     Args:
       config: see configs/vit_b.py.
       workdir: folder of this run's checkpoints, metrics and summary, local or gs://BUCKET/FOLDER;
         created if needed.
+      extend: "continue" or "restart": extend the run to the length of `config`, with schedules as
+        in extension.py. "": its length is that of `config`.
 
     Returns:
       The summary, which is also written to workdir/summary.json.
@@ -63,7 +66,15 @@ def train(config: ConfigDict, workdir: buckets.Pathname) -> dict[str, Any]:
     mesh = _make_mesh(config)
     attention.check_fused(config.method)
     splits, found = _open_sources(config)
-    parts = build(config, loader.steps_per_epoch(splits["train"], config.batch_size))
+    found += _resolve_range(config, workdir, splits["train"])
+    per_epoch = loader.steps_per_epoch(splits["train"], config.batch_size)
+    history = multihost.decide(lambda: extension.read(workdir))
+    config = extension.with_history(config, history)
+    if extend:
+        entries = multihost.decide(lambda: extension.extend(config, workdir, extend, per_epoch))
+        config = extension.with_history(config, entries)
+    extended = len(config.extensions) > len(history)
+    parts = build(config, per_epoch)
     scheduled = _schedule_evaluators(parts, splits)
 
     # The whole config has been checked: from here on, files are written
@@ -71,18 +82,23 @@ def train(config: ConfigDict, workdir: buckets.Pathname) -> dict[str, Any]:
     plain_config = config.to_dict()
     identity = splits["train"].identity()
     multihost.check_consistent(config=plain_config, data=identity)
-    multihost.decide(lambda: workdirs.check(workdir, plain_config, identity))
+    allowed = extension.KEYS if extended else ()
+    multihost.decide(lambda: workdirs.check(workdir, plain_config, identity, allowed))
     finished = multihost.decide(lambda: summaries.read_summary(workdir, parts.total_steps))
     if finished:
         steps = parts.total_steps
         log.info("this run is finished: %d of %d steps, in %s", steps, steps, workdir)
         log.info(summaries.format_summary(finished, workdir))
         return finished
+    initial = _initial_weights(parts, workdir)
     with (
         Lock(workdir) as lock,
         Checkpoints(workdir, config, lock) as checkpoints,
         preemption.PreemptionHandler() as handler,
     ):
+        if extended:
+            multihost.decide(lambda: extension.record(workdir, plain_config))
+            log.info(extension.describe(config, parts.total_steps))
         workdirs.claim(workdir, plain_config, identity)
         provenance.record_start(workdir, found)
         loop = TrainingLoop(
@@ -90,12 +106,14 @@ def train(config: ConfigDict, workdir: buckets.Pathname) -> dict[str, Any]:
             mesh=mesh,
             splits=splits,
             scheduled=scheduled,
+            initial=initial,
             workdir=buckets.path(workdir),
             lock=lock,
             checkpoints=checkpoints,
             handler=handler,
             process_start=process_start,
         )
+        del initial  # its memory
         loop.run()
         summary = multihost.decide(
             lambda: _write_summary(workdir, parts.total_steps, loop.wall_seconds)
@@ -125,6 +143,32 @@ def _open_sources(config: ConfigDict) -> tuple[Sources, list[str]]:
     return splits, found
 
 
+def _resolve_range(config: ConfigDict, workdir: buckets.Pathname, source: Any) -> list[str]:
+    """Measure the range of the pixel values, or take that of the run; lines, which are logged."""
+
+    def resolve() -> tuple[str, list[str]]:
+        data = ConfigDict(config.data)
+        lines = pixel_range.resolve(data, source, workdirs.stored_range(workdir))
+        return data.range, lines
+
+    config.data.range, lines = multihost.decide(resolve)
+    for line in lines:
+        log.info("%s", line)
+    return lines
+
+
+def _initial_weights(
+    parts: TrainingParts, workdir: buckets.Pathname
+) -> initialization.InitialWeights | None:
+    """The weights of `config.init_from`, unless the run has its own already."""
+    folder = parts.config.init_from
+    if not folder:
+        return None
+    if multihost.decide(lambda: newest_committed_step(workdir)) is not None:
+        return None
+    return initialization.read(folder, parts.method)
+
+
 def _schedule_evaluators(parts: TrainingParts, splits: Sources) -> list[evaluators.Scheduled]:
     """The evaluators of the run; those that have nothing to measure are logged."""
     scheduled = parts.schedule_evaluators()
@@ -148,6 +192,7 @@ class TrainingLoop:
         mesh: Mesh,
         splits: Sources,
         scheduled: list[evaluators.Scheduled],
+        initial: initialization.InitialWeights | None,
         workdir: buckets.Path,
         lock: Lock,
         checkpoints: Checkpoints,
@@ -161,6 +206,7 @@ class TrainingLoop:
           mesh: all devices.
           splits: images of both splits.
           scheduled: evaluators.
+          initial: weights to start from in place of random ones, unless there is a checkpoint.
           workdir: of the run, which must be claimed already.
           lock: of the run.
           checkpoints: of the run.
@@ -190,6 +236,11 @@ class TrainingLoop:
             self._state = restored
             self._start = int(restored.step)
             log.info("resuming after step %d of %d", self._start, self._total_steps)
+        elif initial:
+            self._state = initial.put_into(self._state, shardings)
+            initial.write(workdir)
+            for line in initial.lines:
+                log.info("%s", line)
 
         self._train_step = parts.jit_train_step(mesh, shardings)
         self._data = EvaluationData(
@@ -259,6 +310,8 @@ class TrainingLoop:
         Raises:
           Interrupted: a signal was received.
         """
+        if self._config.init_from and not self._start and not self._checkpoints.is_saved(0):
+            self._save(0)  # from here on, the other run is not needed
         self._evaluate(self._start)
         for step, batch in enumerate(self._batches(), self._start + 1):
             if step == self._start + 1:

@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 
 from lmim_jax.distributed import sharding
 from lmim_jax.models.layer_stack import with_remat_and_scan
+from lmim_jax.optim import schedules
+from lmim_jax.train import extension
 from lmim_jax.train.state import TrainState
 from lmim_jax.utils.platform import current_platform, traced_for
 from lmim_jax.utils.prng import image_keys
@@ -56,6 +58,7 @@ def gradients(
     rng: Key[Array, ""],
     step: Int[Array, ""],
     batch: Batch,
+    schedule_start: int = 0,
 ) -> tuple[Any, Metrics]:
     """Mean gradient and metrics of the rows on this device, in `micro_batches` equal parts."""
 
@@ -63,7 +66,8 @@ def gradients(
         step_rng, keys = image_keys(rng, step, part.pop("position"))
         images, views = draw(method, augment, step_rng, keys, part)
         gradient = jax.grad(method.loss_fn, has_aux=True)
-        grads, metrics = gradient(params, target, images, views, step)
+        of_schedules = schedules.since(step, schedule_start)
+        grads, metrics = gradient(params, target, images, views, of_schedules)
         return grads, {"input_mean": images.mean(), **metrics}
 
     if micro_batches == 1:
@@ -88,6 +92,7 @@ def make_train_step(
     micro_batches: int = 1,
     skip_nonfinite: bool = False,
     shardings: Any = None,
+    schedule_start: int = 0,
 ) -> TrainStep:
     """Build `train_step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -104,6 +109,7 @@ def make_train_step(
       shardings: of the state; None: those of `sharding.state_sharding`. Arrays sharded over `fsdp`
         are gathered once per step, before the first micro-batch, and their gradients are
         reduce-scattered.
+      schedule_start: the step at which the schedules of the method begin.
 
     The batch is a dict of arrays with a leading batch axis. Metrics are float32 scalars: those of
     the method, and `input_mean`, `grad_norm`, `param_norm`, `target_norm` (and `skipped`, 1 or 0).
@@ -119,7 +125,7 @@ def make_train_step(
         ) -> tuple[Any, Metrics]:
             params, target = sharding.gather_shards((params, target), (specs.params, specs.target))
             grads, metrics = gradients(
-                method, augment, micro_batches, params, target, rng, step, batch
+                method, augment, micro_batches, params, target, rng, step, batch, schedule_start
             )
             grads = sharding.reduce_scatter_mean(grads, specs.params)
             return grads, jax.lax.pmean(metrics, sharding.AXES)
@@ -139,7 +145,8 @@ def make_train_step(
         grads, metrics = mean_gradients(state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        target = update_target(state.target, method.target_of(params), method.ema_rate(state.step))
+        rate = method.ema_rate(schedules.since(state.step, schedule_start))
+        target = update_target(state.target, method.target_of(params), rate)
         if current_platform() == "cpu":
             # Behind a barrier, so that XLA does not share the squares with Adam's second moments,
             # which would write them to memory
@@ -175,7 +182,7 @@ def jit_train_step(
     """Jit the train step of a recipe, as training and the benchmarks run it.
 
     Args:
-      config: `on_nonfinite`, `micro_batches`, `remat` and `scan_layers` are read.
+      config: `on_nonfinite`, `micro_batches`, `remat`, `scan_layers` and `extensions` are read.
       method: see `make_train_step`.
       augment: see `make_train_step`.
       optimizer: see `make_train_step`.
@@ -190,6 +197,7 @@ def jit_train_step(
         micro_batches=config.micro_batches,
         skip_nonfinite=config.on_nonfinite == "skip",
         shardings=shardings,
+        schedule_start=extension.schedule_start(config),
     )
     run = with_remat_and_scan(step, config.remat, config.scan_layers)
     return jax.jit(

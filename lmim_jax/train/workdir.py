@@ -7,15 +7,16 @@ import pathlib
 import re
 import socket
 import time
+from collections.abc import Collection
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from lmim_jax.data import sources
+from lmim_jax.data import image_options, sources
 from lmim_jax.distributed import multihost
 from lmim_jax.train import gpu_kernels
-from lmim_jax.utils import atomic_io, buckets, xla_flags
+from lmim_jax.utils import atomic_io, buckets, commands, xla_flags
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,22 +32,38 @@ HARMLESS = re.compile(
     r"|data\.(path|dir|cache|held_out|classes|test_split)|report"
     r"|data\.(workers|threads|timeout|max_bad_fraction)"
 )
+# What runs did that were made before these options were
+FORMER: dict[str, Any] = {
+    "data.range": image_options.FULL,
+    "data.max_pixels": image_options.MAX_PIXELS,
+    "data.exif_orientation": False,
+    "data.transparency": "ignore",
+    "init_from": "",
+    "extensions": [],
+}
 # Key of config.json: what identifies the training images; absent where weights were imported
 # without images
 IMAGES = "training_images"
+FOLLOWERS = {"optimizer.warmup_epochs"}  # options that follow the epochs unless set
 VISIBILITY_TIMEOUT = 90.0  # seconds until a network file system shows a new file to other hosts
 
 
-def check(workdir: buckets.Pathname, config: dict[str, Any], data: dict[str, Any] | None) -> None:
+def check(
+    workdir: buckets.Pathname,
+    config: dict[str, Any],
+    data: dict[str, Any] | None,
+    allowed: Collection[str] = (),
+) -> None:
     """Check that `workdir` is not that of a run with another config or data; nothing is written.
 
     Args:
       workdir: of the run; it need not exist.
       config: a nested dict of plain values.
       data: a flat dict that identifies the training images; None: not known yet.
+      allowed: more keys that may differ.
 
     Raises:
-      UserError: listing the keys that differ; or what is lacking for a bucket.
+      UserError: listing the keys that differ, and ways to go on; or what is lacking for a bucket.
     """
     path = buckets.path(workdir, "config.json")
     problem = buckets.problem(path.parent)
@@ -58,17 +75,48 @@ def check(workdir: buckets.Pathname, config: dict[str, Any], data: dict[str, Any
     ours = _as_json(config, data if IMAGES in known else None)
     old = flatten_dict(known, sep=".", keep_empty_nodes=False)
     new = flatten_dict(ours, sep=".", keep_empty_nodes=False)
-    differing = []
+    differing = {}
     for key in sorted(old.keys() | new.keys()):
-        before = old.get(key, "absent")
-        after = new.get(key, "absent")
-        if before != after and not HARMLESS.fullmatch(key):
-            differing.append(f"{key} {before} -> {after}")
+        before = old.get(key, FORMER.get(key, "absent"))
+        after = new.get(key, FORMER.get(key, "absent"))
+        if key == "data.range" and before == image_options.AUTO:  # imported, without images
+            continue
+        if before != after and key not in allowed and not HARMLESS.fullmatch(key):
+            differing[key] = (before, after)
     if differing:
+        listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in differing.items())
         raise UserError(
-            f"{workdir} is the run of another config ({', '.join(differing)}); choose another "
-            "--workdir"
+            f"{workdir} is the run of another config ({listed}); "
+            f"{_ways_on(workdir, differing, known)}"
         )
+
+
+def _ways_on(
+    workdir: buckets.Pathname, differing: dict[str, tuple[Any, Any]], known: dict[str, Any]
+) -> str:
+    """What may be meant by a command with another config, for the error message."""
+    others = f"choose another --workdir, and --config.init_from={workdir} to start from its weights"
+    keys = set(differing)
+    lengths = keys & {"epochs", "total_steps"}
+    if len(lengths) != 1 or keys - lengths - FOLLOWERS - {"extensions"}:
+        return others
+    key = lengths.pop()
+    before, after = differing[key]
+    if before and after and after > before:
+        command = commands.line("extend", workdir, f"--{key}={after}")
+        return f"to go on with it for longer: {command}; or {others}"
+    if known.get("extensions"):
+        return f"it was extended: --config.{key}={before} resumes it; or {others}"
+    return others
+
+
+def stored_range(workdir: buckets.Pathname) -> str | None:
+    """The range of the pixel values of a run, see data/pixel_range.py; None: there is no run."""
+    path = buckets.path(workdir, "config.json")
+    if buckets.problem(path.parent) or not path.is_file():
+        return None
+    stored = json.loads(path.read_text()).get("data", {})
+    return stored.get("range", FORMER["data.range"])
 
 
 def check_outside_images(workdir: buckets.Pathname, data: ConfigDict) -> None:
