@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         module = importlib.import_module(f"lmim_jax.cli.{COMMANDS[name][0]}")
         app = importlib.import_module("lmim_jax.cli.app")
     except ImportError as error:  # no restart would mend it
-        fail(f"lmim {name}: {error}; install what requirements.txt lists")
+        fail(f"lmim {name}: {error}; is all that requirements.txt lists installed?")
     app.run(module, [f"lmim {name}", *given[1:]])
 
 
