@@ -43,6 +43,7 @@ from absl import flags
 
 from lmim_jax.cli import app
 from lmim_jax.data import folder_listing, inventory
+from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.evaluators.common import feature_io, image_features
 from lmim_jax.evaluators.common.feature_extraction import (
     KINDS,
@@ -163,6 +164,7 @@ def main(arguments: list[str]) -> None:
         norm=given.norm,
         batch_size=given.batch_size,
         canvas=run.config.data.canvas if given.crop else None,
+        options=ImageOptions.from_config(run.config.data),
     )
     with tqdm.tqdm(total=len(names), unit=" images", mininterval=1.0) as bar:
         names, grids, features, bad = extract_from_files(extractor, root, names, bar.update)

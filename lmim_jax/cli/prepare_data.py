@@ -3,12 +3,14 @@
     lmim prepare --folder=IMAGES --out=DIR --name=NAME [--shrink=512] [--processes=8]
     lmim prepare --tfrecord=DIR/NAME/VERSION [--processes=8]
     lmim prepare --verify=DIR/NAME/VERSION
+    lmim prepare --folder=IMAGES --statistics [--channels=13] [--range=auto]
 
 --folder: a TFDS dataset of the files below IMAGES (as for `--config.data.path`), in the same order,
 unchanged or with the short side shrunk. --tfrecord: ArrayRecord files beside the TFRecord files of
 a prepared dataset. An interrupted conversion is resumed by the same command and writes the same
 bytes. --verify: counts records, decodes a sample and compares checksums; exit code 1 if something
-is wrong.
+is wrong. --statistics: only prints the options of a run on these images: the range of pixel values
+of other than 8 bits, and mean and std of each channel.
 """
 
 import json
@@ -24,7 +26,8 @@ import tqdm
 from absl import flags
 
 from lmim_jax.cli import app
-from lmim_jax.data import decode, inventory, sources, tfds_source
+from lmim_jax.configs import vit_b
+from lmim_jax.data import decode, inventory, pixel_range, samples, sources, tfds_source
 from lmim_jax.data.prepare import tfds_writer, tfrecord
 from lmim_jax.utils import atomic_io, commands, subprocess
 from lmim_jax.utils.errors import UserError
@@ -32,6 +35,8 @@ from lmim_jax.utils.errors import UserError
 RECIPES: dict[str, str | None] = {}
 FLAGS_OF_OPTIONS = {"data.path": "--folder"}
 VERSION = "1.0.0"
+STATISTICS = 1024  # images that mean and std are measured on
+LEAST_STD = 1e-3  # of a constant channel
 SPLITS = ("train", "test", "val", "validation")
 
 
@@ -208,7 +213,7 @@ def _undecodable(source: sources.Source, sample: int) -> list[str]:
     problems = []
     for i in np.random.default_rng(0).permutation(len(source))[:sample]:
         try:
-            decode.decode(source.record(i)[0], 0, 3)
+            decode.verify(source.record(i)[0])
         except (decode.BadImage, OSError) as error:
             problems.append(f"{source.name(i)}: {error}")
     return problems
@@ -226,6 +231,9 @@ def main(arguments: list[str]) -> None:
             print(f"{facts['sha256']}  {facts['bytes']:>12}  {facts['records']:>8}  {name}")
         print("\n".join(problems) or "all good")
         sys.exit(bool(problems))
+    if given.statistics:
+        print(commands.line("train", "--config=own", *measure_statistics()))
+        return
     if given.tfrecord:
         target = convert_tfrecords(given.tfrecord, given.processes)
     else:
@@ -234,6 +242,52 @@ def main(arguments: list[str]) -> None:
     options = {"source": "tfds", "name": target.parent.name, "dir": target.parent.parent}
     options_of_data = [f"--config.data.{key}={value}" for key, value in options.items()]
     print("ready:", commands.line("train", "--config=own", *options_of_data))
+
+
+def measure_statistics() -> list[str]:
+    """The options of a run on the images of --folder that depend on their pixels.
+
+    Raises:
+      UserError: there are no images, or none can be read.
+    """
+    given = flags.FLAGS
+    if not given.folder:
+        raise UserError("--statistics needs the images: --folder=IMAGES")
+    source = _open_splits(pathlib.Path(given.folder).expanduser())["train"]
+    config = vit_b.data()
+    config.update(path=given.folder, range=given.range, channels=given.channels)
+    if not given.channels:
+        config.channels = _find_channels(source)
+    for line in pixel_range.resolve(config, source):
+        print(line)
+    mean, std, count = pixel_range.statistics(source, config, STATISTICS)
+    print(f"mean and std of {config.channels} channels of {count:,} images")
+    options = {
+        "data.path": given.folder,
+        "data.channels": config.channels,
+        "data.range": config.range,
+        "augment.mean": _tuple_text(mean),
+        "augment.std": _tuple_text(np.maximum(std, LEAST_STD)),
+    }
+    return [f"--config.{key}={value}" for key, value in options.items()]
+
+
+def _find_channels(source: sources.Source) -> int:
+    """The number of bands of the first image that can be read; 3 for gray and colors."""
+    for index in range(min(len(source), pixel_range.SAMPLED)):
+        try:
+            found = samples.read(source.record(index)[0], 3, decode.DEFAULTS)
+        except (OSError, ValueError):
+            continue
+        if found is not None and not found.colors:
+            return found.bands
+    return 3
+
+
+def _tuple_text(values: np.ndarray) -> str:
+    """Numbers as a tuple that flags accept."""
+    numbers = ",".join(f"{value:.4f}" for value in values)
+    return f"({numbers},)"
 
 
 def _report_bad_files(path: pathlib.Path) -> None:
@@ -264,6 +318,24 @@ def define_flags() -> None:
         0,
         "With --folder: shrink images to this short side in pixels (JPEG, quality 90); 0 copies "
         "the files unchanged. Example: --shrink=512",
+    )
+    flags.DEFINE_bool(
+        "statistics",
+        False,
+        "With --folder: only print the range, mean and std of the pixels, as options of a run. "
+        "Example: --statistics",
+    )
+    flags.DEFINE_integer(
+        "channels",
+        0,
+        "With --statistics: the bands of an image; 0: as the first one that is neither gray nor "
+        "RGB, or 3. Example: --channels=13",
+        lower_bound=0,
+    )
+    flags.DEFINE_string(
+        "range",
+        "auto",
+        "With --statistics: as --config.data.range of lmim train. Example: --range=1%,99%",
     )
     flags.DEFINE_string(
         "tfrecord",

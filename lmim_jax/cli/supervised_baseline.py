@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from lmim_jax.cli import app
-from lmim_jax.data import inventory, loader, sources
+from lmim_jax.data import inventory, loader, pixel_range, sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import EvaluationData, only_labeled
 from lmim_jax.distributed import sharding
@@ -136,6 +136,8 @@ def train(config: ConfigDict, epochs: int, learning_rate: float) -> tuple[float,
     for line in inventory.describe_config(config.data, splits, listings, "--config.data"):
         log.info("%s", line)
     source = splits["train"]
+    for line in pixel_range.resolve(config.data, source):
+        log.info("%s", line)
     problem = evaluators.labels_problem(source.classes, splits)
     if problem:
         raise UserError(f"nothing can be measured: {problem}")

@@ -19,6 +19,7 @@ from PIL import Image
 from lmim_jax.convert.trained_model import TrainedModel
 from lmim_jax.data import decode
 from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.methods.base import Features, Params
 from lmim_jax.utils.errors import UserError
 
@@ -60,24 +61,29 @@ def compare(
       "features": the largest difference of any feature, on images as this project prepares them.
       "size": the largest absolute feature.
       "pixels": mean difference between the images as the library and as this project prepare them,
-        in levels of 0 .. 255.
+        in levels of 0 .. 255; absent for bands that are neither gray nor colors, which the
+        libraries do not read.
 
     Raises:
       UserError: the other library is not installed.
     """
     foreign = _open_folder(kind, folder)
-    pixels = [decode.decode(data, 0, model.method.channels) for data in images]
+    options = ImageOptions.from_config(model.config.data)
+    pixels = [decode.decode(data, 0, model.method.channels, options) for data in images]
     prepared = _preprocess(model, pixels)
     features = _encode(model, params, prepared)
     channels_first = prepared.transpose(0, 3, 1, 2)
     foreign_features = _encode_with_torch(foreign, channels_first)
-    foreign_pixels = np.stack([foreign.preprocess(_to_pillow(image)) for image in pixels])
-    stddev = np.asarray(model.config.augment.std, np.float32).reshape(-1, 1, 1)
-    return {
+    found = {
         "features": float(np.abs(foreign_features - features).max()),
         "size": float(np.abs(features).max()),
-        "pixels": float(np.abs((foreign_pixels - channels_first) * stddev * 255).mean()),
     }
+    if model.method.channels not in decode.MODES:
+        return found
+    foreign_pixels = np.stack([foreign.preprocess(_to_pillow(image)) for image in pixels])
+    stddev = np.asarray(model.config.augment.std, np.float32).reshape(-1, 1, 1)
+    found["pixels"] = float(np.abs((foreign_pixels - channels_first) * stddev * 255).mean())
+    return found
 
 
 def _open_folder(kind: str, folder: str | pathlib.Path) -> ForeignModel:

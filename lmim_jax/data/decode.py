@@ -1,9 +1,10 @@
 """Encoded bytes -> the pixels of an image that fits a canvas, on the host.
 
-The pixels equal Pillow's, whichever library decodes them: JPEGs are decoded by simplejpeg, which is
-faster, releases the GIL and detects damage that Pillow overlooks; all other formats by Pillow. EXIF
-orientation is ignored, as in torchvision's default loader, and so is transparency: the colors below
-it count.
+The pixels of images of 8 bits equal Pillow's, whichever library decodes them: JPEGs are decoded by
+simplejpeg, which is faster, releases the GIL and detects damage that Pillow overlooks; all other
+formats by Pillow. Samples of more bits, and bands other than gray and colors, are read by
+data/samples.py and brought to levels 0 .. 255. Unless options say otherwise, EXIF orientation is
+ignored, as in torchvision's default loader, and so is transparency: the colors below it count.
 """
 
 import io
@@ -11,12 +12,14 @@ import warnings
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Int32, UInt8
-from PIL import Image
+from jaxtyping import Int32, Shaped, UInt8
+from PIL import Image, ImageMode, PngImagePlugin, UnidentifiedImageError
 
+from lmim_jax.data import samples
+from lmim_jax.data.image_options import BadImage, ImageOptions, Range, to_levels
 from lmim_jax.utils import faults
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
 SUFFIXES = (
     ".jpg",
     ".jpeg",
@@ -28,9 +31,15 @@ SUFFIXES = (
     ".gif",
     ".tif",
     ".tiff",
+    ".avif",
+    ".jp2",
+    ".j2k",
+    ".ppm",
+    ".pgm",
+    ".npy",
 )
-MAX_PIXELS = 50_000_000  # against decompression bombs; read from the header, before decoding
-MAX_SIDE = 65_535  # that of JPEG: resizing a line of millions of pixels takes seconds
+NPY_SUFFIX = ".npy"
+DEFAULTS = ImageOptions()
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of Pillow, by number of channels
 JPEG_SCALES = (8, 4, 2)  # by which a JPEG can be shrunk while it is decoded
 JPEG_MARKER = b"\xff\xd8"  # the first bytes of every JPEG
@@ -48,11 +57,48 @@ UNDO_ORIENTATION = {
 }
 
 
-class BadImage(ValueError):
-    """The bytes are not a usable image; the message says why."""
+class WrongBands(BadImage):
+    """An image that cannot be brought to the number of channels.
+
+    Attributes:
+      bands: how many it has.
+    """
+
+    def __init__(self, found: str, bands: int, channels: int):
+        super().__init__(f"{found}, not the {channels} of config.data.channels")
+        self.bands = bands
 
 
-def decode(data: bytes, canvas: int, channels: int) -> UInt8[np.ndarray, "h w C"]:
+# Programs store megabytes in texts of PNGs; they are read, but of no use here
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26
+PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
+
+
+def verify(data: bytes) -> bool:
+    """Check that an image can be decoded, whatever its bands.
+
+    Returns:
+      Whether it is one of 8 bits, in gray or colors.
+
+    Raises:
+      BadImage: it cannot be decoded.
+    """
+    try:
+        if samples.read(data, 3, DEFAULTS) is not None:
+            return False
+    except BadImage:
+        raise
+    except Exception as error:  # see `decode`
+        if faults.is_environment_fault(error):
+            raise
+        raise BadImage(str(error) or type(error).__name__) from error
+    decode(data, 0, 3)
+    return True
+
+
+def decode(
+    data: bytes, canvas: int, channels: int, options: ImageOptions = DEFAULTS
+) -> UInt8[np.ndarray, "h w C"]:
     """Decode an image.
 
     An image larger than the canvas is shrunk until its long side fits: a JPEG by a power of two
@@ -62,30 +108,130 @@ def decode(data: bytes, canvas: int, channels: int) -> UInt8[np.ndarray, "h w C"
     Args:
       data: encoded bytes.
       canvas: K, the maximal side in pixels; 0: any.
-      channels: 1, 3 or 4.
+      channels: C; gray, RGB and RGBA (1, 3, 4) are converted into each other, other bands are not.
+      options: what is done to the pixels.
 
     Returns:
       uint8 [height, width, channels].
 
     Raises:
-      BadImage: empty, truncated or damaged, not an image, an unsupported format, or over 50
-        megapixels.
+      BadImage: empty, truncated or damaged, not an image, an unsupported format, too large, or of
+        other bands.
       MemoryError, OSError: a fault of the environment, see utils/faults.py.
     """
     if not data:
         raise BadImage("empty file")
     try:
-        if data.startswith(JPEG_MARKER):
-            pixels = _decode_jpeg(data, canvas, channels)
-            if pixels is not None:
-                return pixels
-        return _decode_with_pillow(data, canvas, channels)
+        pixels = _decode_as_stored(data, canvas, channels, options)
+        if options.exif_orientation:
+            return turn_upright(pixels, _orientation(data))
+        return pixels
     except BadImage:
         raise
+    except UnidentifiedImageError as error:  # whose text holds an address
+        raise BadImage(f"not an image of a known format ({', '.join(FORMATS)}, NPY)") from error
     except Exception as error:  # decoders raise errors of any type on damaged data
         if faults.is_environment_fault(error):
             raise
         raise BadImage(str(error) or type(error).__name__) from error
+
+
+def _decode_as_stored(
+    data: bytes, canvas: int, channels: int, options: ImageOptions
+) -> UInt8[np.ndarray, "h w C"]:
+    """`decode` without a change of orientation."""
+    if data.startswith(JPEG_MARKER) and channels in MODES:
+        pixels = _decode_jpeg(data, canvas, channels, options)
+        if pixels is not None:
+            return pixels
+    found = read_samples(data, channels, options)
+    if found is not None:
+        return _fit_samples(found, canvas, channels, options)
+    return _decode_with_pillow(data, canvas, channels, options)
+
+
+def read_samples(data: bytes, channels: int, options: ImageOptions) -> samples.Samples | None:
+    """The samples of a file, see `samples.read`; None: Pillow reads it without a loss.
+
+    Raises:
+      WrongBands: it does not have `channels`, and cannot be converted.
+    """
+    found = samples.read(data, channels, options)
+    if found is None:
+        if channels not in MODES:
+            mode = samples.read_header(data).mode
+            raise WrongBands(f"the colors {mode}", len(ImageMode.getmode(mode).bands), channels)
+        return None
+    converted = found.colors and channels in MODES
+    if not converted and channels not in (found.bands, found.values.shape[-1]):
+        raise WrongBands(found.describe(), found.values.shape[-1], channels)
+    return found
+
+
+def _fit_samples(
+    found: samples.Samples, canvas: int, channels: int, options: ImageOptions
+) -> UInt8[np.ndarray, "h w C"]:
+    """Samples as levels, shrunk until they fit a canvas, with the bands that are asked for."""
+    height, width = found.values.shape[:2]
+    size = _fit_size(canvas, height, width)
+    whole = found.values.shape[-1]
+    blended = found.colors and found.alpha and options.transparency != "ignore"
+    levels = to_levels(found.values[..., : found.bands], options.ranges)
+    if found.alpha:
+        levels = np.concatenate([levels, to_levels(found.values[..., found.bands :])], axis=-1)
+    if channels == whole and not blended:
+        return resize(levels, (size[1], size[0]))
+    if channels == found.bands and not blended:
+        return resize(levels[..., :channels], (size[1], size[0]))
+    image = Image.fromarray(levels.squeeze(-1) if whole == 1 else levels)
+    return _convert(image, (size[1], size[0]), channels, options)
+
+
+def resize(
+    pixels: UInt8[np.ndarray, "h w C"],
+    size: tuple[int, int],
+    method: Image.Resampling = Image.Resampling.BICUBIC,
+) -> UInt8[np.ndarray, "S T C"]:
+    """Resize every band on its own by Pillow's antialiased filters.
+
+    Args:
+      pixels: levels.
+      size: (width, height).
+      method: the filter.
+    """
+    if (pixels.shape[1], pixels.shape[0]) == size:
+        return pixels
+    if pixels.shape[-1] == 3:  # at once: the same pixels
+        return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, method))
+    bands = []
+    for band in range(pixels.shape[-1]):
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., band]))
+        bands.append(np.asarray(image.resize(size, method)))
+    return np.stack(bands, axis=-1)
+
+
+def turn_upright(
+    pixels: UInt8[np.ndarray, "h w C"], orientation: int
+) -> UInt8[np.ndarray, "_ _ C"]:
+    """Pixels as an EXIF orientation, 1 .. 8, asks for."""
+    if orientation in (5, 7):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 4):
+        pixels = np.flip(pixels, axis=2 - orientation // 2)
+    turns = {3: 2, 6: 3, 7: 2, 8: 1}  # counterclockwise, by 90 degrees
+    return np.ascontiguousarray(np.rot90(pixels, turns.get(orientation, 0)))
+
+
+def _orientation(data: bytes) -> int:
+    """The EXIF orientation of a file; 1, upright, where there is none."""
+    if data.startswith(samples.NPY):
+        return 1
+    if data.startswith(samples.TIFF):
+        return samples.tiff_orientation(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return int(image.getexif().get(EXIF_ORIENTATION, 1))
 
 
 def place_on_canvas(
@@ -100,7 +246,7 @@ def place_on_canvas(
 
 
 def decode_to_canvas(
-    data: bytes, canvas: int, channels: int
+    data: bytes, canvas: int, channels: int, options: ImageOptions = DEFAULTS
 ) -> tuple[UInt8[np.ndarray, "K K C"], Int32[np.ndarray, "2"]]:
     """Decode into the top left of a canvas, see `decode`.
 
@@ -108,16 +254,13 @@ def decode_to_canvas(
       (canvas uint8 [K, K, C], size int32 [2] = (height, width)).
     """
     out = np.empty((canvas, canvas, channels), np.uint8)
-    size = place_on_canvas(decode(data, canvas, channels), out)
+    size = place_on_canvas(decode(data, canvas, channels, options), out)
     return out, np.array(size, np.int32)
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise BadImage if an image has more than MAX_PIXELS pixels, or a side above MAX_SIDE."""
-    if max(width, height) > MAX_SIDE:
-        raise BadImage(f"{width} x {height} pixels, a side of more than {MAX_SIDE}")
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS}")
+    """Raise BadImage if an image is larger than images are by default."""
+    DEFAULTS.check_size(width, height)
 
 
 def _fit_size(canvas: int, height: int, width: int) -> tuple[int, int]:
@@ -140,9 +283,11 @@ def _jpeg_scale(size: tuple[int, int], target: tuple[int, int]) -> int:
     return 1
 
 
-def _decode_jpeg(data: bytes, canvas: int, channels: int) -> UInt8[np.ndarray, "h w C"] | None:
+def _decode_jpeg(
+    data: bytes, canvas: int, channels: int, options: ImageOptions
+) -> UInt8[np.ndarray, "h w C"] | None:
     """`decode` a JPEG by simplejpeg; None: Pillow must decide."""
-    decoded = _read_jpeg(data, canvas)
+    decoded = _read_jpeg(data, canvas, options)
     if decoded is None:
         return None
     pixels, target = decoded
@@ -153,7 +298,7 @@ def _decode_jpeg(data: bytes, canvas: int, channels: int) -> UInt8[np.ndarray, "
 
 
 def _read_jpeg(
-    data: bytes, canvas: int
+    data: bytes, canvas: int, options: ImageOptions
 ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]] | None:
     """Decode by simplejpeg to a size near that of the canvas.
 
@@ -165,7 +310,7 @@ def _read_jpeg(
     """
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-        check_size(width, height)
+        options.check_size(width, height)
         if colors in ("CMYK", "YCCK"):
             # Only to detect damage: the colors are Pillow's
             simplejpeg.decode_jpeg(data, "CMYK")
@@ -191,13 +336,19 @@ def _read_jpeg(
         return None  # harmless, such as bytes between markers
 
 
-def _decode_with_pillow(data: bytes, canvas: int, channels: int) -> UInt8[np.ndarray, "h w C"]:
+def _decode_with_pillow(
+    data: bytes, canvas: int, channels: int, options: ImageOptions = DEFAULTS
+) -> UInt8[np.ndarray, "h w C"]:
     """`decode` by Pillow alone."""
+    if Image.MAX_IMAGE_PIXELS and options.max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = options.max_pixels
     with warnings.catch_warnings():
-        # MAX_PIXELS is below Pillow's own limit, and oddities of the metadata are harmless
+        # Oddities of the metadata are harmless
         warnings.simplefilter("ignore")
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        check_size(image.width, image.height)
+        if image.format == "TIFF":
+            image.seek(samples.tiff_page(data))
+        options.check_size(image.width, image.height)
         if image.format == "TIFF":  # the only format that Pillow rotates to upright
             orientation = image.tag_v2.get(EXIF_ORIENTATION)  # type: ignore[attr-defined]
             if orientation in UNDO_ORIENTATION:
@@ -205,30 +356,44 @@ def _decode_with_pillow(data: bytes, canvas: int, channels: int) -> UInt8[np.nda
         # Shrinks a JPEG while it is decoded, by the same power of two as `_jpeg_scale`
         height, width = _fit_size(canvas, image.height, image.width)
         image.draft(None, (width, height))
-        return _convert(image, (width, height), channels)
+        return _convert(image, (width, height), channels, options)
 
 
-def fit_to_canvas(image: Image.Image, canvas: int, channels: int) -> UInt8[np.ndarray, "h w C"]:
+def fit_to_canvas(
+    image: Image.Image, canvas: int, channels: int, options: ImageOptions = DEFAULTS
+) -> UInt8[np.ndarray, "h w C"]:
     """The pixels of a Pillow image, shrunk until it fits a canvas; the rest is as in `decode`.
 
     Raises:
-      BadImage: it has 32 bits per pixel and channel, or over 50 megapixels.
+      BadImage: it is too large, or has other bands.
     """
-    check_size(image.width, image.height)
+    options.check_size(image.width, image.height)
+    if channels not in MODES:
+        raise WrongBands(f"the colors {image.mode}", len(image.getbands()), channels)
     height, width = _fit_size(canvas, image.height, image.width)
-    return _convert(image, (width, height), channels)
+    return _convert(image, (width, height), channels, options)
+
+
+def fit_array(
+    values: Shaped[np.ndarray, "h w C"], canvas: int, ranges: tuple[Range, ...]
+) -> UInt8[np.ndarray, "_ _ C"]:
+    """An array as levels, shrunk until it fits a canvas; see `ImageOptions` for `ranges`."""
+    height, width = _fit_size(canvas, *values.shape[:2])
+    return resize(to_levels(values, ranges), (width, height))
 
 
 def _convert(
-    image: Image.Image, size: tuple[int, int], channels: int
+    image: Image.Image, size: tuple[int, int], channels: int, options: ImageOptions = DEFAULTS
 ) -> UInt8[np.ndarray, "h w C"]:
     """A Pillow image as an array of this size (width, height) and with these channels."""
     mode = MODES[channels]
-    if image.mode.startswith("I;16"):
-        # The high byte: Pillow's conversion would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise BadImage(f"pixels of 32 bits (mode {image.mode})")
+    if image.mode.startswith("I") or image.mode == "F":  # given as such; Pillow would clip
+        levels = to_levels(np.asarray(image)[..., None], options.ranges)
+        image = Image.fromarray(levels.squeeze(-1))
+    if options.transparency != "ignore" and image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, options.transparency)
+        image = Image.alpha_composite(background, image)
     if image.mode != mode:  # converting would copy
         image = image.convert(mode)
     if image.size != size:

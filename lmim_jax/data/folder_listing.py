@@ -18,7 +18,7 @@ from jaxtyping import Int
 from numpy.typing import DTypeLike
 
 from lmim_jax.data import shared_array
-from lmim_jax.data.decode import SUFFIXES
+from lmim_jax.data.decode import NPY_SUFFIX, SUFFIXES
 from lmim_jax.utils.faults import ReadFailed
 
 # Names of splits in public datasets: Train, testing, validation, val2017, test_images
@@ -244,14 +244,17 @@ class _Walk:
         return True
 
     def _add(self, prefix: str, names: list[str]) -> None:
-        """Add the files of a folder."""
+        """Add the files of a folder: arrays are images only where there are no others."""
         images = [name for name in names if name.lower().endswith(SUFFIXES)]
+        if not all(name.lower().endswith(NPY_SUFFIX) for name in images):
+            images = [name for name in images if not name.lower().endswith(NPY_SUFFIX)]
         self._images.add(prefix, images)
         if images:
             self._count(prefix.partition("/")[0], len(images))
         if len(images) == len(names):
             return
-        others = [name for name in names if not name.lower().endswith(SUFFIXES)]
+        taken = set(images)
+        others = [name for name in names if name not in taken]
         self._others.add(prefix, others)
         self._suffixes.update(_suffix(name) for name in others)
 

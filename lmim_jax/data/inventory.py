@@ -7,22 +7,21 @@ are not images, images without a class.
 import bisect
 import collections
 import dataclasses
-import io
 import os
 import pathlib
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
-from PIL import Image
 
 from lmim_jax.data import sources
 from lmim_jax.data.eval.eval_data import known_labels
 from lmim_jax.data.folder_listing import SPLIT, Listing, Names
+from lmim_jax.data.samples import Header, read_header
 from lmim_jax.data.sources import FolderSource, Listings
 
 SAMPLED = 32  # images whose headers are read
@@ -33,15 +32,6 @@ LISTED = 3  # names in a line
 LAST_NAME = "\U0010ffff"  # sorts after every name
 
 Line = tuple[str, str]  # title, text
-
-
-class Header(NamedTuple):
-    """What the header of an image says."""
-
-    width: int
-    height: int
-    mode: str
-    format: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,9 +319,8 @@ def _read_headers(keys: Iterable[Any], read: Callable[[Any], bytes]) -> list[Hea
     headers = []
     for key in keys:
         try:
-            with Image.open(io.BytesIO(read(key))) as image:
-                headers.append(Header(*image.size, image.mode, image.format or ""))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            headers.append(read_header(read(key)))
+        except Exception:  # decoders raise errors of any type on damaged data
             continue
     return headers
 

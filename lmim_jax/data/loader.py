@@ -25,6 +25,7 @@ from lmim_jax.data import decode, prefetch
 from lmim_jax.data.activity import Activity
 from lmim_jax.data.augment.device import CropDraw
 from lmim_jax.data.augment.host import HostCrop
+from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.data.sources import Source
 from lmim_jax.distributed import sharding
 from lmim_jax.utils import faults
@@ -61,6 +62,7 @@ class BatchDecoder:
         canvases.
       retry_seconds: how long to try to read an image while the environment is at fault.
       activity: what is being read.
+      options: what is done to the pixels of a file.
     """
 
     source: Source
@@ -71,6 +73,7 @@ class BatchDecoder:
     crop: HostCrop | None = None
     retry_seconds: float = faults.RETRY_SECONDS
     activity: Activity = dataclasses.field(default_factory=Activity, compare=False)
+    options: ImageOptions = decode.DEFAULTS
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -166,7 +169,7 @@ class BatchDecoder:
 
     def _read_once(self, index: int) -> tuple[UInt8[np.ndarray, "h w C"], int]:
         data, label = self.source.record(index)
-        return decode.decode(data, self.canvas, self.channels), label
+        return decode.decode(data, self.canvas, self.channels, self.options), label
 
     def describe_failure(self, index: int) -> str:
         """The name of a bad image and what is wrong with it."""
@@ -269,18 +272,27 @@ class BadImageMonitor:
         )
 
 
-def steps_per_epoch(source: Source, batch_size: int) -> int:
+def steps_per_epoch(source: Source, batch_size: int, unit: int = 1) -> int:
     """floor(N / batch_size): the remainder of an epoch is dropped.
+
+    Args:
+      source: N training images.
+      batch_size: images of a step.
+      unit: what batch sizes must be a multiple of, for the error message.
 
     Raises:
       UserError: there are fewer images than one batch.
     """
-    if len(source) < batch_size:
-        raise UserError(
-            f"config.batch_size={batch_size} is more than the {len(source)} training images; "
-            f"give at most --config.batch_size={len(source)}"
-        )
-    return len(source) // batch_size
+    images = len(source)
+    if images >= batch_size:
+        return images // batch_size
+    fitting = images // unit * unit
+    advice = f"give at most --config.batch_size={fitting}"
+    if not fitting:
+        advice = f"batches are multiples of {unit}, the devices x config.micro_batches"
+    raise UserError(
+        f"config.batch_size={batch_size} is more than the {images} training images; {advice}"
+    )
 
 
 def process_rows(batch_size: int) -> tuple[int, int]:
@@ -340,6 +352,7 @@ def training_batches(
         crop=crop,
         retry_seconds=config.timeout,
         activity=Activity(config.workers),
+        options=ImageOptions.from_config(config),
     )
     first_row, rows = process_rows(batch_size)
     order = TrainingOrder(

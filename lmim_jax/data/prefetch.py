@@ -38,6 +38,7 @@ from lmim_jax.utils.faults import ReadFailed
 log = logging.getLogger(__name__)
 
 PREFETCH_BATCHES = 2  # batches on the devices that wait for the step
+SHARED_MEMORY = pathlib.Path("/dev/shm")  # through which worker processes pass on arrays
 STARTUP_SECONDS = 90.0  # added to the times of the first batch: workers import their libraries
 WARNING_SECONDS = 30.0  # without an image, after which the files being read are logged
 POLL_SECONDS = 0.5  # between two looks at what the decoding processes are doing
@@ -105,6 +106,29 @@ def num_threads(config: ConfigDict) -> int:
     else:  # macOS
         cores = os.cpu_count() or 1
     return max(1, cores // max(1, config.workers))
+
+
+def check_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Check that worker processes can pass on their batches, in files in /dev/shm.
+
+    Args:
+      batch_bytes: of the batches of this host.
+      workers: number of worker processes; 0: threads, which need none.
+
+    Raises:
+      UserError: it is too small for the batch that is decoded and the one that waits.
+    """
+    if not workers or not SHARED_MEMORY.is_dir():
+        return
+    usage = shutil.disk_usage(SHARED_MEMORY)
+    if usage.free >= 2 * batch_bytes:
+        return
+    raise UserError(
+        f"{SHARED_MEMORY} has {usage.total >> 20} MiB, of which {usage.free >> 20} are free; "
+        f"config.data.workers={workers} needs {-(-2 * batch_bytes >> 20)} MiB there, for two "
+        "batches: give the container more (docker run --shm-size=8g), or use "
+        "--config.data.workers=0 (threads)"
+    )
 
 
 def num_parts(workers: int, rows: int) -> int:

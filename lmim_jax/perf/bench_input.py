@@ -25,6 +25,7 @@ from PIL import Image
 from lmim_jax.data import decode, loader, prefetch, sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.augment.host import FILTERS, HostCrop
+from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
 from lmim_jax.utils.prng import augment_keys
@@ -149,6 +150,7 @@ class _Stages:
         """Prepare the input of every stage."""
         config = pipeline.config.data
         self._config = config
+        self._options = ImageOptions.from_config(config)
         self._source = pipeline.source
         self._crop = pipeline.crop
         self._indices = [int(i) for i in pipeline.indices.flatten()]
@@ -156,7 +158,9 @@ class _Stages:
         self._pixels = {}
         for i in set(self._indices):
             self._encoded[i] = pipeline.source.record(i)[0]
-            self._pixels[i] = decode.decode(self._encoded[i], config.canvas, config.channels)
+            self._pixels[i] = decode.decode(
+                self._encoded[i], config.canvas, config.channels, self._options
+            )
         canvas = (config.canvas, config.canvas, config.channels)
         self._canvases = np.zeros((BATCH,) + canvas, np.uint8)
         self._draws = pipeline.crop.draws(0, np.arange(len(self._indices)))
@@ -181,7 +185,9 @@ class _Stages:
     def decode(self) -> None:
         """Decode images."""
         for i in self._indices:
-            decode.decode(self._encoded[i], self._config.canvas, self._config.channels)
+            decode.decode(
+                self._encoded[i], self._config.canvas, self._config.channels, self._options
+            )
 
     def put_on_canvas(self) -> None:
         """Copy decoded images to canvases."""
@@ -291,6 +297,7 @@ def _order(
         threads=threads,
         replace=True,
         crop=crop,
+        options=ImageOptions.from_config(config),
     )
     size = min(BATCH, len(source))
     return loader.TrainingOrder(

@@ -5,7 +5,6 @@ reason, and the option that changes it.
 """
 
 import dataclasses
-import io
 import logging
 import math
 import os
@@ -19,11 +18,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image
 
 from lmim_jax.configs import own
-from lmim_jax.data import loader, sources
+from lmim_jax.data import loader, pixel_range, sources
 from lmim_jax.data.prefetch import PREFETCH_BATCHES
+from lmim_jax.data.samples import read_header
 from lmim_jax.distributed import multihost, sharding
 from lmim_jax.perf import aot
 from lmim_jax.utils import progress
@@ -116,6 +115,7 @@ class Chooser:
         self._choose_splits()
         splits = sources.open_splits(self.config.data)
         images = len(splits["train"])
+        pixel_range.resolve(self.config.data, splits["train"])
         sides = image_sides(splits["train"])
         self._choose_resolution(sides)
         self._choose_encoder(images)
@@ -285,10 +285,10 @@ def image_sides(source: sources.Source) -> np.ndarray:
     sides = []
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)):
         try:
-            with Image.open(io.BytesIO(source.record(int(index))[0])) as image:
-                sides.append((image.height, image.width))
-        except (OSError, ValueError, Image.DecompressionBombError):
-            continue  # reported when it is decoded
+            header = read_header(source.record(int(index))[0])
+        except Exception:  # of any type, on damaged data; reported when it is decoded
+            continue
+        sides.append((header.height, header.width))
     if not sides:
         raise UserError(f"none of {SAMPLED} sampled images can be read: {source.name(0)}, ...")
     return np.array(sides)

@@ -20,7 +20,7 @@ from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.optim import adamw
 from lmim_jax.train import extension, state, step
-from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.prng import augment_keys
 
 NONFINITE_CHOICES = ("stop", "skip")
@@ -80,6 +80,11 @@ class TrainingParts:
             shapes["size"] = jax.ShapeDtypeStruct((size, 2), "int32")
         return shapes
 
+    def batch_bytes(self, size: int) -> int:
+        """Bytes of a batch of `size` images in host memory."""
+        arrays = self.abstract_batch(size).values()
+        return sum(array.size * array.dtype.itemsize for array in arrays)
+
     def create_state(self, mesh: Mesh) -> tuple[state.TrainState, Any]:
         """A fresh state on the devices, and its shardings; see `state.create_state`."""
         return state.create_state(
@@ -126,6 +131,17 @@ def complete(config: ConfigDict, method: Any, augmentation: Augment) -> ConfigDi
     return config
 
 
+def _check_best(config: ConfigDict) -> None:
+    """Raise a UserError if `config.checkpoint_best` is a metric of no evaluator."""
+    title, slash, _ = config.checkpoint_best.partition("/")
+    titles = [name for name in config.evaluators if name != evaluators.STRICT]
+    if slash and title not in titles:
+        raise UserError(
+            f"config.checkpoint_best={config.checkpoint_best!r}: config.evaluators has no {title!r}"
+            f"{did_you_mean(title, titles)}"
+        )
+
+
 def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
     """Build the parts of a recipe.
 
@@ -141,6 +157,7 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
             f"config.on_nonfinite={config.on_nonfinite!r} must be one of: "
             f"{' | '.join(NONFINITE_CHOICES)}"
         )
+    _check_best(config)
     if config.method.channels != config.data.channels:
         raise UserError(
             f"config.method.channels={config.method.channels} must equal config.data.channels="

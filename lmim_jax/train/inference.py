@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lmim_jax.data import decode
+from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.train.runs import Run, open_run
 from lmim_jax.utils.errors import UserError
 
@@ -174,10 +175,11 @@ class Model:
         """
         side = self.config.data.canvas
         channels = self.config.data.channels
+        options = ImageOptions.from_config(self.config.data)
         canvases = np.zeros((rows, side, side, channels), np.uint8)
         sizes = np.ones((rows, 2), np.int32)
         for row, image in enumerate(images):
-            pixels = _pixels(image, side, channels, f"image {first + row}")
+            pixels = _pixels(image, side, channels, options, f"image {first + row}")
             sizes[row] = decode.place_on_canvas(pixels, canvases[row])
         return canvases, sizes
 
@@ -230,28 +232,35 @@ def _as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:
 ACCEPTED = "give paths, PIL images, or arrays [H, W, C]"
 
 
-def _pixels(image: ImageLike, canvas: int, channels: int, name: str) -> UInt8[np.ndarray, "h w C"]:
+def _pixels(
+    image: ImageLike, canvas: int, channels: int, options: ImageOptions, name: str
+) -> UInt8[np.ndarray, "h w C"]:
     """The pixels of an image, shrunk until it fits a canvas.
 
     Args:
       image: as `Model.preprocess` accepts it.
       canvas: side of the canvas.
       channels: of the result.
+      options: what is done to the pixels of a file.
       name: for error messages.
     """
     if isinstance(image, str | os.PathLike):
         path = pathlib.Path(image).expanduser()
         try:
-            return decode.decode(path.read_bytes(), canvas, channels)
+            return decode.decode(path.read_bytes(), canvas, channels, options)
         except (decode.BadImage, OSError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be read: {reason}") from error
     if isinstance(image, np.ndarray | jax.Array):
-        image = _image_of_array(np.asarray(image), name)
+        array = np.asarray(image)
+        if array.ndim == 3 and array.shape[-1] == channels and channels not in decode.MODES:
+            _check_values(array, name)
+            return decode.fit_array(array, canvas, ())
+        image = _image_of_array(array, name)
     if not isinstance(image, Image.Image):
         raise UserError(f"{name} is a {type(image).__name__}: {ACCEPTED}")
     try:
-        return decode.fit_to_canvas(image, canvas, channels)
+        return decode.fit_to_canvas(image, canvas, channels, options)
     except decode.BadImage as error:
         raise UserError(f"{name}: {error}") from error
 
@@ -264,18 +273,24 @@ def _image_of_array(array: np.ndarray, name: str) -> Image.Image:
     if not is_image or not array.size:
         raise UserError(
             f"{name} has the shape {array.shape}; arrays must be [height, width, channels], with "
-            "1, 3 or 4 channels"
+            "1, 3 or 4 channels, or those of the model"
         )
+    _check_values(array, name)
+    if np.issubdtype(array.dtype, np.floating):
+        array = np.rint(array * 255).astype(np.uint8)
+    return Image.fromarray(array)
+
+
+def _check_values(array: np.ndarray, name: str) -> None:
+    """Raise a UserError unless values are uint8, or floating point in 0 .. 1."""
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):
             raise UserError(
                 f"{name} has values from {array.min():g} to {array.max():g}; floating-point images "
                 "must be in 0 .. 1 (uint8 images in 0 .. 255)"
             )
-        array = np.rint(array * 255).astype(np.uint8)
-    if array.dtype != np.uint8:
+    elif array.dtype != np.uint8:
         raise UserError(
             f"{name} has the dtype {array.dtype}; arrays must be uint8 (0 .. 255) or floating "
             "point (0 .. 1)"
         )
-    return Image.fromarray(array)

@@ -67,7 +67,8 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
     attention.check_fused(config.method)
     splits, found = _open_sources(config)
     found += _resolve_range(config, workdir, splits["train"])
-    per_epoch = loader.steps_per_epoch(splits["train"], config.batch_size)
+    unit = mesh.size * config.micro_batches
+    per_epoch = loader.steps_per_epoch(splits["train"], config.batch_size, unit)
     history = multihost.decide(lambda: extension.read(workdir))
     config = extension.with_history(config, history)
     if extend:
@@ -76,6 +77,8 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
     extended = len(config.extensions) > len(history)
     parts = build(config, per_epoch)
     scheduled = _schedule_evaluators(parts, splits)
+    _, rows = loader.process_rows(config.batch_size)
+    prefetch.check_shared_memory(parts.batch_bytes(rows), config.data.workers)
 
     # The whole config has been checked: from here on, files are written
     config = parts.config

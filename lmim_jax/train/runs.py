@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from lmim_jax.data import sources
 from lmim_jax.data.augment.device import Augment, published_resize
 from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.data.image_options import FULL
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import STRICT
 from lmim_jax.methods import base as methods
@@ -184,7 +185,7 @@ class Run:
           defaults: all data options, for those that did not exist when the run was made.
           changes: {option: value}, instead of those of the run.
         """
-        options = dict(defaults)
+        options = {**defaults, "range": FULL}  # what runs did before there was this option
         for key, value in self.config.data.items():
             if key in defaults:
                 options[key] = value

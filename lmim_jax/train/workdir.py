@@ -6,8 +6,9 @@ import os
 import pathlib
 import re
 import socket
+import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -140,6 +141,30 @@ def check_outside_images(workdir: buckets.Pathname, data: ConfigDict) -> None:
             f"the run would be in {workdir}, inside the images in {data.path}; give --workdir=RUN "
             "elsewhere"
         )
+
+
+def check_compilation_cache(environment: Mapping[str, str]) -> None:
+    """Check that programs can be written where JAX_COMPILATION_CACHE_DIR says.
+
+    Args:
+      environment: such as os.environ.
+
+    Raises:
+      UserError: they cannot.
+    """
+    folder = environment.get("JAX_COMPILATION_CACHE_DIR", "")
+    if not folder or "://" in folder:
+        return
+    path = pathlib.Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"JAX_COMPILATION_CACHE_DIR={folder} cannot be written: {error.strerror}; name another "
+            "folder, or unset it"
+        ) from error
 
 
 def claim(workdir: buckets.Pathname, config: dict[str, Any], data: dict[str, Any] | None) -> None:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lmim_jax.data.augment.device import Augment, CropDraw, fit_crop
+from lmim_jax.data.decode import resize
 from lmim_jax.utils.errors import UserError
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -60,17 +61,13 @@ class HostCrop:
         self, pixels: UInt8[np.ndarray, "h w C"], draw: CropDraw
     ) -> UInt8[np.ndarray, "S T C"]:
         """Crop, resize (horizontally, then vertically) and flip one image."""
-        image_height, image_width, channels = pixels.shape
+        image_height, image_width = pixels.shape[:2]
         top, left, height, width = self.box(draw, image_height, image_width).tolist()
         crop = pixels[top : top + height, left : left + width]
-        if channels == 1:
-            crop = crop.squeeze()
         out_height, out_width = self.size
         method = FILTERS[self.augment.interpolation]
-        image = Image.fromarray(crop)
-        image = image.resize((out_width, height), method)
-        image = image.resize((out_width, out_height), method)
-        out = np.asarray(image).reshape(out_height, out_width, -1)
+        narrow = resize(crop, (out_width, height), method)
+        out = resize(narrow, (out_width, out_height), method)
         if draw["flip"]:
             return out[:, ::-1]
         return out

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from lmim_jax.data import decode, loader, prefetch, tfds_source
 from lmim_jax.data.activity import Activity
 from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.data.sources import Source
 from lmim_jax.distributed import sharding
 
@@ -290,6 +291,7 @@ class EvaluationData:
             replace=False,
             retry_seconds=self.config.timeout,
             activity=Activity(workers),
+            options=ImageOptions.from_config(self.config),
         )
 
     def _worker_pool(

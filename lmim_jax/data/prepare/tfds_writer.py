@@ -126,6 +126,8 @@ def _shrink_image(data: bytes, shrink: int) -> bytes:
     Raises:
       BadImage: it cannot be decoded.
     """
+    if not decode.verify(data):  # more than 8 bits or other bands: kept as they are
+        return data
     pixels = decode.decode(data, 0, 3)
     height, width = pixels.shape[:2]
     short = min(height, width)

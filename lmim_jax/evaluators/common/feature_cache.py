@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from lmim_jax.data.decode import BadImage
 from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.distributed import multihost
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
 from lmim_jax.evaluators.common.image_features import Labeled
@@ -90,7 +91,11 @@ class FeatureCache:
             "weights": self._checksum(params),
             "method": repr(method),
             "images": self._identity(data, split),
-            "read": {"canvas": data.config.canvas, "channels": data.config.channels},
+            "read": {
+                "canvas": data.config.canvas,
+                "channels": data.config.channels,
+                "options": repr(ImageOptions.from_config(data.config)),
+            },
             "augment": repr(data.augment),
             "feature": feature,
             "version": multihost.versions(),

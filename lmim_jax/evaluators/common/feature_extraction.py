@@ -23,6 +23,7 @@ from PIL import Image
 
 from lmim_jax.data import decode
 from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import Params
 from lmim_jax.evaluators.common import image_features
@@ -142,6 +143,7 @@ class Extractor:
         norm: bool,
         batch_size: int,
         canvas: int | None = None,
+        options: ImageOptions = decode.DEFAULTS,
     ) -> None:
         """Place the weights on the devices.
 
@@ -152,6 +154,7 @@ class Extractor:
           norm: features after the final norm; or before it.
           canvas: images are cropped as by evaluators, which read them on canvases of this side
             (`config.data.canvas`); None: whole images.
+          options: what is done to the pixels of a file.
         """
         self.method = method
         self.size = size
@@ -162,6 +165,7 @@ class Extractor:
         self._pads = canvas is None and hasattr(method, "patch_features")
         self._resample = Image.Resampling[transform.interpolation.upper()]
         self._transform = transform
+        self._options = options
         self._canvas = 0
         if canvas is not None:
             self._transform = _with_crops(transform, method, size)
@@ -207,7 +211,7 @@ class Extractor:
         """
         channels = self.method.channels
         patch_size = self.method.patch_size
-        pixels = decode.decode(data, self._canvas, channels)
+        pixels = decode.decode(data, self._canvas, channels, self._options)
         if self._canvas:
             image = np.zeros((self._canvas, self._canvas, channels), np.uint8)
             size = np.array(decode.place_on_canvas(pixels, image), np.int32)
@@ -223,13 +227,11 @@ class Extractor:
         return PreparedImage((1, self._padded_length(len(patches))), grid, {"patches": patches})
 
     def _resize(self, pixels: UInt8[np.ndarray, "_ _ C"]) -> UInt8[np.ndarray, "H W C"]:
-        height, width, channels = pixels.shape
+        height, width = pixels.shape[:2]
         if max(height, width) > MAX_ASPECT * min(height, width):
             raise decode.BadImage(f"the aspect ratio of {width} x {height} pixels is too large")
         out_height, out_width = self.shape(height, width)
-        image = Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
-        resized = np.asarray(image.resize((out_width, out_height), self._resample))
-        return resized.reshape(out_height, out_width, -1)
+        return decode.resize(pixels, (out_width, out_height), self._resample)
 
     def _padded_length(self, count: int) -> int:
         """The number of patches of a square image, doubled until `count` patches fit."""
