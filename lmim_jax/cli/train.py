@@ -65,6 +65,7 @@ def run(config: ConfigDict, folder: str, schedule: str = "") -> None:
     """
     given = flags.FLAGS
     workdir.check_outside_images(folder, config.data)
+    workdir.check_compilation_cache(os.environ)
     process = multihost.process_number(given.coordinator, given.process_id)
     restart = restarts.check(folder, os.environ, process)
     try:
@@ -89,14 +90,7 @@ def run(config: ConfigDict, folder: str, schedule: str = "") -> None:
     except (metric_logger.NonFinite, checkpoints.SaveFailed, lock.LockLost) as error:
         fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        reason = str(error).splitlines()[0]
-        fail(
-            "an operation over all processes failed; was one lost? Run the same command again to "
-            f"resume. {reason}",
-            1,
-        )
+        fail_with(config, error)
     except KeyboardInterrupt:
         log.error("aborted; what was not saved is lost")
         exit_now(ABORTED)
@@ -106,6 +100,50 @@ def run(config: ConfigDict, folder: str, schedule: str = "") -> None:
             preemption.EXIT_CODE,
             EXIT_SECONDS if jax.process_count() > 1 else 1.0,
         )
+
+
+def fail_with(config: ConfigDict, error: jax.errors.JaxRuntimeError) -> None:
+    """Exit with what XLA's error means, or raise it.
+
+    Args:
+      config: the recipe.
+      error: while it ran.
+    """
+    if "RESOURCE_EXHAUSTED" in str(error):
+        fail(out_of_memory(config, str(error)))
+    if jax.process_count() == 1:
+        raise error
+    reason = str(error).splitlines()[0]
+    fail(
+        "an operation over all processes failed; was one lost? Run the same command again to "
+        f"resume. {reason}",
+        1,
+    )
+
+
+def out_of_memory(config: ConfigDict, reason: str) -> str:
+    """What to change where the memory of the devices does not suffice.
+
+    Args:
+      config: the recipe.
+      reason: XLA's message.
+    """
+    advice = []
+    rows = config.batch_size // jax.device_count()
+    more = [parts for parts in range(2, rows + 1) if rows % parts == 0]
+    larger = [parts for parts in more if parts > config.micro_batches]
+    if larger:
+        advice.append(f"--config.micro_batches={larger[0]} (now {config.micro_batches})")
+    if config.remat != "full":
+        advice.append(f"--config.remat=full (now {config.remat})")
+    if config.mesh.fsdp < jax.device_count():
+        advice.append(f"--config.mesh.fsdp={jax.device_count()} (now {config.mesh.fsdp})")
+    tried = ", then ".join(advice) or "a smaller --config.batch_size, --config.method.width or grid"
+    first = reason.strip().splitlines()[0][:200]
+    return (
+        f"the batch does not fit into the memory of the devices: give {tried}; lmim plan --sweep "
+        f"with the same --config flags says what each of them needs, without the devices. {first}"
+    )
 
 
 def read_arguments(arguments: Sequence[str]) -> str:

@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import logging
 import os
+import pathlib
 import queue
+import shutil
 import signal
 import threading
 import time
@@ -32,7 +34,7 @@ from lmim_jax.data import activity as activities
 from lmim_jax.data import kept_workers
 from lmim_jax.data.activity import Activity
 from lmim_jax.utils import descriptors, subprocess
-from lmim_jax.utils.errors import DataLoaderTimeout
+from lmim_jax.utils.errors import DataLoaderTimeout, UserError
 from lmim_jax.utils.faults import ReadFailed
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,8 @@ import pathlib
 import platform
 import re
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,9 +28,10 @@ from jax._src.clusters import ClusterEnv  # whose numbers jax.distributed.initia
 from jax._src.distributed import global_state  # its key-value store has no public interface
 from jax.experimental import multihost_utils
 
-from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.errors import UserError, exit_now
 
 COORDINATOR_PORT = 8482  # as jax chooses it on Cloud TPUs
+START_TIMEOUT = 300.0  # seconds in which all processes must have started
 DECISION_TIMEOUT = 3600  # seconds; process 0 may have to verify a large checkpoint
 _decision_numbers = itertools.count()
 _exchange_numbers = itertools.count()
@@ -250,9 +253,44 @@ def initialize(
         cluster["local_device_ids"] = chosen
     # The collectives of CPUs; other devices ignore it.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat, **cluster
-    )
+    waiting = _describe_wait(cluster, os.environ)
+    print(f"{waiting} (at most {START_TIMEOUT:.0f} s)", file=sys.stderr, flush=True)
+
+    def give_up() -> None:
+        print(f"error: {waiting}: given up", file=sys.stderr, flush=True)
+        exit_now(1)
+
+    # Before jax's own limit, at which the process is aborted with a trace of C++ functions
+    limit = threading.Timer(START_TIMEOUT, give_up)
+    limit.daemon = True
+    limit.start()
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=int(START_TIMEOUT) + 60,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=heartbeat,
+            **cluster,
+        )
+    finally:
+        limit.cancel()
+
+
+def _describe_wait(cluster: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+    """For whom this process waits as it starts, and how it would run alone."""
+    method = cluster.get("cluster_detection_method")
+    if method == "slurm":
+        number = int(environment["SLURM_PROCID"])
+        count = int(environment["SLURM_NTASKS"])
+        alone = "; to run alone: SLURM_NTASKS=1 before the command, or srun --ntasks=1"
+        return f"task {number} of {count}, waiting for {count - 1} more{alone}"
+    if "num_processes" in cluster:
+        count = cluster["num_processes"]
+        return f"process {cluster['process_id']} of {count}, waiting for {count - 1} more"
+    if "OMPI_COMM_WORLD_SIZE" in environment:
+        count = int(environment["OMPI_COMM_WORLD_SIZE"])
+        number = environment["OMPI_COMM_WORLD_RANK"]
+        return f"process {number} of {count}, waiting for {count - 1} more"
+    return "waiting for the other processes"
 
 
 def check_consistent(**facts: Any) -> None:

@@ -10,7 +10,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmim_jax.data import inventory, loader, pixel_range, sources
+from lmim_jax.data import inventory, loader, pixel_range, prefetch, sources
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost, preemption, sharding
 from lmim_jax.evaluators import base as evaluators

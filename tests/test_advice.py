@@ -1,0 +1,136 @@
+"""Errors that say what to do: memory, processes that do not come, shared memory, caches, names."""
+
+import collections
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny
+
+from lmim_jax.cli import train
+from lmim_jax.data import loader, prefetch
+from lmim_jax.distributed import multihost
+from lmim_jax.train import build, workdir
+from lmim_jax.utils.errors import UserError
+
+Usage = collections.namedtuple("Usage", "total used free")
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 85899345920 bytes."
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_memory_that_does_not_suffice_names_what_saves_it(monkeypatch, processes):
+    def fail(message, code=2):
+        assert code == 2
+        raise SystemExit(message)
+
+    monkeypatch.setattr(train, "fail", fail)  # which ends the process a while later
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    config = tiny.get_config()
+    config.batch_size = 4 * jax.device_count()
+    with pytest.raises(SystemExit) as ended:
+        train.fail_with(config, jax.errors.JaxRuntimeError(f"{OUT_OF_MEMORY}\nmore"))
+    error = ended.value.code
+    assert "\n" not in error
+    places = [error.index(f"--config.{key}=") for key in ("micro_batches", "remat", "mesh.fsdp")]
+    assert places == sorted(places)
+    assert "lmim plan --sweep" in error
+    assert OUT_OF_MEMORY in error
+    assert "micro_batches=2 (now 1)" in error
+
+
+def test_memory_that_cannot_be_saved_further_asks_for_less():
+    config = tiny.get_config()
+    config.update(batch_size=jax.device_count(), remat="full")
+    config.mesh.fsdp = jax.device_count()
+    advice = train.out_of_memory(config, OUT_OF_MEMORY)
+    assert "give a smaller --config.batch_size" in advice
+
+
+def test_other_errors_of_xla_are_raised():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        train.fail_with(tiny.get_config(), jax.errors.JaxRuntimeError("INTERNAL: wrong"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_small_shared_memory_is_found_before_workers_start(monkeypatch, tmp_path, workers):
+    monkeypatch.setattr(prefetch, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(64 << 20, 4 << 20, 60 << 20))
+    prefetch.check_shared_memory(30 << 20, workers)
+    if not workers:
+        prefetch.check_shared_memory(31 << 20, workers)
+        return
+    with pytest.raises(
+        UserError, match=r"has 64 MiB, of which 60 are .* needs 62 MiB .*--shm-size.*workers=0"
+    ):
+        prefetch.check_shared_memory(31 << 20, workers)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"},
+            "task 0 of 2, waiting for 1 more; to run alone: SLURM_NTASKS=1",
+        ),
+        (
+            {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"},
+            "task 3 of 8, waiting for 7 more; to run alone: SLURM_NTASKS=1",
+        ),
+    ],
+)
+def test_tasks_of_slurm_say_for_whom_they_wait(environment, expected):
+    cluster = {"cluster_detection_method": "slurm"}
+    assert multihost._describe_wait(cluster, environment).startswith(expected)
+
+
+@pytest.mark.slow
+def test_a_lone_task_ends_in_one_line(tmp_path):
+    code = (
+        "from lmim_jax.distributed import multihost; multihost.START_TIMEOUT = 4.0; "
+        "multihost.initialize()"
+    )
+    slurm = {"JOB_ID": "77", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": "0"}
+    slurm |= {"LOCALID": "0", "NODEID": "0", "STEP_TASKS_PER_NODE": "2"}
+    environment = {f"SLURM_{name}": value for name, value in slurm.items()}
+    environment = {**os.environ, **environment, "JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=pathlib.Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.returncode == 1
+    first, *_, last = ended.stderr.strip().splitlines()
+    assert first.startswith("task 0 of 2, waiting for 1 more; to run alone: SLURM_NTASKS=1")
+    assert last.startswith("error: task 0 of 2, waiting for 1 more")
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_compilation_cache_that_cannot_be_written(tmp_path, name):
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / name)
+    with pytest.raises(UserError, match=r"JAX_COMPILATION_CACHE_DIR=.* cannot be written"):
+        workdir.check_compilation_cache({"JAX_COMPILATION_CACHE_DIR": folder})
+    for good in ("", "gs://bucket/cache", str(tmp_path / "new")):
+        workdir.check_compilation_cache({"JAX_COMPILATION_CACHE_DIR": good})
+
+
+@pytest.mark.parametrize("metric", ["kn/knn5", "linear/accuracy"])
+def test_the_best_checkpoint_by_a_metric_of_no_evaluator(metric):
+    config = tiny.get_config()
+    config.checkpoint_best = metric
+    with pytest.raises(UserError, match=r"checkpoint_best=.*config\.evaluators has no"):
+        build.build(config, 6)
+    config.checkpoint_best = "knn/knn5"
+    build.build(config, 6)
+
+
+@pytest.mark.parametrize(("images", "advice"), [(100, "=96"), (9, "=8"), (5, "multiples of 8")])
+def test_few_images_propose_a_batch_that_fits(images, advice):
+    with pytest.raises(UserError, match=rf"more than the {images} training images; .*{advice}"):
+        loader.steps_per_epoch(range(images), 256, 8)
