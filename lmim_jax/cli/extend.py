@@ -11,9 +11,8 @@ the added steps. The extension is stored in the run. Running the same command ag
 A run whose length was given by --config.total_steps is extended by --total_steps.
 """
 
-from typing import Any
-
 from absl import flags
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from lmim_jax.cli import app, train
@@ -42,11 +41,12 @@ def read_recipe(folder: str) -> ConfigDict:
     Raises:
       UserError: it is not a run.
     """
-    stored: dict[str, Any] = {"init_from": "", "extensions": [], **runs.read_config(folder)}
+    stored = runs.read_config(folder)
     if "exported" in stored:
         raise UserError(f"{folder} is an exported model: --config.init_from={folder} starts a run")
     stored.pop(workdir.IMAGES, None)
-    return runs.with_tuples(stored)
+    options = {**workdir.FORMER, **flatten_dict(stored, sep=".", keep_empty_nodes=True)}
+    return runs.with_tuples(unflatten_dict(options, sep="."))
 
 
 def define_flags() -> None:
