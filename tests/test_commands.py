@@ -234,10 +234,14 @@ def test_the_command_of_a_study_is_one_that_makes_it_again(monkeypatch):
 FLAG = re.compile(r"(?<![\w-])--(?:\[no\])?([a-z][\w.-]*)")
 KEY = re.compile(r"(?<![\w./-])config\.([a-z_][\w.\0]*)")
 OF_OTHERS = {  # programs, named beside each
-    "ntasks-per-node",  # srun
+    "ntasks",  # srun
+    "ntasks-per-node",
     "gpus-per-node",
     "gpus-per-task",
     "ulimit",  # docker run
+    "shm-size",
+    "recursive",  # gcloud storage
+    "query-gpu",  # nvidia-smi
     "logdir",  # tensorboard
     "help",
     "helpshort",
