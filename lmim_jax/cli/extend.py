@@ -43,7 +43,9 @@ def read_recipe(folder: str) -> ConfigDict:
     """
     stored = runs.read_config(folder)
     if "exported" in stored:
-        raise UserError(f"{folder} is an exported model: --config.init_from={folder} starts a run")
+        raise UserError(
+            f"{folder} is an exported model; lmim train --config.init_from={folder} starts a run"
+        )
     stored.pop(workdir.IMAGES, None)
     options = {**workdir.FORMER, **flatten_dict(stored, sep=".", keep_empty_nodes=True)}
     return runs.with_tuples(unflatten_dict(options, sep="."))
