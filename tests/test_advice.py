@@ -14,6 +14,7 @@ from lmim_jax.cli import train
 from lmim_jax.data import loader, prefetch
 from lmim_jax.distributed import multihost
 from lmim_jax.train import build, workdir
+from lmim_jax.utils import buckets, recipes
 from lmim_jax.utils.errors import UserError
 
 Usage = collections.namedtuple("Usage", "total used free")
@@ -134,3 +135,10 @@ def test_the_best_checkpoint_by_a_metric_of_no_evaluator(metric):
 def test_few_images_propose_a_batch_that_fits(images, advice):
     with pytest.raises(UserError, match=rf"more than the {images} training images; .*{advice}"):
         loader.steps_per_epoch(range(images), 256, 8)
+
+
+def test_the_home_folder_is_found_in_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").touch()
+    assert recipes.locate("~/mine.py:x") == f"{tmp_path}/mine.py:x"
+    assert buckets.path("~/runs/a") == tmp_path / "runs" / "a"

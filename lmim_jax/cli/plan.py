@@ -485,7 +485,7 @@ def main(arguments: list[str]) -> None:
         result = plan(given.config, given.topology, settings)
         print("\n".join(table(result)))
     if given.json:
-        pathlib.Path(given.json).write_text(json.dumps(result, indent=2) + "\n")
+        pathlib.Path(given.json).expanduser().write_text(json.dumps(result, indent=2) + "\n")
 
 
 def define_flags() -> None:

@@ -29,7 +29,7 @@ from lmim_jax.cli import app
 from lmim_jax.configs import vit_b
 from lmim_jax.data import decode, inventory, pixel_range, samples, sources, tfds_source
 from lmim_jax.data.prepare import tfds_writer, tfrecord
-from lmim_jax.utils import atomic_io, commands, subprocess
+from lmim_jax.utils import atomic_io, buckets, commands, subprocess
 from lmim_jax.utils.errors import UserError
 
 RECIPES: dict[str, str | None] = {}
@@ -92,7 +92,7 @@ def convert_folder(
     if not name.isidentifier():
         raise UserError(f"--name={name!r} must be letters, digits and underscores")
     target = pathlib.Path(out).expanduser() / name / VERSION
-    found = _open_splits(pathlib.Path(folder))
+    found = _open_splits(pathlib.Path(folder).expanduser())
     identities = {split: source.identity() for split, source in found.items()}
     _claim(target, {"shrink": shrink, "images": identities})
     if not (target / tfds_writer.MANIFEST).exists():
@@ -225,6 +225,8 @@ def main(arguments: list[str]) -> None:
     given = flags.FLAGS
     if sum(map(bool, (given.folder, given.tfrecord, given.verify))) != 1:
         raise UserError("give one of --folder, --tfrecord, --verify")
+    for name in ("folder", "tfrecord", "verify", "out"):
+        check_local(name, given[name].value)
     if given.verify:
         manifest, problems = verify(given.verify, given.sample)
         for name, facts in manifest.items():
@@ -242,6 +244,15 @@ def main(arguments: list[str]) -> None:
     options = {"source": "tfds", "name": target.parent.name, "dir": target.parent.parent}
     options_of_data = [f"--config.data.{key}={value}" for key, value in options.items()]
     print("ready:", commands.line("train", "--config=own", *options_of_data))
+
+
+def check_local(flag: str, folder: str) -> None:
+    """Raise a UserError if the folder of a flag is in a bucket."""
+    if isinstance(buckets.path(folder), buckets.BucketPath):
+        raise UserError(
+            f"--{flag}={folder}: lmim prepare works on local folders; copy from and to buckets "
+            "with: gcloud storage cp --recursive FROM TO"
+        )
 
 
 def measure_statistics() -> list[str]:

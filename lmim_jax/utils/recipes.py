@@ -34,7 +34,7 @@ def locate(recipe: str) -> str:
       UserError: there is no such recipe or file.
     """
     name, colon, argument = recipe.partition(":")
-    path = pathlib.Path(name)
+    path = pathlib.Path(name).expanduser()
     if path.suffix != ".py":
         if name not in names():
             raise UserError(f"{recipe}: no such recipe{did_you_mean(name, names())}")

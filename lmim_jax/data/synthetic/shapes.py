@@ -182,7 +182,7 @@ def prepare(folder: str | os.PathLike, kind: str | None = None) -> Shapes:
       folder: where the dataset is stored.
       kind: None, "several" or "clips".
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     config = None
     if kind is not None:
