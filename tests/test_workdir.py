@@ -200,3 +200,13 @@ def test_a_folder_that_is_unavailable_for_a_while_keeps_its_lock(tmp_path, hurry
         held.raise_if_lost()
         (tmp_path / "gone").rename(run)
         held.confirm()
+
+
+@pytest.mark.parametrize(("number", "kind"), [(28, lock.LockUnavailable), (30, UserError)])
+def test_a_full_disk_is_no_mistake_of_the_user(number, kind, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.Lock, "_wait_until_acquired", fail)
+    with pytest.raises(kind, match=r"cannot be written: .*(full|space|Read-only)"):
+        lock.Lock(tmp_path)

@@ -87,7 +87,9 @@ def run(config: ConfigDict, folder: str, schedule: str = "") -> None:
         loop.train(config, folder, schedule)
         if config.report and jax.process_count() == 1:
             write_report(folder)
-    except (metric_logger.NonFinite, checkpoints.SaveFailed, lock.LockLost) as error:
+    except (metric_logger.NonFinite, checkpoints.SaveFailed) as error:
+        fail(error, 1)
+    except (lock.LockLost, lock.LockUnavailable) as error:
         fail(error, 1)
     except jax.errors.JaxRuntimeError as error:
         fail_with(config, error)

@@ -10,6 +10,7 @@ its next heartbeat, and stops.
 import atexit
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import logging
@@ -31,11 +32,16 @@ log = logging.getLogger(__name__)
 HEARTBEAT = 10.0  # seconds between two heartbeats
 LOOK = 1.0  # seconds between two looks at the lock of another machine
 LOOKS = 120  # without a change, after which its holder counts as dead
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE}
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 class LockLost(RuntimeError):
     """Another run has taken the folder over: this one may write nothing more, and stops."""
+
+
+class LockUnavailable(RuntimeError):
+    """The folder cannot be written at the moment, as its disk is full or fails: try again later."""
 
 
 class Lock:
@@ -47,6 +53,7 @@ class Lock:
         Raises:
           UserError: another run holds it; the message gives its host, PID and start. Or the folder
             cannot be written.
+          LockUnavailable: the folder cannot be written at the moment.
         """
         self._workdir = workdir
         self._file = _open(buckets.path(workdir, "lock"))
@@ -109,7 +116,10 @@ class Lock:
             # In a bucket, it takes one more permission than the first time
             self._lost = not self._file.renew(self._next_content())
         except OSError as error:
-            raise UserError(f"{self._workdir} cannot be written: {error}") from error
+            message = f"{self._workdir} cannot be written: {error}"
+            if error.errno in PASSING:
+                raise LockUnavailable(message) from error
+            raise UserError(message) from error
         self._held = True
 
     def _wait_until_acquired(self) -> None:
