@@ -284,9 +284,9 @@ def test_names_cannot_break_the_block(tmp_path):
 
 
 def test_an_empty_folder_is_refused_with_what_it_holds(tmp_path):
-    (tmp_path / "a.avif").touch()
-    (tmp_path / "b.avif").touch()
-    with pytest.raises(UserError, match=r"no images .*\.jfif.* but other files: 2 \.avif"):
+    (tmp_path / "a.heic").touch()
+    (tmp_path / "b.heic").touch()
+    with pytest.raises(UserError, match=r"no images .*\.jfif.* but other files: 2 \.heic"):
         found(tmp_path)
 
 
