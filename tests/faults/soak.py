@@ -140,10 +140,10 @@ class Soak:
             return []
         return [json.loads(line) for line in self._log.read_text().splitlines()]
 
-    def note(self, kind, **values):
+    def note(self, event, **values):
         """Add an event."""
         with self._log.open("a") as log:
-            log.write(json.dumps({"time": time.time(), "event": kind, **values}) + "\n")
+            log.write(json.dumps({"time": time.time(), "event": event, **values}) + "\n")
 
     def run(self, images, steps, every):
         """Train to the end, with a fault every so many seconds; the last exit code."""
@@ -152,7 +152,11 @@ class Soak:
         while code == 75:  # a scheduler starts it again
             self.note("start")
             self._process = start(images, self._workdir, steps, self._fault, restarting=True)
-            self._disturb(every)
+            try:
+                self._disturb(every)
+            finally:
+                if self._process.poll() is None:
+                    self._process.terminate()
             code = self._process.wait()
             output = self._process.output()
             with (self._folder / "log").open("a") as log:
