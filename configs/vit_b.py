@@ -120,10 +120,11 @@ def data() -> ConfigDict:
     """Where images come from, and how they are brought to the devices."""
     data = ConfigDict()
     data.source = "folder"  # folder | tfds | shapes (synthetic, drawn on first use)
-    data.path = ""  # folder: of images at any depth, or of train/CLASS/, test/CLASS/
+    data.path = ""  # folder: images at any depth, or train/CLASS/, test/CLASS/; gs://: as dir of tfds
     data.cache = ""  # shapes: the folder that they are drawn into; "": the user's cache folder
     data.name = ""  # tfds: dataset, or dataset/config:version, prepared in ArrayRecord files
     data.dir = ""  # tfds: the folder that holds it; "": TFDS's own, ~/tensorflow_datasets
+    data.stage = ""  # tfds in gs://: copied once to this folder of each host; "": read in place
     data.train_split = "train"  # folder: the sub-folder; tfds: a split or slice, such as train[:1%]
     data.test_split = "test"  # "": none
     # folder: share of each class held out where there is no test split; then CLASS/ is enough

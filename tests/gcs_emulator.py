@@ -17,6 +17,8 @@ import re
 import threading
 import urllib.parse
 
+import google_crc32c
+
 from lmim_jax.utils import buckets
 
 PAGE = 1000  # objects of a page of a listing, as of the real one
@@ -327,6 +329,7 @@ def _resource(bucket, name, content, generation):
         "etag": str(generation),
         "contentType": "application/octet-stream",
         "storageClass": "STANDARD",
+        "crc32c": base64.b64encode(google_crc32c.value(content).to_bytes(4, "big")).decode(),
         "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(),
         "timeCreated": "2026-01-01T00:00:00.000Z",
         "updated": "2026-01-01T00:00:00.000Z",

@@ -161,8 +161,9 @@ def read_arguments(arguments: Sequence[str]) -> str:
     config = given.config
     overrides = config_flags.get_override_values(given["config"])
     if arguments:
-        images = pathlib.Path(arguments[0]).expanduser().absolute()
-        if len(arguments) > 1 or not images.is_dir():
+        images = buckets.path(arguments[0]).absolute()
+        in_bucket = isinstance(images, buckets.BucketPath)
+        if len(arguments) > 1 or not (in_bucket or images.is_dir()):
             raise UserError(
                 f"unknown argument {arguments[-1]!r}: not a folder of images, and flags look like "
                 "--config.batch_size=256"

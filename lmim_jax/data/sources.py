@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from lmim_jax.data import folder_listing, shared_array, tfds_source
 from lmim_jax.data.decode import SUFFIXES
 from lmim_jax.data.shared_array import SharedArray, share
-from lmim_jax.utils import faults
+from lmim_jax.utils import buckets, faults
 from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError, did_you_mean
 
@@ -74,16 +74,23 @@ def open_splits(config: ConfigDict, listings: Listings | None = None) -> dict[st
     """
     if listings is None:
         listings = {}
-    return {split: from_config(config, split, listings) for split in ("train", "test")}
+    splits = ("train", "test")
+    return {split: from_config(config, split, listings, splits) for split in splits}
 
 
-def from_config(config: ConfigDict, split: str, listings: Listings | None = None) -> Source | None:
+def from_config(
+    config: ConfigDict,
+    split: str,
+    listings: Listings | None = None,
+    together: Sequence[str] = (),
+) -> Source | None:
     """The source of a split of `config.data`.
 
     Args:
       config: `config.data`, see configs/vit_b.py.
       split: "train" or "test", whatever the dataset calls them.
       listings: see `open_folder`.
+      together: splits that will be opened too: they are staged at once.
 
     Returns:
       A source, or None for a test split that does not exist.
@@ -100,7 +107,7 @@ def from_config(config: ConfigDict, split: str, listings: Listings | None = None
     if source == "folder":
         return _folder_from_config(config, split, classes, listings)
     if source == "tfds":
-        return _tfds_from_config(config, split, classes)
+        return _tfds_from_config(config, split, classes, together)
     raise UserError(
         f"config.data.source={config.source!r} must be one of: {' | '.join(SOURCES)}"
         f"{did_you_mean(config.source, SOURCES)}"
@@ -111,8 +118,10 @@ def kind(config: ConfigDict) -> str:
     """The source of `config.data`: `source`, but a folder if `path` is set for drawn images.
 
     Drawn images have no path: whoever gives one means their own. Before version 0.2, it was the
-    cache of drawn images.
+    cache of drawn images. A path in a bucket is that of a prepared dataset.
     """
+    if isinstance(buckets.path(config.path), buckets.BucketPath):
+        return "tfds"
     if config.source != "shapes" or not config.path:
         return config.source
     if any(pathlib.Path(config.path).expanduser().glob("shapes/*/dataset_info.json")):
@@ -163,12 +172,18 @@ def _folder_from_config(
 
 
 def _tfds_from_config(
-    config: ConfigDict, split: str, classes: tuple[str, ...]
+    config: ConfigDict, split: str, classes: tuple[str, ...], together: Sequence[str]
 ) -> tfds_source.TfdsSource | None:
     name = _split_name(config, split)
     if not name:
         return None
-    source = tfds_source.open_tfds(config.name, config.dir, name)
+    folder = config.dir
+    if isinstance(buckets.path(config.path), buckets.BucketPath):
+        folder = config.path
+    others = [_split_name(config, other) for other in together]
+    source = tfds_source.open_tfds(
+        config.name, folder, name, config.get("stage", ""), list(filter(None, others))
+    )
     if classes:
         return tfds_source.select_classes(source, classes)
     return source

@@ -21,10 +21,11 @@ import jax
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from lmim_jax.data import staging
 from lmim_jax.data.decode import BadImage
 from lmim_jax.data.shared_array import SharedArray, share
 from lmim_jax.distributed import multihost
-from lmim_jax.utils import atomic_io, commands, descriptors, faults
+from lmim_jax.utils import atomic_io, buckets, commands, descriptors, faults
 from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError
 
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHECKED_LABELS = 64  # cached labels that are compared with the records
+INFO = "dataset_info.json"  # in the folder of each dataset
 READERS = 16  # threads that read labels
+BUCKET_REPLY = "last message of"  # in errors of Google's client, which has tried again by itself
 LABELS = 16_384  # labels that are read, and told to other processes, at a time
 
 # Files of the datasets that are in use: each may stay open once it has been read from
@@ -153,7 +156,7 @@ class TfdsSource:
 
     def _raise_if_unavailable(self, error: Exception) -> None:
         """Raise an OSError unless it is the record that is damaged, or its file missing."""
-        vanished = False
+        vanished = BUCKET_REPLY in str(error)
         opened = faults.OPENED.search(str(error))
         if opened:
             vanished = faults.has_vanished(pathlib.Path(opened[1]).parent)
@@ -177,10 +180,15 @@ def open_split(builder: "tfds.core.DatasetBuilder", split: str) -> TfdsSource:
     info = builder.info
     formats = sorted(known.value for known in info.available_file_formats())
     if "array_record" not in formats:
+        folder = str(builder.data_dir)
+        where = "beside it"
+        if folder.startswith("gs://"):
+            folder = f"DIR/{info.full_name}"
+            where = "beside a local copy, and copy them to the bucket with its dataset_info.json"
         raise UserError(
             f"{info.full_name} in {builder.data_dir} is prepared as {' and '.join(formats)}, "
-            "which does not support random access; write ArrayRecord files beside it: "
-            + commands.line("prepare", f"--tfrecord={builder.data_dir}")
+            f"which does not support random access; write ArrayRecord files {where}: "
+            + commands.line("prepare", f"--tfrecord={folder}")
         )
     try:
         records = builder.as_data_source(split=split, file_format="array_record").data_source
@@ -245,18 +253,51 @@ def _choose_image(features: Sequence[str]) -> str | None:
     return None
 
 
-def open_tfds(name: str, folder: str, split: str) -> TfdsSource:
+def open_tfds(
+    name: str, folder: buckets.Pathname, split: str, stage: str = "", together: Sequence[str] = ()
+) -> TfdsSource:
     """A split of a dataset prepared by TFDS or by `lmim prepare`.
 
     Args:
-      name: dataset, dataset/config or dataset/config:version.
-      folder: TFDS's data_dir; "": its default folder.
+      name: dataset, dataset/config or dataset/config:version; "": the only one in a bucket's
+        folder.
+      folder: TFDS's data_dir; "": its default folder. In a bucket, also that of the dataset itself.
       split: name or slice, such as train[:1%].
+      stage: a local folder that datasets in buckets are copied to, see `staging`; "": none.
+      together: splits that will be opened too, and are copied with this one.
 
     Raises:
-      UserError: there is no such dataset; or see `open_split`.
+      UserError: there is no such dataset; or see `open_split` and `staging.stage`.
     """
     # Slow to import, and not needed for folders
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
+    root = buckets.path(folder or tfds.core.constants.DATA_DIR)
+    if isinstance(root, buckets.BucketPath):
+        builder = _find_in_bucket(name, root)
+    else:
+        builder = _find_in_folder(name, root)
+    source = open_split(builder, split)
+    dataset = buckets.path(str(builder.data_dir))
+    if not isinstance(dataset, buckets.BucketPath):
+        if stage:
+            log.info("config.data.stage is not used: %s is not in a bucket", dataset)
+        return source
+    if not stage:
+        _report_cost(dataset)
+        return source
+    shards: set[str] = set()
+    for needed in {split, *together}:
+        open_split(builder, needed)  # exists
+        for file in builder.info.splits[needed].filenames:
+            shards.add(file.replace(".tfrecord-", ".array_record-"))
+    copy_folder = staging.stage(dataset, shards, stage)
+    return open_split(read_only_builder.builder_from_directory(str(copy_folder)), split)
+
+
+def _find_in_folder(name: str, root: pathlib.Path) -> "tfds.core.DatasetBuilder":
+    """The builder of a dataset in a local folder, or a UserError that lists what is there."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
@@ -264,11 +305,8 @@ def open_tfds(name: str, folder: str, split: str) -> TfdsSource:
         raise UserError(
             "config.data.name is empty; give the name of a TFDS dataset, such as imagenet2012"
         )
-    root = pathlib.Path(folder or tfds.core.constants.DATA_DIR)
-    if folder:
-        root = root.expanduser()
     try:
-        builder = read_only_builder.builder_from_files(name, data_dir=str(root))
+        return read_only_builder.builder_from_files(name, data_dir=str(root))
     except (tfds.core.registered.DatasetNotFoundError, FileNotFoundError, ValueError) as error:
         datasets = []
         if root.is_dir():
@@ -277,7 +315,47 @@ def open_tfds(name: str, folder: str, split: str) -> TfdsSource:
             f"config.data.name={name!r}: no prepared dataset of that name in {root} "
             f"(config.data.dir), which holds: {', '.join(datasets[:20]) or 'nothing'}"
         ) from error
-    return open_split(builder, split)
+
+
+def _find_in_bucket(name: str, root: buckets.BucketPath) -> "tfds.core.DatasetBuilder":
+    """The builder of a dataset in a bucket, or a UserError that says what is lacking."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
+    try:
+        if (root / INFO).is_file():
+            return read_only_builder.builder_from_directory(str(root))
+        if name:
+            return read_only_builder.builder_from_files(name, data_dir=str(root))
+        names = root.files()
+    except (tfds.core.registered.DatasetNotFoundError, ValueError, OSError) as error:
+        problem = buckets.problem(root) or f"no prepared dataset {name!r} in {root}"
+        raise UserError(f"{problem} (config.data)") from error
+    found = []
+    for file in names:
+        if pathlib.PurePosixPath(file).name == INFO:
+            found.append(file.removesuffix(f"/{INFO}"))
+    if len(found) > 1:
+        listed = ", ".join(found[:20])
+        raise UserError(f"{root} holds several datasets; give one as config.data.name: {listed}")
+    if not found:
+        prepare = commands.line("prepare", "--folder=IMAGES", "--out=DIR", "--name=NAME")
+        raise UserError(
+            f"{root} holds no prepared dataset, and images in buckets are read only from one: "
+            f"{prepare}, then: gcloud storage cp --recursive DIR {root}"
+        )
+    return read_only_builder.builder_from_directory(str(root / found[0]))
+
+
+@functools.cache
+def _report_cost(dataset: buckets.BucketPath) -> None:
+    """Say, once, what reading in place costs."""
+    log.warning(
+        "%s is read in place, by one request for each image: at a latency of 50 ms, 8 threads read "
+        "99 images/s. If steps wait for data, copy it once to a local disk of each host: "
+        "--config.data.stage=DIR",
+        dataset,
+    )
 
 
 def select_classes(source: TfdsSource, names: Sequence[str]) -> TfdsSource:

@@ -8,8 +8,10 @@ Credentials are Google's application default credentials. There are no folders: 
 while an object begins with its name, and nothing below it can be renamed.
 """
 
+import base64
 import collections
 import contextlib
+import dataclasses
 import errno
 import fnmatch
 import functools
@@ -49,6 +51,21 @@ class BucketError(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectFacts:
+    """What a bucket says about an object.
+
+    Attributes:
+      size: bytes.
+      crc32c: checksum of the content (Castagnoli's polynomial, RFC 9260, appendix B).
+      generation: of the content; another one after each write.
+    """
+
+    size: int
+    crc32c: int
+    generation: str
 
 
 class BucketPath:
@@ -163,13 +180,20 @@ class BucketPath:
           size: its bytes, as `files` tells them.
           chunk: bytes of a piece.
         """
-        store = _store(self.bucket)
         for start in range(0, size, chunk):
-            part = slice(start, min(start + chunk, size))
-            found = self._wait(store.read(self.key, byte_range=part))
-            if found.state == "missing":
-                raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self))
-            yield found.value
+            yield self.read_range(start, min(start + chunk, size))
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """The bytes `start` .. `stop` of the object.
+
+        Raises:
+          FileNotFoundError: there is no such object.
+        """
+        part = slice(start, stop)
+        found = self._wait(_store(self.bucket).read(self.key, byte_range=part))
+        if found.state == "missing":
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self))
+        return found.value
 
     def read_text(self, errors: str = "strict") -> str:
         """The content of the object as text."""
@@ -211,6 +235,18 @@ class BucketPath:
 
     def files(self) -> dict[str, int]:
         """{name from this folder on: bytes} of all objects below, sorted."""
+        return {name: int(entry["size"]) for name, entry in self._entries().items()}
+
+    def facts(self) -> dict[str, ObjectFacts]:
+        """{name from this folder on: facts} of all objects below, sorted."""
+        facts = {}
+        for name, entry in self._entries().items():
+            crc32c = int.from_bytes(base64.b64decode(entry["crc32c"]), "big")
+            facts[name] = ObjectFacts(int(entry["size"]), crc32c, str(entry["generation"]))
+        return facts
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        """{name from this folder on: what gcsfs says} of all objects below, sorted."""
         prefix = f"{self.key}/" if self.key else ""
         try:
             found = _file_system().find(f"{self.bucket}/{prefix}", detail=True)
@@ -218,12 +254,12 @@ class BucketPath:
             raise _as_bucket_error(OSError("404"), self) from error
         except Exception as error:  # of gcsfs, aiohttp and google.auth
             raise _as_bucket_error(error, self) from error
-        sizes = {}
+        entries = {}
         for name, entry in sorted(found.items()):
             relative = name.removeprefix(f"{self.bucket}/{prefix}")
             if relative and not relative.endswith("/"):  # marks a folder in the console
-                sizes[relative] = entry["size"]
-        return sizes
+                entries[relative] = entry
+        return entries
 
     def iterdir(self) -> "Iterator[BucketPath]":
         """The objects and folders of this folder, sorted."""
