@@ -33,10 +33,13 @@ RECIPES = [name for name in NAMES if "method" in recipe(name)]
 FOLLOWERS = {
     "batch_size": ["optimizer.lr"],
     "data.channels": ["method.channels"],
+    "epochs": ["optimizer.warmup_epochs"],
     "optimizer.base_lr": ["optimizer.lr"],
     "optimizer.weight_decay": ["optimizer.weight_decay_end"],
 }
 OWN_VALUES = {"ijepa_vit_b": ["optimizer.weight_decay_end"]}  # followers that a recipe has set
+for _small in ("cifar10", "own", "quickstart", "small"):
+    OWN_VALUES[_small] = ["optimizer.warmup_epochs"]
 
 
 def followers(name, key):

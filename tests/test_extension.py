@@ -79,6 +79,17 @@ def test_an_extended_run_goes_on_with_its_optimizer(images, run):
     assert int(restored.opt_state[0].count) == 18
 
 
+def test_the_learning_rate_of_a_restart():
+    config = tiny.get_config()
+    config.update(epochs=3, extensions=((6, "restart", 6, 1),))
+    parts = build(config, 6)
+    # Over 12 steps in place of 6, the warm-up takes 6 in place of 3
+    for step, share in {6: 0.25, 9: 0.625, 12: 1.0, 15: 0.625, 18: 0.25}.items():
+        assert float(parts.learning_rate(step)) == pytest.approx(share * config.optimizer.lr)
+    assert parts.method.total_steps == 12
+
+
+@pytest.mark.slow
 def test_an_extension_that_restarts_is_made_once_and_resumes(images, run):
     config = recipe(images, epochs=3)
     summary = loop.train(config, run, extension.RESTART)
