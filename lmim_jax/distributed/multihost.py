@@ -288,7 +288,7 @@ def _describe_wait(cluster: Mapping[str, Any], environment: Mapping[str, str]) -
         return f"process {cluster['process_id']} of {count}, waiting for {count - 1} more"
     if "OMPI_COMM_WORLD_SIZE" in environment:
         count = int(environment["OMPI_COMM_WORLD_SIZE"])
-        number = environment["OMPI_COMM_WORLD_RANK"]
+        number = int(environment["OMPI_COMM_WORLD_RANK"])
         return f"process {number} of {count}, waiting for {count - 1} more"
     return "waiting for the other processes"
 

@@ -75,13 +75,14 @@ def read(folder: str, method: Method) -> InitialWeights:
         )
     wanted_target = _shapes(method.target_of(fresh_params))
     target = _fitting(wanted_target, params) | _fitting(wanted_target, _arrays(weights.target))
+    unused = sorted(found.keys() - params.keys())
     record = {
         "folder": str(buckets.path(folder).absolute()),
         "step": weights.step,
         "checkpoint": weights.checkpoint,
         "copied": sorted(params),
         "fresh": sorted(wanted.keys() - params.keys()),
-        "unused": sorted(found.keys() - params.keys()),
+        "unused": unused,
     }
     lines = [f"weights of {folder}, step {weights.step:,}; optimizer and schedules are new:"]
     lines += _describe(wanted, found, params, "")
@@ -89,9 +90,9 @@ def read(folder: str, method: Method) -> InitialWeights:
     old = "x".join(map(str, source.method.grid))
     new = "x".join(map(str, method.grid))
     lines.append(f"  positions: computed, for {new} patches (there: {old})")
-    if record["unused"]:
-        modules = sorted({name.partition("/")[0] for name in record["unused"]})
-        lines.append(f"  not used: {len(record['unused'])} arrays of {', '.join(modules)}")
+    if unused:
+        modules = sorted({name.partition("/")[0] for name in unused})
+        lines.append(f"  not used: {len(unused)} arrays of {', '.join(modules)}")
     return InitialWeights(params, target, record, lines)
 
 
