@@ -38,7 +38,6 @@ RESTARTS = 20
 FLAGS = (
     "--config.data.workers=2",
     "--config.data.timeout=10",
-    "--config.log_every=10",
     f"--config.checkpoint_every={EVERY}",
     "--config.evaluators.knn.every=50",
     "--config.report=False",
@@ -331,6 +330,7 @@ def soak(folder, minutes, every, seed):
     run = Soak(folder, seed)
     code = run.run(images, steps, every)
     report = run.report(steps, whole, code)
+    shutil.copy(folder / "disk" / "run" / "metrics.jsonl", folder)  # the disk is in memory
     run.close()
     return report
 
