@@ -120,7 +120,7 @@ def data() -> ConfigDict:
     """Where images come from, and how they are brought to the devices."""
     data = ConfigDict()
     data.source = "folder"  # folder | tfds | shapes (synthetic, drawn on first use)
-    data.path = ""  # folder: images at any depth, or train/CLASS/, test/CLASS/; gs://: as dir of tfds
+    data.path = ""  # folder: images at any depth, or train/CLASS/, test/CLASS/; gs://: prepared
     data.cache = ""  # shapes: the folder that they are drawn into; "": the user's cache folder
     data.name = ""  # tfds: dataset, or dataset/config:version, prepared in ArrayRecord files
     data.dir = ""  # tfds: the folder that holds it; "": TFDS's own, ~/tensorflow_datasets

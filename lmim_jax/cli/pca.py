@@ -103,11 +103,11 @@ def main(arguments: list[str]) -> None:
     given = flags.FLAGS
     workdir, (folder,) = app.run_and_arguments(arguments, "IMAGES")
     out = buckets.path(given.out)
-    is_local = isinstance(out, pathlib.Path)
-    if is_local and out.resolve().is_relative_to(pathlib.Path(folder).expanduser().resolve()):
-        raise UserError(f"--out={out} is in the folder of the images; give another folder")
-    if is_local and not out.parent.is_dir():
-        raise UserError(f"--out={out}: no folder {out.parent}")
+    if isinstance(out, pathlib.Path):
+        if out.resolve().is_relative_to(pathlib.Path(folder).expanduser().resolve()):
+            raise UserError(f"--out={out} is in the folder of the images; give another folder")
+        if not out.parent.is_dir():
+            raise UserError(f"--out={out}: no folder {out.parent}")
     run = runs.open_run(workdir)
     which = run.choose_weights(given.weights)
     run = with_images(run, folder, which)
