@@ -15,6 +15,7 @@ from lmim_jax.cli import export, prepare_data
 from lmim_jax.configs import vit_b
 from lmim_jax.data import decode, folder_listing, pixel_range, sources
 from lmim_jax.data.augment.host import HostCrop
+from lmim_jax.data.augment.randaugment import luminance
 from lmim_jax.data.image_options import ImageOptions, format_ranges, parse_ranges, to_levels
 from lmim_jax.distributed import sharding
 from lmim_jax.train import inference, loop, runs, workdir
@@ -221,6 +222,11 @@ def test_host_crops_of_any_number_of_bands(channels):
     batch = {"image": canvas[None], "size": size[None]}
     theirs = augment.denormalize(augment(jax.random.key(3)[None], batch))[0]
     assert np.abs(ours.astype(int) - np.asarray(theirs)).max() <= 1
+
+
+def test_gray_of_bands_is_their_mean():
+    levels = LEVELS[..., :4].astype(np.float32)
+    np.testing.assert_array_equal(luminance(levels), np.round(levels.mean(-1)))
 
 
 # Ranges

@@ -116,7 +116,7 @@ INVALID_IMAGES = {
         4, 4, 3
     ),
     "image 0 has values from nan": np.full((4, 4, 3), np.nan),
-    "image 0: pixels of 32 bits": Image.new("F", (8, 8)),
+    "image 0: float32 samples from 300": Image.new("F", (8, 8), 300),
 }
 
 

@@ -8,7 +8,7 @@ any of its members:
   SolarizeAdd a blend with a degraded image              Color Contrast Brightness Sharpness an
   affine map of the plane                 Rotate ShearX ShearY TranslateX TranslateY
 
-Letters: H W height and width, C channels (1 or 3). Sources: Cubuk et al. (2020); timm
+Letters: H W height and width, C channels. Sources: Cubuk et al. (2020); timm
 `auto_augment.py`; Pillow `ImageOps`, `ImageEnhance`, `Geometry.c`.
 """
 
@@ -65,9 +65,11 @@ def _histogram(levels: Int[Array, " n"]) -> Int[Array, "256"]:
 
 
 def luminance(x: Float[Array, "H W C"]) -> Float[Array, "H W"]:
-    """The image in gray, in whole levels, as Pillow converts it."""
+    """The image in gray, in whole levels, as Pillow converts RGB; the mean of other bands."""
     if x.shape[-1] == 1:
         return x[..., 0]
+    if x.shape[-1] != 3:
+        return jnp.round(x.mean(axis=-1))
     red, green, blue = jnp.moveaxis(x.astype(jnp.int32), -1, 0)
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(jnp.float32)
 
