@@ -47,7 +47,7 @@ def check(workdir: buckets.Pathname, environment: Mapping[str, str], process: in
     number = _number(environment, NUMBER)
     if not number:
         return ""
-    step = newest_step(workdir)
+    step = checkpoint_manifest.newest_committed_step(workdir) or 0
     limit = _number(environment, LIMIT)
     idle = _without_progress(read(workdir), number, step)
     if limit and idle >= limit:
@@ -65,15 +65,6 @@ def check(workdir: buckets.Pathname, environment: Mapping[str, str], process: in
     if reason:
         line += f"; the start before {reason}"
     return line
-
-
-def newest_step(workdir: buckets.Pathname) -> int:
-    """The newest step that was saved completely, whose contents are not verified; 0: none."""
-    newest = 0
-    for step, folder in checkpoint_manifest.steps(workdir).items():
-        if checkpoint_manifest.is_committed(folder):
-            newest = step
-    return newest
 
 
 def read(workdir: buckets.Pathname) -> list[dict[str, Any]]:
