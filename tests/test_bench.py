@@ -211,6 +211,7 @@ def test_mistakes_are_one_line(flags, message):
     assert message in last_line
 
 
+@pytest.mark.slow
 def test_the_step_with_a_profile(tmp_path):
     """The state is donated: there is no second copy of it."""
     process = bench(["--what=step", f"--profile={tmp_path}"] + SMALL)

@@ -262,10 +262,13 @@ def test_it_joins_given_or_detected_processes_with_a_heartbeat_and_otherwise_non
     multihost.initialize()
     assert not calls
     timeouts = {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 7}
+    timeouts["initialization_timeout"] = int(multihost.START_TIMEOUT) + 60
     multihost.initialize("host:1", 4, 3, heartbeat=7)
     monkeypatch.setattr(
         multihost, "detect", lambda environment: ("Slurm", {"cluster_detection_method": "slurm"})
     )
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
     multihost.initialize(heartbeat=7)
     where = {"coordinator_address": "host:1", "num_processes": 4, "process_id": 3}
     where["cluster_detection_method"] = "deactivate"  # the flags say everything

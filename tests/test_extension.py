@@ -59,6 +59,7 @@ def test_a_longer_run_is_refused_naming_both_ways(images, run):
     assert f"choose another --workdir, and --config.init_from={run}" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_an_extended_run_goes_on_with_its_optimizer(images, run):
     config = recipe(images, epochs=3)
     before = rates(run)
@@ -150,6 +151,7 @@ def test_the_warmup_follows_the_length_unless_set(epochs):
         extension.span(config, 100)
 
 
+@pytest.mark.slow
 def test_weights_of_another_run_with_another_grid(images, finished, run, tmp_path, caplog):
     change = {"method.grid": (3, 3), "method.num_visible": 3, "method.projector_depth": 2}
     change |= {"augment.eval_resize": 12, "seed": 1, "init_from": str(run)}

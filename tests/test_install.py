@@ -126,7 +126,7 @@ def test_the_help_of_every_command_explains_its_own_flags(lmim, installed):
         for flag in flags:
             assert re.search(rf"Examples?: .*--(no)?{flag}\b", " ".join(listed.split())), flag
     runs = [text for text in texts if "\n  --workdir" in text]
-    assert len(runs) == 8
+    assert len(runs) == 9
 
 
 def test_a_run_is_trained_and_evaluated_from_an_empty_folder(lmim, images):

@@ -47,6 +47,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
 
 
+@pytest.mark.slow
 def test_features_and_pca(images, tmp_path):
     config = quickstart.get_config()
     config.update_from_flattened_dict({**SMALL, "data.path": str(images)})

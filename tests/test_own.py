@@ -224,6 +224,7 @@ def test_what_is_given_is_kept_and_flags_change_the_rest(monkeypatch):
     assert "--hours=0.07" in flags
 
 
+@pytest.mark.slow
 def test_the_speed_is_that_of_real_steps(photos, monkeypatch):
     monkeypatch.setattr(choices, "MEASURED_SECONDS", 0.05)
     config = tiny.get_config()
@@ -368,6 +369,7 @@ def checksums(folder):
     return found
 
 
+@pytest.mark.slow
 def test_no_command_writes_into_the_images(photos, tmp_path):
     before = checksums(photos)
     options = " ".join(f"--config.{key}={value}" for key, value in SMALL.items())

@@ -242,7 +242,7 @@ def tfrecords(pets, tmp_path):
 
 def test_tfrecords_become_readable_beside_the_originals(pets, tfrecords, images):
     data = config(dir=tfrecords.parent.parent)
-    with pytest.raises(UserError, match=r"prepared as tfrecord.*lmim prepare --tfrecord=") as error:
+    with pytest.raises(UserError, match=r"prepared as tfrecord.*prepare --tfrecord=") as error:
         sources.from_config(data, "train")
     before = contents(tfrecords)
     flag = str(error.value).rpartition(" ")[2]

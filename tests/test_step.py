@@ -90,7 +90,9 @@ def test_norms_are_those_of_the_gradient_and_of_the_new_state(devices):
     assert len({round(reported, 6) for reported, _ in norms.values()}) == 3
 
 
-@pytest.mark.parametrize(("devices", "micro_batches"), [(1, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("devices", "micro_batches"), [pytest.param(1, 4, marks=pytest.mark.slow), (4, 2)]
+)
 def test_accumulation_equals_the_whole_batch(devices, micro_batches):
     # Similarities are averaged over a micro-batch before squaring: equality holds without them
     whole, first, target, *_ = run(1, 1, similarity_weight=0.0)

@@ -226,7 +226,8 @@ def main(arguments: list[str]) -> None:
     if sum(map(bool, (given.folder, given.tfrecord, given.verify))) != 1:
         raise UserError("give one of --folder, --tfrecord, --verify")
     for name in ("folder", "tfrecord", "verify", "out"):
-        check_local(name, given[name].value)
+        if given[name].value:
+            check_local(name, given[name].value)
     if given.verify:
         manifest, problems = verify(given.verify, given.sample)
         for name, facts in manifest.items():
