@@ -1,5 +1,6 @@
 """Prepared datasets in buckets: read in place, and copied to a local disk."""
 
+import contextlib
 import logging
 import os
 import pickle
@@ -156,13 +157,22 @@ def slow_down(monkeypatch, seconds):
     monkeypatch.setattr(gcs_emulator._Handler, "_send", send_late)
 
 
+def _partial_bytes(folder):
+    """Bytes in files whose copy has begun; a file may get its final name in between."""
+    total = 0
+    for path in folder.rglob("*.part"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
 def test_killed_in_the_middle_it_goes_on_where_it_was(
     uploaded, dataset, shards, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as patch:
         slow_down(patch, 0.1)
         process = start(tmp_path, shards)
-        while sum(path.stat().st_size for path in tmp_path.rglob("*.part")) < 10 * CHUNK:
+        while _partial_bytes(tmp_path) < 10 * CHUNK:
             assert process.poll() is None
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
