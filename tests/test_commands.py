@@ -385,24 +385,7 @@ def test_examples_in_the_help_are_of_their_tools():
 
 # Every printed command, typed
 
-SHORT = {  # a run of a moment
-    "total_steps": 2,
-    "batch_size": 8,
-    "micro_batches": 1,
-    "gauge_images": 8,
-    "method.grid": "(4,4)",
-    "method.patch_size": 4,
-    "method.gap": 1,
-    "method.num_visible": 4,
-    "method.width": 16,
-    "method.depth": 1,
-    "method.heads": 2,
-    "method.decoder_width": 8,
-    "method.decoder_depth": 1,
-    "method.decoder_heads": 2,
-    "method.projector_width": 16,
-    "augment.eval_resize": 16,
-}
+SHORT = tiny.CHOSEN
 
 
 def options(values):

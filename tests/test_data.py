@@ -11,12 +11,15 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from lmim_jax.configs import vit_b
 from lmim_jax.data import decode, kept_workers, loader, sources
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.utils.errors import DataLoaderTimeout, UserError
 
-OPTIONS = dict(canvas=40, channels=3, workers=0, threads=1, timeout=60.0, max_bad_fraction=0.2)
+OPTIONS = vit_b.data().to_dict() | dict(
+    canvas=40, channels=3, workers=0, threads=1, timeout=60.0, max_bad_fraction=0.2
+)
 
 
 def options(**change):

@@ -80,8 +80,7 @@ def test_a_run_opens_as_it_was_saved(saved):
     jax.tree.map(np.testing.assert_array_equal, lmim_jax.load(folder).params, weights.params)
     assert data.classes == ("cat", "dog")
     options = run.data_config({"canvas": 1, "new": 7}, {"new": 8})
-    # "full": the range of a run that began before the option
-    assert options.to_dict() == {"canvas": 40, "new": 8, "range": "full"}
+    assert options.to_dict() == {"canvas": 40, "new": 8}
 
 
 def test_features_come_from_the_cache_bit_by_bit(saved, tmp_path, caplog):

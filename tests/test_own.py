@@ -335,22 +335,7 @@ for call in sys.argv[1:]:
     sys.argv = ["lmim", *call.split()]
     __main__.main()
 """
-SMALL = {
-    "batch_size": 8,
-    "total_steps": 2,
-    "gauge_images": 8,
-    "method.grid": "(4,4)",
-    "method.patch_size": 4,
-    "method.gap": 1,
-    "method.num_visible": 4,
-    "method.width": 16,
-    "method.depth": 1,
-    "method.heads": 2,
-    "method.decoder_width": 8,
-    "method.decoder_depth": 1,
-    "method.decoder_heads": 2,
-    "method.projector_width": 16,
-    "augment.eval_resize": 16,
+SMALL = tiny.CHOSEN | {
     "report": False,
     "evaluators.logistic_regression.l2": "(0.001,)",
     "evaluators.logistic_regression.iterations": 10,

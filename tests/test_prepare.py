@@ -19,12 +19,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lmim_jax.cli import prepare_data
+from lmim_jax.configs import vit_b
 from lmim_jax.data import decode, loader, sources, tfds_source
 from lmim_jax.data.prepare import tfds_writer
 from lmim_jax.distributed import sharding
 from lmim_jax.utils.errors import UserError
 
-DATA = dict(
+DATA = vit_b.data().to_dict() | dict(
     source="tfds",
     path="",
     name="pets",

@@ -21,6 +21,7 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
+from lmim_jax.configs import vit_b
 from lmim_jax.data import loader, prefetch
 from lmim_jax.data.augment.device import Augment, fit_crop
 from lmim_jax.data.augment.host import make_host_crop
@@ -30,7 +31,7 @@ from lmim_jax.train.step import draw
 from lmim_jax.utils import errors
 from lmim_jax.utils.prng import augment_keys, image_keys
 
-OPTIONS = dict(
+OPTIONS = vit_b.data().to_dict() | dict(
     canvas=40,
     channels=3,
     workers=0,

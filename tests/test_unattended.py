@@ -20,6 +20,7 @@ from array_record.python import array_record_data_source, array_record_module
 from ml_collections import ConfigDict
 from PIL import Image
 
+from lmim_jax.configs import vit_b
 from lmim_jax.data import decode, loader, prefetch, sources, tfds_source
 from lmim_jax.data.prepare import tfds_writer
 from lmim_jax.distributed import preemption, sharding
@@ -30,7 +31,9 @@ from lmim_jax.train.metric_writer import read_metrics
 from lmim_jax.utils import descriptors, faults
 from lmim_jax.utils.errors import DataLoaderTimeout, UserError
 
-OPTIONS = dict(canvas=40, channels=3, workers=0, threads=2, timeout=60.0, max_bad_fraction=0.2)
+OPTIONS = vit_b.data().to_dict() | dict(
+    canvas=40, channels=3, workers=0, threads=2, timeout=60.0, max_bad_fraction=0.2
+)
 
 
 @pytest.fixture(autouse=True)

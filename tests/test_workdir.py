@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import time
 
 import pytest
 
-from lmim_jax.train import lock
+from lmim_jax.configs import quickstart
+from lmim_jax.train import lock, workdir
 from lmim_jax.utils.errors import UserError
 
 DEAD = {
@@ -210,3 +212,15 @@ def test_a_full_disk_is_no_mistake_of_the_user(number, kind, tmp_path, monkeypat
     monkeypatch.setattr(lock.Lock, "_wait_until_acquired", fail)
     with pytest.raises(kind, match=r"cannot be written: .*(full|space|Read-only)"):
         lock.Lock(tmp_path)
+
+
+def test_a_run_of_version_0_1_is_resumed_by_the_same_command(tmp_path):
+    stored = pathlib.Path(__file__).parent / "data" / "config_0_1.json"
+    (tmp_path / "config.json").write_text(stored.read_text())
+    config = quickstart.get_config()
+    config.data.range = workdir.stored_range(tmp_path)  # as lmim train does with "auto"
+    images = json.loads(stored.read_text())["training_images"]
+    workdir.check(tmp_path, config.to_dict(), images)
+    config.seed = 1
+    with pytest.raises(UserError, match=r"another config \(seed 0 -> 1\)"):
+        workdir.check(tmp_path, config.to_dict(), images)

@@ -17,6 +17,24 @@ SIZES |= dict(
 SIZES |= dict(context_capacity=8, min_context=1, mask_batch=2, dtype="float32")
 SIZES |= dict(block_total=8, block_smallest=2, block_largest=4)
 
+CHOSEN = {  # instead of what the recipe `own` chooses, for a run of a moment
+    "total_steps": 2,
+    "batch_size": 8,
+    "micro_batches": 1,
+    "gauge_images": 8,
+    "method.grid": "(4,4)",
+    "method.patch_size": 4,
+    "method.gap": 1,
+    "method.num_visible": 4,
+    "method.width": 16,
+    "method.depth": 1,
+    "method.heads": 2,
+    "method.decoder_width": 8,
+    "method.decoder_depth": 1,
+    "method.decoder_heads": 2,
+    "method.projector_width": 16,
+    "augment.eval_resize": 16,
+}
 EVALUATORS = {  # what is smaller than in configs/evaluate.py
     "logistic_regression": dict(batch_size=16, l2=(1e-3, 1e-1), iterations=50),
     "neighbors": dict(batch_size=16, images=2, count=2),

@@ -12,7 +12,6 @@ A run whose length was given by --config.total_steps is extended by --total_step
 """
 
 from absl import flags
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from lmim_jax.cli import app, train
@@ -47,8 +46,7 @@ def read_recipe(folder: str) -> ConfigDict:
             f"{folder} is an exported model; lmim train --config.init_from={folder} starts a run"
         )
     stored.pop(workdir.IMAGES, None)
-    options = {**workdir.FORMER, **flatten_dict(stored, sep=".", keep_empty_nodes=True)}
-    return runs.with_tuples(unflatten_dict(options, sep="."))
+    return runs.with_tuples(stored)
 
 
 def define_flags() -> None:

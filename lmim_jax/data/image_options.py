@@ -48,22 +48,22 @@ class ImageOptions:
         Raises:
           UserError: an option has no meaning.
         """
-        if config.get("transparency", "ignore") not in TRANSPARENCY:
+        if config.transparency not in TRANSPARENCY:
             raise UserError(
                 f"config.data.transparency={config.transparency!r} must be one of: "
                 f"{' | '.join(TRANSPARENCY)}"
             )
-        if config.get("max_pixels", MAX_PIXELS) < 1:
+        if config.max_pixels < 1:
             raise UserError(f"config.data.max_pixels={config.max_pixels} must be at least 1")
         ranges: tuple[Range, ...] = ()
-        text = config.get("range", FULL)
+        text = config.range
         if text not in (AUTO, FULL) and percentiles(text) is None:
             ranges = parse_ranges(text, config.channels)
         return cls(
             ranges=ranges,
-            max_pixels=config.get("max_pixels", MAX_PIXELS),
-            exif_orientation=config.get("exif_orientation", False),
-            transparency=config.get("transparency", "ignore"),
+            max_pixels=config.max_pixels,
+            exif_orientation=config.exif_orientation,
+            transparency=config.transparency,
         )
 
     def check_size(self, width: int, height: int) -> None:

@@ -19,6 +19,7 @@ from jaxtyping import Shaped
 from PIL import Image
 
 from lmim_jax.data.image_options import BadImage, ImageOptions
+from lmim_jax.utils import faults
 
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -128,7 +129,9 @@ def tiff_page(data: bytes) -> int:
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             return _largest(file)
-    except Exception:  # Pillow may read what tifffile does not
+    except Exception as error:  # Pillow may read what tifffile does not
+        if faults.is_environment_fault(error):
+            raise
         return 0
 
 
@@ -137,7 +140,9 @@ def tiff_orientation(data: bytes) -> int:
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             return int(_page(file, _largest(file)).tags.valueof(ORIENTATION, default=1))
-    except Exception:
+    except Exception as error:  # damage is reported where the samples are read
+        if faults.is_environment_fault(error):
+            raise
         return 1
 
 

@@ -103,7 +103,7 @@ def from_config(
     _check_limits(config, source)
     if source == "shapes":
         former_cache = config.path  # before version 0.2, see `kind`
-        return open_shapes(config.get("cache", "") or former_cache, split)
+        return open_shapes(config.cache or former_cache, split)
     if source == "folder":
         return _folder_from_config(config, split, classes, listings)
     if source == "tfds":
@@ -159,7 +159,7 @@ def _folder_from_config(
     root = pathlib.Path(config.path).expanduser()
     has_test = bool(config.test_split) and (root / config.test_split).is_dir()
     has_test = has_test and (root / config.train_split).is_dir()
-    share = config.get("held_out", 0.0)
+    share = config.held_out
     if not 0 <= share < 1:
         raise UserError(f"config.data.held_out={share} must be a share in 0 .. 1, such as 0.1")
     if not has_test and share:
@@ -182,7 +182,7 @@ def _tfds_from_config(
         folder = config.path
     others = [_split_name(config, other) for other in together]
     source = tfds_source.open_tfds(
-        config.name, folder, name, config.get("stage", ""), list(filter(None, others))
+        config.name, folder, name, config.stage, list(filter(None, others))
     )
     if classes:
         return tfds_source.select_classes(source, classes)

@@ -16,6 +16,7 @@ values, so that a misspelled or forgotten key is an error. Its functions are pur
 Letters: B batch, H W image height and width, C channels, N patches, V visible patches, D width.
 """
 
+import abc
 import dataclasses
 import importlib
 import math
@@ -24,11 +25,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 import lmim_jax.methods
 from lmim_jax.methods.common.checks import check_choice, check_heads
-from lmim_jax.models import attention
+from lmim_jax.models import attention, vit
+from lmim_jax.models.layers import patchify
 from lmim_jax.utils.errors import UserError, did_you_mean
 
 Params = dict[str, Any]  # a nested dict of float32 arrays
@@ -216,6 +218,58 @@ class BaseMethod:
         """Compute the rows and columns of patches of images of any size, without gap."""
         _, height, width, _ = images.shape
         return height // self.patch_size, width // self.patch_size
+
+
+class ViTMethod(BaseMethod, abc.ABC):
+    """The features of a method that encodes patches with a `vit.ViT`, under params["encoder"]."""
+
+    @property
+    @abc.abstractmethod
+    def _encoder(self) -> vit.ViT:
+        """The encoder."""
+
+    @abc.abstractmethod
+    def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
+        """Compute the position embeddings of the encoder for an image of any grid.
+
+        Args:
+          params: contains "encoder".
+          grid: rows and columns of patches; N is their product.
+        """
+
+    def features(self, params: Params, images: Float[Array, "B H W C"]) -> Features:
+        """Encode whole images for evaluation, without gap or mask.
+
+        Args:
+          params: contains "encoder".
+          images: normalized; H and W are multiples of the patch size.
+
+        Returns:
+          See `patch_features`.
+        """
+        grid = self.grid_of(images)
+        patches = patchify(images, grid, self.patch_size)
+        return self.patch_features(params, patches, self.positions_of(params, grid))
+
+    def patch_features(
+        self,
+        params: Params,
+        patches: Float[Array, "B N P"],
+        positions: Float[Array, "#B N D"],
+        mask: Bool[Array, "B N"] | None = None,
+    ) -> Features:
+        """Encode the patches of whole images; methods that predict latents add "latents".
+
+        Args:
+          params: contains "encoder", and what "latents" need.
+          patches: all patches of the images.
+          positions: see `positions_of`.
+          mask: False for patches that pad smaller images to N; None: there are none.
+
+        Returns:
+          See `vit.features`.
+        """
+        return vit.features(self._encoder, params["encoder"], patches, positions, mask)
 
 
 def names() -> list[str]:

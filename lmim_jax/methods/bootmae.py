@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lmim_jax.methods.base import BaseMethod, Features, Metrics, Params, Views
+from lmim_jax.methods.base import Features, Metrics, Params, Views, ViTMethod
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_range
 from lmim_jax.models import normalization, vit
@@ -31,7 +31,7 @@ from lmim_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(BaseMethod):
+class Method(ViTMethod):
     """BootMAE; the fields are `config.method`, explained key by key in configs/bootmae_vit_b.py."""
 
     num_visible: int
@@ -273,23 +273,8 @@ class Method(BaseMethod):
         table = sincos_positions(grid or self.grid, width, self.grid, integer=True, row_first=True)
         return jnp.asarray(table)[None]
 
-    def features(self, params: Params, images: Float[Array, "B H W C"]) -> Features:
-        """Encode whole images for evaluation.
-
-        Args:
-          params: contains "encoder".
-          images: normalized; H and W are multiples of the patch size. Positions span the range of
-            the training grid.
-
-        Returns:
-          See `vit.features`; and latents [B, N, D], which is what targets are made of.
-        """
-        patches = patchify(images, self.grid_of(images), self.patch_size)
-        positions = self.positions_of(params, self.grid_of(images))
-        return self.patch_features(params, patches, positions)
-
     def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
-        """Position embeddings of an image of any grid."""
+        """Positions of an image of any grid span the range of the training grid."""
         del params
         return self._positions(self.width, grid)
 
@@ -300,8 +285,8 @@ class Method(BaseMethod):
         positions: Float[Array, "#B N D"],
         mask: Bool[Array, "B N"] | None = None,
     ) -> Features:
-        """Encode the patches of whole images, see methods/base.py and `features`."""
-        features = vit.features(self._encoder, params["encoder"], patches, positions, mask)
+        """Encode whole images; "latents" [B, N, D] are what targets are made of."""
+        features = super().patch_features(params, patches, positions, mask)
         latents = normalization.standardize_tokens(features["patches_prenorm"], 1e-6)
         return {**features, "latents": latents}
 

@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from lmim_jax.methods.base import BaseMethod, Features, Metrics, Params, Views
+from lmim_jax.methods.base import Metrics, Params, Views, ViTMethod
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_choice, check_heads, check_range
 from lmim_jax.models import initializers, normalization, vit
@@ -27,8 +27,11 @@ LOSSES = {"smooth_l1": losses.smooth_l1, "mse": losses.mse, "l1": losses.l1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(BaseMethod):
-    """I-JEPA; the fields are `config.method`, explained key by key in configs/ijepa_vit_b.py."""
+class Method(ViTMethod):
+    """I-JEPA; the fields are `config.method`, explained key by key in configs/ijepa_vit_b.py.
+
+    The paper evaluates the features of the teacher (`params: target` of an evaluator).
+    """
 
     decoder_heads: int
     blocks: int
@@ -208,32 +211,8 @@ class Method(BaseMethod):
         del encoder
         return jnp.asarray(sincos_positions(self.grid, self.width, integer=True))[None]
 
-    def features(self, params: Params, images: Float[Array, "B H W C"]) -> Features:
-        """Encode whole images for evaluation, see `vit.features`.
-
-        The paper evaluates the features of the teacher (`params: target` of an evaluator).
-
-        Args:
-          params: contains "encoder".
-          images: normalized; H and W are multiples of the patch size. Positions span the range of
-            the training grid.
-        """
-        patches = patchify(images, self.grid_of(images), self.patch_size)
-        positions = self.positions_of(params, self.grid_of(images))
-        return self.patch_features(params, patches, positions)
-
     def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
-        """Position embeddings of an image of any grid."""
+        """Positions of an image of any grid span the range of the training grid."""
         del params
         positions = sincos_positions(grid, self.width, self.grid, integer=True)
         return jnp.asarray(positions)[None]
-
-    def patch_features(
-        self,
-        params: Params,
-        patches: Float[Array, "B N P"],
-        positions: Float[Array, "#B N D"],
-        mask: Bool[Array, "B N"] | None = None,
-    ) -> Features:
-        """Encode the patches of whole images, see methods/base.py and `features`."""
-        return vit.features(self._encoder, params["encoder"], patches, positions, mask)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lmim_jax.methods.base import BaseMethod, Features, Metrics, Params, Views
+from lmim_jax.methods.base import Features, Metrics, Params, Views, ViTMethod
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_choice, check_heads, check_range
 from lmim_jax.models import vit
@@ -36,7 +36,7 @@ LOSSES = ("patch_infonce", *losses.REGRESSION_LOSSES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(BaseMethod):
+class Method(ViTMethod):
     """Latent MIM; the fields are `config.method`, explained key by key in configs/vit_b.py."""
 
     gap: int
@@ -277,23 +277,8 @@ class Method(BaseMethod):
         """Apply the fixed random projection of pixels."""
         return self._target_embed.apply({"params": params["target_embed"]}, patches)
 
-    def features(self, params: Params, images: Float[Array, "B H W C"]) -> Features:
-        """Encode whole images for evaluation, without gap or mask.
-
-        Args:
-          params: contains "encoder" and, for "latents", projector or target_embed.
-          images: normalized; H and W are multiples of the patch size. Positions span the range of
-            the training grid.
-
-        Returns:
-          See `vit.features`; and latents [B, N, D], which is what targets are made of.
-        """
-        patches = patchify(images, self.grid_of(images), self.patch_size)
-        positions = self.positions_of(params, self.grid_of(images))
-        return self.patch_features(params, patches, positions)
-
     def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
-        """Position embeddings of an image of any grid."""
+        """Positions of an image of any grid span the range of the training grid."""
         del params
         return jnp.asarray(sincos_positions(grid, self.width, self.grid))[None]
 
@@ -304,8 +289,8 @@ class Method(BaseMethod):
         positions: Float[Array, "#B N D"],
         mask: Bool[Array, "B N"] | None = None,
     ) -> Features:
-        """Encode the patches of whole images, see methods/base.py and `features`."""
-        features = vit.features(self._encoder, params["encoder"], patches, positions, mask)
+        """Encode whole images; "latents" [B, N, D] are what targets are made of."""
+        features = super().patch_features(params, patches, positions, mask)
         if self.target == "random_projection":
             latents = self._project_patches(params, patches)
         else:

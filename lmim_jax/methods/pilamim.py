@@ -12,9 +12,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from lmim_jax.methods.base import BaseMethod, Features, Metrics, Params, Views
+from lmim_jax.methods.base import Metrics, Params, Views, ViTMethod
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_heads, check_sampler
 from lmim_jax.models import initializers, vit
@@ -24,7 +24,7 @@ from lmim_jax.optim import schedules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(BaseMethod):
+class Method(ViTMethod):
     """PiLaMIM; the fields are `config.method`, explained key by key in configs/pilamim_vit_b.py."""
 
     final_norm_eps: float
@@ -220,31 +220,9 @@ class Method(BaseMethod):
         pixels = forward["pixels"][:, -masked.shape[1] :]
         return replace_patches(images, masked, pixels, self.grid, self.patch_size)
 
-    def features(self, params: Params, images: Float[Array, "B H W C"]) -> Features:
-        """Encode whole images for evaluation, see `vit.features`.
-
-        Args:
-          params: contains "encoder".
-          images: normalized; H and W are multiples of the patch size. Learned positions are
-            interpolated to other sizes than the training grid.
-        """
-        patches = patchify(images, self.grid_of(images), self.patch_size)
-        positions = self.positions_of(params, self.grid_of(images))
-        return self.patch_features(params, patches, positions)
-
     def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
-        """Position embeddings of an image of any grid."""
+        """Learned positions, interpolated to other grids than that of training."""
         return resample_positions(params["encoder"]["positions"], self.grid, grid)
-
-    def patch_features(
-        self,
-        params: Params,
-        patches: Float[Array, "B N P"],
-        positions: Float[Array, "#B N D"],
-        mask: Bool[Array, "B N"] | None = None,
-    ) -> Features:
-        """Encode the patches of whole images, see methods/base.py and `features`."""
-        return vit.features(self._encoder, params["encoder"], patches, positions, mask)
 
 
 def _init_positions(rng: Key[Array, ""], slots: int, width: int) -> Float[Array, "1 slots width"]:

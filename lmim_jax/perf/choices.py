@@ -5,6 +5,7 @@ reason, and the option that changes it.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from lmim_jax.data.prefetch import PREFETCH_BATCHES
 from lmim_jax.data.samples import read_header
 from lmim_jax.distributed import multihost, sharding
 from lmim_jax.perf import aot
-from lmim_jax.utils import progress
+from lmim_jax.utils import faults, progress
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration
 
@@ -284,8 +285,12 @@ def image_sides(source: sources.Source) -> np.ndarray:
     """
     sides = []
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)):
+        read = functools.partial(source.record, int(index))
+        name = functools.partial(source.name, int(index))
         try:
-            header = read_header(source.record(int(index))[0])
+            header = read_header(faults.retry(read, name, faults.RETRY_SECONDS)[0])
+        except faults.ReadFailed:
+            raise
         except Exception:  # of any type, on damaged data; reported when it is decoded
             continue
         sides.append((header.height, header.width))

@@ -476,7 +476,7 @@ class TrainingLoop:
         except preemption.Interrupted:
             raise
         except Exception as error:  # such as missing masks, or no memory
-            if self._config.evaluators.get(evaluators.STRICT, False):
+            if self._config.evaluators[evaluators.STRICT]:
                 raise
             failure = faults.first_line(error)
             trace = None if isinstance(error, UserError) else error

@@ -3,6 +3,7 @@
 Weights and images are read when they are first used.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -19,11 +20,10 @@ from ml_collections import ConfigDict
 from lmim_jax.data import sources
 from lmim_jax.data.augment.device import Augment, published_resize
 from lmim_jax.data.eval.eval_data import EvaluationData
-from lmim_jax.data.image_options import FULL
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import STRICT
 from lmim_jax.methods import base as methods
-from lmim_jax.train import checkpoint_manifest, checkpoints
+from lmim_jax.train import checkpoint_manifest, checkpoints, workdir
 from lmim_jax.train.state import initial_params
 from lmim_jax.utils import array_io, buckets
 from lmim_jax.utils.checksum import file_checksum
@@ -185,7 +185,7 @@ class Run:
           defaults: all data options, for those that did not exist when the run was made.
           changes: {option: value}, instead of those of the run.
         """
-        options = {**defaults, "range": FULL}  # what runs did before there was this option
+        options = dict(defaults)
         for key, value in self.config.data.items():
             if key in defaults:
                 options[key] = value
@@ -282,7 +282,7 @@ def _read_exported(folder: buckets.Path) -> Weights:
 
 
 def read_config(folder: buckets.Pathname) -> dict[str, Any]:
-    """The config.json of a run, of plain values.
+    """The config.json of a run, of plain values; options that it lacks are those of `FORMER`.
 
     Raises:
       UserError: there is none, or it is not that of a run.
@@ -293,6 +293,7 @@ def read_config(folder: buckets.Pathname) -> dict[str, Any]:
         missing = sorted(REQUIRED - config.keys())
         if missing:
             raise KeyError(*missing)
+        _complete(config)
     except FileNotFoundError as error:
         problem = buckets.problem(path.parent)
         if problem:
@@ -305,6 +306,14 @@ def read_config(folder: buckets.Pathname) -> dict[str, Any]:
             f"{path} cannot be read as the config of a run ({type(error).__name__}: {error})"
         ) from error
     return config
+
+
+def _complete(config: dict[str, Any]) -> None:
+    """Give the config of a run what it did before there were options for it, in place."""
+    for name, value in workdir.FORMER.items():
+        section, _, option = name.rpartition(".")
+        options = config[section] if section else config
+        options.setdefault(option, copy.copy(value))
 
 
 def with_tuples(value: Any) -> Any:

@@ -30,15 +30,22 @@ HARMLESS = re.compile(
     # Of test images alone
     r"|augment\.eval_resize"
     # Where images are, and which are for evaluation; IMAGES identifies those of training
-    r"|data\.(path|dir|cache|held_out|classes|test_split)|report"
+    r"|data\.(path|dir|cache|stage|held_out|classes|test_split)|report"
     r"|data\.(workers|threads|timeout|max_bad_fraction)"
 )
 # What runs did that were made before these options were
 FORMER: dict[str, Any] = {
+    "data.cache": "",
+    "data.stage": "",
+    "data.held_out": 0.0,
     "data.range": image_options.FULL,
     "data.max_pixels": image_options.MAX_PIXELS,
     "data.exif_orientation": False,
     "data.transparency": "ignore",
+    "evaluators.strict": False,
+    "optimizer.peak_in_warmup": False,
+    "optimizer.per_epoch": False,
+    "optimizer.steps_ahead": 0,
     "init_from": "",
     "extensions": [],
 }

@@ -12,10 +12,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from lmim_jax.configs import vit_b
 from lmim_jax.data import loader, sources
 from lmim_jax.distributed import multihost, sharding
 
-OPTIONS = dict(canvas=40, channels=3, threads=2, timeout=120.0, max_bad_fraction=0.2)
+OPTIONS = vit_b.data().to_dict() | dict(
+    canvas=40, channels=3, threads=2, timeout=120.0, max_bad_fraction=0.2
+)
 STEPS, BATCH = 12, 8
 
 
