@@ -7,6 +7,7 @@ same bits, or needed more and more memory or descriptors. What is in FOLDER is c
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -83,10 +84,17 @@ def start(images, workdir, steps, fault_file, restarting):
     return process
 
 
+@contextlib.contextmanager
 def undisturbed(images, workdir, steps):
-    """Train without faults."""
+    """Train without faults, beside what is done in the context, to the end."""
     process = start(images, workdir, steps, workdir / "none", restarting=False)
-    code = process.wait()
+    try:
+        yield
+    except BaseException:
+        process.terminate()  # it saves its state first
+        raise
+    finally:
+        code = process.wait()
     if code:
         raise RuntimeError(f"the undisturbed run ended with exit code {code}: {process.output()}")
 
@@ -156,7 +164,7 @@ class Soak:
             finally:
                 if self._process.poll() is None:
                     self._process.terminate()
-            code = self._process.wait()
+                code = self._process.wait()
             output = self._process.output()
             with (self._folder / "log").open("a") as log:
                 log.write(output)
@@ -307,7 +315,8 @@ def soak(folder, minutes, every, seed):
 
     Args:
       folder: for all files; what is there is continued.
-      minutes: how long the run would take with faults, about; without them it takes half of that.
+      minutes: how long the run would take with faults on an idle machine, about; without faults it
+        takes half of that. It goes on beside.
       every: seconds between two faults, on average.
       seed: of the faults.
 
@@ -320,15 +329,16 @@ def soak(folder, minutes, every, seed):
     if not plan.exists():
         shutil.rmtree(images, ignore_errors=True)
         make_images(images)
-        undisturbed(images, folder / "probe", PROBE_STEPS)
+        with undisturbed(images, folder / "probe", PROBE_STEPS):
+            pass
         speed = summary.median_speed(processes.lines(folder / "probe")) / BATCH
         steps = max(1, round(speed * 30 * minutes / EVERY)) * EVERY
         atomic_io.write(plan, json.dumps({"steps": steps}))
     steps = json.loads(plan.read_text())["steps"]
     whole = folder / "whole"
-    undisturbed(images, whole, steps)
     run = Soak(folder, seed)
-    code = run.run(images, steps, every)
+    with undisturbed(images, whole, steps):
+        code = run.run(images, steps, every)
     report = run.report(steps, whole, code)
     shutil.copy(folder / "disk" / "run" / "metrics.jsonl", folder)  # the disk is in memory
     run.close()
