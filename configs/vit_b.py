@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
     optimizer.floor = 0.25  # share of the peak at which the cosine ends
     optimizer.rebased = True  # the cosine starts after the warm-up; False: at step 0
     optimizer.peak_in_warmup = False  # the last step of the warm-up has the peak, not the next one
+    optimizer.cosine_share = 1.0  # of the half cosine: below 1, the run ends before the floor
     optimizer.per_epoch = False  # the learning rate changes once an epoch, not at every step
     optimizer.steps_ahead = 0  # step s uses learning rate and weight decay of step s + this
     optimizer.b1 = 0.9  # decay rate of the first moment
@@ -60,11 +61,15 @@ def get_config() -> ConfigDict:
     optimizer.weight_decay = 0.05  # at the start
     # At the end of half a cosine; weight_decay unless set
     optimizer.weight_decay_end = FieldReference(optimizer.get_ref("weight_decay"))
-    # (regex on the parameter's path, decayed or not), first full match wins. As in the official
-    # code, patch and decoder embeddings are spared because of their names; CLS and mask tokens are
-    # decayed.
+    # (regex on the parameter's path, decayed or not, or a factor of the decay), first full match
+    # wins. As in the official code, patch and decoder embeddings are spared because of their names;
+    # CLS and mask tokens are decayed.
     optimizer.decay_rules = ((".*(bias|norm|embed).*", False), (".*", True))
+    optimizer.lr_rules = ((".*", 1.0),)  # the same for a factor of the learning rate
+    # The gradient is scaled down to this norm, of all parameters together; 0: never
+    optimizer.clip_norm = 0.0
 
+    config.representation = representation()
     config.evaluators = evaluators()
     config.report = False  # at the end, write the page report.html into the run, as lmim report
     config.log_every = 50  # steps between lines of metrics
@@ -80,6 +85,16 @@ def get_config() -> ConfigDict:
     return config
 
 
+def representation() -> ConfigDict:
+    """What the recipe is evaluated by: the choice of every tool, unless it is told otherwise."""
+    representation = ConfigDict()
+    representation.weights = "online"  # the encoder: online | target
+    # Of an image, the mean over patches before the final norm; other features: see evaluate.py
+    representation.image = "patches_prenorm"
+    representation.patches = "patches_prenorm"  # of a patch: patches | patches_prenorm
+    return representation
+
+
 def evaluators() -> ConfigDict:
     """What is measured and drawn during training, and at its end."""
     evaluators = ConfigDict()
@@ -87,9 +102,9 @@ def evaluators() -> ConfigDict:
     evaluators.knn = dict(
         type="knn",  # a file in lmim_jax/evaluators/
         every=10.0,  # epochs; also at the end, and at the start of longer runs. 0: at the end only
-        params="online",  # online | target
+        params="",  # weights: online | target; "": those of config.representation
         batch_size=512,  # images at a time
-        feature="patches_prenorm",  # mean over patches before the final norm; see evaluate.py
+        feature="",  # of an image; "": that of config.representation, see there
         k=(20,),  # numbers of neighbors that vote; each is a metric
         temperature=0.07,  # a neighbor votes with weight exp(cosine / temperature)
         baselines=False,  # also raw pixels and color histograms; for small images only
@@ -97,18 +112,18 @@ def evaluators() -> ConfigDict:
     evaluators.visualization = dict(
         type="visualization",  # the input of the model; PCA and clusters of its features
         every=10.0,
-        params="online",
+        params="",
         images=6,  # the same random held-out ones each time
-        feature="patches_prenorm",
+        feature="",  # of patches
         zoom=2,  # images are enlarged by this factor, for a finer grid of features
         clusters=4,  # of patches, per image
     )
     evaluators.neighbors = dict(
         type="neighbors",  # a picture of the training images most like some held-out ones
         every=0.0,
-        params="online",
+        params="",
         batch_size=64,  # images at a time
-        feature="patches_prenorm",
+        feature="",
         images=6,
         count=5,  # neighbors of each
         bank=1024,  # training images that are searched, at random, at most
@@ -130,6 +145,14 @@ def data() -> ConfigDict:
     # folder: share of each class held out where there is no test split; then CLASS/ is enough
     data.held_out = 0.0
     data.classes = ""  # a file with the names of the classes to keep, one per line; "": all
+    # A CSV file: column image (a path below the folder; tfds: number or name of the record), labels
+    # in the other ones, and perhaps a column split; only its images are used. "": folders are
+    # classes
+    data.labels = ""
+    # What its labels are: auto (column label: classes; only 0 and 1: multilabel; other numbers:
+    # regression; no column: list) | classes | multilabel | regression | list (of images, nothing
+    # more)
+    data.labels_kind = "auto"
     data.train_per_class = 0  # folder: only the first images of each class, by file name; 0: all
     data.test_per_class = 0  # the same of the test split
     data.canvas = 512  # the host decodes into a canvas of this side; shrinks larger images
@@ -192,6 +215,7 @@ def latent_mim(channels: FieldReference) -> ConfigDict:
     method.heads = 12  # attention heads of a block
     method.mlp_ratio = 4.0  # hidden width of an MLP / width
     method.norm_eps = 1e-6  # of LayerNorms
+    method.registers = 0  # tokens of the encoder that stand for nothing (arXiv 2309.16588)
     # challenge 1, joint optimization collapses: where targets come from
     method.target = "ema"  # ema | joint | stop_gradient | random | random_projection
     method.momentum_start = 0.99  # EMA momentum rises along half a cosine

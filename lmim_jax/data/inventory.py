@@ -18,9 +18,10 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from lmim_jax.data import sources
+from lmim_jax.data import label_file, labeled_folder, sources
 from lmim_jax.data.eval.eval_data import known_labels
 from lmim_jax.data.folder_listing import SPLIT, Listing, Names
+from lmim_jax.data.label_file import Targets
 from lmim_jax.data.samples import Header, read_header
 from lmim_jax.data.sources import FolderSource, Listings
 
@@ -44,6 +45,7 @@ class Places:
       test: name of the test split; "": none.
       flag: what precedes the names of options, such as "--config.data."; "": there are none.
       canvas: larger images are shrunk to this long side when they are decoded; 0: they are not.
+      labels: lines on the file that labels and splits come from; (): there is none.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Places:
     test: str
     flag: str
     canvas: int
+    labels: tuple[Line, ...] = ()
 
 
 def describe_config(
@@ -65,8 +68,50 @@ def describe_config(
       flag: the flag that holds these options, such as "--config.data".
     """
     path = config.path if sources.kind(config) == "folder" else ""
-    places = Places(path, config.train_split, config.test_split, f"{flag}.", config.canvas)
+    labels: list[Line] = []
+    if config.labels:
+        labels = _describe_labels(config, listings, f"{flag}.")
+    places = Places(
+        path, config.train_split, config.test_split, f"{flag}.", config.canvas, tuple(labels)
+    )
     return describe(splits, listings, places)
+
+
+def _describe_labels(config: ConfigDict, listings: Listings, flag: str) -> list[Line]:
+    """The file of labels: its kind, rows without images, images without rows."""
+    file = label_file.read(config.labels, config.labels_kind)
+    reason = f"{flag}labels_kind={config.labels_kind}"
+    if config.labels_kind == label_file.AUTO:
+        others = [kind for kind in label_file.KINDS if kind != file.kind]
+        reason = f"{flag}labels_kind={'|'.join(others)} would change it"
+    lines = [("labels", f"{file.path}: {file.kind}, {file.describe()}; {reason}")]
+    if sources.kind(config) != "folder":
+        return lines
+    matched = labeled_folder.match(config, listings)
+    if matched.missing:
+        listed = _first_few(matched.missing, len(matched.missing), 1)
+        lines.append(("CAUTION", f"{len(matched.missing):,} rows without an image: {listed}"))
+    unlisted = matched.unlisted
+    if unlisted:
+        listed = _first_few(unlisted, len(unlisted))
+        lines.append(("no row", f"{len(unlisted):,} images are not in the file: {listed}"))
+    for name, count in matched.other_splits.items():
+        text = f"{count:,} rows of split {name}"
+        if config.test_split and not matched.is_test.any():
+            text += f"; {flag}test_split={name} would test on them"
+        lines.append(("not used", text))
+    return lines
+
+
+def _describe_targets(targets: Targets) -> str:
+    """The range of each number, or how many images have each label."""
+    parts = []
+    for name, column in zip(targets.names, targets.values.T, strict=True):
+        if targets.kind == label_file.MULTILABEL:
+            parts.append(f"{name} {100 * column.mean():.3g} %")
+        else:
+            parts.append(f"{name} {column.min():.4g} .. {column.max():.4g}")
+    return f"{len(parts)} labels: {_first_few(parts, len(parts))}"
 
 
 def describe(splits: Mapping[str, Any], listings: Listings, places: Places) -> list[str]:
@@ -86,7 +131,9 @@ def describe(splits: Mapping[str, Any], listings: Listings, places: Places) -> l
             lines += _describe_split(split, source, splits["train"], listings)
     where = f" in {places.path}" if places.path else ""
     heading = f"What I found{where}: {' and '.join(counts)} images"
-    lines += _describe_places(splits, listings, places)
+    lines += places.labels
+    if not places.labels:
+        lines += _describe_places(splits, listings, places)
     lines += describe_files([listings[top] for top in sorted(listings)])
     train = splits["train"]
     lines.append(("sizes", _describe_headers(train, places.canvas)))
@@ -143,15 +190,13 @@ def _describe_split(split: str, source: Any, train: Any, listings: Listings) -> 
     labels, complete = known_labels(source)
     known = labels[labels >= 0]
     title = split
-    text = f"{len(source):,} images"
+    text = _describe_count(source, listings)
+    if getattr(source, "targets", None):
+        return [(title, f"{text}, {_describe_targets(source.targets)}")]
     if isinstance(source, FolderSource):
-        title = _last(source.root) + "/"
-        if split != "train" and source.root == train.root:
-            title = "held out"
-        listing = listings[source.root]
-        if len(source) < len(listing.images):
-            text = f"{len(source):,} of {len(listing.images):,} images"
+        title = _split_title(split, source, train)
         if not len(known):
+            listing = listings[source.root]
             return [(title, _describe_without_classes(source, train, listing, text))]
     if not len(known):
         return [(title, f"{text} without classes")]
@@ -169,6 +214,23 @@ def _describe_split(split: str, source: Any, train: Any, listings: Listings) -> 
     if twins and split == "train":
         lines.append(("class names", f"differ only in case: {_first_few(twins, len(twins), 4)}"))
     return lines
+
+
+def _describe_count(source: Any, listings: Listings) -> str:
+    """How many images a split has, and of how many of its folder."""
+    text = f"{len(source):,} images"
+    if isinstance(source, FolderSource) and len(source) < len(listings[source.root].images):
+        text = f"{len(source):,} of {len(listings[source.root].images):,} images"
+    return text
+
+
+def _split_title(split: str, source: FolderSource, train: FolderSource) -> str:
+    """What a split of a folder is called: its subfolder, if it is one."""
+    if source.labels_checksum:
+        return split
+    if split != "train" and source.root == train.root:
+        return "held out"
+    return _last(source.root) + "/"
 
 
 def _describe_classes(classes: Sequence[str], labels: Int[np.ndarray, " n"]) -> str:
@@ -202,10 +264,11 @@ def _describe_without_classes(
 def _describe_unlabeled(title: str, source: FolderSource, labels: Int[np.ndarray, " N"]) -> Line:
     """The images of a labeled split that have no class."""
     without = np.flatnonzero(labels < 0)
-    names = [title + source.files[int(index)] for index in without[:LISTED]]
+    prefix = title if title.endswith("/") else ""
+    names = [prefix + source.files[int(index)] for index in without[:LISTED]]
     listed = _first_few(names, len(without), 2)
     text = f"{len(without):,} of the images in {title}, unlabeled: {listed}"
-    if title != "train/" and "/" in source.files[int(without[0])]:
+    if title not in ("train/", "train") and "/" in source.files[int(without[0])]:
         text += " (not in train/)"
     return ("no class", text)
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from lmim_jax.data.shared_array import SharedArray
 from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 
@@ -36,6 +37,26 @@ AUTO = "auto"
 DELIMITERS = (",", ";", "\t")
 
 Row = tuple[int, list[str]]  # line in the file, cells
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Labels of images that are no classes.
+
+    Attributes:
+      kind: MULTILABEL or REGRESSION.
+      names: of the labels.
+      flat: float32 [N x T], the labels of image after image.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    flat: SharedArray
+
+    @property
+    def values(self) -> Float32[np.ndarray, "N T"]:
+        """The labels of all images."""
+        return self.flat.array.reshape(-1, len(self.names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +133,7 @@ def read(path: buckets.Pathname, kind: str = AUTO) -> LabelFile:
     header, rows = _read_rows(path)
     columns = [place for place, name in enumerate(header) if name not in (IMAGE, SPLIT)]
     names = tuple(header[place] for place in columns)
-    images = tuple(cells[header.index(IMAGE)] for _, cells in rows)
+    images = tuple(cells[header.index(IMAGE)].removeprefix("./") for _, cells in rows)
     lines = tuple(line for line, _ in rows)
     splits = None
     if SPLIT in header:

@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from lmim_jax.data import folder_listing, shared_array, tfds_source
+from lmim_jax.data import folder_listing, labeled_records, shared_array, tfds_source
 from lmim_jax.data.decode import SUFFIXES
+from lmim_jax.data.label_file import Targets
 from lmim_jax.data.shared_array import SharedArray, share
 from lmim_jax.utils import buckets, faults
 from lmim_jax.utils.checksum import names_checksum
@@ -60,6 +61,10 @@ class Source(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Plain values that identify these images, stored in config.json."""
+
+    @property
+    def targets(self) -> Targets | None:
+        """Labels that are no classes, see data/label_file.py; None: there are none."""
 
 
 def open_splits(config: ConfigDict, listings: Listings | None = None) -> dict[str, Any]:
@@ -156,12 +161,17 @@ def _folder_from_config(
 ) -> "FolderSource | None":
     name = _split_name(config, split)
     limits = {"train": config.train_per_class, "test": config.test_per_class}
-    root = pathlib.Path(config.path).expanduser()
-    has_test = bool(config.test_split) and (root / config.test_split).is_dir()
-    has_test = has_test and (root / config.train_split).is_dir()
     share = config.held_out
     if not 0 <= share < 1:
         raise UserError(f"config.data.held_out={share} must be a share in 0 .. 1, such as 0.1")
+    if config.labels:
+        from lmim_jax.data import labeled_folder  # which imports this module
+
+        known = {} if listings is None else listings
+        return labeled_folder.open_split(config, split, classes, known)
+    root = pathlib.Path(config.path).expanduser()
+    has_test = bool(config.test_split) and (root / config.test_split).is_dir()
+    has_test = has_test and (root / config.train_split).is_dir()
     if not has_test and share:
         return open_held_out(
             config.path, split, share, limits[split], config.train_split, classes, listings
@@ -184,6 +194,13 @@ def _tfds_from_config(
     source = tfds_source.open_tfds(
         config.name, folder, name, config.stage, list(filter(None, others))
     )
+    if config.labels:
+        if classes:
+            raise UserError(
+                "config.data.classes is not supported with config.data.labels for prepared "
+                "datasets; leave the rows of other classes out of the file"
+            )
+        return labeled_records.open_split(source, config, split)
     if classes:
         return tfds_source.select_classes(source, classes)
     return source
@@ -194,7 +211,7 @@ def _read_class_names(path: str) -> tuple[str, ...]:
     if not path:
         return ()
     try:
-        names = tuple(pathlib.Path(path).expanduser().read_text().split())
+        names = tuple(buckets.path(path).read_text().split())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config.data.classes={path!r} cannot be read ({error})") from error
     if not names or len(set(names)) < len(names):
@@ -228,12 +245,16 @@ class FolderSource:
       files: paths of the images, relative to it.
       labels: int32, a class for each file, -1: none; None: unlabeled.
       classes: names of the classes.
+      targets: labels that are no classes; None: there are none.
+      labels_checksum: of labels that do not follow from the names of the files; "": they do.
     """
 
     root: str
     files: folder_listing.Names
     labels: SharedArray | None
     classes: tuple[str, ...]
+    targets: Targets | None = None
+    labels_checksum: str = ""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -260,8 +281,11 @@ class FolderSource:
         return str(pathlib.Path(self.root, self.files[index]))
 
     def identity(self) -> dict[str, Any]:
-        """The number of images and a checksum of their names."""
-        return {"source": "folder", "images": len(self), "names": self._checksum}
+        """The number of images and a checksum of their names, and of labels from a file."""
+        identity = {"source": "folder", "images": len(self), "names": self._checksum}
+        if self.labels_checksum:
+            identity["labels"] = self.labels_checksum
+        return identity
 
     @functools.cached_property
     def _checksum(self) -> str:
@@ -314,15 +338,15 @@ def open_folder(
     top = root
     if divided:
         top = root / split
-    found = _list_once(top, listings)
+    found = list_once(top, listings)
     if not found.images and split != train:
         return None
     if not found.images:
         raise UserError(_no_images(found))
     classes: tuple[str, ...] = ()
     if divided:
-        classes = _list_once(root / train, listings).classes
-    _check_known(only, classes, f"{top}: no folder for these of config.data.classes")
+        classes = list_once(root / train, listings).classes
+    check_known(only, classes, f"{top}: no folder for these of config.data.classes")
     chosen = tuple(only) or classes
     files, labels = _select(found, chosen, max_per_class, keep_others=not only)
     if not files:
@@ -367,12 +391,12 @@ def open_held_out(
     whole = open_folder(path, train, 0, train, only, listings)
     assert whole is not None  # there always is a training split
     if whole.labels is None:
-        found = _list_once(pathlib.Path(whole.root), listings)
+        found = list_once(pathlib.Path(whole.root), listings)
         divided = (pathlib.Path(path).expanduser() / train).is_dir()
         if divided or found.loose or len(found.classes) < 2:
             return whole if split == "train" else None
         classes = tuple(only) or found.classes
-        _check_known(only, found.classes, f"{path}: no folder for these of config.data.classes")
+        check_known(only, found.classes, f"{path}: no folder for these of config.data.classes")
         files, labels = _select(found, classes, 0, keep_others=not only)
         whole = dataclasses.replace(
             whole, files=files, labels=shared_array.share(labels), classes=classes
@@ -384,10 +408,8 @@ def open_held_out(
     chosen = [without_class[: max_per_class or None]]
     for number in range(len(whole.classes)):
         members = np.flatnonzero(whole.labels.array == number)
-        checksums = [hashlib.sha256(_encoded(whole.files[i])).digest() for i in members]
-        order = sorted(range(len(members)), key=checksums.__getitem__)
-        count = min(max(1, round(share * len(members))), len(members) - 1)
-        part = members[order[:count]] if split == "test" else members[order[count:]]
+        held = smallest_checksums([whole.files[i] for i in members], share)
+        part = members[held] if split == "test" else np.delete(members, held)
         chosen.append(np.sort(part)[: max_per_class or None])
     kept = np.sort(np.concatenate(chosen))
     if not len(kept):  # one image of each class
@@ -397,8 +419,14 @@ def open_held_out(
     )
 
 
-def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
+def smallest_checksums(names: Sequence[str], share: float) -> Int[np.ndarray, " n"]:
+    """The places of a share of some names: those with the smallest checksums, but not all."""
+    checksums = []
+    for name in names:
+        checksums.append(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
+    order = sorted(range(len(names)), key=checksums.__getitem__)
+    count = min(max(1, round(share * len(names))), len(names) - 1)
+    return np.array(order[:count], np.int64)
 
 
 def _no_images(found: folder_listing.Listing) -> str:
@@ -410,7 +438,7 @@ def _no_images(found: folder_listing.Listing) -> str:
     return message
 
 
-def _list_once(top: pathlib.Path, listings: Listings) -> folder_listing.Listing:
+def list_once(top: pathlib.Path, listings: Listings) -> folder_listing.Listing:
     """What is below a folder; data/inventory.py says what is odd."""
     if str(top) not in listings:
         listings[str(top)] = folder_listing.list_folder(top)
@@ -449,7 +477,7 @@ def _select(
     return found.images.select(kept), labels[kept]
 
 
-def _check_known(names: Sequence[str], classes: Sequence[str], problem: str) -> None:
+def check_known(names: Sequence[str], classes: Sequence[str], problem: str) -> None:
     """Raise a UserError that lists the names that are not classes."""
     unknown = sorted(set(names) - set(classes))
     if unknown:

@@ -23,6 +23,7 @@ from jaxtyping import Int, Shaped
 
 from lmim_jax.data import staging
 from lmim_jax.data.decode import BadImage
+from lmim_jax.data.label_file import Targets
 from lmim_jax.data.shared_array import SharedArray, share
 from lmim_jax.distributed import multihost
 from lmim_jax.utils import atomic_io, buckets, commands, descriptors, faults
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHECKED_LABELS = 64  # cached labels that are compared with the records
+FILE_NAMES = ("file", "file_name", "filename", "image/filename")  # features of examples
 INFO = "dataset_info.json"  # in the folder of each dataset
 READERS = 16  # threads that read labels
 BUCKET_REPLY = "last message of"  # in errors of Google's client, which has tried again by itself
+NAME_END = "\0"  # between names of files; none contains it
 LABELS = 16_384  # labels that are read, and told to other processes, at a time
 
 # Files of the datasets that are in use: each may stay open once it has been read from
@@ -63,6 +66,8 @@ class TfdsSource:
       mask_feature: name of the object mask; None: there is none.
       kept: the records that belong to the source; None: all.
       labels: the classes of these records; None: as stored.
+      targets: labels that are no classes; None: there are none.
+      labels_checksum: of a file that chose the records and their labels; "": there was none.
     """
 
     records: Sequence[bytes]
@@ -73,6 +78,8 @@ class TfdsSource:
     mask_feature: str | None
     kept: SharedArray | None = None
     labels: SharedArray | None = None
+    targets: Targets | None = None
+    labels_checksum: str = ""
 
     def __len__(self) -> int:
         if self.kept is None:
@@ -120,6 +127,20 @@ class TfdsSource:
             return None
         return np.array(getattr(example[name], kind).value)
 
+    def file_name(self, index: int) -> str:
+        """The name of the file that an image was; "": it is not stored, or the record is damaged.
+
+        `lmim prepare` and TFDS's imagenet2012 store it.
+        """
+        try:
+            example = self._example(index)
+        except BadImage:
+            return ""
+        for feature in FILE_NAMES:
+            if feature in example and example[feature].bytes_list.value:
+                return example[feature].bytes_list.value[0].decode("utf-8", "surrogateescape")
+        return ""
+
     def name(self, index: int) -> str:
         """Dataset, split and position in it."""
         return f"{self.title}[{self._position(index)}]"
@@ -129,6 +150,8 @@ class TfdsSource:
         identity = {"source": self.title, "images": len(self)}
         if self.kept is not None:
             identity["classes"] = names_checksum(self.classes)
+        if self.labels_checksum:
+            identity["labels"] = self.labels_checksum
         return identity
 
     def _position(self, index: int) -> int:
@@ -388,6 +411,22 @@ def select_classes(source: TfdsSource, names: Sequence[str]) -> TfdsSource:
     return dataclasses.replace(
         source, classes=tuple(names), kept=share(kept), labels=share(new_labels)
     )
+
+
+def read_file_names(source: TfdsSource) -> list[str]:
+    """`file_name` of every image; process 0 reads all records. All processes must call it."""
+    names: list[str] = []
+    for start in range(0, len(source), LABELS):
+        text = multihost.decide(functools.partial(_joined_file_names, source, start))
+        names += text.split(NAME_END)
+    return names
+
+
+def _joined_file_names(source: TfdsSource, start: int) -> str:
+    """The file names of LABELS records from `start`, as text."""
+    with futures.ThreadPoolExecutor(READERS) as pool:
+        indices = range(start, min(start + LABELS, len(source)))
+        return NAME_END.join(pool.map(source.file_name, indices))
 
 
 def _read_labels(source: TfdsSource) -> Int[np.ndarray, " N"]:

@@ -27,8 +27,8 @@ HARMLESS = re.compile(
     r"log_every|gauge_images|checkpoint_\w+|evaluators\..*|max_skipped|mesh\..*|remat|scan_layers"
     # How to compute, not what: results differ by rounding
     r"|method\.attention|deterministic|xla_flags"
-    # Of test images alone
-    r"|augment\.eval_resize"
+    # Of evaluation alone
+    r"|augment\.eval_resize|representation\..*"
     # Where images are, and which are for evaluation; IMAGES identifies those of training
     r"|data\.(path|dir|cache|stage|held_out|classes|test_split)|report"
     r"|data\.(workers|threads|timeout|max_bad_fraction)"
@@ -38,11 +38,17 @@ FORMER: dict[str, Any] = {
     "data.cache": "",
     "data.stage": "",
     "data.held_out": 0.0,
+    "data.labels": "",
+    "data.labels_kind": "auto",
     "data.range": image_options.FULL,
     "data.max_pixels": image_options.MAX_PIXELS,
     "data.exif_orientation": False,
     "data.transparency": "ignore",
     "evaluators.strict": False,
+    "method.registers": 0,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.cosine_share": 1.0,
+    "optimizer.lr_rules": [[".*", 1.0]],
     "optimizer.peak_in_warmup": False,
     "optimizer.per_epoch": False,
     "optimizer.steps_ahead": 0,
@@ -160,7 +166,7 @@ def check_compilation_cache(environment: Mapping[str, str]) -> None:
       UserError: they cannot.
     """
     folder = environment.get("JAX_COMPILATION_CACHE_DIR", "")
-    if not folder or "://" in folder:
+    if not folder or isinstance(buckets.path(folder), buckets.BucketPath):
         return
     path = pathlib.Path(folder)
     try:
