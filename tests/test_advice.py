@@ -117,6 +117,8 @@ def test_a_compilation_cache_that_cannot_be_written(tmp_path, name):
     folder = str(tmp_path / name)
     with pytest.raises(UserError, match=r"JAX_COMPILATION_CACHE_DIR=.* cannot be written"):
         workdir.check_compilation_cache({"JAX_COMPILATION_CACHE_DIR": folder})
+    with pytest.raises(UserError, match=r"s3://bucket/cache cannot be used.*gs://BUCKET"):
+        workdir.check_compilation_cache({"JAX_COMPILATION_CACHE_DIR": "s3://bucket/cache"})
     for good in ("", "gs://bucket/cache", str(tmp_path / "new")):
         workdir.check_compilation_cache({"JAX_COMPILATION_CACHE_DIR": good})
 

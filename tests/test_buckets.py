@@ -16,12 +16,14 @@ import pytest
 import tiny
 
 from lmim_jax.cli import checkpoints as checkpoints_tool
-from lmim_jax.cli import export
+from lmim_jax.cli import export, extract_features, pca
+from lmim_jax.data import sources
+from lmim_jax.data.eval import segmentation_masks, video_clips
 from lmim_jax.distributed import sharding
 from lmim_jax.report import log_sections
 from lmim_jax.train import checkpoint_manifest, lock, loop, metric_storage, runs, workdir
 from lmim_jax.train.metric_writer import MetricWriter, read_metrics
-from lmim_jax.utils import buckets
+from lmim_jax.utils import array_io, buckets
 from lmim_jax.utils.errors import UserError
 
 pytest.importorskip("gcsfs", reason="buckets need gcsfs: pip install 'lmim_jax[gcs]'")
@@ -56,6 +58,25 @@ def test_what_is_not_supported_is_one_line_and_writes_nothing(text, tmp_path, mo
     ):
         with pytest.raises(UserError, match=r"gs://BUCKET/FOLDER"):
             use(text)
+    assert not list(tmp_path.iterdir())
+
+
+ONLY_LOCAL = {
+    "lmim features RUN IMAGES": extract_features.list_images,
+    "lmim pca RUN IMAGES": lambda path: pca.with_images(None, path, "online"),
+    "lmim import-weights FILE": array_io.read,
+    "config.data.cache": lambda path: sources.open_shapes(path, "train"),
+    "segmentation.images": lambda path: segmentation_masks.open_folders(path, path),
+    "video.path": video_clips.open_folder,
+}
+
+
+@pytest.mark.parametrize("what", ONLY_LOCAL)
+@pytest.mark.parametrize("text", ["gs://bkt/some", "s3://bkt/some"])
+def test_what_must_be_local_is_one_line_and_writes_nothing(what, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"{text} (is in a bucket.*storage cp|cannot be used)"):
+        ONLY_LOCAL[what](text)
     assert not list(tmp_path.iterdir())
 
 

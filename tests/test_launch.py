@@ -123,7 +123,7 @@ def test_slurm_tasks_in_containers(tmp_path):
 
 def job_set(name):
     """A JobSet with its variables filled in."""
-    values = {"IMAGE": "image", "CLAIM": "claim", "RECIPE": "vit_b", "RUN": "b"}
+    values = {"IMAGE": "image", "BUCKET": "bkt", "RECIPE": "vit_b", "RUN": "b"}
     values |= {"HOSTS": "4", "SLICES": "2"}
     text = (ROOT / "launch" / name).read_text()
     described = re.search(r"envsubst '(.*?)' <launch/" + name, text).group(1)
@@ -157,8 +157,11 @@ def test_the_job_sets_are_complete(name):
     assert int(environment["LMIM_RESTARTS"]["value"]) > 0
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
-    assert mounts.keys() == {"/shared", "/dev/shm"}
+    assert mounts.keys() == {"/stage", "/dev/shm"}
     assert mounts["/dev/shm"]["emptyDir"] == {"medium": "Memory"}
+    flags = " ".join(container["args"]).split()
+    places = {"--workdir=gs://bkt/runs/b", "--config.data.path=gs://bkt/data"}
+    assert places | {"--config=vit_b", "--config.data.stage=/stage"} <= set(flags)
 
 
 def test_slices_of_tpus_have_a_node_pool_each():
@@ -217,7 +220,18 @@ def sky():
     return yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
 
 
-def test_skypilot_starts_one_process_per_node(tmp_path):
+PLACES = {  # (variable, value): the flags that come of it
+    ("NFS", "10.0.0.2:/share"): ["--config.data.path=/mnt/nfs/images", "--workdir=/mnt/nfs/runs/b"],
+    ("BUCKET", "bkt"): [
+        "--config.data.path=gs://bkt/data",
+        "--config.data.stage=/home/me/stage",
+        "--workdir=gs://bkt/runs/b",
+    ],
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_skypilot_starts_one_process_per_node(place, tmp_path):
     task = sky()
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
@@ -226,24 +240,38 @@ def test_skypilot_starts_one_process_per_node(tmp_path):
         (tmp_path / name).chmod(0o755)
     nodes = {"NODE_IPS": "10.0.0.5\n10.0.0.6", "NUM_NODES": "2", "NODE_RANK": "1"}
     environment = {f"SKYPILOT_{key}": value for key, value in nodes.items()}
-    environment |= {**task["envs"], "NFS": "10.0.0.2:/share", "FLAGS": "--config.mesh.fsdp=2 --a=b"}
-    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    environment |= {**task["envs"], "FLAGS": "--config.mesh.fsdp=2 --a=b", "HOME": "/home/me"}
+    environment |= {place[0]: place[1], "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["bash", "-c", task["run"]]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = done.stdout.splitlines()
+    assert ("/mnt/nfs" in told) == (place[0] == "NFS")
     assert told[told.index("main.py") :] == [
         "main.py",
         "--config=vit_b",
-        "--config.data.path=/mnt/nfs/images",
-        "--workdir=/mnt/nfs/runs/b",
+        *PLACES[place],
         "--coordinator=10.0.0.5:8482",
         "--num_processes=2",
         "--process_id=1",
         "--config.mesh.fsdp=2",
         "--a=b",
     ]
-    assert subprocess.run(["bash", "-n", "-c", task["setup"]]).returncode == 0
+
+
+def test_skypilot_sets_up_for_a_bucket_or_a_file_server(tmp_path):
+    for name in ("sudo", "mount.nfs", "python3"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    for places, code in (({}, 2), ({"BUCKET": "b", "NFS": "n"}, 2), ({"BUCKET": "b"}, 0)):
+        environment = {**sky()["envs"], **places, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        command = ["bash", "-c", sky()["setup"]]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stderr
+        assert ("--env BUCKET" in done.stderr) == (code == 2)
+        assert "apt-get" not in done.stdout  # there is no file server to mount
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.s*")), ids=lambda path: path.name)

@@ -37,6 +37,7 @@ from lmim_jax.perf import (
     profile,
 )
 from lmim_jax.train import workdir
+from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
 
@@ -51,6 +52,9 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"unknown argument {arguments[0]!r}; flags look like --what=step")
     given = flags.FLAGS
+    for place in (given.folder, given.profile, given.program_text):
+        if place:
+            buckets.local_path(place)
     if given.what == "checkpoint":
         log_to_console()
         measured = bench_checkpoint.measure(given.config, given.folder, given.repeats)

@@ -1,7 +1,7 @@
 """Writes the features of a folder of images to one file.
 
     lmim features --workdir=RUN IMAGES --out=F.npz
-    lmim features --workdir=RUN IMAGES --out=F.npz --features=cls,mean --weights=target
+    lmim features --workdir=RUN IMAGES --out=F.npz --features=image,mean --weights=target
 
 RUN: the --workdir of a run, or a folder made by `lmim export --format=flax`. IMAGES: a folder with
 images at any depth, or one image. --out: a .npz, .safetensors or .parquet file.
@@ -13,12 +13,13 @@ of the image that evaluators see. Colors are normalized as in the run. EXIF orie
 transparency are ignored, as in training. Images of all aspect ratios are encoded together: few
 programs have to be compiled.
 
---features takes cls, mean, patches, and every other name that `lmim evaluate --feature` takes, such
+--features takes image, cls, mean, patches, and every other name that `lmim evaluate --feature` takes, such
 as block01/tokens or cls+latents: one vector for each image.
 
 The file holds, in order of the names:
   name     of the file below IMAGES (in .safetensors: a JSON list in the metadata)
   grid     rows and columns of its patches, int32 [n, 2] (in .parquet: `rows` and `columns`)
+  image    the representation of an image that the recipe chose, float32 [n, D]
   cls      float32 [n, D]; absent for encoders without CLS
   mean     over its patches, float32 [n, D]
   patches  float32 [patches of all images, D], image after image: those of image i begin at row
@@ -26,10 +27,10 @@ The file holds, in order of the names:
            (in .parquet: a list per row)
   others   a vector for each image, float32 [n, ...], under the given name
 cls, mean and patches are taken after the final norm, as in timm and transformers; --nonorm takes
-them before it, as the k-NN evaluation of Latent MIM does.
+them before it. image is config.representation.image of the run, which evaluators use as well.
 
 Files that cannot be read are left out and listed. All features are held in memory until the end:
-split very large folders, or use --features=mean.
+split very large folders, or use --features=image.
 """
 
 import math
@@ -52,6 +53,7 @@ from lmim_jax.evaluators.common.feature_extraction import (
     feature_shapes,
 )
 from lmim_jax.train import runs
+from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
 
@@ -71,7 +73,7 @@ def list_images(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str], list
     Raises:
       UserError: there are no images.
     """
-    path = pathlib.Path(path).expanduser()
+    path = buckets.local_path(path)
     if path.is_file():
         return path.parent, [path.name], []
 
@@ -106,27 +108,28 @@ def check_memory(count: int, shapes: Mapping[str, tuple[int, ...]], scale: float
     if needed > MEMORY_SHARE * available:
         raise UserError(
             f"features of {count:,} images take at least {needed / 1e9:.0f} GB, this machine has "
-            f"{available / 1e9:.0f} GB; use --features=cls,mean, or a part of the folder"
+            f"{available / 1e9:.0f} GB; use --features=image, or a part of the folder"
         )
 
 
-def check_features(method: Any, kinds: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def check_features(method: Any, kinds: Sequence[str], image: str) -> dict[str, tuple[int, ...]]:
     """The shape of each feature of an image; needs no weights.
 
     Args:
       method: of the run.
       kinds: of --features.
+      image: the feature that "image" stands for.
 
     Raises:
       UserError: no feature was given, or the method lacks one.
     """
     if not kinds:
-        raise UserError("--features is empty; give some of cls,mean,patches")
+        raise UserError(f"--features is empty; give some of {','.join(KINDS)}")
     try:
         for kind in kinds:
             if not image_features.needs_encoder(kind):
                 raise UserError(f"{kind} needs no encoder: it is a baseline of `lmim evaluate`")
-        shapes = feature_shapes(method, kinds)
+        shapes = feature_shapes(method, kinds, image)
     except UserError as error:
         raise UserError(f"--features={','.join(kinds)}: {error}") from error
     if not shapes:
@@ -147,7 +150,8 @@ def main(arguments: list[str]) -> None:
     size = given.size or min(method.feature_size)
     if size < method.patch_size:
         raise UserError(f"--size={size} is less than one patch of {method.patch_size} pixels")
-    shapes = check_features(method, given.features)
+    image = run.config.representation.image
+    shapes = check_features(method, given.features, image)
     which = run.choose_weights(given.weights)
     if which == "target" and not run.exported and not run.has_target:
         raise UserError(f"--weights=target: {run.config.method.name} has no target encoder")
@@ -162,6 +166,7 @@ def main(arguments: list[str]) -> None:
         size=size,
         kinds=tuple(given.features),
         norm=given.norm,
+        image=image,
         batch_size=given.batch_size,
         canvas=run.config.data.canvas if given.crop else None,
         options=ImageOptions.from_config(run.config.data),
@@ -179,7 +184,7 @@ def main(arguments: list[str]) -> None:
     widths = [f"{kind} ({features[kind][0].shape[-1]})" for kind in shapes]
     print(
         f"{given.out}: {', '.join(widths)} of {len(names)} images; {which} weights of step "
-        f"{run.step}, {place} the final norm"
+        f"{run.step}, {place} the final norm (image: {image})"
     )
 
 
@@ -196,14 +201,14 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "features",
         list(KINDS),
-        "Which features to write: cls, mean, patches, or names that `lmim evaluate --feature` "
-        "takes. Example: --features=cls,block01/tokens",
+        "Which features to write: image (the choice of the recipe), cls, mean, patches, or names "
+        "that `lmim evaluate --feature` takes. Example: --features=image,block01/tokens",
     )
     flags.DEFINE_enum(
         "weights",
         None,
         ["online", "target"],
-        "The encoder's weights; by default those that the run's evaluators measured. "
+        "The encoder's weights; by default the choice of its recipe. "
         "Example: --weights=target",
     )
     flags.DEFINE_integer(

@@ -47,7 +47,7 @@ def with_images(run: runs.Run, folder: str, which: str) -> runs.Run:
     Raises:
       UserError: there are no such images or weights.
     """
-    path = pathlib.Path(folder).expanduser()
+    path = buckets.local_path(folder)
     if not path.is_dir():
         raise UserError(f"{folder}: no such folder")
     found = folder_listing.list_folder(path)
@@ -104,14 +104,14 @@ def main(arguments: list[str]) -> None:
     workdir, (folder,) = app.run_and_arguments(arguments, "IMAGES")
     out = buckets.path(given.out)
     if isinstance(out, pathlib.Path):
-        if out.resolve().is_relative_to(pathlib.Path(folder).expanduser().resolve()):
+        if out.resolve().is_relative_to(buckets.local_path(folder).resolve()):
             raise UserError(f"--out={out} is in the folder of the images; give another folder")
         if not out.parent.is_dir():
             raise UserError(f"--out={out}: no folder {out.parent}")
     run = runs.open_run(workdir)
     which = run.choose_weights(given.weights)
     run = with_images(run, folder, which)
-    name = pathlib.Path(folder).expanduser().resolve().name
+    name = buckets.local_path(folder).resolve().name
     text = page(run, f"Features of {name}", given.images, given.bank)
     atomic_io.write(out, text)
     seconds = duration(time.perf_counter() - start)
@@ -131,7 +131,7 @@ def define_flags() -> None:
         "weights",
         None,
         ["online", "target"],
-        "The encoder's weights; by default those that the run's evaluators measured. "
+        "The encoder's weights; by default the choice of its recipe. "
         "Example: --weights=target",
     )
     flags.DEFINE_integer(

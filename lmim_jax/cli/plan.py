@@ -18,7 +18,6 @@ import dataclasses
 import json
 import logging
 import os
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from ml_collections import ConfigDict
 from lmim_jax.cli import app
 from lmim_jax.perf import accelerators, aot, gpu_targets, traffic
 from lmim_jax.train.build import TrainingParts
-from lmim_jax.utils import progress
+from lmim_jax.utils import buckets, progress
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
 
@@ -463,6 +462,7 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     log_to_console()
     given = flags.FLAGS
+    out = buckets.path(given.json)
     settings = {
         "compile": given.compile,
         "images": given.images,
@@ -485,7 +485,7 @@ def main(arguments: list[str]) -> None:
         result = plan(given.config, given.topology, settings)
         print("\n".join(table(result)))
     if given.json:
-        pathlib.Path(given.json).expanduser().write_text(json.dumps(result, indent=2) + "\n")
+        out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def define_flags() -> None:

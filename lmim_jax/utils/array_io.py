@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
@@ -34,7 +35,7 @@ def read(path: str | os.PathLike[str], roots: Collection[str] = ()) -> tuple[Arr
       UserError: the file is missing, damaged, of another type, or holds objects that are not
         tensors.
     """
-    path = pathlib.Path(path)
+    path = buckets.local_path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     other: list[str] = []
@@ -69,6 +70,19 @@ def write(
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     save_file(contiguous, path, metadata)
     pathlib.Path(path).chmod(0o644)  # the library makes it readable to the owner only
+
+
+def write_torch(path: str | os.PathLike[str], arrays: Arrays) -> None:
+    """Write arrays as a state dict in PyTorch's format; it needs the package torch.
+
+    Args:
+      path: of the file.
+      arrays: by name.
+    """
+    import torch
+
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    torch.save(tensors, path)
 
 
 def _widen(array: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import errno
 import fnmatch
 import functools
 import importlib.util
+import logging
 import os
 import pathlib
 import re
@@ -295,6 +296,24 @@ def path(first: Pathname, *others: str | os.PathLike[str]) -> Path:
     return found
 
 
+def local_path(text: Pathname) -> pathlib.Path:
+    """A path in the file system, for what is read or written only there.
+
+    Args:
+      text: such as images or ~/images.
+
+    Raises:
+      UserError: it is in a bucket, or of another scheme.
+    """
+    found = path(text)
+    if isinstance(found, BucketPath):
+        raise UserError(
+            f"{text} is in a bucket, and this must be in the file system; copy from and to buckets "
+            "with: gcloud storage cp --recursive FROM TO"
+        )
+    return found
+
+
 def _parse(text: str) -> Path:
     scheme = SCHEME.match(text)
     if not scheme:
@@ -312,6 +331,8 @@ def _prepare_libraries(text: str) -> None:
     """Set up gcsfs, by which Orbax writes too, to ask the bucket each time."""
     if not importlib.util.find_spec("gcsfs"):
         raise UserError(f"{text}: buckets need gcsfs: pip install 'lmim_jax[gcs]'")
+    # Of parts of gcsfs that are not used
+    logging.getLogger("gcsfs").setLevel(logging.WARNING)
     import fsspec
     import gcsfs.core
 

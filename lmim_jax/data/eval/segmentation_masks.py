@@ -17,7 +17,7 @@ from lmim_jax.data import folder_listing, sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.decode import BadImage, check_size
 from lmim_jax.data.eval.eval_data import EvaluationData, Subset, random_indices
-from lmim_jax.utils import faults
+from lmim_jax.utils import buckets, faults
 from lmim_jax.utils.checksum import names_checksum
 from lmim_jax.utils.errors import UserError
 
@@ -116,9 +116,9 @@ def open_folders(images: str, masks: str) -> ImagesWithMasks:
             f"for {image_files[example]})"
         )
     names = folder_listing.share_names(image_files[stem] for stem in stems)
-    mask_root = pathlib.Path(masks).expanduser()
+    mask_root = buckets.local_path(masks)
     folder = sources.FolderSource(
-        root=str(pathlib.Path(images).expanduser()),
+        root=str(buckets.local_path(images)),
         files=names,
         labels=None,
         classes=(),
@@ -128,7 +128,7 @@ def open_folders(images: str, masks: str) -> ImagesWithMasks:
 
 def _files_by_stem(key: str, path: str) -> dict[str, str]:
     """{name without suffix: name} of the image files below the folder that option `key` names."""
-    root = pathlib.Path(path).expanduser()
+    root = buckets.local_path(path)
     if not path or not root.is_dir():
         raise UserError(
             f"{key}={path!r} is not a folder; images and masks are two folders with the same file "

@@ -11,7 +11,7 @@ from jaxtyping import Int32, UInt8
 
 from lmim_jax.data import decode, tfds_source
 from lmim_jax.data.eval import segmentation_masks
-from lmim_jax.utils import faults
+from lmim_jax.utils import buckets, faults
 from lmim_jax.utils.errors import UserError
 
 LAYOUT = "JPEGImages/480p/SEQUENCE/*.jpg and Annotations/480p/SEQUENCE/*.png"
@@ -118,7 +118,7 @@ def open_folder(path: str | pathlib.Path, listed: str = "") -> list[Clip]:
     Raises:
       UserError: a folder, a sequence or a mask is missing.
     """
-    root = pathlib.Path(path).expanduser()
+    root = buckets.local_path(path)
     images = root / "JPEGImages" / "480p"
     annotations = root / "Annotations" / "480p"
     for needed in (images, annotations):

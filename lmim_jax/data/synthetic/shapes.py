@@ -32,6 +32,7 @@ from PIL import Image
 
 from lmim_jax.data.synthetic import drawing, scenes
 from lmim_jax.data.synthetic.drawing import CLASSES, DRAWN, SIZE
+from lmim_jax.utils import buckets
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ def prepare(folder: str | os.PathLike, kind: str | None = None) -> Shapes:
       folder: where the dataset is stored.
       kind: None, "several" or "clips".
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = buckets.local_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = None
     if kind is not None:
