@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import io
 import os
+import pathlib
 import resource
 import signal
 import threading
@@ -167,6 +168,29 @@ def test_a_vanished_folder_is_not_a_folder_of_missing_images(images, tmp_path):
         gone.record(0)
 
 
+def test_permission_denied_to_one_file_is_a_bad_image_and_to_all_of_them_a_fault(
+    images, monkeypatch
+):
+    source = sources.open_folder(images / "train" / "cat", "train")
+    denied = {source.name(3)}
+    original = pathlib.Path.open
+
+    def refuse(path, *arguments, **options):  # root may read everything
+        if str(path) in denied:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    monkeypatch.setattr(pathlib.Path, "read_bytes", lambda path: path.open("rb").read())
+    with pytest.raises(PermissionError) as caught:
+        source.record(3)
+    assert not faults.is_environment_fault(caught.value)
+    denied.update(source.name(index) for index in range(len(source)))
+    with pytest.raises(OSError, match=r"has a login or a ticket expired.*\.(jpg|png)") as caught:
+        source.record(3)
+    assert faults.is_environment_fault(caught.value)
+
+
 @pytest.fixture
 def exhausted():
     """A function that takes all file descriptors and returns how to give them back."""
@@ -229,6 +253,23 @@ def test_records_are_read_again_after_too_many_open_files(tmp_path, exhausted):
     (tmp_path / "a-0").unlink()
     with pytest.raises(decode.BadImage, match="No such file"):
         dataclasses.replace(source, records=copy.copy(source.records)).record(0)
+    fresh = dataclasses.replace(source, records=copy.copy(source.records))
+    tmp_path.rename(tmp_path.with_name("unmounted"))
+    with pytest.raises(OSError, match="No such file") as caught:
+        fresh.record(2)
+    assert faults.is_environment_fault(caught.value)
+
+
+@pytest.mark.parametrize("call", ["open() failed: {}; opening /data/a", "pread() failed: {}"])
+def test_records_that_may_not_be_read_any_more_are_no_bad_images(call, tmp_path):
+    class Denied:
+        def __getitem__(self, index):
+            raise RuntimeError(call.format(os.strerror(errno.EACCES)))
+
+    source = dataclasses.replace(shards(tmp_path, 1), records=Denied())
+    with pytest.raises(OSError, match="Permission denied") as caught:
+        source.record(0)
+    assert faults.is_environment_fault(caught.value)
 
 
 def test_more_files_than_a_process_may_open_are_reported_at_the_start(tmp_path, monkeypatch):

@@ -268,9 +268,19 @@ class FolderSource:
                 raise
             message = "the folder is gone; is its file system mounted?"
             raise OSError(errno.ESTALE, message, self.root) from error
+        except PermissionError as error:
+            if not faults.all_denied(self._others(index)):
+                raise
+            message = "other files may not be read either; has a login or a ticket expired?"
+            raise OSError(errno.ESTALE, message, self.name(index)) from error
         if self.labels is None:
             return data, NO_CLASS
         return data, int(self.labels.array[index])
+
+    def _others(self, index: int) -> list[str]:
+        """The full paths of a few files, far from a given one."""
+        count = len(self)
+        return [self.name((index + part * count // 4) % count) for part in (1, 2, 3)]
 
     def mask(self, index: int) -> None:
         """None: folders have no masks."""

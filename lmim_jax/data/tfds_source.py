@@ -179,15 +179,19 @@ class TfdsSource:
 
     def _raise_if_unavailable(self, error: Exception) -> None:
         """Raise an OSError unless it is the record that is damaged, or its file missing."""
-        vanished = BUCKET_REPLY in str(error)
+        number = faults.number_of(error)
+        # A file that may not be read any more holds thousands of images
+        unavailable = BUCKET_REPLY in str(error) or number in faults.DENIED
         opened = faults.OPENED.search(str(error))
-        if opened:
-            vanished = faults.has_vanished(pathlib.Path(opened[1]).parent)
-        if not vanished and not faults.is_environment_fault(error):
+        if opened and faults.has_vanished(pathlib.Path(opened[1]).parent):
+            unavailable = True
+        if not unavailable and not faults.is_environment_fault(error):
             return
         # A reader that could not open its file would fail forever: a copy opens new ones
         object.__setattr__(self, "records", copy.copy(self.records))
-        number = faults.number_of(error) or errno.EIO
+        if number in faults.ABSENT:
+            number = errno.ESTALE
+        number = number or errno.EIO
         raise OSError(number, f"{os.strerror(number)}: {faults.first_line(error)}") from error
 
 

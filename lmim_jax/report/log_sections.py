@@ -120,9 +120,10 @@ def _describe_run(run: Run, log: MetricLog) -> str:
         f"{run.step:,} steps",
     ]
     text = "; ".join(parts)
-    last = _last_values(log)
-    if "wall_seconds" in last:
-        text += f" in {duration(last['wall_seconds'])}, evaluations included"
+    # The last line of training comes before the evaluations of its step
+    known = summary.read_summary(run.folder, run.step) or _last_values(log)
+    if "wall_seconds" in known:
+        text += f" in {duration(known['wall_seconds'])}, evaluations included"
     return text
 
 

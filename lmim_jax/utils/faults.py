@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from lmim_jax.utils.errors import DataLoaderTimeout
@@ -20,15 +20,14 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# There is no such file, or it may not be read; but see `has_vanished`
-ABSENT = {
+DENIED = {errno.EACCES, errno.EPERM}
+# There is no such file, or it may not be read; but see `has_vanished` and `all_denied`
+ABSENT = DENIED | {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
-    errno.EACCES,
-    errno.EPERM,
 }
 # Recognized by their texts in the errors of libraries that do not pass on the number
 RECOGNIZED = (
@@ -116,6 +115,19 @@ def has_vanished(folder: str | os.PathLike[str]) -> bool:
     except OSError:
         return True
     return False
+
+
+def all_denied(files: Iterable[str | os.PathLike[str]]) -> bool:
+    """Whether no file may be read, as where a login or a ticket of the file system has expired."""
+    for file in files:
+        try:
+            pathlib.Path(file).open("rb").close()
+        except PermissionError:
+            continue
+        except OSError:
+            return False
+        return False
+    return True
 
 
 def retry(read: Callable[[], Result], describe: Callable[[], str], seconds: float) -> Result:
