@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     config.optimizer.update(warmup_start=0.0, peak_in_warmup=True)  # numpy.linspace as released
     config.optimizer.floor = 1 / 12  # 1e-4 at this batch size, a fixed value in the released code
     config.optimizer.decay_rules = ((".*(bias|norm).*|encoder/cls_token", False), (".*", True))
+    # The mean over patches after the tenth block, as in the script of the authors' linear probe
+    config.representation.image = "block09/tokens"
     return config
 
 
@@ -48,6 +50,7 @@ def bootmae(channels: FieldReference) -> ConfigDict:
     method.heads = 12  # also of both decoders; heads of the pixel decoder are 512 // 12 = 42 wide
     method.mlp_ratio = 4.0
     method.norm_eps = 1e-6
+    method.registers = 0  # tokens of the encoder that stand for nothing
     # masks: blocks, then single patches at random. The first four are numbers of patches; unless
     # set, they follow the grid: 49, 120, 16 and 60 of grid[0] x grid[1] = 196
     method.num_visible = config_dict.placeholder(int)

@@ -30,9 +30,8 @@ def get_config() -> ConfigDict:
     config.optimizer.steps_ahead = 1  # the released code counts up before it reads the schedules
     # All but one-dimensional parameters
     config.optimizer.decay_rules = ((".*/(bias|scale)", False), (".*", True))
-    for title in ("knn", "visualization", "neighbors"):
-        evaluator = config.evaluators[title]
-        evaluator.update(params="target", feature="patches")
+    # As the authors evaluate: the target encoder, mean of the patches after the final norm
+    config.representation.update(weights="target", image="patches", patches="patches")
     return config
 
 
@@ -52,6 +51,7 @@ def ijepa(channels: FieldReference) -> ConfigDict:
     method.heads = 12
     method.mlp_ratio = 4.0
     method.norm_eps = 1e-6
+    method.registers = 0  # tokens of the encoder that stand for nothing
     method.decoder_width = 384  # of the predictor
     method.decoder_depth = 6
     method.decoder_heads = 12

@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.optimizer.update(warmup_start=0.0, floor=0.0)
     # All but one-dimensional parameters
     config.optimizer.decay_rules = ((".*/(bias|scale)", False), (".*", True))
+    config.representation.image = "cls"  # after the final norm, as in the authors' linear probe
     return config
 
 
@@ -39,6 +40,7 @@ def mae(channels: FieldReference) -> ConfigDict:
     method.heads = 12
     method.mlp_ratio = 4.0
     method.norm_eps = 1e-6
+    method.registers = 0  # tokens of the encoder that stand for nothing
     method.decoder_width = 512
     method.decoder_depth = 8
     method.decoder_heads = 16

@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.optimizer.update(warmup_start=1 / 40, floor=0.0, rebased=False)
     config.optimizer.update(peak_in_warmup=True, per_epoch=True)
     config.optimizer.decay_rules = ((".*", True),)  # everything
+    config.representation.image = "cls"  # after the final norm, as in the authors' linear probe
     return config
 
 
@@ -42,6 +43,7 @@ def pilamim(channels: FieldReference) -> ConfigDict:
     method.heads = 12
     method.mlp_ratio = 4.0
     method.norm_eps = 1e-5  # of blocks
+    method.registers = 0  # tokens of the encoder that stand for nothing
     method.final_norm_eps = 1e-5  # of the encoder's last norm; decoders have none
     method.qkv_bias = False  # whether queries, keys and values have a bias
     method.decoder_width = 384

@@ -38,13 +38,13 @@ def load(folder: "str | os.PathLike[str]", weights: "str | None" = None) -> "Mod
 
         model = lmim_jax.load("runs/vit_b")
         features = model.encode(model.preprocess(["a.jpg", "b.jpg"]))
-        features.cls, features.patches, features.mean
+        features.image, features.cls, features.patches, features.mean
 
     Args:
       folder: the --workdir of a run, of which the newest good checkpoint is read; or the exported
         folder.
-      weights: "online", or "target" for the teacher's encoder. None: "online"; of an exported
-        folder, those that it holds.
+      weights: "online", or "target" for the teacher's encoder. None: the choice of the recipe,
+        `config.representation.weights`; of an exported folder, those that it holds.
 
     Returns:
       A model with `preprocess`, `encode`, `method` and `params`; see `train.inference.Model`.

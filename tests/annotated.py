@@ -69,6 +69,7 @@ def evaluator(kind, /, **change):
     """The evaluator of a section of configs/evaluate.py."""
     section = {**evaluate.get_config()[kind].to_dict(), "feature": "patches", **change}
     config = ConfigDict({kind: section})
+    base.fill_in(config, vit_b.representation())
     (scheduled,) = base.from_config(config, steps_per_epoch=1, has_target=False)
     return scheduled.evaluator
 

@@ -91,6 +91,7 @@ def test_recipe_builds(name):
     assert 0 <= rate(0) < rate(10)
     assert rate(10) == pytest.approx(config.optimizer.lr, rel=close)
     Augment.from_config(config.augment, image_size=method.image_size, eval_size=method.feature_size)
+    evaluators.fill_in(config.evaluators, config.representation)
     evaluators.from_config(
         config.evaluators, steps_per_epoch=10, has_target="encoder" in method.target_of(params)
     )

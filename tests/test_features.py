@@ -41,7 +41,8 @@ def ignore_progress(count):
 def make(run, **options):
     model = runs.open_run(run)
     transform = Augment.from_config(model.config.augment, image_size=(20, 20), eval_size=(16, 16))
-    options = dict(size=16, kinds=extract_features.KINDS, norm=True, batch_size=8) | options
+    base = dict(size=16, kinds=extract_features.KINDS, norm=True, batch_size=8)
+    options = {"image": "patches_prenorm", **base, **options}
     return Extractor(model.method, model.params, transform, **options)
 
 

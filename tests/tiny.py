@@ -4,6 +4,7 @@ import jax
 
 from lmim_jax.configs import evaluate, small, vit_b
 from lmim_jax.distributed import sharding
+from lmim_jax.evaluators import base
 from lmim_jax.train import workdir
 from lmim_jax.train.build import build
 from lmim_jax.train.checkpoints import Checkpoints
@@ -64,7 +65,9 @@ def get_config():
 def evaluator(name):
     """The config section of any evaluator, shrunk."""
     sections = {**evaluate.get_config(), **vit_b.evaluators(), **get_config().evaluators}
-    return {**sections[name], **EVALUATORS.get(name, {})}
+    section = {**sections[name], **EVALUATORS.get(name, {})}
+    base.fill_in({name: section}, vit_b.representation())
+    return section
 
 
 def method(name):

@@ -52,11 +52,11 @@ class Measured(NamedTuple):
 
     Attributes:
       metrics: {"title/name": {column: value}}.
-      pictures: {"title/name": picture} of the trained encoder.
+      pictures: {"title/name": picture or table} of the trained encoder.
     """
 
     metrics: dict[str, dict[str, float]]
-    pictures: dict[str, UInt8[Any, "H W 3"]]
+    pictures: dict[str, UInt8[Any, "H W 3"] | str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,32 +117,38 @@ def build_evaluators(
 
     Args:
       run: the run.
-      sections: by title.
+      sections: by title; changed in place as the other arguments say, and empty options become the
+        choice of the recipe.
       weights: "online" or "target", instead of `params` of the sections.
       feature: instead of `feature` of the sections, where any feature can be evaluated.
 
     Raises:
       UserError: see `evaluators.from_config`.
     """
-    fields = {}
     for title, section in sections.items():
-        fields[title] = dict(section)
         if weights:
-            fields[title]["params"] = weights
-    scheduled = evaluators.from_config(
-        fields, steps_per_epoch=1, has_target=run.has_target, where="config"
+            section.params = weights
+        if feature and _takes_any_feature(section, f"config.{title}"):
+            section.feature = feature
+    choice = dict(run.config.representation)
+    if run.exported:  # the only weights that it holds
+        choice["weights"] = "online"
+    evaluators.fill_in(sections, choice, "config")
+    return evaluators.from_config(
+        sections, steps_per_epoch=1, has_target=run.has_target, where="config"
     )
-    if feature:
-        scheduled = [_with_feature(one, feature) for one in scheduled]
-    return scheduled
+
+
+def _takes_any_feature(section: ConfigDict, where: str) -> bool:
+    """Whether --feature is meant for an evaluator: those of images, or with baselines."""
+    evaluator = evaluators.find(section.type, where)
+    is_general = evaluator.takes == "image" or evaluator.supports_pixel_baselines
+    return "feature" in section and is_general
 
 
 def _with_feature(scheduled: evaluators.Scheduled, feature: str) -> evaluators.Scheduled:
-    """An evaluator with another feature, if it can evaluate any."""
-    evaluator: Any = scheduled.evaluator
-    if not evaluator.supports_pixel_baselines:
-        return scheduled
-    evaluator = dataclasses.replace(evaluator, feature=feature)
+    """An evaluator with another feature."""
+    evaluator: Any = dataclasses.replace(scheduled.evaluator, feature=feature)
     return dataclasses.replace(scheduled, evaluator=evaluator)
 
 
@@ -159,16 +165,18 @@ def select_supported(
     Raises:
       UserError: an evaluator lacks something, and `skip` is False.
     """
-    problem = evaluators.labels_problem(data.classes, data.sources)
-    lacking = [one.title for one in scheduled if one.evaluator.needs_labels]
-    if not problem or not lacking:
-        return list(scheduled)
-    if not skip:
-        raise UserError(
-            f"--evaluators={','.join(lacking)}: {problem}; give images in train/CLASS/ and "
-            "test/CLASS/ with --data.source=folder --data.path=DIR"
-        )
-    return evaluators.without_labels(scheduled, problem)
+    possible = evaluators.only_possible(scheduled, data.classes, data.sources)
+    lacking = [one for one in scheduled if one not in possible]
+    if skip or not lacking:
+        return possible
+    problem = evaluators.problem(lacking[0].evaluator, data.classes, data.sources)
+    if data.targets:
+        raise UserError(f"--evaluators={lacking[0].title}: {problem}")
+    titles = ",".join(one.title for one in lacking)
+    raise UserError(
+        f"--evaluators={titles}: {problem}; give images in train/CLASS/ and test/CLASS/ with "
+        "--data.source=folder --data.path=DIR"
+    )
 
 
 def measure(
@@ -337,7 +345,7 @@ def main(arguments: list[str]) -> None:
     data_config = run.data_config(given.data.to_dict(), changes)
     inputs = open_inputs(run, data_config, given.baselines, folder)
     scheduled = select_supported(scheduled, inputs.data, skip=everything)
-    inputs.description["weights"] = {one.title: one.weights for one in scheduled}
+    inputs.description["weights"] = {one.title: run.exported or one.weights for one in scheduled}
     titles = list(sections)
     if everything:
         titles = given.evaluators
@@ -364,8 +372,11 @@ def _show(measured: Measured, description: Mapping[str, Any], out: buckets.Path)
         write_picture(out.parent, title.replace("/", "_"), picture)
     print(table(description, measured.metrics))
     written = f"Metrics: {out}"
-    if measured.pictures:
+    tables = [name for name, value in measured.pictures.items() if isinstance(value, str)]
+    if len(measured.pictures) > len(tables):
         written += f"; pictures: {out.parent / 'pictures'}"
+    if tables:
+        written += f"; tables: {out.parent / 'tables'}"
     print(written, flush=True)
 
 
@@ -392,12 +403,14 @@ def define_flags() -> None:
         "weights",
         None,
         ["online", "target"],
-        "The weights to evaluate, by default `params` of each section. Example: --weights=target",
+        "The weights to evaluate, by default `params` of each section, the choice of the recipe. "
+        "Example: --weights=target",
     )
     flags.DEFINE_string(
         "feature",
         None,
-        "The feature to evaluate, by default `feature` of each section. Example: --feature=cls",
+        "The feature to evaluate, by default `feature` of each section, the choice of the recipe. "
+        "Example: --feature=cls",
     )
     flags.DEFINE_string(
         "out", None, "The JSON file, by default in RUN/evaluations. Example: --out=knn.json"

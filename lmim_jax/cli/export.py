@@ -6,24 +6,42 @@
 --format:
   timm         timm.create_model("local-dir:DIR", pretrained=True)
   hf           transformers.AutoModel.from_pretrained("DIR")
+  onnx         onnxruntime.InferenceSession("DIR/model.onnx"): mean, cls and patches of images
+  mmseg        mmsegmentation: DIR/config.py, UPerNet on this encoder
+  detectron2   detectron2's ViTDet: DIR/config.py, Mask R-CNN on this encoder
   flax         lmim_jax.load("DIR"): all networks, with --weights for the encoder
   safetensors  the whole model, teacher included, under the names of the method's official PyTorch
                code; lmim import-weights reads it back without any change
 
 --check runs the other library on images of the run, or of --images=FOLDER, and prints the largest
 difference of features: exit code 1 if it is above 1e-4, 2 if that library is not installed.
+
+onnx needs the package onnx (pip install 'lmim_jax[onnx]'); mmseg and detectron2, whose weights are
+PyTorch files, need torch.
 """
 
+import functools
+import importlib
 import json
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
 
 from lmim_jax.cli import app
-from lmim_jax.convert import hf, model_card, parity_check, timm, torch_encoder
+from lmim_jax.convert import (
+    detectron2,
+    hf,
+    mmseg,
+    model_card,
+    onnx,
+    parity_check,
+    timm,
+    torch_encoder,
+)
 from lmim_jax.convert.official import base as official
 from lmim_jax.data import sources
 from lmim_jax.train import runs
@@ -32,13 +50,19 @@ from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import log_to_console
 
 RECIPES: dict[str, str | None] = {}
-LIBRARIES = {"timm": timm, "hf": hf}
-FORMATS = ("timm", "hf", "flax", "safetensors")
+LIBRARIES: dict[str, Any] = {"timm": timm, "hf": hf, "mmseg": mmseg, "detectron2": detectron2}
+TORCH_FILES = ("mmseg", "detectron2")  # formats whose weights are a file of PyTorch
+TORCH_WEIGHTS_FILE = "backbone.pth"
+FORMATS = ("timm", "hf", "onnx", "mmseg", "detectron2", "flax", "safetensors")
+PACKAGES = {  # that formats need: (module, how to install it)
+    "onnx": ("onnx", "'lmim_jax[onnx]'"),
+    "mmseg": ("torch", "torch"),
+    "detectron2": ("torch", "torch"),
+}
 TOLERANCE = 1e-4  # of the largest difference of any feature, float32 on a CPU
 CHECKED_IMAGES = 16
 
-# (arrays, {file name: content as JSON})
-Contents = tuple[dict[str, Any], dict[str, Any]]
+Files = dict[str, Callable[[pathlib.Path], None]]  # {name: writes the file at a path}
 
 
 def export(
@@ -65,39 +89,37 @@ def export(
     folder = buckets.path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out={folder} is not empty; give another folder")
-    contents = _contents(run, kind, which)
+    files = _files(run, kind, which)
     card = model_card.write(run, kind, which, license_name, base_model)
     if isinstance(folder, buckets.BucketPath):
         with buckets.local_folder(folder) as local:
-            _write(local, contents, card)
+            _write(local, files, card)
         return
     draft = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    _write(draft, contents, card)
+    _write(draft, files, card)
     if folder.exists():
         folder.rmdir()
     draft.rename(folder)
 
 
-def _write(folder: pathlib.Path, contents: Contents, card: str) -> None:
+def _write(folder: pathlib.Path, files: Files, card: str) -> None:
     """Write the files into a folder."""
-    arrays, texts = contents
-    for name, content in texts.items():
-        atomic_io.write(folder / name, json.dumps(content, indent=2) + "\n")
-    array_io.write(folder / runs.WEIGHTS_FILE, arrays, {"format": "pt"})
+    for name, write in files.items():
+        write(folder / name)
     atomic_io.write(folder / "README.md", card)
 
 
-def _contents(run: runs.Run, kind: str, which: str) -> Contents:
+def _files(run: runs.Run, kind: str, which: str) -> Files:
     """What an exported folder holds besides the model card."""
     if kind == "safetensors":
-        return official.to_official(run.method, run.params, run.target), {}
+        return _weights_and_texts(official.to_official(run.method, run.params, run.target), {})
     params = run.encoder_params(which)
     if kind == "flax":
         config = model_card.public_config(run.config)
         config["exported"] = {"step": run.step, "weights": which}
-        return runs.flatten_params(params), {"config.json": config}
+        return _weights_and_texts(runs.flatten_params(params), {"config.json": config})
     augment = run.config.augment
     preprocessing = {
         "mean": augment.mean,
@@ -105,7 +127,28 @@ def _contents(run: runs.Run, kind: str, which: str) -> Contents:
         "interpolation": augment.interpolation,
         "resize": augment.eval_resize,
     }
-    return LIBRARIES[kind].contents(torch_encoder.from_method(run.method, params), preprocessing)
+    encoder = torch_encoder.from_method(run.method, params)
+    if kind == "onnx":
+        return {onnx.FILE: functools.partial(onnx.write, encoder=encoder, images=preprocessing)}
+    arrays, texts = LIBRARIES[kind].contents(encoder, preprocessing)
+    if kind not in TORCH_FILES:
+        return _weights_and_texts(arrays, texts)
+    files: Files = {TORCH_WEIGHTS_FILE: functools.partial(array_io.write_torch, arrays=arrays)}
+    for name, text in texts.items():
+        files[name] = functools.partial(atomic_io.write, content=text)
+    return files
+
+
+def _weights_and_texts(arrays: array_io.Arrays, texts: Mapping[str, Any]) -> Files:
+    """Files of a safetensors file and of values that are written as JSON."""
+    metadata = {"format": "pt"}
+    files: Files = {
+        runs.WEIGHTS_FILE: functools.partial(array_io.write, arrays=arrays, metadata=metadata)
+    }
+    for name, value in texts.items():
+        text = json.dumps(value, indent=2) + "\n"
+        files[name] = functools.partial(atomic_io.write, content=text)
+    return files
 
 
 def read_some_images(run: runs.Run, folder: str | None) -> list[bytes]:
@@ -170,14 +213,33 @@ def _check_flags() -> None:
     is_bucket = isinstance(buckets.path(given.out), buckets.BucketPath)
     if given.check and is_bucket:
         raise UserError(f"--check opens the exported folder, not in a bucket: --out={given.out}")
-    if given.check and given.format not in LIBRARIES:
+    if given.check and given.format == "detectron2":
+        raise UserError(
+            "--check: detectron2's ViTDet has no CLS token and attends within windows, so that its "
+            "features are others by design; --format=timm --check compares the same weights"
+        )
+    if given.check and given.format not in parity_check.OPENERS:
         raise UserError(
             f"--check compares with another library, which --format={given.format} does not need"
         )
+    _check_packages(given.format)
     if given.format == "safetensors" and given.weights:
         raise UserError(
             "--weights: a file of --format=safetensors holds all networks, the teacher too"
         )
+
+
+def _check_packages(kind: str) -> None:
+    """Raise a UserError for a format that needs a package that is not installed."""
+    if kind not in PACKAGES:
+        return
+    module, how = PACKAGES[kind]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"--format={kind} needs a package that is not installed ({error}): pip install {how}"
+        ) from error
 
 
 def _check(run: runs.Run, which: str, folder: buckets.Path, images: list[bytes]) -> None:
@@ -210,8 +272,7 @@ def define_flags() -> None:
         "weights",
         None,
         ["online", "target"],
-        "The encoder's weights; by default those that the run's evaluators measured. "
-        "Example: --weights=target",
+        "The encoder's weights; by default the choice of its recipe. Example: --weights=target",
     )
     flags.DEFINE_string(
         "license",

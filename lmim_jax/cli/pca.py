@@ -131,8 +131,7 @@ def define_flags() -> None:
         "weights",
         None,
         ["online", "target"],
-        "The encoder's weights; by default the choice of its recipe. "
-        "Example: --weights=target",
+        "The encoder's weights; by default the choice of its recipe. Example: --weights=target",
     )
     flags.DEFINE_integer(
         "bank",

@@ -16,14 +16,15 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lmim_jax.data.eval.eval_data import EvaluationData, known_labels
+from lmim_jax.data.eval.eval_data import EvaluationData, known_labels, targets_of
+from lmim_jax.data.label_file import CLASSES, MULTILABEL, REGRESSION, Targets
 from lmim_jax.utils.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 Picture = UInt8[np.ndarray, "H W 3"]
-Results = dict[str, float | Picture]
+Results = dict[str, float | Picture | str]
 
 # `type` of an evaluator in the config.json of runs made before version 0.2 -> its module now
 FORMER_NAMES = {
@@ -74,7 +75,9 @@ class Evaluator(Protocol):
     """Measures the features of an encoder.
 
     Attributes:
-      needs_labels: nothing can be measured where `labels_problem` names one; `run` returns {} then.
+      needs_labels: nothing can be measured where `problem` names one; `run` returns {} then.
+      label_kinds: what labels may be, see data/label_file.py.
+      takes: what an empty `feature` stands for: "image" or "patches" of `config.representation`.
       supports_pixel_baselines: the field `feature` may also be one of
         `image_features.ENCODER_FREE`, so that raw pixels can be measured for comparison.
       trains: it trains for many epochs on the images.
@@ -82,6 +85,8 @@ class Evaluator(Protocol):
     """
 
     needs_labels: ClassVar[bool] = False
+    label_kinds: ClassVar[tuple[str, ...]] = (CLASSES,)
+    takes: ClassVar[str] = "image"
     supports_pixel_baselines: ClassVar[bool] = False
     trains: ClassVar[bool] = False
     cost: ClassVar[float] = 1.0
@@ -95,8 +100,8 @@ class Evaluator(Protocol):
           data: images of the run.
 
         Returns:
-          Metrics by name, as numbers, and pictures, uint8 [H, W, 3], which the run saves as PNG and
-          writes to TensorBoard.
+          Metrics by name, as numbers; pictures, uint8 [H, W, 3], which the run saves as PNG and
+          writes to TensorBoard; and tables as text in CSV, which it saves.
 
         Raises:
           UserError: a field does not fit the images or the method.
@@ -142,9 +147,49 @@ def labels_problem(classes: Sequence[str], splits: Mapping[str, Any]) -> str:
     return ""
 
 
-def has_labels(data: EvaluationData) -> bool:
-    """Whether accuracies on these images have a meaning, see `labels_problem`."""
-    return not labels_problem(data.classes, data.sources)
+def targets_problem(targets: Targets, test: Any) -> str:
+    """Why nothing can be measured for labels that are no classes; "" if something can.
+
+    Args:
+      targets: of the training images.
+      test: the source of the test images, or None.
+    """
+    if test is None:
+        return "there are no test images"
+    of_test = targets_of(test)
+    if of_test is None:
+        return "the test images have no labels"
+    if targets.kind == REGRESSION and not np.ptp(of_test.values, axis=0).any():
+        return "all test images have the same numbers"
+    if targets.kind == MULTILABEL and not of_test.values.any():
+        return "all labels of the test images are 0"
+    return ""
+
+
+def problem(
+    evaluator: "Evaluator | type[Evaluator]", classes: Sequence[str], splits: Mapping[str, Any]
+) -> str:
+    """Why an evaluator cannot measure anything on these images; "" if it can.
+
+    Args:
+      evaluator: or its class.
+      classes: of the training images.
+      splits: {"train": source, "test": source or None}.
+    """
+    if not evaluator.needs_labels:
+        return ""
+    targets = targets_of(splits["train"])
+    kind = targets.kind if targets else CLASSES
+    if kind not in evaluator.label_kinds:
+        return f"the labels are {kind}, not {' or '.join(evaluator.label_kinds)}"
+    if targets:
+        return targets_problem(targets, splits["test"])
+    return labels_problem(classes, splits)
+
+
+def is_possible(evaluator: "Evaluator", data: EvaluationData) -> bool:
+    """Whether an evaluator can measure anything on these images, see `problem`."""
+    return not problem(evaluator, data.classes, data.sources)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +221,7 @@ class Scheduled:
 
     def run(
         self, method: EvaluatedMethod, state: Any, data: EvaluationData
-    ) -> tuple[dict[str, float], dict[str, Picture]]:
+    ) -> tuple[dict[str, float], dict[str, Picture | str]]:
         """Evaluate.
 
         Args:
@@ -185,28 +230,60 @@ class Scheduled:
           data: images of the run.
 
         Returns:
-          Metrics and pictures, both with the keys "title/name".
+          Metrics; pictures and tables; both with the keys "title/name".
         """
         params = state.params
         if self.weights == "target":
             params = {**state.params, **state.target}
         metrics: dict[str, float] = {}
-        pictures: dict[str, Picture] = {}
+        pictures: dict[str, Picture | str] = {}
         for name, value in self.evaluator.run(method, params, data).items():
             key = f"{self.title}/{name}"
-            if isinstance(value, np.ndarray):
+            if isinstance(value, np.ndarray | str):
                 pictures[key] = value
             else:
                 metrics[key] = value
         return metrics, pictures
 
 
-def without_labels(scheduled: Sequence[Scheduled], problem: str) -> list[Scheduled]:
-    """The evaluators that need no labels; the others are logged, with the problem of the labels."""
-    left_out = [one.title for one in scheduled if one.evaluator.needs_labels]
-    if left_out:
-        log.info("not measured, as %s: %s", problem, ", ".join(left_out))
-    return [one for one in scheduled if not one.evaluator.needs_labels]
+def only_possible(
+    scheduled: Sequence[Scheduled], classes: Sequence[str], splits: Mapping[str, Any]
+) -> list[Scheduled]:
+    """The evaluators that can measure something; the others are logged, with their `problem`."""
+    kept = []
+    left_out: dict[str, list[str]] = {}
+    for one in scheduled:
+        reason = problem(one.evaluator, classes, splits)
+        if reason:
+            left_out.setdefault(reason, []).append(one.title)
+        else:
+            kept.append(one)
+    for reason, titles in left_out.items():
+        log.info("not measured, as %s: %s", reason, ", ".join(titles))
+    return kept
+
+
+def fill_in(
+    sections: Mapping[str, Any], representation: Mapping[str, str], where: str = "config.evaluators"
+) -> None:
+    """Replace empty `params` and `feature` by the choice of the recipe, in place.
+
+    Args:
+      sections: by title, see `from_config`.
+      representation: `config.representation`, see configs/vit_b.py.
+      where: name of `sections` in error messages.
+
+    Raises:
+      UserError: there is no evaluator of that type.
+    """
+    for title, section in sections.items():
+        if title == STRICT:
+            continue
+        if section.get("params") == "":
+            section["params"] = representation["weights"]
+        if section.get("feature") == "":
+            kind = current_name(section["type"])
+            section["feature"] = representation[find(kind, f"{where}.{title}").takes]
 
 
 def from_config(
@@ -220,8 +297,8 @@ def from_config(
 
     Args:
       config: a section by title. A section has `type` (a module of this folder), `every` (epochs;
-        0: only at the end), `params` ("online" or "target"), and the fields of the evaluator. The
-        key `strict` is none.
+        0: only at the end), `params` ("online" or "target"), and the fields of the evaluator; what
+        is empty was replaced by `fill_in`. The key `strict` is none.
       steps_per_epoch: optimizer steps in an epoch.
       has_target: whether the method has a target encoder.
       where: name of `config` in error messages.

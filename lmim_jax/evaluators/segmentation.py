@@ -59,6 +59,7 @@ class Evaluator(base.Evaluator):
     iterations: int
     batch_size: int
 
+    takes = "patches"
     supports_pixel_baselines = True
     cost = 6.0
 

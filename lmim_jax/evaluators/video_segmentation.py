@@ -51,6 +51,7 @@ class Evaluator(base.Evaluator):
     temperature: float
     batch_size: int
 
+    takes = "patches"
     supports_pixel_baselines = True
     cost = 8.0
 

@@ -37,6 +37,8 @@ class Evaluator(base.Evaluator):
     zoom: int
     clusters: int
 
+    takes = "patches"
+
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"given": picture of the input, "seen": picture of the features}."""
         batch, indices = data.sample(data.held_out, max(self.images, REFERENCE_IMAGES))

@@ -120,7 +120,8 @@ def complete(config: ConfigDict, method: Any, augmentation: Augment) -> ConfigDi
     """A copy of a recipe with the numbers that its unset options stand for, to be stored.
 
     Args:
-      config: the recipe, in which options that follow the grid may be None.
+      config: the recipe, in which options that follow the grid may be None, and the weights and
+        features of evaluators may be empty.
       method: built from it.
       augmentation: built from it.
     """
@@ -128,6 +129,7 @@ def complete(config: ConfigDict, method: Any, augmentation: Augment) -> ConfigDi
     for key in method.SHARES:
         config.method[key] = getattr(method, key)
     config.augment.eval_resize = augmentation.eval_resize
+    evaluators.fill_in(config.evaluators, config.representation)
     return config
 
 

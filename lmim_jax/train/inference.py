@@ -22,6 +22,7 @@ from PIL import Image
 
 from lmim_jax.data import decode
 from lmim_jax.data.image_options import ImageOptions
+from lmim_jax.evaluators.common import image_features
 from lmim_jax.train.runs import Run, open_run
 from lmim_jax.utils.errors import UserError
 
@@ -34,12 +35,14 @@ class EncodedImages(NamedTuple):
     Attributes:
       cls: of the CLS token; None for an encoder without one.
       patches: of the patches, row by row.
-      mean: the mean over the patches, the usual representation of an image.
+      mean: the mean over the patches.
+      image: the representation of an image that the recipe chose, `config.representation.image`.
     """
 
     cls: Float[np.ndarray, "B D"] | None
     patches: Float[np.ndarray, "B N D"]
     mean: Float[np.ndarray, "B D"]
+    image: Float[np.ndarray, "B D"]
 
 
 class Model:
@@ -123,8 +126,8 @@ class Model:
           images: from `preprocess`; or normalized in the same way, at any size whose sides are
             multiples of the patch size.
           batch_size: images at a time.
-          norm: features after the encoder's final norm; False: before it, which the k-NN protocol
-            of Latent MIM uses.
+          norm: features after the encoder's final norm; False: before it. It does not concern
+            `image`.
 
         Returns:
           The features, float32.
@@ -142,7 +145,7 @@ class Model:
             features = jax.device_get(self._encode(self.params, jnp.pad(batch, padding), norm))
             parts.append({name: value[:count] for name, value in features.items()})
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return EncodedImages(joined.get("cls"), joined["patches"], joined["mean"])
+        return EncodedImages(joined.get("cls"), joined["patches"], joined["mean"], joined["image"])
 
     @functools.cached_property
     def _transform(self) -> Any:
@@ -150,13 +153,15 @@ class Model:
 
     @functools.cached_property
     def _encode(self) -> Any:
-        """Jitted (params, images, norm) -> {"cls", "patches", "mean"}."""
+        """Jitted (params, images, norm) -> {"cls", "patches", "mean", "image"}."""
+        chosen = self.config.representation.image
 
         def encode(params: Any, images: Float[Array, "B H W C"], norm: bool) -> dict[str, Array]:
             features = self.method.features(params, images)
             suffix = "" if norm else "_prenorm"
             patches = features[f"patches{suffix}"].astype(jnp.float32)
             found = {"patches": patches, "mean": patches.mean(axis=1)}
+            found["image"] = image_features.concatenate_parts(features, chosen)
             if f"cls{suffix}" in features:
                 found["cls"] = features[f"cls{suffix}"].astype(jnp.float32)
             return found
@@ -207,15 +212,14 @@ def load(folder: str | os.PathLike[str], weights: str | None = None) -> Model:
     Args:
       folder: the --workdir of a run, of which the newest good checkpoint is read; or a folder made
         by `lmim export --format=flax`.
-      weights: "online", or "target" for the teacher's encoder. None: "online"; of an exported
-        folder, those that it holds.
+      weights: "online", or "target" for the teacher's encoder. None: the choice of the recipe,
+        `config.representation.weights`; of an exported folder, those that it holds.
 
     Raises:
       UserError: there is no run or no good checkpoint, or it has no such weights.
     """
     run = open_run(folder)
-    default = run.exported or "online"
-    return Model(run, run.choose_weights(weights or default))
+    return Model(run, run.choose_weights(weights))
 
 
 def _as_list(images: ImageLike | Iterable[ImageLike]) -> list[ImageLike]:

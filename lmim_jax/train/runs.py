@@ -21,7 +21,6 @@ from lmim_jax.data import sources
 from lmim_jax.data.augment.device import Augment, published_resize
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
-from lmim_jax.evaluators.base import STRICT
 from lmim_jax.methods import base as methods
 from lmim_jax.train import checkpoint_manifest, checkpoints, workdir
 from lmim_jax.train.state import initial_params
@@ -195,10 +194,11 @@ class Run:
         """Which weights to use, "online" or "target".
 
         Args:
-          wanted: either, or None: those that all of the run's own evaluators use.
+          wanted: either, or None: the choice of the recipe, `config.representation.weights`; of an
+            exported model, those that it holds.
 
         Raises:
-          UserError: the evaluators use both, or none; or an exported model holds the other ones.
+          UserError: an exported model holds the other ones.
         """
         if self.exported:
             if wanted not in (None, self.exported):
@@ -207,17 +207,7 @@ class Run:
                     "again"
                 )
             return self.exported
-        if wanted:
-            return wanted
-        used = set()
-        for title, section in self.config.evaluators.items():
-            if title != STRICT:
-                used.add(section.params)
-        if len(used) != 1:
-            raise UserError(
-                "the evaluators of this run do not all use the same weights; choose with --weights"
-            )
-        return used.pop()
+        return wanted or self.config.representation.weights
 
     def encoder_params(self, which: str) -> Any:
         """The parameters for `method.features`.
@@ -314,6 +304,19 @@ def _complete(config: dict[str, Any]) -> None:
         section, _, option = name.rpartition(".")
         options = config[section] if section else config
         options.setdefault(option, copy.copy(value))
+    config.setdefault("representation", _former_representation(config["evaluators"]))
+
+
+def _former_representation(sections: dict[str, Any]) -> dict[str, str]:
+    """The weights and features that the evaluators of a run measured before it had a choice."""
+    found = {"weights": "online", "image": "patches_prenorm", "patches": "patches_prenorm"}
+    for title in ("neighbors", "knn"):
+        section = sections.get(title, {})
+        found["weights"] = section.get("params", found["weights"])
+        found["image"] = section.get("feature", found["image"])
+    for title in ("pictures", "visualization"):
+        found["patches"] = sections.get(title, {}).get("feature", found["patches"])
+    return found
 
 
 def with_tuples(value: Any) -> Any:

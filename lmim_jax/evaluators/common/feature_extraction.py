@@ -34,7 +34,7 @@ from lmim_jax.utils import faults
 
 # Features with a meaning of their own here; any other name is a vector for an image, as evaluators
 # understand it: see configs/evaluate.py
-KINDS = ("cls", "mean", "patches")
+KINDS = ("image", "cls", "mean", "patches")
 MAX_ASPECT = 20  # the patches of more elongated images may not fit in memory
 
 Size = tuple[int, int]
@@ -75,6 +75,7 @@ def select_features(
     features: dict[str, Array],
     kinds: Sequence[str],
     norm: bool,
+    image: str,
     mask: Bool[Array, "B N"] | None = None,
 ) -> dict[str, Array]:
     """The requested ones of the features of a batch, float32.
@@ -82,7 +83,8 @@ def select_features(
     Args:
       features: what `method.features` returned.
       kinds: names of KINDS, or of other features as `image_features.parse_feature` takes them.
-      norm: whether those of KINDS are taken after the final norm.
+      norm: whether those of KINDS, except "image", are taken after the final norm.
+      image: the feature that "image" stands for.
       mask: False for patches that only pad; None: there are none.
 
     Returns:
@@ -94,7 +96,9 @@ def select_features(
     suffix = "" if norm else "_prenorm"
     found = {}
     for kind in kinds:
-        if kind == "patches":
+        if kind == "image":
+            found[kind] = image_features.concatenate_parts(features, image, mask)
+        elif kind == "patches":
             found[kind] = features[f"patches{suffix}"].astype(jnp.float32)
         elif kind == "mean":
             found[kind] = image_features.concatenate_parts(features, f"patches{suffix}", mask)
@@ -105,19 +109,24 @@ def select_features(
     return found
 
 
-def feature_shapes(method: Method, kinds: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def feature_shapes(method: Method, kinds: Sequence[str], image: str) -> dict[str, tuple[int, ...]]:
     """The shape of each requested feature of an image of the size of training; no weights needed.
+
+    Args:
+      method: the pretraining method.
+      kinds: the requested features, see `select_features`.
+      image: the feature that "image" stands for.
 
     Raises:
       UserError: the method has no such feature.
     """
-    image = jax.ShapeDtypeStruct((1, *method.feature_size, method.channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *method.feature_size, method.channels), jnp.float32)
 
     def encode(params: Params, images: Array) -> dict[str, Array]:
-        return select_features(method.features(params, images), kinds, norm=True)
+        return select_features(method.features(params, images), kinds, norm=True, image=image)
 
     params = jax.eval_shape(method.init, jax.random.key(0))
-    found = jax.eval_shape(encode, params, image)
+    found = jax.eval_shape(encode, params, images)
     return {kind: value.shape[1:] for kind, value in found.items()}
 
 
@@ -141,6 +150,7 @@ class Extractor:
         size: int,
         kinds: Sequence[str],
         norm: bool,
+        image: str,
         batch_size: int,
         canvas: int | None = None,
         options: ImageOptions = decode.DEFAULTS,
@@ -152,6 +162,7 @@ class Extractor:
           params: weights of the method.
           transform: gives the normalization and the interpolation.
           norm: features after the final norm; or before it.
+          image: the feature that "image" stands for.
           canvas: images are cropped as by evaluators, which read them on canvases of this side
             (`config.data.canvas`); None: whole images.
           options: what is done to the pixels of a file.
@@ -162,6 +173,7 @@ class Extractor:
         self.batch_size = batch_size
         self.compiled: set[Size] = set()
         self._norm = norm
+        self._image = image
         self._pads = canvas is None and hasattr(method, "patch_features")
         self._resample = Image.Resampling[transform.interpolation.upper()]
         self._transform = transform
@@ -187,11 +199,11 @@ class Extractor:
             normalized = self._transform.normalize(pixels).reshape(patches.shape)
             mask = batch["mask"]
             features = method.patch_features(params, normalized, batch["positions"], mask)
-            return select_features(features, self.kinds, self._norm, mask)
+            return select_features(features, self.kinds, self._norm, self._image, mask)
         else:
             images = batch["image"].astype(jnp.float32)
             features = method.features(params, self._transform.normalize(images))
-        return select_features(features, self.kinds, self._norm)
+        return select_features(features, self.kinds, self._norm, self._image)
 
     def shape(self, height: int, width: int) -> Size:
         """Height and width in pixels that a whole image of this size is resized to."""
