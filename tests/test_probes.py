@@ -53,6 +53,9 @@ class Data:
     """An in-memory `EvaluationData`: images of two pixels, which are two patches."""
 
     classes = tuple("abcdefg")
+    targets = None
+    keep = None
+    accepted: dict = {}
     config = types.SimpleNamespace(channels=WIDTH)
     augment = Same()
     mesh = sharding.make_mesh()

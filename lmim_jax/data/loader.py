@@ -18,7 +18,7 @@ import grain.multiprocessing
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from lmim_jax.data import decode, prefetch
@@ -315,6 +315,7 @@ def training_batches(
     mesh: Mesh,
     crop: HostCrop | None = None,
     check: Callable[[], None] = prefetch.no_check,
+    targets: Float[np.ndarray, "N T"] | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Training batches from step `start` to `steps`, decoded and placed on the devices in advance.
 
@@ -331,10 +332,12 @@ def training_batches(
       mesh: the devices.
       crop: crops images on the host; None: canvases, to be cropped on the devices.
       check: called now and then while a batch is waited for; it may raise.
+      targets: labels of the images of `source` that are no classes, to be part of the batches.
 
     Yields:
       {"image": [B, K, K, C] uint8, "size": [B, 2] int32, "label": [B] int32 (-1: none)}, split over
-      the devices; with `crop`, images are crops [B, H, W, C] and there is no "size".
+      the devices; with `crop`, images are crops [B, H, W, C] and there is no "size"; with
+      `targets`, also "target" float32 [B, T].
 
     Raises:
       UserError: too many bad images.
@@ -366,7 +369,7 @@ def training_batches(
     )
     prefetcher = prefetch.Prefetcher(
         pool=prefetch.WorkerPool(order, start, config.workers),
-        place=_placement(images, config.max_bad_fraction, mesh),
+        place=_placement(images, config.max_bad_fraction, mesh, targets),
         timeout=config.timeout,
         activity=images.activity,
         describe_reads=images.describe_reads,
@@ -376,7 +379,10 @@ def training_batches(
 
 
 def _placement(
-    images: BatchDecoder, max_bad_fraction: float, mesh: Mesh
+    images: BatchDecoder,
+    max_bad_fraction: float,
+    mesh: Mesh,
+    targets: Float[np.ndarray, "N T"] | None,
 ) -> Callable[[prefetch.Batch], dict[str, jax.Array]]:
     """A function that records the bad images of a batch and places its arrays on the devices."""
     monitor = BadImageMonitor(images, max_bad_fraction)
@@ -386,6 +392,9 @@ def _placement(
 
     def place(batch: prefetch.Batch) -> dict[str, jax.Array]:
         monitor.record(batch["bad"])
-        return sharding.to_global({name: batch[name] for name in names}, mesh)
+        placed = {name: batch[name] for name in names}
+        if targets is not None:
+            placed["target"] = targets[batch["index"]]
+        return sharding.to_global(placed, mesh)
 
     return place

@@ -82,9 +82,10 @@ class Evaluator(Probe):
     def loss(
         self, task: Task, weights: Weights, batch: TrainingBatch
     ) -> tuple[Float[Array, ""], Params]:
-        """Cross-entropy."""
+        """See `probe_layers.supervised_loss`."""
         logits = self.logits(task, weights, batch.images)
-        return probe_layers.cross_entropy(logits, batch.labels), weights.buffers
+        loss = probe_layers.supervised_loss(task.kind, logits, batch.labels)
+        return loss, weights.buffers
 
     def logits(
         self, task: Task, weights: Weights, images: Float[Array, "B H W C"]

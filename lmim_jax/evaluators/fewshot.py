@@ -57,7 +57,7 @@ class Evaluator(base.Evaluator):
         And "majority", percent of the most frequent class of the test images; {} if labels have no
         meaning.
         """
-        if not base.has_labels(data):
+        if not base.is_possible(self, data):
             return {}
         train = labeled_features(method, params, data, "train", self.feature, self.batch_size)
         test = labeled_features(method, params, data, "test", self.feature, self.batch_size)

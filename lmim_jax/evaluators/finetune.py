@@ -20,6 +20,7 @@ from lmim_jax.data.augment import mixup as mixing
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.augment.randaugment import randaugment
 from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.data.label_file import CLASSES
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import probe_layers
 from lmim_jax.evaluators.common.probe_training import Probe, Schedule, Task, TrainingBatch, Weights
@@ -97,9 +98,11 @@ class Evaluator(Probe):
     def loss(
         self, task: Task, weights: Weights, batch: TrainingBatch
     ) -> tuple[Float[Array, ""], Params]:
-        """Cross-entropy with mixed and smoothed targets."""
+        """The loss with mixed targets; for classes, smoothed ones."""
         images = self._augment_colors_and_erase(task.augment, batch.images, batch.keys)
-        targets = mixing.smooth_labels(batch.labels, task.classes, self.label_smoothing)
+        targets = batch.labels
+        if task.kind == CLASSES:
+            targets = mixing.smooth_labels(batch.labels, task.classes, self.label_smoothing)
         mix_key, depth_key = jax.random.split(batch.rng)
         images, targets = mixing.mix_batch(
             mix_key, images, targets, self.mixup, self.cutmix, self.switch
@@ -112,7 +115,9 @@ class Evaluator(Probe):
         if self.remat != "none":
             compute_logits = jax.checkpoint(compute_logits, policy=POLICIES[self.remat])
         logits = compute_logits(weights.trained)
-        return optax.softmax_cross_entropy(logits, targets).mean(), weights.buffers
+        if task.kind == CLASSES:
+            return optax.softmax_cross_entropy(logits, targets).mean(), weights.buffers
+        return probe_layers.supervised_loss(task.kind, logits, targets), weights.buffers
 
     def logits(
         self, task: Task, weights: Weights, images: Float[Array, "B H W C"]

@@ -44,7 +44,7 @@ class Evaluator(base.Evaluator):
 
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"nn1", "knn<k>", "loo1", "majority", ...} in percent; {} if labels have no meaning."""
-        if not base.has_labels(data):
+        if not base.is_possible(self, data):
             return {}
         results: Results = {}
         results.update(self.evaluate_feature(method, params, data, self.feature))

@@ -56,11 +56,11 @@ class Evaluator(Probe):
     def loss(
         self, task: Task, weights: Weights, batch: TrainingBatch
     ) -> tuple[Float[Array, ""], Params]:
-        """Cross-entropy, and the running statistics after the batch."""
+        """The loss, and the running statistics after the batch."""
         x = self.frozen_vectors(task, weights.pretrained, batch.images)
         x, statistics = probe_layers.batch_norm_train(x, weights.buffers, EPSILON)
         logits = probe_layers.linear(weights.trained, x)
-        return probe_layers.cross_entropy(logits, batch.labels), statistics
+        return probe_layers.supervised_loss(task.kind, logits, batch.labels), statistics
 
     def logits(
         self, task: Task, weights: Weights, images: Float[Array, "B H W C"]

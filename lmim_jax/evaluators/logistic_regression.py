@@ -53,7 +53,7 @@ class Evaluator(base.Evaluator):
 
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"accuracy", "held_out", "l2", "majority", ...}; {} if labels have no meaning."""
-        if not base.has_labels(data):
+        if not base.is_possible(self, data):
             return {}
         results: Results = {}
         results.update(self.evaluate_feature(method, params, data, self.feature))

@@ -175,10 +175,7 @@ def _initial_weights(
 def _schedule_evaluators(parts: TrainingParts, splits: Sources) -> list[evaluators.Scheduled]:
     """The evaluators of the run; those that have nothing to measure are logged."""
     scheduled = parts.schedule_evaluators()
-    problem = evaluators.labels_problem(splits["train"].classes, splits)
-    if problem:
-        scheduled = evaluators.without_labels(scheduled, problem)
-    return scheduled
+    return evaluators.only_possible(scheduled, splits["train"].classes, splits)
 
 
 class TrainingLoop:
@@ -468,7 +465,7 @@ class TrainingLoop:
         """Run an evaluator; one that fails is skipped on all processes, unless it is `strict`."""
         start = time.perf_counter()
         metrics: dict[str, float] = {}
-        pictures: dict[str, evaluators.Picture] = {}
+        pictures: dict[str, evaluators.Picture | str] = {}
         failure = ""
         try:
             with progress.working(evaluator.title):

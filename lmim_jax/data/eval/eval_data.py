@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from lmim_jax.data import decode, loader, prefetch, tfds_source
 from lmim_jax.data.activity import Activity
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.image_options import ImageOptions
+from lmim_jax.data.label_file import Targets
 from lmim_jax.data.sources import Source
 from lmim_jax.distributed import sharding
 
@@ -94,6 +95,26 @@ class Subset:
         return self.source.name(self.indices[index])
 
 
+class AcceptedClasses(NamedTuple):
+    """The classes that count as correct for each image of a split.
+
+    Attributes:
+      classes: numbers of classes, of image after image.
+      starts: [N + 1], where those of each image start.
+    """
+
+    classes: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " N+1"]
+
+    def accuracy(self, indices: Int[np.ndarray, " Q"], predicted: Int[np.ndarray, " Q"]) -> float:
+        """Percent of some images for which the predicted class is one of theirs."""
+        correct = 0
+        for index, answer in zip(indices, predicted, strict=True):
+            own = self.classes[self.starts[index] : self.starts[index + 1]]
+            correct += int(answer in own)
+        return 100 * correct / len(indices)
+
+
 def _no_progress(batches: Iterable[Batch], split: str, total: int) -> Iterable[Batch]:
     """The default of `progress`: show nothing."""
     del split, total
@@ -112,6 +133,8 @@ class EvaluationData:
       wait_check: called now and then while a batch is waited for, by each process on its own; it
         may raise.
       cache: a `FeatureCache` of evaluators/common/, or None: compute features on every request.
+      accepted: {split: what counts as correct} of additional test images, which are in `sources`.
+      keep: what evaluators give an `Outcome` of evaluators/common/ to; None: it is not kept.
     """
 
     def __init__(
@@ -138,6 +161,8 @@ class EvaluationData:
         self.check = check
         self.wait_check = wait_check
         self.cache = cache
+        self.accepted: dict[str, AcceptedClasses] = {}
+        self.keep: Callable[[Any], None] | None = None
         self._progress = progress
         # By split, so that an unreadable image is reported once and not at every evaluation
         self._bad: dict[str, loader.BadImageMonitor] = {}
@@ -146,6 +171,11 @@ class EvaluationData:
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; empty where images are unlabeled."""
         return self.sources["train"].classes
+
+    @property
+    def targets(self) -> Targets | None:
+        """The labels of the training images that are no classes; None: there are none."""
+        return targets_of(self.sources["train"])
 
     @property
     def held_out(self) -> str:
@@ -223,8 +253,9 @@ class EvaluationData:
 
         Yields:
           {"image": uint8 [B, K, K, C], "size": int32 [B, 2], "label": int32 [B]}, canvases split
-          over all devices.
+          over all devices; with labels that are no classes, also "target" float32 [B, T].
         """
+        targets = self.targets
         batches = loader.training_batches(
             self.sources["train"],
             self.config,
@@ -234,6 +265,7 @@ class EvaluationData:
             start=0,
             mesh=self.mesh,
             check=self.wait_check,
+            targets=targets.values if targets else None,
         )
         for batch in batches:
             self.check()
@@ -331,11 +363,16 @@ def known_labels(source: Any) -> tuple[Int[np.ndarray, " n"], bool]:
     return np.array(labels, np.int32), False
 
 
+def targets_of(source: Any) -> Targets | None:
+    """The labels of the images of a source that are no classes; None: there are none."""
+    return getattr(source, "targets", None)
+
+
 def only_labeled(data: EvaluationData) -> EvaluationData:
     """The same images without the training images that have no class."""
     source = data.sources["train"]
     labels, complete = known_labels(source)
-    if (labels >= 0).all():
+    if (labels >= 0).all() or targets_of(source):
         return data
     labeled: Source
     if complete:

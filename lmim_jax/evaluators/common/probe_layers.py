@@ -6,8 +6,9 @@ Letters: B batch, N patches, D width, K classes, H W image height and width, C c
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from lmim_jax.data.label_file import MULTILABEL, REGRESSION
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
 from lmim_jax.utils.errors import UserError, did_you_mean
 
@@ -82,6 +83,24 @@ def linear(layer: Linear, x: Float[Array, "B D"]) -> Float[Array, "B K"]:
     x = x.astype(jnp.float32)
     product = jnp.matmul(x, layer["kernel"], precision=jax.lax.Precision.HIGHEST)
     return product + layer["bias"][None]
+
+
+def supervised_loss(
+    kind: str, outputs: Float[Array, "B K"], labels: Shaped[Array, "B ..."]
+) -> Float[Array, ""]:
+    """Mean loss of the batch for labels of a kind, see data/label_file.py.
+
+    Args:
+      kind: classes: cross-entropy; multilabel: binary cross-entropy of each label; regression:
+        squared error of each label.
+      outputs: logits, or numbers.
+      labels: classes [B], or labels [B, K].
+    """
+    if kind == MULTILABEL:
+        return optax.sigmoid_binary_cross_entropy(outputs, labels).mean()
+    if kind == REGRESSION:
+        return jnp.square(outputs - labels).mean()
+    return cross_entropy(outputs, labels)
 
 
 def cross_entropy(logits: Float[Array, "B K"], labels: Int[Array, " B"]) -> Float[Array, ""]:

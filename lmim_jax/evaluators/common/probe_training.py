@@ -20,14 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Shaped
 
 from lmim_jax.data.augment.device import Augment
-from lmim_jax.data.eval.eval_data import Batch, EvaluationData, only_labeled
+from lmim_jax.data.eval.eval_data import Batch, EvaluationData, only_labeled, targets_of
+from lmim_jax.data.label_file import CLASSES, MULTILABEL, REGRESSION
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base
-from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results, has_labels
-from lmim_jax.evaluators.common.classifiers import majority
+from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results, is_possible
+from lmim_jax.evaluators.common import outcome
+from lmim_jax.evaluators.common.outcome import Answers
 from lmim_jax.optim import schedules
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration
@@ -36,7 +38,6 @@ from lmim_jax.utils.prng import image_keys
 log = logging.getLogger(__name__)
 
 LOG_SECONDS = 5.0  # between lines of progress
-TOP_K = 5  # of the second accuracy, where there are more classes
 
 Schedule = Callable[[Array], Array]
 
@@ -48,12 +49,30 @@ class Task:
     Attributes:
       method: the pretraining method, which gives the features.
       augment: the augmentation of training images.
-      classes: number of classes.
+      classes: number of classes, or of labels.
+      kind: of labels, see data/label_file.py.
+      mean: of each label of kind regression, over the training images; else ().
+      deviation: of each label, likewise.
     """
 
     method: EvaluatedMethod
     augment: Augment
     classes: int
+    kind: str = CLASSES
+    mean: tuple[float, ...] = ()
+    deviation: tuple[float, ...] = ()
+
+    def standardized(self, labels: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+        """Labels as they are learned."""
+        if not self.mean:
+            return labels
+        return (labels - jnp.asarray(self.mean)[None]) / jnp.asarray(self.deviation)[None]
+
+    def answers(self, outputs: Float[Array, "B K"]) -> Float[Array, "B K"]:
+        """Probabilities, or numbers in their own unit, from what `logits` returns."""
+        if self.mean:
+            outputs = outputs * jnp.asarray(self.deviation)[None] + jnp.asarray(self.mean)[None]
+        return outcome.activate(self.kind, outputs)
 
 
 class Weights(NamedTuple):
@@ -75,13 +94,13 @@ class TrainingBatch(NamedTuple):
 
     Attributes:
       images: normalized images.
-      labels: their classes.
+      labels: their classes, or labels, as `Task.standardized` returns them.
       rng: random key for what is drawn once per batch.
       keys: random keys for what is drawn per image.
     """
 
     images: Float[Array, "B H W C"]
-    labels: Int[Array, " B"]
+    labels: Shaped[Array, "B ..."]
     rng: Array
     keys: Array
 
@@ -103,6 +122,7 @@ class Probe(base.Evaluator, abc.ABC):
     seed: int
 
     needs_labels = True
+    label_kinds = (CLASSES, MULTILABEL, REGRESSION)
     trains = True
     cost = 50.0
 
@@ -141,13 +161,15 @@ class Probe(base.Evaluator, abc.ABC):
 
         Returns:
           {"top1": percent of the test images, "top5" with at least 6 classes, and "majority":
-          percent of the most frequent class of the test images}; {} if labels have no meaning.
+          percent of the most frequent class of the test images; "top1_NAME" of additional test
+          images}; for labels that are no classes, see `target_metrics`; {} if labels have no
+          meaning.
 
         Raises:
           UserError: the batch size does not fit the devices or the number of images, or the probe
             diverged.
         """
-        if not has_labels(data):
+        if not is_possible(self, data):
             return {}
         data = only_labeled(data)
         images = len(data.sources["train"])
@@ -157,17 +179,38 @@ class Probe(base.Evaluator, abc.ABC):
         augment = dataclasses.replace(
             data.augment, scale=self.scale, image_size=data.augment.eval_size
         )
-        task = Task(method, augment, len(data.classes))
+        task = _task(method, augment, data)
         programs = build_programs(
             self, task, data.mesh, steps, steps_per_epoch, data.config.channels
         )
         state = self._train(programs, params, data, steps, steps_per_epoch)
-        correct, labels = self._classify(programs, params, state, data)
-        accuracies: Results = {}
-        for name, column in zip(("top1", "top5"), correct.T, strict=False):
-            accuracies[name] = 100 * float(np.mean(column))
-        accuracies["majority"] = majority(labels)
-        return accuracies
+        targets = data.targets
+        answers = self._answer(programs, params, state, data, "test")
+        results: Results = {}
+        results.update(outcome.measure(task.kind, answers))
+        results.update(outcome.baselines(task.kind, answers, targets and targets.values))
+        for name, accepted in data.accepted.items():
+            found = self._answer(programs, params, state, data, name)
+            results[f"top1_{name}"] = accepted.accuracy(found.indices, found.predicted[:, 0])
+        if data.keep:
+            names = targets.names if targets else data.classes
+            weights = outcome.fetch({name: state[name] for name in ("trained", "buffers")})
+            data.keep(outcome.Outcome(self, task.kind, names, answers, weights))
+        return results
+
+    def outputs(
+        self, task: Task, params: Params, weights: Params, images: Float[Array, "B H W C"]
+    ) -> Float[Array, "B K"]:
+        """Probabilities or numbers, by stored weights.
+
+        Args:
+          task: as it was learned.
+          params: of the method; where `trains_encoder`, only their shapes count.
+          weights: those of the outcome, as a tree.
+          images: normalized images.
+        """
+        found = Weights(params, weights["trained"], weights.get("buffers", {}))
+        return task.answers(self.logits(task, found, images))
 
     def _train(
         self,
@@ -186,27 +229,41 @@ class Probe(base.Evaluator, abc.ABC):
         progress.end()
         return state
 
-    def _classify(
-        self, programs: "Programs", params: Params, state: Params, data: EvaluationData
-    ) -> tuple[Bool[np.ndarray, "Q n"], Int[np.ndarray, " Q"]]:
-        """Whether test images are classified correctly, see `Programs.score`; and their classes.
+    def _answer(
+        self, programs: "Programs", params: Params, state: Params, data: EvaluationData, split: str
+    ) -> Answers:
+        """The answers for the labeled images of a split.
 
         Raises:
           UserError: logits are not finite.
         """
-        correct = []
-        labels = []
-        for batch in data.batches("test", self.batch_size):
+        targets = targets_of(data.sources[split])
+        parts = []
+        for batch in data.batches(split, self.batch_size):
             found = jax.device_get(programs.score(state, params, batch))
-            counted = (found["index"] >= 0) & (found["label"] >= 0)
+            counted = found["index"] >= 0
+            if targets is None:
+                counted = counted & (found["label"] >= 0)
             if not found["finite"][counted].all():
                 raise UserError(
                     f"{self.name}: its outputs are not finite, so that nothing can be measured; "
                     "lower its base_lr"
                 )
-            correct.append(found["correct"][counted])
-            labels.append(found["label"][counted])
-        return np.concatenate(correct), np.concatenate(labels)
+            parts.append({name: column[counted] for name, column in found.items()})
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        truth = columns["label"]
+        if targets:
+            truth = targets.values[columns["index"]]
+        return Answers(columns["index"], truth, columns["predicted"], columns.get("probability"))
+
+
+def _task(method: EvaluatedMethod, augment: Augment, data: EvaluationData) -> Task:
+    """What is learned from the training images."""
+    targets = data.targets
+    if targets is None:
+        return Task(method, augment, len(data.classes))
+    mean, deviation = outcome.standardization(targets.kind, targets.values)
+    return Task(method, augment, len(targets.names), targets.kind, mean, deviation)
 
 
 def check_batch_size(name: str, batch_size: int, images: int, devices: int) -> None:
@@ -230,10 +287,9 @@ class Programs(NamedTuple):
     Attributes:
       create: (params of the method) -> state.
       step: (state, params, batch of canvases) -> (state, loss).
-      score: (state, params, batch of test images) -> {"correct": bool [B, 1 or 2], whether the
-        true class has the largest logit, and with more than 5 classes whether it is among the
-        largest 5; "finite": bool [B], whether the logits are; "index" and "label": as in the
-        batch}.
+      score: (state, params, batch of test images) -> {"predicted" and, for classes,
+        "probability": see `outcome.Answers`, with 5 classes of more than 5, else with one;
+        "finite": bool [B], whether the logits are; "index" and "label": as in the batch}.
     """
 
     create: Callable[[Params], Params]
@@ -274,7 +330,8 @@ def build_programs(
         rng, keys = image_keys(jax.random.key(probe.seed), state["step"], positions)
         crop_keys, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         images = task.augment(crop_keys, batch)
-        training_batch = TrainingBatch(images, batch["label"], rng, keys)
+        labels = batch["label"] if task.kind == CLASSES else batch["target"]
+        training_batch = TrainingBatch(images, task.standardized(labels), rng, keys)
 
         def loss_fn(trained: Params) -> tuple[Array, Params]:
             weights = Weights(params, trained, state["buffers"])
@@ -295,14 +352,9 @@ def build_programs(
     def score(state: Params, params: Params, batch: Batch) -> Batch:
         weights = Weights(params, state["trained"], state["buffers"])
         logits = probe.logits(task, weights, batch["images"])
-        has_top_5 = task.classes > TOP_K
-        _, largest = jax.lax.top_k(logits, TOP_K if has_top_5 else 1)
-        correct = largest == batch["label"][:, None]
-        columns = [correct[:, 0]]
-        if has_top_5:
-            columns.append(correct.any(axis=1))
+        top = outcome.TOP_K if task.classes > outcome.TOP_K else 1
         return {
-            "correct": jnp.stack(columns, axis=1),
+            **outcome.summarize(task.kind, task.answers(logits), top),
             "finite": jnp.isfinite(logits).all(axis=1),
             "index": batch["index"],
             "label": batch["label"],
