@@ -13,7 +13,8 @@ import time
 import pytest
 
 from lmim_jax.configs import quickstart
-from lmim_jax.train import lock, workdir
+from lmim_jax.train import lock, metric_storage, workdir
+from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError
 
 DEAD = {
@@ -224,3 +225,33 @@ def test_a_run_of_version_0_1_is_resumed_by_the_same_command(tmp_path):
     config.seed = 1
     with pytest.raises(UserError, match=r"another config \(seed 0 -> 1\)"):
         workdir.check(tmp_path, config.to_dict(), images)
+
+
+def test_metrics_are_cut_in_place_as_the_disk_may_be_full(tmp_path, monkeypatch):
+    lines = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(5))
+    metrics = tmp_path / metric_storage.NAME
+    metrics.write_text(lines + '{"step": 5, "lo')
+    monkeypatch.setattr(metric_storage.atomic_io, "write", None)  # needs space
+    inode = metrics.stat().st_ino
+    kept = metric_storage.LocalStorage(tmp_path).keep_lines(2)
+    assert [json.loads(line)["step"] for line in kept] == [0, 1, 2]
+    assert metrics.read_text() == "".join(line + "\n" for line in kept)
+    assert metrics.stat().st_ino == inode
+
+
+def test_failed_writes_leave_nothing_and_killed_ones_are_removed(tmp_path):
+    def fail():
+        with atomic_io.open_new(tmp_path / "summary.json") as file:
+            file.write(b"{")
+            raise OSError(28, os.strerror(28))
+
+    with pytest.raises(OSError, match="space"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    old = tmp_path / "metrics.jsonl.123.tmp"
+    young = tmp_path / "metrics.jsonl.124.tmp"
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (0, 0))
+    workdir.claim(tmp_path, {"seed": 0}, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", young.name}

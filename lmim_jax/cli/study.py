@@ -4,9 +4,15 @@
     lmim study --config=study --out=runs/study --only=ladder --parallel=2 --set=epochs=10
 
 The config of a study has `seeds`, `runs` (name, description, recipe, changes to the recipe),
-`groups` (title, what each row is compared with, names of runs) and `cost` (whether to measure the
-cost of training). Every run is a process of its own in OUT/NAME/seedS, with its own log. Re-run the
-command to resume. OUT/index.html, OUT/table.md and OUT/results.json are updated after every run.
+`groups` (title, what each row is compared with, names of runs), `cost` (whether to measure the
+cost of training) and, if it likes, `baselines` (whether tables have rows for raw pixels and the
+untrained encoders). Every run is a process of its own in OUT/NAME/seedS, with its own log. Re-run
+the command to resume. OUT/index.html, OUT/table.md and OUT/results.json are updated after every
+run.
+
+With --records=DIR, the small files of every run that has finished are copied to DIR: its command,
+versions, metrics and log. A run with records is not trained again, so that the pages can be made
+anew from DIR alone.
 """
 
 import ast
@@ -30,7 +36,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lmim_jax.report import comparison
+from lmim_jax.report import comparison, records
 from lmim_jax.report.comparison import Group, Values
 from lmim_jax.utils import atomic_io, buckets, commands
 from lmim_jax.utils.errors import UserError, did_you_mean, fail
@@ -40,8 +46,9 @@ log = logging.getLogger("lmim_jax.cli.study")
 
 RECIPES: dict[str, str | None] = {"config": "study"}
 
-COMMAND_FILE = "command.txt"  # of a run: its command, to notice when a study changes
-LOG_FILE = "log.txt"
+COMMAND_FILE = records.COMMAND_FILE
+PLACES = tuple(f"--config.{key}=" for key in records.PLACES)
+LOG_FILE = records.LOG_FILE
 POLL_SECONDS = 0.3
 EXIT_STOPPED = 75  # interrupted, and can be resumed
 GPU_MEMORY_SHARE = 0.9  # of an accelerator's memory, for all runs together
@@ -57,6 +64,7 @@ class Run:
       recipe: as for `lmim train --config`.
       changes: "KEY=VALUE" of the recipe.
       folder: its workdir.
+      records: where its records are kept, see report/records.py; None: nowhere.
     """
 
     name: str
@@ -64,6 +72,7 @@ class Run:
     recipe: str
     changes: tuple[str, ...]
     folder: buckets.Path
+    records: buckets.Path | None = None
 
     @property
     def config_flags(self) -> list[str]:
@@ -77,15 +86,32 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run has been trained to its end, with this config."""
-        path = self.folder / COMMAND_FILE
-        if not path.exists() or not (self.folder / "summary.json").exists():
+        return self.results is not None
+
+    @property
+    def results(self) -> buckets.Path | None:
+        """The folder with the results of the finished run: its workdir, or else its records."""
+        if self._finished_in(self.folder):
+            return self.folder
+        if self.records is not None and self._finished_in(self.records):
+            return self.records
+        return None
+
+    def _finished_in(self, folder: buckets.Path) -> bool:
+        path = folder / COMMAND_FILE
+        if not path.exists() or not (folder / "summary.json").exists():
             return False
-        return path.read_text() == self._recorded_command
+        return _without_places(path.read_text()) == self._recorded_command
+
+    def keep_records(self) -> None:
+        """Copy the small files of the finished run to its records, if these are wanted."""
+        if self.records is not None and self._finished_in(self.folder):
+            records.keep(self.folder, self.records, self.changes)
 
     @property
     def _recorded_command(self) -> str:
-        """The content of COMMAND_FILE; without the folder, as a study may be moved."""
-        return "\n".join(["python", "main.py"] + self.config_flags) + "\n"
+        """The content of COMMAND_FILE; without folders, as a study may be moved."""
+        return _without_places("\n".join(["python", "main.py"] + self.config_flags) + "\n")
 
     def start(self, cores: Sequence[int], share: float) -> subprocess.Popen:
         """Start the training in a process of its own.
@@ -145,6 +171,15 @@ class Run:
         return lines[-1]
 
 
+def _without_places(command: str) -> str:
+    """A command, one word per line, without the flags that only say where images are."""
+    lines = []
+    for line in command.splitlines():
+        if not line.startswith(PLACES):
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Process:
     """A run that is being trained."""
@@ -155,7 +190,11 @@ class _Process:
 
 
 def plan(
-    config: ConfigDict, only: Sequence[str], changes: Sequence[str], out: buckets.Pathname
+    config: ConfigDict,
+    only: Sequence[str],
+    changes: Sequence[str],
+    out: buckets.Pathname,
+    kept: buckets.Pathname | None = None,
 ) -> tuple[list[Group], list[Run]]:
     """The groups and runs of a study.
 
@@ -164,6 +203,7 @@ def plan(
       only: titles of groups; empty: all.
       changes: "KEY=VALUE" of the recipe, for all runs.
       out: the folder of the study.
+      kept: the folder of its records; None: none are kept.
 
     Raises:
       UserError: no such group.
@@ -184,9 +224,13 @@ def plan(
     for seed in config.seeds:
         for name, _, recipe, run_changes in config.runs:
             if name in wanted:
-                folder = buckets.path(out, _folder_name(name), f"seed{seed}")
+                inner = (_folder_name(name), f"seed{seed}")
                 all_changes = tuple(run_changes) + tuple(changes)
-                runs.append(Run(name, seed, recipe, all_changes, folder))
+                run_records = None
+                if kept is not None:
+                    run_records = buckets.path(kept, *inner)
+                folder = buckets.path(out, *inner)
+                runs.append(Run(name, seed, recipe, all_changes, folder, run_records))
     return groups, runs
 
 
@@ -201,13 +245,20 @@ class _Scheduler:
     Args:
       runs: what to train.
       parallel: how many at once.
+      hours: after which it stops; 0: never.
       on_finished: called after each run that ended well.
 
     Raises:
       UserError: more runs at once than CPU cores.
     """
 
-    def __init__(self, runs: Sequence[Run], parallel: int, on_finished: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        parallel: int,
+        hours: float,
+        on_finished: Callable[[], None],
+    ) -> None:
         self._cores = sorted(os.sched_getaffinity(0))
         if not 1 <= parallel <= len(self._cores):
             raise UserError(
@@ -221,12 +272,15 @@ class _Scheduler:
         self._free_slots = list(range(parallel))
         self._number_done = 0
         self._started = time.perf_counter()
+        self._hours = hours
         self.failed: list[Run] = []
 
     def execute(self) -> None:
-        """Train all runs; if interrupted, stop them first."""
+        """Train all runs; if interrupted or out of time, stop them first."""
         try:
             while self._queue or self._processes:
+                if self._hours and time.perf_counter() - self._started > 3600 * self._hours:
+                    raise KeyboardInterrupt(f"after --hours={self._hours:g}")
                 self._start_runs()
                 time.sleep(POLL_SECONDS)
                 self._collect_runs()
@@ -259,6 +313,7 @@ class _Scheduler:
             self.failed.append(run)
             log.error("%s, seed %d FAILED: %s", run.name, run.seed, run.failure_reason())
             return
+        run.keep_records()
         now = time.perf_counter()
         seconds_per_run = (now - self._started) / self._number_done
         remaining = self._number_of_runs - self._number_done
@@ -282,29 +337,33 @@ class _Scheduler:
             process.process.wait()
 
 
-def execute(runs: Sequence[Run], parallel: int, on_finished: Callable[[], None]) -> list[Run]:
+def execute(
+    runs: Sequence[Run], parallel: int, hours: float, on_finished: Callable[[], None]
+) -> list[Run]:
     """Train runs, each on its share of the CPU cores.
 
     Args:
       runs: what to train.
       parallel: how many at once.
+      hours: after which it stops; 0: never.
       on_finished: called after each run that ended well.
 
     Returns:
       The runs that failed.
 
     Raises:
-      KeyboardInterrupt: an interrupt or SIGTERM; all runs were stopped, and their states are saved.
+      KeyboardInterrupt: an interrupt, SIGTERM, or out of time; all runs were stopped, and their
+        states are saved.
       UserError: more runs at once than CPU cores.
     """
-    scheduler = _Scheduler(runs, parallel, on_finished)
+    scheduler = _Scheduler(runs, parallel, hours, on_finished)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     scheduler.execute()
     return scheduler.failed
 
 
 def measure_costs(runs: Iterable[Run], out: buckets.Path) -> dict[str, Values]:
-    """Measure the cost of training each variant, one by one, and store it in OUT/cost.json.
+    """Measure the cost of training each variant, one by one, and store it in cost.json of `out`.
 
     Returns:
       {name: {"gflop_per_image": [value], "step_images_per_second": [value]}}.
@@ -348,6 +407,7 @@ class _Publisher:
       groups: its groups.
       runs: its runs.
       descriptions: {name: what it is} of its variants.
+      baselines: whether tables have rows for raw pixels and the untrained encoders.
     """
 
     def __init__(
@@ -358,6 +418,7 @@ class _Publisher:
         groups: Sequence[Group],
         runs: Sequence[Run],
         descriptions: Mapping[str, str],
+        baselines: bool,
     ) -> None:
         self._out = out
         self._title = title
@@ -365,13 +426,14 @@ class _Publisher:
         self._groups = groups
         self._runs = runs
         self._descriptions = descriptions
+        self._baselines = baselines
 
     def publish(self, costs: Mapping[str, Values] | None = None) -> None:
         """Write the pages with the runs that are finished by now."""
         folders: dict[str, dict[int, buckets.Path]] = collections.defaultdict(dict)
         for run in self._runs:
-            if run.finished:
-                folders[run.name][run.seed] = run.folder
+            if run.results is not None:
+                folders[run.name][run.seed] = run.results
         comparison.publish(
             self._out,
             self._title,
@@ -380,6 +442,7 @@ class _Publisher:
             self._descriptions,
             folders,
             costs or {},
+            self._baselines,
         )
 
 
@@ -410,7 +473,10 @@ def main(arguments: list[str]) -> None:
     log_to_console()
     given = flags.FLAGS
     out = buckets.path(given.out)
-    groups, runs = plan(given.config, given.only, given.set, out)
+    kept = buckets.path(given.records) if given.records else None
+    groups, runs = plan(given.config, given.only, given.set, out, kept)
+    for run in runs:
+        run.keep_records()  # of runs that finished without them
     missing = [run for run in runs if not run.finished]
     log.info(
         "%d runs, %d of them finished; results in %s/index.html",
@@ -419,16 +485,27 @@ def main(arguments: list[str]) -> None:
         out,
     )
     descriptions = {name: description for name, description, _, _ in given.config.runs}
-    publisher = _Publisher(out, _title(given), _command_line(given), groups, runs, descriptions)
+    publisher = _Publisher(
+        out,
+        _title(given),
+        _command_line(given),
+        groups,
+        runs,
+        descriptions,
+        given.config.get("baselines", False),
+    )
     try:
-        failed = execute(missing, given.parallel, publisher.publish)
-    except KeyboardInterrupt:
+        failed = execute(missing, given.parallel, given.hours, publisher.publish)
+    except KeyboardInterrupt as interrupt:
+        publisher.publish()
         fail(
-            "stopped; the states of the runs are saved: re-run the command to resume", EXIT_STOPPED
+            " ".join(["stopped", *interrupt.args])
+            + "; the states of the runs are saved: re-run the command to resume",
+            EXIT_STOPPED,
         )
     costs = None
     if given.config.cost and not failed:
-        costs = measure_costs(runs, out)
+        costs = measure_costs(runs, kept or out)
     publisher.publish(costs)
     log.info("\n%s", (out / "table.md").read_text())
     if failed:
@@ -453,6 +530,15 @@ def define_flags() -> None:
         1,
         "Runs at once, each on its share of the CPU cores and of the GPU's memory. "
         "Example: --parallel=2",
+    )
+    flags.DEFINE_float(
+        "hours", 0.0, "Stop after so many hours; re-run the command to resume. 0: never."
+    )
+    flags.DEFINE_string(
+        "records",
+        "",
+        "Folder for the small files of finished runs: commands, versions, metrics, and logs. A run "
+        "with records is not trained again. Example: --records=results/benchmark",
     )
     flags.DEFINE_multi_string(
         "set",

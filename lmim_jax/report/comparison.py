@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -36,13 +36,21 @@ COLUMNS = {
     "effective_rank": Column("effective rank", 1),
     "knn/nn1": Column("1-NN %", 1),
     "knn/knn20": Column("k-NN 20 %", 1),
+    "logistic_regression/accuracy": Column("logistic regression %", 1),
+    "linear_probe/top1": Column("linear probe %", 1),
+    "attentive_probe/top1": Column("attentive probe %", 1),
+    "fewshot/labels1pct": Column("1 % of labels, %", 1),
+    "fewshot/labels10pct": Column("10 % of labels, %", 1),
     "gflop_per_image": Column("GFLOP / image", 2),
     "step_images_per_second": Column("images/s", 0),
 }
+PIXELS = "raw pixels"
 PICTURE = "seen_*.png"  # of patch features, by the evaluator `visualization`
 MAX_PICTURE_SIDE = 800  # pixels
 KNN = "knn/knn20"  # the metric that variants are ranked by
 JUDGED = ("collapse_index", "effective_rank", KNN)  # the metrics that conclusions are about
+LINEAR = "logistic_regression/accuracy"
+ACCURACIES = (KNN, LINEAR)  # that are compared with those of baselines
 NOTE = (
     "Mean over seeds ± half the range. "
     "A change is only reported where the ranges over seeds do not overlap."
@@ -97,9 +105,17 @@ def one_line_summary(folder: buckets.Pathname) -> str:
     return ", ".join(parts)
 
 
-def collect_values(folders: SeedFolders) -> Values:
-    """Metrics of one variant in the order of its seeds; only metrics that all runs have."""
-    runs = [last_values(folders[seed]) for seed in sorted(folders)]
+def collect_values(
+    folders: SeedFolders,
+    read: Callable[[buckets.Pathname], dict[str, Any]] = last_values,
+) -> Values:
+    """Metrics of one variant in the order of its seeds; only metrics that all runs have.
+
+    Args:
+      folders: {seed: folder}.
+      read: gives the metrics of a folder.
+    """
+    runs = [read(folders[seed]) for seed in sorted(folders)]
     values: Values = {}
     for metric in COLUMNS:
         logged = [run[metric] for run in runs if metric in run]
@@ -229,6 +245,73 @@ def _ranking(variants: Sequence[Variant]) -> list[str]:
     return sentences
 
 
+def baselines(names: Sequence[str], folders: Mapping[str, SeedFolders]) -> list[Variant]:
+    """What the accuracies of variants are to be compared with.
+
+    Args:
+      names: of the variants.
+      folders: {name: {seed: folder}}.
+
+    Returns:
+      Raw pixels, as far as they were measured, and the encoder of each variant before training.
+    """
+    found = []
+    for name in names:
+        values = collect_values(folders[name], _pixel_values)
+        if values and not found:  # those of other variants are the same
+            found.append(Variant(PIXELS, "no encoder", values))
+    for name in names:
+        values = collect_values(folders[name], _first_values)
+        if values:
+            found.append(Variant(_untrained(name), "at step 0", values))
+    return found
+
+
+def _untrained(name: str) -> str:
+    return f"{name}, untrained"
+
+
+def _first_values(folder: buckets.Pathname) -> dict[str, Any]:
+    """The evaluations of a run at step 0."""
+    values: dict[str, Any] = {}
+    for line in read_metrics(folder):
+        if line["step"] == 0:
+            values.update({name: value for name, value in line.items() if "/" in name})
+    return values
+
+
+def _pixel_values(folder: buckets.Pathname) -> dict[str, Any]:
+    """The evaluations of raw pixels, under the names of those of the encoder."""
+    values = {}
+    for name, value in last_values(folder).items():
+        if "/pixels_" in name:
+            values[name.replace("/pixels_", "/")] = value
+    return values
+
+
+def gains(variants: Sequence[Variant], compared: Sequence[Variant]) -> list[str]:
+    """A sentence for each variant: its accuracies beside those of its baselines.
+
+    Args:
+      variants: trained.
+      compared: see `baselines`.
+    """
+    known = {variant.name: variant.values for variant in compared}
+    sentences = []
+    for variant in variants:
+        parts = []
+        for name in (_untrained(variant.name), PIXELS):
+            for metric in ACCURACIES:
+                before = known.get(name, {}).get(metric)
+                after = variant.values.get(metric)
+                if before and after:
+                    gain = statistics.mean(after) - statistics.mean(before)
+                    parts.append(f"{gain:+.1f} {COLUMNS[metric].heading} over {name}")
+        if parts:
+            sentences.append(f"{variant.name}: {'; '.join(parts)}")
+    return sentences
+
+
 def _negative_mean_knn(variant: Variant) -> float:
     return -statistics.mean(variant.values[KNN])
 
@@ -280,7 +363,7 @@ def _pictures_html(variants: Sequence[Variant], folders: Mapping[str, SeedFolder
     """The last picture of the patch features of each variant, of its first seed."""
     figures = []
     for variant in variants:
-        for folder in list(folders[variant.name].values())[:1]:
+        for folder in list(folders.get(variant.name, {}).values())[:1]:
             paths = buckets.matching(buckets.path(folder, "pictures"), PICTURE)
             if not paths:
                 continue
@@ -321,6 +404,7 @@ def publish(
     descriptions: Mapping[str, str],
     folders: Mapping[str, SeedFolders],
     costs: Mapping[str, Values],
+    with_baselines: bool = False,
 ) -> None:
     """Write table.md, results.json, index.html and a picture of curves for each group.
 
@@ -332,6 +416,7 @@ def publish(
       descriptions: {variant: what it is}.
       folders: {variant: {seed: folder}} of finished runs.
       costs: {variant: {metric: [value]}} of training, as far as they were measured.
+      with_baselines: whether tables also have the rows of `baselines`.
     """
     out = buckets.path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -344,9 +429,14 @@ def publish(
             values = {**collect_values(folders[name]), **costs.get(name, {})}
             variants.append(Variant(name, descriptions[name], values))
         sentences = [f"{text}." for text in conclusions(variants, group.reference)]
-        markdown.append(_group_markdown(group, variants, sentences))
-        sections.append(_group_section(group, variants, sentences, folders, out))
-        results[group.title] = _group_results(variants, folders)
+        rows = list(variants)
+        if with_baselines:
+            compared = baselines(group.names, folders)
+            sentences += [f"{text}." for text in gains(variants, compared)]
+            rows += compared
+        markdown.append(_group_markdown(group, rows, sentences))
+        sections.append(_group_section(group, rows, sentences, folders, out))
+        results[group.title] = _group_results(rows, folders)
     atomic_io.write(out / "table.md", "\n\n".join(markdown + [NOTE]) + "\n")
     text = json.dumps({"command": command, "groups": results}, indent=2)
     atomic_io.write(out / "results.json", text + "\n")
@@ -393,7 +483,7 @@ def _group_results(
     for variant in variants:
         results[variant.name] = {
             "what": variant.description,
-            "seeds": sorted(folders[variant.name]),
+            "seeds": sorted(folders.get(variant.name, {})),
             **variant.values,
         }
     return results

@@ -22,6 +22,8 @@ DESCRIPTIONS = (  # (regular expression for the whole name of a metric, what the
     (r"miou(\d)", r"unsupervised segmentation into \1 clusters per image: mean IoU"),
     (r"(knn|linear)_miou", r"segmentation with labeled patches: mean IoU"),
     (r"(knn|linear)_accuracy", r"segmentation with labeled patches: accuracy"),
+    (r"(knn|linear)_pixels", r"segmentation with labeled patches: accuracy of pixels"),
+    (r"majority_pixels", "always the most frequent class of pixels"),
     (r"J", "video object segmentation: region similarity"),
     (r"F", "video object segmentation: contour accuracy"),
     (r"JF", "video object segmentation: mean of J and F"),

@@ -163,7 +163,11 @@ def _keep_lines(path: buckets.Path, last_step: int) -> list[str]:
     before = path.read_text()
     lines = [line for line in before.splitlines() if _step_of(line) <= last_step]
     after = "".join(line + "\n" for line in lines)
-    if after != before:
+    if isinstance(path, pathlib.Path) and before.startswith(after):
+        with path.open("r+b") as file:  # needs no space: the disk may be full
+            file.truncate(len(after.encode()))
+            os.fsync(file.fileno())
+    elif after != before:
         atomic_io.write(path, after)
     return lines
 

@@ -191,6 +191,8 @@ def claim(workdir: buckets.Pathname, config: dict[str, Any], data: dict[str, Any
     def check_and_write() -> None:
         check(workdir, config, data)
         _write_config(path, config, data)
+        if isinstance(path, pathlib.Path):
+            atomic_io.remove_leftovers(path.parent)
 
     multihost.decide(check_and_write)
     deadline = time.monotonic() + VISIBILITY_TIMEOUT

@@ -6,11 +6,16 @@ Objects in buckets always are.
 import contextlib
 import io
 import os
+import pathlib
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from lmim_jax.utils import buckets
+
+SUFFIX = ".tmp"
+LEFTOVER_AGE = 3600.0  # seconds without a change; no write takes so long
 
 
 def write(path: buckets.Pathname, content: str | bytes | memoryview) -> None:
@@ -32,13 +37,29 @@ def open_new(path: buckets.Pathname) -> Iterator[BinaryIO]:
             path.write_bytes(file.read())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     flush_folder(path.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files of writers that were killed: those that are old.
+
+    Args:
+      folder: that holds them, without its sub-folders.
+    """
+    for path in pathlib.Path(folder).glob(f"*{SUFFIX}"):
+        with contextlib.suppress(OSError):  # its writer lives after all, and has just finished
+            if time.time() - path.stat().st_mtime > LEFTOVER_AGE:
+                path.unlink()
 
 
 def write_all(file: io.RawIOBase, data: bytes) -> None:

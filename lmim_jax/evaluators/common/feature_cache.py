@@ -7,6 +7,7 @@ are read, the feature, this code and its libraries. So a file can never be out o
 import hashlib
 import json
 import logging
+import pathlib
 import zipfile
 from collections.abc import Callable
 from typing import IO, Any
@@ -165,6 +166,8 @@ def _read_array(file: IO[bytes]) -> Float[np.ndarray, "N D"]:
 
 def _write(path: buckets.Path, key: str, found: Labeled) -> None:
     """Write a file atomically, or log why it cannot be written."""
+    if isinstance(path, pathlib.Path):
+        atomic_io.remove_leftovers(path.parent)
     try:
         with atomic_io.open_new(path) as file:
             np.savez(file, key=np.array(key), x=found.features, labels=found.labels)

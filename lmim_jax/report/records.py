@@ -1,0 +1,55 @@
+"""Records of finished runs: what a table is made of, small enough to keep beside the code.
+
+The records of a run are a folder of text files: command.txt, summary.json, metrics.jsonl,
+config.json, environment.json (versions, devices and the command of every start), and its log. They
+name no folder of the machine that the run was trained on.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterable
+
+from lmim_jax.utils import atomic_io, buckets
+
+COMMAND_FILE = "command.txt"  # of a run in a study: its command, to notice when the study changes
+LOG_FILE = "log.txt"
+FILES = (
+    *("summary.json", "metrics.jsonl", "config.json", "environment.json"),
+    *(LOG_FILE, COMMAND_FILE),  # the command last: with it, they are complete
+)
+PLACES = {"data.path": "DATA", "data.dir": "DATA", "data.cache": "CACHE"}
+
+
+def keep(run: buckets.Path, records: buckets.Path, changes: Iterable[str]) -> None:
+    """Copy what is small, with the names of folders replaced.
+
+    Args:
+      run: the workdir of a finished run.
+      records: the folder to write.
+      changes: "KEY=VALUE" of its recipe; those of PLACES name folders.
+    """
+    hidden = {str(run.absolute()): "RUN", str(run): "RUN"}
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key in PLACES and value:
+            hidden[str(pathlib.Path(value).expanduser().absolute())] = PLACES[key]
+            hidden[value] = PLACES[key]
+    hidden[f"{sys.prefix}/bin/"] = ""
+    hidden[str(pathlib.Path.home())] = "~"
+    here = pathlib.Path.cwd()
+    if len(here.parts) > 2:  # not "/" or "/home"
+        hidden[str(here)] = "."
+    records.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        source = run / name
+        if source.exists():
+            atomic_io.write(records / name, _without(source.read_text(), hidden))
+
+
+def _without(text: str, hidden: dict[str, str]) -> str:
+    """A text with folders replaced, long names first."""
+    for folder in sorted(hidden, key=len, reverse=True):
+        escaped = json.dumps(folder)[1:-1]
+        text = text.replace(escaped, hidden[folder]).replace(folder, hidden[folder])
+    return text
