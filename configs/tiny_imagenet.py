@@ -17,6 +17,7 @@ three rules:
 """
 
 import importlib
+import re
 import types
 from typing import Any
 
@@ -125,17 +126,24 @@ def _shorten(config: ConfigDict, published: ConfigDict, steps: int) -> None:
 
 
 def _evaluate(config: ConfigDict) -> None:
-    """Measure everything at the start and at the end, with the weights that the recipe names."""
-    params = config.evaluators.knn.params
-    feature = config.evaluators.knn.feature
-    sections = evaluate.get_config()
+    """Measure everything at the start and at the end, on the features that the recipe names."""
+    config.representation.image = _scaled(config.representation.image, config.method.depth)
     every = FieldReference(1.0) * config.get_ref("epochs")
+    sections = evaluate.get_config()
     for title in EVALUATIONS:
         section = sections[title].to_dict()
-        section.update(every=every, params=params, feature=feature, batch_size=100)
+        section.update(every=every, params="", batch_size=100)
         if "baselines" in section:
             section["baselines"] = True
         config.evaluators[title] = section
     config.evaluators.knn.k = (20,)
     config.evaluators.fewshot.update(shots=(), draws=3)
-    config.evaluators.attentive_probe.feature = "patches"
+
+
+def _scaled(feature: str, depth: int) -> str:
+    """A feature of a block, by the same share of the depth: block09 of 12 is block02 of 4."""
+    found = re.fullmatch(r"block(\d+)/tokens", feature)
+    if found is None:
+        return feature
+    blocks = round((int(found[1]) + 1) * depth / vit_b.get_config().method.depth)
+    return f"block{blocks - 1:02d}/tokens"
