@@ -2,6 +2,8 @@
 
 N: how many restarts in a row may find the run at the same step; 0: no restarts. The run counts them
 itself, by its checkpoints (lmim_jax/train/restarts.py), and ends with exit code 2 when it gives up.
+Starts that end within half an hour and before that, as where a library cannot be imported, are
+counted here: a start that has come to count makes the file of LMIM_RESTART_MARK.
 Not restarted: exit codes 0 (finished), 2 (a mistake of the user), 75 (it was asked to stop, and has
 saved), 126 and 127 (no such program), 130 (Ctrl-C), and whatever follows a signal to this process,
 which is passed on. The exit code is that of the last start, 128 + N after signal N.
@@ -13,16 +15,20 @@ half an hour. Needs nothing but Python.
 import contextlib
 import datetime
 import os
+import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
 FINAL = (0, 2, 75, 126, 127, 130)  # exit codes
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 LONGEST_PAUSE = 300.0  # seconds
-SHORT = 1800.0  # seconds; a start that lasts longer resets the pause
+SHORT = (
+    1800.0  # seconds; a start that lasts longer resets the pause, and counts as one that trained
+)
 
 
 class Restarter:
@@ -42,19 +48,33 @@ class Restarter:
 
     def run(self):
         """Run the command; the exit code of its last start."""
+        with tempfile.TemporaryDirectory(prefix="lmim_restart_") as folder:
+            return self._run(pathlib.Path(folder, "mark"))
+
+    def _run(self, mark):
         first_pause = float(os.environ.get("RESTART_PAUSE", "10"))
         pause = first_pause
         environment = dict(os.environ, LMIM_RESTARTS=str(self._limit), LMIM_RESTART="0")
+        environment["LMIM_RESTART_MARK"] = str(mark)
         number = 0
+        uncounted = 0
         while True:
             began = time.monotonic()
             code = self._start(environment)
             if code in FINAL or self._stopped.is_set() or not self._limit:
                 return code
+            uncounted += 1
+            if mark.exists():
+                uncounted = 0
+                mark.unlink()
             if time.monotonic() - began > SHORT:
                 pause = first_pause
-            number += 1
+                uncounted = 0
             reason = describe(code)
+            if uncounted > self._limit:
+                say(f"the run {reason}; given up: {uncounted} starts in a row never trained")
+                return code
+            number += 1
             say(f"the run {reason}; restart {number} in {pause:.0f} s")
             if self._stopped.wait(pause):
                 return code

@@ -13,12 +13,16 @@ from lmim_jax.train import checkpoint_manifest, restarts
 from lmim_jax.utils.errors import UserError
 
 RESTART = pathlib.Path(__file__).parent.parent / "launch" / "restart.py"
-# Ends with the next of the codes; "-N" is signal N. Tells its number and why it was started
+# Ends with the next of the codes; "-N" is signal N, "mark" is 1 after a mark for restart.py. Tells
+# its number and why it was started
 COMMAND = """
 echo "$LMIM_RESTART of $LMIM_RESTARTS: $LMIM_RESTART_REASON"
 code="$(head -n 1 codes)"
 sed -i 1d codes
-case "$code" in -*) kill "$code" $$ ;; esac
+case "$code" in
+  -*) kill "$code" $$ ;;
+  mark) touch "$LMIM_RESTART_MARK" && exit 1 ;;
+esac
 exit "$code"
 """
 
@@ -45,6 +49,22 @@ def test_errors_and_crashes_are_followed_by_a_restart(tmp_path, last):
         "3 of 9: was killed by signal 6 (SIGABRT)",
     ]
     assert "the run ended with exit code 1; restart 1 in 0 s" in log
+
+
+def test_starts_that_end_before_the_run_counts_them_are_counted(tmp_path):
+    code, lines, log = launch(tmp_path, [1] * 5, limit="3")
+    assert (code, len(lines)) == (1, 4)
+    assert "given up: 4 starts in a row never trained" in log
+    # "mark": the run came to count this start
+    code, lines, log = launch(tmp_path, [1, 1, 1, "mark", 1, 1, 1, 0], limit="3")
+    assert (code, len(lines)) == (0, 8), log
+
+
+def test_a_run_tells_its_launcher_that_it_counts(tmp_path):
+    mark = tmp_path / "mark"
+    assert restarts.check(tmp_path / "run", {restarts.MARK: str(mark)}, 0) == ""
+    assert mark.exists()
+    restarts.check(tmp_path / "run", {restarts.MARK: str(tmp_path / "none" / "mark")}, 0)
 
 
 def test_no_restarts_and_mistakes(tmp_path):

@@ -6,13 +6,18 @@ error or a crash. They tell it so in two variables of the environment:
 LMIM_RESTART    the number of the restart, from 1 on since the user's command; 0 or absent: none
 LMIM_RESTARTS   how many restarts in a row may find the run at the same step
 
+launch/restart.py counts the starts that end before they come here: LMIM_RESTART_MARK is the file by
+which it knows of the others.
+
 Every restart is a line in RUN/restarts.jsonl, written before anything that could fail: what has
 made no progress counts although it never came to train.
 """
 
+import contextlib
 import datetime
 import json
 import logging
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +31,7 @@ NAME = "restarts.jsonl"
 NUMBER = "LMIM_RESTART"
 LIMIT = "LMIM_RESTARTS"
 REASON = "LMIM_RESTART_REASON"  # how the start before has ended, if the launcher knows it
+MARK = "LMIM_RESTART_MARK"
 
 
 def check(workdir: buckets.Pathname, environment: Mapping[str, str], process: int) -> str:
@@ -44,6 +50,9 @@ def check(workdir: buckets.Pathname, environment: Mapping[str, str], process: in
     Raises:
       UserError: as many restarts as are allowed have started at the step where the run still is.
     """
+    if environment.get(MARK):
+        with contextlib.suppress(OSError):  # of another host, or not in this container
+            pathlib.Path(environment[MARK]).touch()
     number = _number(environment, NUMBER)
     if not number:
         return ""
