@@ -1,23 +1,28 @@
-"""Prepares datasets that `--config.data.source=tfds` reads at full speed, without TensorFlow.
+"""Prepares datasets that are read at full speed, without TensorFlow.
 
-    lmim prepare --folder=IMAGES --out=DIR --name=NAME [--shrink=512] [--processes=8]
+    lmim prepare SOURCE --out=DIR --name=NAME [--shrink=512] [--processes=8]
+    lmim prepare 'shards/train-{0000..0127}.tar' --label=json.category --out=DIR --name=NAME
     lmim prepare --tfrecord=DIR/NAME/VERSION [--processes=8]
     lmim prepare --verify=DIR/NAME/VERSION
-    lmim prepare --folder=IMAGES --statistics [--channels=13] [--range=auto]
+    lmim prepare SOURCE --statistics [--channels=13] [--range=auto]
 
---folder: a TFDS dataset of the files below IMAGES (as for `--config.data.path`), in the same order,
-unchanged or with the short side shrunk. --tfrecord: ArrayRecord files beside the TFRecord files of
-a prepared dataset. An interrupted conversion is resumed by the same command and writes the same
-bytes. --verify: counts records, decodes a sample and compares checksums; exit code 1 if something
-is wrong. --statistics: only prints the options of a run on these images: the range of pixel values
-of other than 8 bits, and mean and std of each channel.
+SOURCE: a folder of images, WebDataset shards (.tar, .tar.gz), Hugging Face parquet files, a zip
+file, or a list of images (.csv, .txt); a folder of shards or parquet files, or several of them. It
+becomes a TFDS dataset of the same images in the same order, unchanged or with the short side
+shrunk. --tfrecord: ArrayRecord files beside the TFRecord files of a prepared dataset. An
+interrupted conversion is resumed by the same command and writes the same bytes. --verify: counts
+records, decodes a sample and compares checksums; exit code 1 if something is wrong. --statistics:
+only prints the options of a run on these images: the range of pixel values of other than 8 bits,
+and mean and std of each channel.
 """
 
+import functools
 import json
 import multiprocessing
 import pathlib
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -25,19 +30,21 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from lmim_jax.cli import app
 from lmim_jax.configs import vit_b
 from lmim_jax.data import decode, inventory, pixel_range, samples, sources, tfds_source
-from lmim_jax.data.prepare import tfds_writer, tfrecord
+from lmim_jax.data.prepare import inputs, tfds_writer, tfrecord
 from lmim_jax.utils import atomic_io, buckets, commands, subprocess
 from lmim_jax.utils.errors import UserError
 
 RECIPES: dict[str, str | None] = {}
 FLAGS_OF_OPTIONS = {"data.path": "--folder"}
 VERSION = "1.0.0"
+CLAIM = "prepare.json"  # in the folder of a dataset: what is being written there
 STATISTICS = 1024  # images that mean and std are measured on
 LEAST_STD = 1e-3  # of a constant channel
 SPLITS = ("train", "test", "val", "validation")
+SHARD_MB = tfds_writer.SHARD_BYTES >> 20  # a shard, by default
+REPORT_SECONDS = 10.0  # between two states of the progress bar in a log
 
 
 def _run_in_parallel(
@@ -53,53 +60,114 @@ def _run_in_parallel(
       unit: of the sizes.
     """
     context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
     pool = futures.ProcessPoolExecutor(
-        count, mp_context=context, initializer=subprocess.exit_with_parent
+        count, mp_context=context, initializer=_start_process, initargs=(counter,)
     )
-    bar = tqdm.tqdm(total=sum(sizes), unit=unit, unit_scale=True, mininterval=1.0)
+    interval = 1.0 if sys.stderr.isatty() else REPORT_SECONDS
+    bar = tqdm.tqdm(total=sum(sizes), unit=unit, unit_scale=True, mininterval=interval)
     with pool, bar:
         size_of = {}
         for item, size in zip(items, sizes, strict=True):
             size_of[pool.submit(task, item)] = size
         try:
-            for done in futures.as_completed(size_of):
-                yield done.result()
-                bar.update(size_of[done])
+            waiting = set(size_of)
+            finished = 0
+            while waiting:
+                done, waiting = futures.wait(waiting, interval, futures.FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+                    finished += size_of[future]
+                bar.update(max(finished, counter.value) - bar.n)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_process(counter: Any) -> None:
+    """In a process of a pool."""
+    subprocess.exit_with_parent()
+    tfds_writer.count_images_in(counter)
+
+
+def _look_through(count: int, task: Callable[[str], Any], files: Sequence[str]) -> Iterable[Any]:
+    """task(file) of files, in order, by `count` processes, with a progress bar."""
+    interval = 1.0 if sys.stderr.isatty() else REPORT_SECONDS
+    if min(count, len(files)) < 2:
+        yield from tqdm.tqdm(map(task, files), "index", len(files), unit=" files", disable=None)
+        return
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(
+        count, mp_context=context, initializer=subprocess.exit_with_parent
+    ) as pool:
+        found = pool.map(task, files)
+        try:
+            yield from tqdm.tqdm(
+                found, "index", len(files), unit=" files", disable=None, mininterval=interval
+            )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def convert_folder(
-    folder: str | pathlib.Path, out: str | pathlib.Path, name: str, shrink: int, count: int
+    folder: str | pathlib.Path,
+    out: str | pathlib.Path,
+    name: str,
+    shrink: int,
+    count: int,
+    shard_mb: int = SHARD_MB,
 ) -> pathlib.Path:
-    """Make the dataset OUT/NAME/1.0.0 of a folder of images.
+    """`convert` a folder of images; the same arguments, and `folder`.
+
+    Raises:
+      UserError: no images; or see `convert`.
+    """
+    found = _open_splits(pathlib.Path(folder).expanduser())
+    return convert(found, out, name, shrink, count, shard_mb)
+
+
+def convert(
+    found: Mapping[str, tfds_writer.Images],
+    out: str | pathlib.Path,
+    name: str,
+    shrink: int,
+    count: int,
+    shard_mb: int = SHARD_MB,
+) -> pathlib.Path:
+    """Make the dataset OUT/NAME/1.0.0 of images.
 
     Args:
-      folder: the images.
+      found: {split: images}, with "train".
       out: where to make the dataset.
       name: of the dataset.
       shrink: images whose short side has more pixels than this are shrunk to it (JPEG, quality
         90); 0: files are copied unchanged.
       count: of processes.
+      shard_mb: a file of the dataset has at most so many MiB, by estimate.
 
     Returns:
       The folder of the dataset.
 
     Raises:
-      UserError: no images, or the folder of the dataset holds another one.
+      UserError: the folder of the dataset holds another one, or its disk has too little space.
     """
     if not name.isidentifier():
         raise UserError(f"--name={name!r} must be letters, digits and underscores")
     target = pathlib.Path(out).expanduser() / name / VERSION
-    found = _open_splits(pathlib.Path(folder).expanduser())
     identities = {split: source.identity() for split, source in found.items()}
-    _claim(target, {"shrink": shrink, "images": identities})
+    plan = {"shrink": shrink, "images": identities}
+    if shard_mb != SHARD_MB:
+        plan["shard_mb"] = shard_mb
+    _check_claim(target, plan)
     if not (target / tfds_writer.MANIFEST).exists():
-        (target / tfds_writer.UNFINISHED).mkdir(exist_ok=True)
         tasks: list[tfds_writer.ShardTask] = []
+        shard_bytes = None if shard_mb == SHARD_MB else shard_mb << 20
         for split, source in found.items():
-            tasks += tfds_writer.plan_shards(target, name, split, source, shrink)
+            tasks += tfds_writer.plan_shards(target, name, split, source, shrink, shard_bytes)
+        _check_space(target, tasks)
+        atomic_io.write(target / CLAIM, json.dumps(plan, indent=2))
+        (target / tfds_writer.UNFINISHED).mkdir(exist_ok=True)
         sizes = [len(task.images) for task in tasks]
         for _ in _run_in_parallel(tfds_writer.write_shard, tasks, sizes, count, " images"):
             pass
@@ -124,18 +192,30 @@ def _open_splits(folder: pathlib.Path) -> dict[str, sources.FolderSource]:
     return found
 
 
-def _claim(target: pathlib.Path, plan: dict[str, Any]) -> None:
-    """Note in a folder what is being written there.
-
-    Raises:
-      UserError: something else is.
-    """
-    path = target / "prepare.json"
-    if target.exists() and (not path.exists() or json.loads(path.read_text()) != plan):
+def _check_claim(target: pathlib.Path, plan: dict[str, Any]) -> None:
+    """Raise a UserError if something else is being written into a folder, or has been."""
+    path = target / CLAIM
+    is_other = False
+    if path.exists():
+        is_other = json.loads(path.read_text()) != plan
+    elif target.exists():  # killed before the claim was written, it is empty
+        is_other = any(entry.suffix != ".tmp" for entry in target.iterdir())
+    if is_other:
         raise UserError(
             f"{target} holds something else; remove it, or give another --name or --out"
         )
-    atomic_io.write(path, json.dumps(plan, indent=2))
+
+
+def _check_space(target: pathlib.Path, tasks: Sequence[tfds_writer.ShardTask]) -> None:
+    """Raise a UserError if a disk has too little space for the shards that are not there yet."""
+    needed = sum(task.num_bytes for task in tasks if not task.note_path.exists())
+    disk = next(folder for folder in target.absolute().parents if folder.exists())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise UserError(
+            f"the dataset needs about {needed / 1e9:,.1f} GB, and {disk} has {free / 1e9:,.1f} GB "
+            "left; give another --out, or --shrink images"
+        )
 
 
 def convert_tfrecords(folder: str | pathlib.Path, count: int) -> pathlib.Path:
@@ -221,10 +301,11 @@ def _undecodable(source: sources.Source, sample: int) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     """Convert or verify."""
-    app.no_arguments(arguments, "--folder=IMAGES")
     given = flags.FLAGS
-    if sum(map(bool, (given.folder, given.tfrecord, given.verify))) != 1:
-        raise UserError("give one of --folder, --tfrecord, --verify")
+    if sum(map(bool, (arguments, given.folder, given.tfrecord, given.verify))) != 1:
+        raise UserError(
+            "give one of SOURCE, --folder, --tfrecord, --verify; see lmim prepare --help"
+        )
     for name in ("folder", "tfrecord", "verify", "out"):
         if given[name].value:
             check_local(name, given[name].value)
@@ -234,17 +315,44 @@ def main(arguments: list[str]) -> None:
             print(f"{facts['sha256']}  {facts['bytes']:>12}  {facts['records']:>8}  {name}")
         print("\n".join(problems) or "all good")
         sys.exit(bool(problems))
-    if given.statistics:
-        print(commands.line("train", "--config=own", *measure_statistics()))
-        return
     if given.tfrecord:
         target = convert_tfrecords(given.tfrecord, given.processes)
     else:
-        target = convert_folder(given.folder, given.out, given.name, given.shrink, given.processes)
+        source, found = open_source(arguments)
+        if given.statistics:
+            print(commands.line("train", "--config=own", *measure_statistics(source, found)))
+            return
+        target = convert(
+            found, given.out, given.name, given.shrink, given.processes, given.shard_mb
+        )
         _report_bad_files(target / tfds_writer.BAD)
-    options = {"source": "tfds", "name": target.parent.name, "dir": target.parent.parent}
-    options_of_data = [f"--config.data.{key}={value}" for key, value in options.items()]
-    print("ready:", commands.line("train", "--config=own", *options_of_data))
+    print("ready:", commands.line("train", target.parent))
+
+
+def open_source(arguments: Sequence[str]) -> tuple[inputs.Given, dict[str, tfds_writer.Images]]:
+    """What is to be prepared, and its splits; prints what was found.
+
+    Args:
+      arguments: the positional ones, SOURCE; none: --folder is given.
+
+    Raises:
+      UserError: it is not there, unclear or damaged, or holds no images.
+    """
+    given = flags.FLAGS
+    if given.folder:
+        source = inputs.Given(inputs.FOLDER, (given.folder,), (given.folder,))
+    else:
+        source = inputs.recognize(arguments, given.kind or "")
+    if source.kind == inputs.FOLDER:
+        return source, dict(_open_splits(pathlib.Path(source.paths[0]).expanduser()))
+    look = functools.partial(_look_through, given.processes)
+    opened = inputs.open_splits(source, given.image, given.label, given.root, look)
+    places = inventory.Places(source.describe(), "train", "", flag="", canvas=0)
+    left_out = [f"{count:,} {what}" for what, count in opened.left_out.items()]
+    others = [("left out", ", ".join(left_out))] if left_out else []
+    for line in inventory.describe(opened.splits, {}, places, others):
+        print(line)
+    return source, dict(opened.splits)
 
 
 def check_local(flag: str, folder: str) -> None:
@@ -256,26 +364,31 @@ def check_local(flag: str, folder: str) -> None:
         )
 
 
-def measure_statistics() -> list[str]:
-    """The options of a run on the images of --folder that depend on their pixels.
+def measure_statistics(source: inputs.Given, found: Mapping[str, tfds_writer.Images]) -> list[str]:
+    """The options of a run on images that depend on their pixels.
+
+    Args:
+      source: where they come from; other than of a folder, the run is on the prepared dataset.
+      found: {split: images}.
 
     Raises:
-      UserError: there are no images, or none can be read.
+      UserError: no image can be read.
     """
     given = flags.FLAGS
-    if not given.folder:
-        raise UserError("--statistics needs the images: --folder=IMAGES")
-    source = _open_splits(pathlib.Path(given.folder).expanduser())["train"]
+    images = found["train"]
+    path = source.paths[0]
+    if source.kind != inputs.FOLDER:
+        path = str(pathlib.Path(given.out) / given.name)
     config = vit_b.data()
-    config.update(path=given.folder, range=given.range, channels=given.channels)
+    config.update(path=path, range=given.range, channels=given.channels)
     if not given.channels:
-        config.channels = _find_channels(source)
-    for line in pixel_range.resolve(config, source):
+        config.channels = _find_channels(images)
+    for line in pixel_range.resolve(config, images):
         print(line)
-    mean, std, count = pixel_range.statistics(source, config, STATISTICS)
+    mean, std, count = pixel_range.statistics(images, config, STATISTICS)
     print(f"mean and std of {config.channels} channels of {count:,} images")
     options = {
-        "data.path": given.folder,
+        "data.path": path,
         "data.channels": config.channels,
         "data.range": config.range,
         "augment.mean": _tuple_text(mean),
@@ -314,27 +427,61 @@ def _report_bad_files(path: pathlib.Path) -> None:
 def define_flags() -> None:
     """Define the flags of the command."""
     flags.DEFINE_string(
-        "folder", None, "A folder of images to make a dataset of. Example: --folder=photos"
+        "folder",
+        None,
+        "A folder of images: the same as SOURCE --kind=folder. Example: --folder=photos",
+    )
+    flags.DEFINE_enum(
+        "kind",
+        None,
+        inputs.KINDS,
+        "With SOURCE: what it is, where its files do not tell. Example: --kind=webdataset",
+    )
+    flags.DEFINE_string(
+        "image",
+        "",
+        "With SOURCE: where the images are, a suffix in WebDataset shards or a column in parquet "
+        "files; by default the only ones. Examples: --image=jpg, --image=photo",
+    )
+    flags.DEFINE_string(
+        "label",
+        "",
+        "With SOURCE: where the classes are, a suffix or a field of a .json in WebDataset shards, "
+        "or a column in parquet files; by default .cls, and the ClassLabel or the column label; "
+        "none: no classes. Examples: --label=txt, --label=json.category, --label=fine_label",
+    )
+    flags.DEFINE_string(
+        "root",
+        "",
+        "With a list as SOURCE: the folder that its paths start from, by default that of the list. "
+        "Example: --root=photos",
+    )
+    flags.DEFINE_integer(
+        "shard_mb",
+        SHARD_MB,
+        "With SOURCE: the largest size of a file of the dataset in MiB, by estimate; where there "
+        "are several, they have more than half of it. Example: --shard_mb=512",
+        lower_bound=1,
     )
     flags.DEFINE_string(
         "out",
         ".",
-        "With --folder: where to make the dataset, which will be OUT/NAME/1.0.0. "
+        "With SOURCE: where to make the dataset, which will be OUT/NAME/1.0.0. "
         "Example: --out=datasets",
     )
     flags.DEFINE_string(
-        "name", "images", "With --folder: the name of the dataset. Example: --name=photos"
+        "name", "images", "With SOURCE: the name of the dataset. Example: --name=photos"
     )
     flags.DEFINE_integer(
         "shrink",
         0,
-        "With --folder: shrink images to this short side in pixels (JPEG, quality 90); 0 copies "
-        "the files unchanged. Example: --shrink=512",
+        "With SOURCE: shrink images to this short side in pixels (JPEG, quality 90); 0 copies the "
+        "files unchanged. Example: --shrink=512",
     )
     flags.DEFINE_bool(
         "statistics",
         False,
-        "With --folder: only print the range, mean and std of the pixels, as options of a run. "
+        "With SOURCE: only print the range, mean and std of the pixels, as options of a run. "
         "Example: --statistics",
     )
     flags.DEFINE_integer(

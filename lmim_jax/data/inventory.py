@@ -114,13 +114,16 @@ def _describe_targets(targets: Targets) -> str:
     return f"{len(parts)} labels: {_first_few(parts, len(parts))}"
 
 
-def describe(splits: Mapping[str, Any], listings: Listings, places: Places) -> list[str]:
+def describe(
+    splits: Mapping[str, Any], listings: Listings, places: Places, others: Sequence[Line] = ()
+) -> list[str]:
     """Lines on the images of a run or a tool, at most LINES of WIDTH columns.
 
     Args:
       splits: {name: source, or None where there is none}.
       listings: of the folders that were listed to open them.
       places: where they come from.
+      others: lines on what the listings do not tell.
     """
     counts = []
     lines: list[Line] = []
@@ -135,6 +138,7 @@ def describe(splits: Mapping[str, Any], listings: Listings, places: Places) -> l
     if not places.labels:
         lines += _describe_places(splits, listings, places)
     lines += describe_files([listings[top] for top in sorted(listings)])
+    lines += others
     train = splits["train"]
     lines.append(("sizes", _describe_headers(train, places.canvas)))
     return _layout(heading, lines)

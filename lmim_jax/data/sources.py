@@ -123,14 +123,18 @@ def kind(config: ConfigDict) -> str:
     """The source of `config.data`: `source`, but a folder if `path` is set for drawn images.
 
     Drawn images have no path: whoever gives one means their own. Before version 0.2, it was the
-    cache of drawn images. A path in a bucket is that of a prepared dataset.
+    cache of drawn images. A path in a bucket is that of a prepared dataset, and so is a local one
+    if there is one, see `tfds_source.find_version`.
     """
     if isinstance(buckets.path(config.path), buckets.BucketPath):
         return "tfds"
-    if config.source != "shapes" or not config.path:
+    if config.source not in ("shapes", "folder") or not config.path:
         return config.source
-    if any(pathlib.Path(config.path).expanduser().glob("shapes/*/dataset_info.json")):
+    drawn = pathlib.Path(config.path).expanduser().glob("shapes/*/dataset_info.json")
+    if config.source == "shapes" and any(drawn):
         return "shapes"
+    if tfds_source.find_version(config.path):
+        return "tfds"
     return "folder"
 
 
@@ -187,13 +191,17 @@ def _tfds_from_config(
     name = _split_name(config, split)
     if not name:
         return None
+    title = config.name
     folder = config.dir
     if isinstance(buckets.path(config.path), buckets.BucketPath):
         folder = config.path
+    elif config.path and (dataset := tfds_source.find_version(config.path)):
+        title = ""
+        folder = str(dataset)
+        if split == "test" and not tfds_source.has_split(dataset, name):
+            return None  # as of a folder
     others = [_split_name(config, other) for other in together]
-    source = tfds_source.open_tfds(
-        config.name, folder, name, config.stage, list(filter(None, others))
-    )
+    source = tfds_source.open_tfds(title, folder, name, config.stage, list(filter(None, others)))
     if config.labels:
         if classes:
             raise UserError(
@@ -289,6 +297,10 @@ class FolderSource:
     def name(self, index: int) -> str:
         """The full path of an image."""
         return str(pathlib.Path(self.root, self.files[index]))
+
+    def num_bytes(self) -> int:
+        """The bytes of all files."""
+        return sum(pathlib.Path(self.root, file).stat().st_size for file in self.files)
 
     def identity(self) -> dict[str, Any]:
         """The number of images and a checksum of their names, and of labels from a file."""

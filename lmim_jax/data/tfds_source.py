@@ -9,9 +9,12 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import itertools
+import json
 import logging
 import os
 import pathlib
+import re
 import weakref
 from collections.abc import Sequence
 from concurrent import futures
@@ -41,6 +44,8 @@ INFO = "dataset_info.json"  # in the folder of each dataset
 READERS = 16  # threads that read labels
 BUCKET_REPLY = "last message of"  # in errors of Google's client, which has tried again by itself
 NAME_END = "\0"  # between names of files; none contains it
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+MOST_VERSIONS = 64  # entries of a folder that holds versions of a dataset, and nothing else
 LABELS = 16_384  # labels that are read, and told to other processes, at a time
 
 # Files of the datasets that are in use: each may stay open once it has been read from
@@ -286,9 +291,9 @@ def open_tfds(
     """A split of a dataset prepared by TFDS or by `lmim prepare`.
 
     Args:
-      name: dataset, dataset/config or dataset/config:version; "": the only one in a bucket's
-        folder.
-      folder: TFDS's data_dir; "": its default folder. In a bucket, also that of the dataset itself.
+      name: dataset, dataset/config or dataset/config:version; "": `folder` is that of the dataset
+        itself, see `find_version`, or in a bucket holds only one.
+      folder: TFDS's data_dir; "": its default folder.
       split: name or slice, such as train[:1%].
       stage: a local folder that datasets in buckets are copied to, see `staging`; "": none.
       together: splits that will be opened too, and are copied with this one.
@@ -323,11 +328,47 @@ def open_tfds(
     return open_split(read_only_builder.builder_from_directory(str(copy_folder)), split)
 
 
+def find_version(folder: str | os.PathLike[str]) -> pathlib.Path | None:
+    """The prepared dataset that a local folder is, or its newest version in it; None: it is none.
+
+    Args:
+      folder: such as DIR/NAME/1.0.0 or DIR/NAME; folders of any number of images are none.
+    """
+    path = pathlib.Path(folder).expanduser()
+    if (path / INFO).is_file():
+        return path
+    versions = []
+    if path.is_dir():
+        with os.scandir(path) as entries:
+            for entry in itertools.islice(entries, MOST_VERSIONS):
+                if VERSION.fullmatch(entry.name) and pathlib.Path(entry.path, INFO).is_file():
+                    versions.append(pathlib.Path(entry.path))
+    return max(versions, key=_version_numbers, default=None)
+
+
+def _version_numbers(folder: pathlib.Path) -> list[int]:
+    return [int(number) for number in folder.name.split(".")]
+
+
+def split_names(dataset: pathlib.Path) -> list[str]:
+    """The names of the splits of a prepared dataset, given its folder."""
+    info = json.loads((dataset / INFO).read_text())
+    return [split["name"] for split in info["splits"]]
+
+
+def has_split(dataset: pathlib.Path, split: str) -> bool:
+    """Whether a prepared dataset has a split, or that of a slice such as train[90%:]."""
+    return split.partition("[")[0] in split_names(dataset)
+
+
 def _find_in_folder(name: str, root: pathlib.Path) -> "tfds.core.DatasetBuilder":
     """The builder of a dataset in a local folder, or a UserError that lists what is there."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
+    dataset = None if name else find_version(root)
+    if dataset is not None:
+        return read_only_builder.builder_from_directory(str(dataset))
     if not name:
         raise UserError(
             "config.data.name is empty; give the name of a TFDS dataset, such as imagenet2012"

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lmim_jax.configs import own
-from lmim_jax.data import loader, pixel_range, sources
+from lmim_jax.data import loader, pixel_range, sources, tfds_source
 from lmim_jax.data.prefetch import PREFETCH_BATCHES
 from lmim_jax.data.samples import read_header
 from lmim_jax.distributed import multihost, sharding
@@ -147,9 +147,13 @@ class Chooser:
         if not self.config.data.path or not root.is_dir():
             return  # another source, or an error when it is opened
         folders: dict[str, str] = {}
-        for path in sorted(root.iterdir()):
-            if path.is_dir():
-                folders.setdefault(path.name.lower(), path.name)
+        dataset = tfds_source.find_version(root)
+        if dataset is not None:
+            folders = {name.lower(): name for name in tfds_source.split_names(dataset)}
+        else:
+            for path in sorted(root.iterdir()):
+                if path.is_dir():
+                    folders.setdefault(path.name.lower(), path.name)
         train = folders.get("train") or folders.get("training")
         if train is None:
             return

@@ -1,4 +1,4 @@
-"""A folder of images -> the files of a TFDS dataset, shard by shard.
+"""Images -> the files of a TFDS dataset, shard by shard.
 
 Each shard is written completely or not at all, so that an interrupted conversion can be resumed.
 """
@@ -10,14 +10,14 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from lmim_jax.data import decode
 from lmim_jax.data.prepare import tfrecord
-from lmim_jax.data.sources import FolderSource
+from lmim_jax.data.sources import Source
 from lmim_jax.utils import atomic_io, faults
 
 SHARD_BYTES = 1 << 30  # at most, by estimate; more than half of it where there are several shards
@@ -27,6 +27,32 @@ SAMPLE = 100  # images that are shrunk to estimate how large the others will be
 UNFINISHED = "unfinished"
 MANIFEST = "manifest.json"
 BAD = "bad_files.txt"
+
+_counter: Any = None  # of a process that writes shards: a multiprocessing.Value
+
+
+def count_images_in(counter: Any) -> None:
+    """In a process that writes shards: add the images that are done to a shared counter."""
+    global _counter
+    _counter = counter
+
+
+def count_progress(images: int) -> None:
+    """Add to the counter, if there is one."""
+    if _counter is not None:
+        with _counter.get_lock():
+            _counter.value += images
+
+
+class Images(Source, Protocol):
+    """A source that can be written."""
+
+    @property
+    def files(self) -> Sequence[str]:
+        """Names of the images, which are stored with them."""
+
+    def num_bytes(self) -> int:
+        """The bytes of all images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +65,15 @@ class ShardTask:
       source: the images of the split.
       images: which of them belong to the shard.
       shrink: short side in pixels above which images are shrunk to it; 0: never.
+      num_bytes: of the shard, by estimate.
     """
 
     path: pathlib.Path
     split: str
-    source: FolderSource
+    source: Images
     images: range
     shrink: int
+    num_bytes: int
 
     @property
     def note_path(self) -> pathlib.Path:
@@ -54,7 +82,12 @@ class ShardTask:
 
 
 def plan_shards(
-    target: pathlib.Path, name: str, split: str, source: FolderSource, shrink: int
+    target: pathlib.Path,
+    name: str,
+    split: str,
+    source: Images,
+    shrink: int,
+    shard_bytes: int | None = None,
 ) -> Iterator[ShardTask]:
     """The shards of a split: equal runs of its images, in order.
 
@@ -64,27 +97,28 @@ def plan_shards(
       split: name of the split.
       source: its images.
       shrink: see `ShardTask`.
+      shard_bytes: of a shard, at most; None: SHARD_BYTES.
     """
-    size = sum(pathlib.Path(source.root, file).stat().st_size for file in source.files)
+    size = source.num_bytes()
     if shrink:
         size = int(size * _size_ratio(source, shrink))
-    count = min(len(source), max(1, -(-size // SHARD_BYTES)))
+    count = min(len(source), max(1, -(-size // (shard_bytes or SHARD_BYTES))))
     for i, part in enumerate(np.array_split(np.arange(len(source)), count)):
         images = range(int(part[0]), int(part[-1]) + 1)
         path = target / f"{name}-{split}.array_record-{i:05d}-of-{count:05d}"
-        yield ShardTask(path, split, source, images, shrink)
+        yield ShardTask(path, split, source, images, shrink, size // count)
 
 
-def _size_ratio(source: FolderSource, shrink: int) -> float:
-    """Bytes of shrunk images / bytes of the files, of a sample; 1.0 where none can be decoded."""
+def _size_ratio(source: Images, shrink: int) -> float:
+    """Bytes of shrunk images / bytes of the images, of a sample; 1.0 where none can be decoded."""
     before = 0
     after = 0
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)):
         try:
-            shrunk, _ = _read_image(source, int(index), shrink)
+            shrunk, _, num_bytes = _read_image(source, int(index), shrink)
         except (decode.BadImage, OSError):
             continue
-        before += pathlib.Path(source.name(int(index))).stat().st_size
+        before += num_bytes
         after += len(shrunk)
     return after / before if before else 1.0
 
@@ -92,6 +126,7 @@ def _size_ratio(source: FolderSource, shrink: int) -> float:
 def write_shard(task: ShardTask) -> None:
     """Write one shard and the note about it, unless they exist."""
     if task.note_path.exists():
+        count_progress(len(task.images))
         return
     bad: list[str] = []
 
@@ -99,10 +134,12 @@ def write_shard(task: ShardTask) -> None:
         for index in task.images:
             file = task.source.files[index]
             try:
-                data, label = _read_image(task.source, index, task.shrink)
+                data, label, _ = _read_image(task.source, index, task.shrink)
             except (decode.BadImage, OSError) as error:
                 bad.append(f"{task.source.name(index)}: {error}")
                 continue
+            finally:
+                count_progress(1)
             yield _serialize_example(data, label, file)
 
     count = tfrecord.write_array_record(task.path, examples())
@@ -110,12 +147,12 @@ def write_shard(task: ShardTask) -> None:
     atomic_io.write(task.note_path, json.dumps(note))
 
 
-def _read_image(source: FolderSource, index: int, shrink: int) -> tuple[bytes, int]:
-    """(encoded bytes, class) of an image that can be decoded, shrunk."""
+def _read_image(source: Images, index: int, shrink: int) -> tuple[bytes, int, int]:
+    """(encoded bytes, class, former number of bytes) of an image that can be decoded, shrunk."""
 
-    def read() -> tuple[bytes, int]:
+    def read() -> tuple[bytes, int, int]:
         data, label = source.record(index)
-        return _shrink_image(data, shrink), label
+        return _shrink_image(data, shrink), label, len(data)
 
     return faults.retry(read, lambda: source.name(index), faults.RETRY_SECONDS)
 
