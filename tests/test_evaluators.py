@@ -152,7 +152,7 @@ def test_contract(name, run, small):
             assert (value.dtype, value.ndim, value.shape[2]) == (np.uint8, 3, 3)
             assert len(np.unique(value)) > 2, "a blank picture"
         else:
-            assert np.isfinite(value)
+            assert isinstance(value, str) or np.isfinite(value)
 
 
 @pytest.mark.parametrize("name", ["knn", "logistic_regression", "fewshot"])

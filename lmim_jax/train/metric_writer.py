@@ -123,8 +123,10 @@ class MetricWriter:
         self._pending += json.dumps({"step": step, "failed": {title: reason}}).encode() + b"\n"
         self._attempt([self._append])
 
-    def write_pictures(self, step: int, pictures: Mapping[str, UInt8[np.ndarray, "H W 3"]]) -> None:
-        """Write pictures as workdir/pictures/NAME_STEP.png and to TensorBoard."""
+    def write_pictures(
+        self, step: int, pictures: Mapping[str, UInt8[np.ndarray, "H W 3"] | str]
+    ) -> None:
+        """Write pictures and tables, see `write_picture`, and the pictures to TensorBoard."""
         if not self._is_first_process or not pictures:
             return
         from tensorboardX.summary import image
@@ -135,7 +137,8 @@ class MetricWriter:
 
         summaries = []
         for name, picture in pictures.items():
-            summaries.append(image(board_tag(name), picture, dataformats="HWC"))
+            if not isinstance(picture, str):
+                summaries.append(image(board_tag(name), picture, dataformats="HWC"))
         actions = [lambda name=name: write_files(name) for name in pictures]
         self._attempt([*actions, lambda: self._write_events(step, summaries)])
 
@@ -214,9 +217,14 @@ def read_metrics(workdir: buckets.Pathname) -> list[dict[str, Any]]:
 
 
 def write_picture(
-    workdir: buckets.Pathname, name: str, picture: UInt8[np.ndarray, "H W 3"]
+    workdir: buckets.Pathname, name: str, picture: UInt8[np.ndarray, "H W 3"] | str
 ) -> None:
-    """Write a picture to workdir/pictures/NAME.png."""
+    """Write a picture to workdir/pictures/NAME.png, or a table to workdir/tables/NAME.csv."""
+    if isinstance(picture, str):
+        folder = buckets.path(workdir, "tables")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.csv").write_text(picture)
+        return
     folder = buckets.path(workdir, "pictures")
     folder.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap, to_hex
+from matplotlib.colors import ListedColormap, hsv_to_rgb, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -38,7 +38,22 @@ CLUSTER_COLORS = (
 CONSTANT_STYLES = (("--", "#b8329c"), ("-.", "#8a6d00"), (":", "#7f7f7f"))  # of lines, in order
 COLUMNS = 3  # of curves beside each other
 MASK_COLORS = ListedColormap(["#222222", "#f2f2f2"])
+IGNORED_COLOR = "#ffffff"  # of pixels without a class
+LEGEND_LETTERS = 18  # of the name of a class in a legend
+LEGEND_INCHES = 1.3  # width of such an entry
 INK = "#010203"  # stands for the color of the page's text in SVG; no line has this color
+
+
+class Segmented(NamedTuple):
+    """An image and the class of each of its pixels, by different sources.
+
+    Attributes:
+      image: levels 0 .. 255.
+      classes: by name of the source; -1: ignored.
+    """
+
+    image: UInt8[np.ndarray, "H W C"]
+    classes: Mapping[str, Int[np.ndarray, "H W"]]
 
 
 class _GridText(NamedTuple):
@@ -148,6 +163,74 @@ def plot_features(
                 masks[column], cmap=MASK_COLORS, vmin=0, vmax=1, interpolation="nearest"
             )
     return _pixels(figure)
+
+
+def plot_segmentation(images: Sequence[Segmented], names: Sequence[str]) -> Picture:
+    """Plot images, each in a column above its true and its predicted classes.
+
+    Args:
+      images: with the same sources of classes.
+      names: of all classes.
+    """
+    sources = list(images[0].classes)
+    colors = class_colors(len(names))
+    present: set[int] = set()
+    for image in images:
+        for classes in image.classes.values():
+            present |= set(np.unique(classes).tolist())
+    patches = []
+    for number in sorted(present - {-1}):
+        patches.append(Patch(fc=colors[number], label=names[number][:LEGEND_LETTERS]))
+    if -1 in present:
+        patches.append(Patch(fc=IGNORED_COLOR, ec="k", label="ignored"))
+    height, width = images[0].image.shape[:2]
+    cell = (2.4, 2.4 * height / width)
+    columns = max(1, int(len(images) * cell[0] / LEGEND_INCHES))
+    lines = -(-len(patches) // columns)
+    inches = (len(images) * cell[0] + 0.3, (len(sources) + 1) * cell[1] + 0.45 + 0.17 * lines)
+    figure = Figure(figsize=inches, dpi=110)
+    axes = figure.subplots(len(sources) + 1, len(images), squeeze=False)
+    for column, image in enumerate(images):
+        _show(axes[0, column], image.image)
+        for row, source in enumerate(sources, 1):
+            classes = image.classes[source]
+            painted = np.where((classes < 0)[..., None], to_rgb(IGNORED_COLOR), colors[classes])
+            axes[row, column].imshow(painted, interpolation="nearest", aspect="auto")
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    for row, label in enumerate(["image", *sources]):
+        axes[row, 0].set_ylabel(label, fontsize=8)
+    figure.subplots_adjust(
+        left=0.28 / inches[0],
+        right=1 - 0.04 / inches[0],
+        top=1 - 0.3 / inches[1],
+        bottom=(0.12 + 0.17 * lines) / inches[1],
+        wspace=0.03,
+        hspace=0.04,
+    )
+    figure.suptitle(
+        "Segmentation by frozen patch features", y=1 - 0.06 / inches[1], fontsize=10, weight="bold"
+    )
+    figure.legend(
+        handles=patches,
+        fontsize=7,
+        frameon=False,
+        loc="lower center",
+        ncols=columns,
+        handlelength=1.2,
+    )
+    return _pixels(figure)
+
+
+def class_colors(count: int) -> Float[np.ndarray, "C 3"]:
+    """Distinct colors, 0 .. 1: those of tab20, then hues in steps of the golden ratio."""
+    colors = list(matplotlib.colormaps["tab20"].colors[::2])
+    colors += list(matplotlib.colormaps["tab20"].colors[1::2])
+    for i in range(len(colors), count):
+        hue = (i * 0.618034) % 1
+        colors.append(tuple(hsv_to_rgb((hue, 0.45 + 0.15 * (i % 4), 0.95 - 0.2 * (i % 3)))))
+    return np.array(colors[: max(count, 1)])
 
 
 def plot_neighbors(

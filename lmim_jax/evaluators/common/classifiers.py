@@ -115,6 +115,53 @@ def nearest_neighbors(
     return scores[: len(queries)], indices[: len(queries)]
 
 
+class PlacedBank:
+    """A bank of vectors that stays on the devices, for queries that come in batches.
+
+    Args:
+      bank: the vectors.
+      metric: "cosine", or "l2", the Euclidean distance.
+      mesh: devices that the bank is divided over.
+    """
+
+    def __init__(self, bank: Float[np.ndarray, "N D"], metric: str, mesh: Mesh) -> None:
+        self._metric = metric
+        self._mesh = mesh
+        self._count = len(bank)
+        self._rows = -(-min(len(bank), BANK_ROWS) // mesh.size) * mesh.size
+        self._blocks: list[Array] = []
+        for start in range(0, len(bank), self._rows):
+            block = bank[start : start + self._rows]
+            if metric == "l2":  # the nearest has the largest q.b - b.b / 2
+                squares = np.square(block, dtype=np.float32).sum(axis=1, keepdims=True)
+                block = np.concatenate([block, -squares / 2], axis=1)
+            padded = self._padded(block, self._rows)
+            self._blocks.append(sharding.place_array(padded, sharding.batch_sharding(mesh)))
+
+    def nearest(self, queries: Float[np.ndarray, "Q D"], k: int) -> Int[np.ndarray, "Q k"]:
+        """The indices of the k nearest vectors of each query, the nearest first; k is at most N."""
+        if self._metric == "l2":
+            ones = np.ones((len(queries), 1), np.float32)
+            queries = np.concatenate([queries, ones], axis=1)
+        search = _jit_search(self._mesh)
+        replicated = sharding.replicated(self._mesh)
+        none = np.full((QUERIES, k), -np.inf, np.float32), np.zeros((QUERIES, k), np.int32)
+        found = []
+        for start in range(0, len(queries), QUERIES):
+            part = self._padded(queries[start : start + QUERIES], QUERIES)
+            placed = sharding.place_array(part, replicated)
+            best: Best = tuple(sharding.place_array(array, replicated) for array in none)
+            for number, block in enumerate(self._blocks):
+                best = search(best, placed, block, number * self._rows, self._count)
+            found.append(best[1])
+        return np.concatenate(jax.device_get(found))[: len(queries)]
+
+    def _padded(self, x: Float[np.ndarray, "n D"], rows: int) -> Float[np.ndarray, "rows D"]:
+        if self._metric == "cosine":
+            return _padded(x, rows)
+        return np.pad(x, ((0, rows - len(x)), (0, 0)))
+
+
 def weighted_vote(
     labels: Int[np.ndarray, "Q k"], weights: Float[np.ndarray, "Q k"], num_classes: int
 ) -> Int[np.ndarray, " Q"]:
