@@ -3,6 +3,7 @@
 import collections
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import tiny
 from lmim_jax.cli import train
 from lmim_jax.data import loader, prefetch
 from lmim_jax.distributed import multihost
-from lmim_jax.train import build, workdir
+from lmim_jax.train import build, checkpoints, loop, workdir
 from lmim_jax.utils import buckets, recipes
 from lmim_jax.utils.errors import UserError
 
@@ -39,7 +40,18 @@ def test_memory_that_does_not_suffice_names_what_saves_it(monkeypatch, processes
     assert places == sorted(places)
     assert "lmim plan --sweep" in error
     assert OUT_OF_MEMORY in error
-    assert "micro_batches=2 (now 1)" in error
+    found = re.findall(r"=(\w+) \(now (\w+); ([\d.e-]+) GB needed\)", error)
+    assert [option for option, _, _ in found] == ["2", "full", str(jax.device_count())]
+    before = float(re.search(r"GB each \(([\d.e-]+) GB needed\)", error)[1])
+    assert before > float(found[0][2])  # what the first advice saves
+
+
+def test_a_recipe_without_an_estimate_still_says_what_saves_memory():
+    config = tiny.get_config()
+    config.update(batch_size=4 * jax.device_count())
+    config.method.loss = "unknown"
+    advice = train.out_of_memory(config, OUT_OF_MEMORY)
+    assert "--config.micro_batches=2 (now 1; not estimated: config.method.loss=" in advice
 
 
 def test_memory_that_cannot_be_saved_further_asks_for_less():
@@ -67,6 +79,21 @@ def test_small_shared_memory_is_found_before_workers_start(monkeypatch, tmp_path
         UserError, match=r"has 64 MiB, of which 60 are .* needs 62 MiB .*--shm-size.*workers=0"
     ):
         prefetch.check_shared_memory(31 << 20, workers)
+    prefetch.check_shared_memory(10 << 20, workers, evaluation_bytes=20 << 20)
+    with pytest.raises(UserError, match=r"needs 64 MiB .* two batches of training and two of eval"):
+        prefetch.check_shared_memory(10 << 20, workers, evaluation_bytes=22 << 20)
+
+
+def test_shared_memory_holds_the_batches_of_evaluations_too(images, monkeypatch, tmp_path):
+    monkeypatch.setattr(prefetch, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(1 << 20, 0, 1 << 20))
+    config = tiny.get_config()
+    config.data.update(path=str(images), workers=1)
+    config.batch_size = 8  # canvases of 40 x 40 x 3 bytes: 2 x 37 KiB
+    config.evaluators.knn.batch_size = 128  # 2 x 600 KiB
+    with pytest.raises(UserError, match=r"needs 2 MiB .* two of evaluations"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -131,6 +158,22 @@ def test_the_best_checkpoint_by_a_metric_of_no_evaluator(metric):
         build.build(config, 6)
     config.checkpoint_best = "knn/knn5"
     build.build(config, 6)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("knn/knn7", r"it has knn/knn5, knn/loo1, knn/majority, knn/nn1; did you mean knn/knn5"),
+        ("efective_rank", r"it has collapse_index, .*loss.*; did you mean effective_rank"),
+    ],
+)
+def test_the_best_checkpoint_by_no_metric_of_its_evaluator(images, tmp_path, metric, message):
+    config = tiny.get_config()
+    config.data.path = str(images)
+    config.checkpoint_best = metric
+    with pytest.raises(UserError, match=message):
+        loop.train(config, tmp_path / "run")
+    assert checkpoints.newest_step(tmp_path / "run") == 0
 
 
 @pytest.mark.parametrize(("images", "advice"), [(100, "=96"), (9, "=8"), (5, "multiples of 8")])

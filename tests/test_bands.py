@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from lmim_jax.cli import export, prepare_data
 from lmim_jax.configs import vit_b
-from lmim_jax.data import decode, folder_listing, pixel_range, sources
+from lmim_jax.data import decode, folder_listing, pixel_range, samples, sources
 from lmim_jax.data.augment.host import HostCrop
 from lmim_jax.data.augment.randaugment import luminance
 from lmim_jax.data.image_options import ImageOptions, format_ranges, parse_ranges, to_levels
@@ -174,6 +174,37 @@ def test_long_texts_of_pngs():
     info.add_text("workflow", "y" * 5_000_000, zip=True)
     pixels = decode.decode(by_pillow(PHOTO, "PNG", pnginfo=info), 0, 3)
     np.testing.assert_array_equal(pixels, np.asarray(PHOTO))
+
+
+def pages(count, *, bands=1, **options):
+    """A TIFF file of so many pages."""
+    shape = (count, 20, 24, bands)[: 3 + (bands > 1)]
+    values = np.random.default_rng(0).integers(0, 4000, shape).astype(np.uint16)
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, values, photometric="rgb" if bands == 3 else "minisblack", **options)
+    return stream.getvalue(), values
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"metadata": None}, {"ome": True}, {"bigtiff": True}])
+def test_pages_are_bands_and_none_is_taken_for_the_image(channels, options):
+    data, values = pages(13, **options)
+    with pytest.raises(decode.WrongBands, match=rf"13 pages of uint16, not the {channels} of"):
+        decode.decode(data, 0, channels)
+    assert "13 pages" in samples.read_header(data).mode
+    found = samples.read(data, 13, decode.DEFAULTS)
+    np.testing.assert_array_equal(found.values, np.moveaxis(values, 0, -1))
+
+
+def test_as_many_pages_as_channels_are_its_bands():
+    data, values = pages(3)
+    found = samples.read(data, 3, decode.DEFAULTS)
+    np.testing.assert_array_equal(found.values, np.moveaxis(values, 0, -1))
+
+
+def test_pages_of_colors_are_several_images():
+    with pytest.raises(decode.BadImage, match="4 pages of 3 bands: which of them is the image"):
+        decode.decode(pages(4, bands=3)[0], 0, 3)
 
 
 def test_thumbnails_of_tiffs_are_skipped():

@@ -18,6 +18,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -35,7 +36,7 @@ from lmim_jax.train import (
     runs,
     workdir,
 )
-from lmim_jax.utils import atomic_io, buckets
+from lmim_jax.utils import atomic_io, buckets, faults
 from lmim_jax.utils.errors import EXIT_SECONDS, UserError, exit_now, fail
 from lmim_jax.utils.logging import log_to_console
 
@@ -130,22 +131,49 @@ def out_of_memory(config: ConfigDict, reason: str) -> str:
       config: the recipe.
       reason: XLA's message.
     """
+    from lmim_jax.perf import choices  # slow to import
+
+    tried = config.copy_and_resolve_references()
     advice = []
+    for key, value in _memory_savers(config):
+        now = config.mesh.fsdp if key == "mesh.fsdp" else config[key]
+        tried.update_from_flattened_dict({key: value})
+        advice.append(f"--config.{key}={value} (now {now}; {_estimate(tried)})")
+    smaller = "a smaller --config.batch_size, --config.method.width or grid"
+    listed = ", then ".join(advice) or smaller
+    memory = f"{choices.memory_limit() / 1e9:.1f} GB"
+    first = reason.strip().splitlines()[0][:200]
+    return (
+        f"the batch does not fit into the memory of the devices, {memory} each "
+        f"({_estimate(config)}): give {listed}; these are estimates of lmim plan --sweep, which "
+        f"compiles with the same --config flags and --topology. {first}"
+    )
+
+
+def _memory_savers(config: ConfigDict) -> list[tuple[str, Any]]:
+    """What saves memory, in the order in which to try it: (option, value)."""
+    savers: list[tuple[str, Any]] = []
     rows = config.batch_size // jax.device_count()
     more = [parts for parts in range(2, rows + 1) if rows % parts == 0]
     larger = [parts for parts in more if parts > config.micro_batches]
     if larger:
-        advice.append(f"--config.micro_batches={larger[0]} (now {config.micro_batches})")
+        savers.append(("micro_batches", larger[0]))
     if config.remat != "full":
-        advice.append(f"--config.remat=full (now {config.remat})")
+        savers.append(("remat", "full"))
     if config.mesh.fsdp < jax.device_count():
-        advice.append(f"--config.mesh.fsdp={jax.device_count()} (now {config.mesh.fsdp})")
-    tried = ", then ".join(advice) or "a smaller --config.batch_size, --config.method.width or grid"
-    first = reason.strip().splitlines()[0][:200]
-    return (
-        f"the batch does not fit into the memory of the devices: give {tried}; lmim plan --sweep "
-        f"with the same --config flags says what each of them needs, without the devices. {first}"
-    )
+        savers.append(("mesh.fsdp", jax.device_count()))
+    return savers
+
+
+def _estimate(config: ConfigDict) -> str:
+    """What the planner estimates that a recipe needs on a device, for a message."""
+    from lmim_jax.perf import choices  # slow to import
+
+    try:
+        needed = choices.needed_bytes(config, config.batch_size, jax.device_count())
+    except Exception as error:  # the error that is reported must not be lost for this one
+        return f"not estimated: {faults.first_line(error)}"
+    return f"{needed / 1e9:.2g} GB needed"
 
 
 def read_arguments(arguments: Sequence[str]) -> str:

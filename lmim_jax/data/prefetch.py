@@ -110,26 +110,31 @@ def num_threads(config: ConfigDict) -> int:
     return max(1, cores // max(1, config.workers))
 
 
-def check_shared_memory(batch_bytes: int, workers: int) -> None:
+def check_shared_memory(batch_bytes: int, workers: int, evaluation_bytes: int = 0) -> None:
     """Check that worker processes can pass on their batches, in files in /dev/shm.
 
     Args:
-      batch_bytes: of the batches of this host.
+      batch_bytes: of a batch of this host.
       workers: number of worker processes; 0: threads, which need none.
+      evaluation_bytes: of a batch of evaluations on this host, during which the workers of
+        training keep theirs; 0: there are none.
 
     Raises:
-      UserError: it is too small for the batch that is decoded and the one that waits.
+      UserError: it is too small for the batches that are decoded and those that wait.
     """
     if not workers or not SHARED_MEMORY.is_dir():
         return
     usage = shutil.disk_usage(SHARED_MEMORY)
-    if usage.free >= 2 * batch_bytes:
+    needed = 2 * (batch_bytes + evaluation_bytes)
+    if usage.free >= needed:
         return
+    use = "two batches"
+    if evaluation_bytes:
+        use = "two batches of training and two of evaluations"
     raise UserError(
         f"{SHARED_MEMORY} has {usage.total >> 20} MiB, of which {usage.free >> 20} are free; "
-        f"config.data.workers={workers} needs {-(-2 * batch_bytes >> 20)} MiB there, for two "
-        "batches: give the container more (docker run --shm-size=8g), or use "
-        "--config.data.workers=0 (threads)"
+        f"config.data.workers={workers} needs {-(-needed >> 20)} MiB there, for {use}: give the "
+        "container more (docker run --shm-size=8g), or use --config.data.workers=0 (threads)"
     )
 
 

@@ -45,11 +45,13 @@ class Samples(NamedTuple):
       values: of any real type.
       alpha: whether the last band is opacity.
       colors: whether the others are gray or RGB, which convert into each other.
+      pages: whether the bands are the pages of a file.
     """
 
     values: Shaped[np.ndarray, "h w B"]
     alpha: bool
     colors: bool
+    pages: bool = False
 
     @property
     def bands(self) -> int:
@@ -59,7 +61,8 @@ class Samples(NamedTuple):
     def describe(self) -> str:
         """Bands and type, for messages."""
         plural = "" if self.bands == 1 else "s"
-        return f"{self.bands} band{plural} of {self.values.dtype}"
+        kind = "page" if self.pages else "band"
+        return f"{self.bands} {kind}{plural} of {self.values.dtype}"
 
 
 def read(data: bytes, channels: int, options: ImageOptions) -> Samples | None:
@@ -117,6 +120,10 @@ def read_header(data: bytes) -> Header:
     if data.startswith(TIFF):
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = _page(file, _largest(file))
+            pages = len(_pages_like(file, page))
+            if pages > 1:
+                mode = f"{pages} pages of {page.samplesperpixel} x {page.dtype}"
+                return Header(page.imagewidth, page.imagelength, mode, "TIFF")
             if not _is_plain(page, 3):
                 mode = f"{page.samplesperpixel} x {page.dtype}"
                 return Header(page.imagewidth, page.imagelength, mode, "TIFF")
@@ -165,6 +172,17 @@ def _largest(file: tifffile.TiffFile) -> int:
     return best
 
 
+def _pages_like(file: tifffile.TiffFile, page: Any) -> list[Any]:
+    """The pages of the size and type of a page, itself included; no masks of others."""
+    size = (page.imagelength, page.imagewidth, page.samplesperpixel, page.dtype)
+    found = []
+    for other in file.pages:
+        others = (other.imagelength, other.imagewidth, other.samplesperpixel, other.dtype)
+        if others == size and not other.is_mask:
+            found.append(other)
+    return found
+
+
 def _read_tiff(data: bytes, channels: int, options: ImageOptions) -> Samples | None:
     try:
         file = tifffile.TiffFile(io.BytesIO(data))
@@ -173,16 +191,24 @@ def _read_tiff(data: bytes, channels: int, options: ImageOptions) -> Samples | N
     with file:
         number = _largest(file)
         page = _page(file, number)
-        if _is_plain(page, channels):
+        bands = page.samplesperpixel
+        pages = _pages_like(file, page)
+        if len(pages) > 1 and bands > 1:
+            raise BadImage(
+                f"{len(pages)} pages of {bands} bands: which of them is the image? Split the file"
+            )
+        if _is_plain(page, channels) and len(pages) == 1:
             return None
         options.check_size(page.imagewidth, page.imagelength)
-        bands = page.samplesperpixel
-        extras = page.extrasamples
-        alpha = len(extras) == 1 and int(extras[0]) in (1, 2) and bands - 1 in COLORS
         if bands == 1 and channels not in COLORS:
             stack = _stacked_bands(file, channels, options)
             if stack is not None:
                 return stack
+        if len(pages) > 1:
+            values = np.stack([part.asarray() for part in pages], axis=-1)
+            return Samples(_checked(values), alpha=False, colors=False, pages=True)
+        extras = page.extrasamples
+        alpha = len(extras) == 1 and int(extras[0]) in (1, 2) and bands - 1 in COLORS
         values = page.asarray()
         if values.ndim == 3 and int(page.planarconfig) == 2:  # band after band
             values = np.moveaxis(values, 0, -1)

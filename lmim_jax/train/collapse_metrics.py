@@ -109,10 +109,12 @@ class CollapseMetrics:
         self._function: Any = jitted
         self._images = images
         self._weight = weight
+        self.names: set[str] = set()  # of the metrics, once they are compiled
 
     def compile(self, params: Any, target: Any) -> None:
         """Compile the function ahead of its first use, for arguments like these."""
         lowered = self._function.lower(params, target, self._images, self._weight)
+        self.names = set(lowered.out_info)
         self._function = lowered.compile()
 
     def __call__(self, params: Any, target: Any) -> dict[str, Float[Array, ""]]:

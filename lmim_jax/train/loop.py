@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lmim_jax.data import inventory, loader, pixel_range, prefetch, sources
-from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.data.eval.eval_data import EvaluationData, batch_bytes
 from lmim_jax.distributed import multihost, preemption, sharding
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.models import attention
@@ -26,7 +26,7 @@ from lmim_jax.train.lock import Lock, LockLost
 from lmim_jax.train.metric_logger import MetricLogger, NonFinite
 from lmim_jax.train.metric_writer import MetricWriter, read_metrics, write_picture
 from lmim_jax.utils import atomic_io, buckets, descriptors, faults, progress
-from lmim_jax.utils.errors import UserError
+from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import duration, fill_lines
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,7 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
     extended = len(config.extensions) > len(history)
     parts = build(config, per_epoch)
     scheduled = _schedule_evaluators(parts, splits)
-    _, rows = loader.process_rows(config.batch_size)
-    prefetch.check_shared_memory(parts.batch_bytes(rows), config.data.workers)
+    _check_shared_memory(parts, scheduled)
 
     # The whole config has been checked: from here on, files are written
     config = parts.config
@@ -176,6 +175,16 @@ def _schedule_evaluators(parts: TrainingParts, splits: Sources) -> list[evaluato
     """The evaluators of the run; those that have nothing to measure are logged."""
     scheduled = parts.schedule_evaluators()
     return evaluators.only_possible(scheduled, splits["train"].classes, splits)
+
+
+def _check_shared_memory(parts: TrainingParts, scheduled: list[evaluators.Scheduled]) -> None:
+    """Raise a UserError if /dev/shm cannot hold the batches of training and evaluations."""
+    config = parts.config
+    _, rows = loader.process_rows(config.batch_size)
+    largest = max([getattr(one.evaluator, "batch_size", 0) for one in scheduled], default=0)
+    prefetch.check_shared_memory(
+        parts.batch_bytes(rows), config.data.workers, batch_bytes(config.data, largest)
+    )
 
 
 class TrainingLoop:
@@ -346,10 +355,34 @@ class TrainingLoop:
         log.info("compiling the train step ...")
         start = time.perf_counter()
         with progress.working("compiling"):
-            self._train_step = self._train_step.lower(self._state, batch).compile()
             self._collapse_metrics.compile(self._state.params, self._state.target)
+            lowered = self._train_step.lower(self._state, batch)
+            _, metrics = lowered.out_info
+            self._check_best(self._writer.names | metrics.keys() | self._collapse_metrics.names)
+            self._train_step = lowered.compile()
         gpu_kernels.publish(self._workdir)
         log.info("compiled in %s", duration(time.perf_counter() - start))
+
+    def _check_best(self, known: set[str]) -> None:
+        """Raise a UserError if `config.checkpoint_best` is none of the metrics of this run.
+
+        Args:
+          known: the metrics of a step, and of the evaluations so far.
+        """
+        metric = self._config.checkpoint_best
+        title, slash, _ = metric.partition("/")
+        if not metric or metric in known:
+            return
+        alike = sorted(name for name in known if name.startswith(f"{title}/"))
+        if not slash:
+            alike = sorted(name for name in known if "/" not in name)
+        elif title in {one.title for one in self._scheduled} and not alike:
+            return  # not measured yet
+        listed = ", ".join(alike) or f"none of {title}, which has nothing to measure here"
+        raise UserError(
+            f"config.checkpoint_best={metric!r} is no metric of this run; it has {listed}"
+            f"{did_you_mean(metric, alike) if alike else ''}"
+        )
 
     def _run_step(self, step: int, batch: dict[str, jax.Array]) -> None:
         """Dispatch a step; the metrics of the previous one are fetched meanwhile."""

@@ -68,9 +68,11 @@ class MetricWriter:
         self._board: Any = None  # TensorBoard's writer
         self._failing = False
         self._evaluated: set[str] = set()
+        self.names: set[str] = set()  # of all metrics up to the start, and written since
         self.wall_seconds = 0.0
         for values in multihost.decide(self._keep_lines_until_start):
             self.wall_seconds = max(self.wall_seconds, values.get("wall_seconds", 0.0))
+            self.names |= values.keys()
             if values["step"] == self._start:
                 self._evaluated |= {name.split("/")[0] for name in values if "/" in name}
 
@@ -94,6 +96,7 @@ class MetricWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write a line {"step": ..., name: value, ...}; nothing where there are no values."""
+        self.names |= values.keys()
         if not self._is_first_process or not values:
             return
         from tensorboardX.summary import scalar

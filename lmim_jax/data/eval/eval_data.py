@@ -61,6 +61,17 @@ class EvaluationOrder:
         return self.images.batch(np.where(indices < len(self.images.source), indices, -1))
 
 
+def batch_bytes(config: ConfigDict, batch_size: int) -> int:
+    """Bytes of the canvases that this process decodes of an evaluation batch.
+
+    Args:
+      config: `config.data`, see configs/vit_b.py.
+      batch_size: images per batch, of all processes.
+    """
+    rows = -(-batch_size // jax.process_count())
+    return rows * config.canvas**2 * config.channels
+
+
 @dataclasses.dataclass(frozen=True)
 class Subset:
     """Some images of a source, as a source (see data/sources.py).
@@ -219,6 +230,7 @@ class EvaluationData:
         """
         images = self._decoded(self.sources[split], self.config.workers)
         if split not in self._bad:
+            prefetch.check_shared_memory(batch_bytes(self.config, batch_size), self.config.workers)
             self._bad[split] = loader.BadImageMonitor(images, self.config.max_bad_fraction)
 
         def place(batch: Batch) -> Batch:
