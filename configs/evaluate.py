@@ -2,6 +2,8 @@
 
     lmim evaluate --workdir=RUN --evaluators=knn,logistic_regression,fewshot --baselines
     lmim evaluate --workdir=RUN --config=evaluate --evaluators=knn --feature=cls
+    lmim evaluate --workdir=RUN --config=evaluate:imagenet --evaluators=linear_probe,finetune
+    lmim evaluate --workdir=RUN --config=evaluate:imagenet,L --evaluators=attentive_probe
 
 A recipe uses a section during training, with `every` set:
 
@@ -13,7 +15,8 @@ training (0: at the end only); and `params`, the weights to evaluate: online | t
 
 `feature` is the image representation: names of the method's features, joined by "+" to concatenate
 them: patches and cls (after the final norm), patches_prenorm and cls_prenorm (before it),
-block07/tokens (after a block); pixels and histogram need no encoder. Tokens are averaged over
+block07/tokens (after a block) and block07/normed (the final norm of these); pixels and histogram
+need no encoder. Tokens are averaged over
 patches; block07/tokens:cls is the CLS token of that block instead, block07/tokens:both are the two
 concatenated.
 """
@@ -21,18 +24,25 @@ concatenated.
 from ml_collections import ConfigDict
 
 from lmim_jax.configs import vit_b
+from lmim_jax.utils.errors import UserError, did_you_mean
+
+SIZES = ("B", "L", "H")
 
 
 def get_config(part: str = "evaluators") -> ConfigDict:
     """Sections by title.
 
     Args:
-      part: "data" for the options of images instead; --data.KEY=VALUE replaces those of the run.
+      part: evaluators: for datasets of some thousand images; imagenet | ijepa: those that train
+        with the numbers published for ImageNet, for encoders of size B, or with imagenet,L and
+        so on of size L or H; segmentation: see below; data: the options of images instead,
+        --data.KEY=VALUE replaces those of the run.
+
+    Raises:
+      UserError: there are no such options.
     """
-    if part == "data":
-        return vit_b.data()
-    if part == "segmentation":
-        return segmentation()
+    if part != "evaluators":
+        return _other(part)
     config = ConfigDict()
 
     # -- on features of the whole training and test split, computed once
@@ -58,6 +68,18 @@ def get_config(part: str = "evaluators") -> ConfigDict:
         iterations=300,  # of L-BFGS, at most
         seed=0,  # of the choice of held-out images
         baselines=False,  # also raw pixels and color histograms, in training; here: --baselines
+    )
+    config.ridge_regression = dict(
+        type="ridge_regression",  # of numbers from a CSV file, see data.labels; solved exactly
+        every=0.0,
+        params="",
+        batch_size=256,
+        feature="",
+        l2=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),  # to choose from, as above
+        held_out=0.1,
+        iterations=300,
+        seed=0,
+        baselines=False,
     )
     config.fewshot = dict(
         type="fewshot",  # logistic regression with few labels
@@ -230,56 +252,72 @@ def segmentation() -> ConfigDict:
 def trained() -> ConfigDict:
     """Sections of evaluators that train on augmented images.
 
-    lr = base_lr * batch_size / 256, with a linear warm-up from 0, then half a cosine to min_lr.
-    The values suit datasets of some thousand images; comments give those for ImageNet.
+    lr = base_lr * batch_size / 256, with a linear warm-up from 0, then half a cosine to min_lr. The
+    values suit datasets of some thousand images; `imagenet` and `ijepa` have those of publications.
+    Fields with several values are chosen on held-out training images, all at once; with one value
+    each, nothing is held out.
     """
     config = ConfigDict()
     config.linear_probe = dict(
         type="linear_probe",  # MAE's: batch normalization + linear layer on a frozen feature
         every=0.0,
         params="",
-        feature="cls",  # any of the above; I-JEPA has no "cls": "patches"
-        batch_size=128,  # MAE: 16384
-        epochs=10.0,  # MAE: 90
-        warmup_epochs=1.0,  # MAE: 10
-        base_lr=12.8,  # MAE: 0.1. Both give lr 6.4: LARS steps do not depend on the batch size
+        feature="",  # any of the above; "": the choice of the recipe; "A | B": the better one
+        normalize=(True,),  # batch normalization before the layer; (True, False): the better one
+        held_out=0.1,  # share of the training images to choose on, if there is a choice
+        batch_size=128,
+        epochs=10.0,
+        warmup_epochs=1.0,
+        total_steps=0,  # instead of epochs, unless 0; warm-up and decay keep their shares
+        base_lr=(12.8,),  # to choose from. LARS steps do not depend on the size of the batch
         min_lr=0.0,  # learning rate at which the cosine ends
+        decay_epochs=0.0,  # instead of the cosine: a tenth of the rate after each so many epochs
         momentum=0.9,  # of LARS
-        weight_decay=0.0,  # MAE: 0
+        weight_decay=(0.0,),  # to choose from
         trust_coefficient=0.001,  # of LARS: norm of a step / norm of the weights
-        scale=(0.08, 1.0),  # share of the area that a crop covers; ratio and flip are the run's
-        seed=0,  # of initial weights, order and augmentation
+        scale=(0.08, 1.0),  # share of the area that a crop covers
+        ratio=(3 / 4, 4 / 3),  # aspect ratios of crops
+        crop_tries=10,  # shapes to try until one fits (torchvision); 1: it is cut to fit (MAE)
+        flip=True,  # mirror every second image at random
+        interpolation="bicubic",  # bicubic | bilinear, of training and test images
+        seed=0,  # of initial weights, order, augmentation and the choice of held-out images
     )
     config.attentive_probe = dict(
         type="attentive_probe",  # CAPI's: one learned query attends to frozen patch tokens
         every=0.0,
         params="",
-        feature="patches",  # one of the method's with a token for each patch
-        batch_size=128,  # CAPI: 1024
-        epochs=10.0,  # CAPI: 12,500 steps
-        warmup_epochs=1.0,  # CAPI: a tenth
-        base_lr=4e-3,  # CAPI: the best of ten, 1e-5 .. 1e-2
+        feature="",  # one of the method's with a token for each patch; "": the choice of the recipe
+        held_out=0.1,
+        batch_size=128,
+        epochs=10.0,
+        warmup_epochs=1.0,
+        total_steps=0,
+        base_lr=(4e-3,),
         min_lr=0.0,
         b1=0.9,  # decay rate of the first moment of AdamW
         b2=0.95,  # of the second moment
-        weight_decay=1e-3,  # CAPI: the best of 5e-4, 1e-3, 5e-2
+        weight_decay=(1e-3,),  # not of biases
         scale=(0.08, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        flip=True,
+        interpolation="bicubic",
         seed=0,
     )
     config.finetune = dict(
         type="finetune",  # MAE's: all weights, from the mean of patches
         every=0.0,
         params="",
-        batch_size=128,  # MAE: 1024
-        epochs=10.0,  # MAE: 100 (L, H: 50)
-        warmup_epochs=1.0,  # MAE: 5
-        base_lr=2e-3,  # MAE: 5e-4 (L, H: 1e-3)
+        batch_size=128,
+        epochs=10.0,
+        warmup_epochs=1.0,
+        total_steps=0,
+        base_lr=2e-3,
         min_lr=1e-6,
-        layer_decay=0.65,  # factor of the learning rate from a block to the one below (L, H: 0.75)
+        layer_decay=0.65,  # factor of the learning rate from a block to the one below
         b1=0.9,
         b2=0.999,  # of the second moment
         weight_decay=0.05,  # not of biases, norms, positions and CLS
-        drop_path=0.1,  # stochastic depth of the last block, linear in depth (L: 0.2, H: 0.3)
+        drop_path=0.1,  # stochastic depth of the last block, linear in depth
         randaugment=(2, 9.0, 0.5),  # operations (0: none), their magnitude 0 .. 10, its deviation
         erasing=0.25,  # probability of random erasing
         mixup=0.8,  # parameter of the Beta distribution; 0: none
@@ -287,7 +325,99 @@ def trained() -> ConfigDict:
         switch=0.5,  # share of batches with cutmix if both are used
         label_smoothing=0.1,  # share of the label that is spread over all classes
         scale=(0.08, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        flip=True,
+        interpolation="bicubic",
         remat="none",  # memory for time: none | dots | full, see vit_b.devices; of the encoder
         seed=0,
     )
     return config
+
+
+def imagenet(size: str) -> ConfigDict:
+    """All sections; those that train have the numbers published for ImageNet-1k.
+
+    linear_probe and finetune are MAE's, attentive_probe is CAPI's. A smaller batch keeps the steps
+    of an epoch proportional, and the learning rate follows it.
+
+    Args:
+      size: of the encoder: B, L or H.
+    """
+    config = get_config()
+    # MAE, paper (arXiv 2111.06377) table 10; main_linprobe.py and FINETUNE.md of the repository
+    config.linear_probe.update(
+        batch_size=16384,
+        epochs={"B": 90.0, "L": 50.0, "H": 50.0}[size],  # L, H: FINETUNE.md, 50 are enough
+        warmup_epochs=10.0,
+        base_lr=(0.1,),
+        weight_decay=(0.0,),
+        crop_tries=1,  # util/crop.py
+    )
+    # CAPI (arXiv 2502.08769), classification probe of the repository: 10 x 3 heads
+    config.attentive_probe.update(
+        held_out=0.1,
+        batch_size=1024,  # 128 for each of 8 GPUs
+        total_steps=12_500,
+        epochs=10.0,  # no more than the unit of the warm-up: a tenth, 1,250 steps
+        warmup_epochs=1.0,
+        base_lr=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+        weight_decay=(5e-4, 1e-3, 5e-2),
+        b1=0.9,
+        b2=0.95,
+    )
+    # MAE, FINETUNE.md of the repository, for weights with normalized pixels. Table 9 of the paper,
+    # for plain pixels, has base_lr 1e-3 and layer_decay 0.75 for all, and less drop_path for L, H
+    config.finetune.update(
+        batch_size=1024,
+        epochs={"B": 100.0, "L": 50.0, "H": 50.0}[size],
+        warmup_epochs=5.0,
+        base_lr={"B": 5e-4, "L": 1e-3, "H": 1e-3}[size],
+        layer_decay={"B": 0.65, "L": 0.75, "H": 0.75}[size],
+        drop_path={"B": 0.1, "L": 0.2, "H": 0.3}[size],
+        weight_decay=0.05,
+    )
+    return config
+
+
+def ijepa(size: str) -> ConfigDict:
+    """`imagenet` with I-JEPA's linear probe: 24 heads, the best one on held-out training images.
+
+    Source: the paper (arXiv 2301.08243), appendix A.2, which adapts VISSL and chooses by the
+    validation images; momentum and trust coefficient are those of MAE.
+
+    Args:
+      size: of the encoder: B, L or H.
+    """
+    config = imagenet(size)
+    last = {"B": 12, "L": 24, "H": 32}[size] - 1  # number of the last block
+    blocks = [f"block{block:02d}/normed" for block in range(last - 3, last)]
+    config.linear_probe.update(
+        feature=f"patches | {'+'.join(blocks)}+patches",  # last layer | last four, concatenated
+        normalize=(True, False),
+        held_out=0.1,
+        batch_size=16384,
+        epochs=50.0,
+        warmup_epochs=0.0,
+        decay_epochs=15.0,
+        base_lr=(0.01, 0.05, 0.001),
+        weight_decay=(5e-4, 0.0),
+        crop_tries=10,
+        interpolation="bilinear",  # torchvision's default
+    )
+    return config
+
+
+def _other(part: str) -> ConfigDict:
+    """The options that `get_config` returns for any part but "evaluators"."""
+    parts = {"data": vit_b.data, "segmentation": segmentation}
+    if part in parts:
+        return parts[part]()
+    presets = {"imagenet": imagenet, "ijepa": ijepa}
+    name, _, size = part.partition(",")
+    if name not in presets:
+        hint = did_you_mean(name, [*presets, *parts, "evaluators"])
+        raise UserError(f"evaluate:{part}: there are no such options{hint}")
+    size = size or "B"
+    if size not in SIZES:
+        raise UserError(f"evaluate:{part}: the size {size!r} must be one of: {' | '.join(SIZES)}")
+    return presets[name](size)

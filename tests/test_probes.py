@@ -1,6 +1,7 @@
 """Probes on made-up features: perfect ones, chance, padding; batch normalization; messages."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import tiny
 
+from lmim_jax.data.eval.eval_data import with_held_out
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import attentive_probe, base, linear_probe
-from lmim_jax.evaluators.common import probe_layers
+from lmim_jax.evaluators.common import probe_grid, probe_layers
 from lmim_jax.evaluators.common.probe_training import (
+    Length,
     Task,
     TrainingBatch,
     Weights,
@@ -29,6 +32,9 @@ class Same:
     """An augmentation that changes nothing."""
 
     scale: tuple = (1.0, 1.0)
+    ratio: tuple = (1.0, 1.0)
+    flip: bool = False
+    interpolation: str = "bicubic"
     image_size: tuple = (2, 1)
     eval_size: tuple = (2, 1)
 
@@ -55,7 +61,7 @@ class Data:
     classes = tuple("abcdefg")
     targets = None
     keep = None
-    accepted: dict = {}
+    accepted = types.MappingProxyType({})
     config = types.SimpleNamespace(channels=WIDTH)
     augment = Same()
     mesh = sharding.make_mesh()
@@ -64,16 +70,23 @@ class Data:
         self.sources = {"train": Source(train[1]), "test": Source(test[1])}
         self.splits = {"train": train, "test": test}
         self.padding = padding
+        self.read = []  # splits, in this order
+
+    def _images(self, split):
+        x, y = self.splits["train" if split == "held_out" else split]
+        rows = getattr(self.sources[split], "indices", range(len(x)))
+        return x[list(rows)], y[list(rows)]
 
     def training(self, batch_size, steps, seed):
         rng = np.random.default_rng(seed)
-        x, y = self.splits["train"]
+        x, y = self._images("train")
         for _ in range(steps):
             rows = rng.permutation(len(x))[:batch_size]
             yield sharding.to_global({"image": x[rows], "label": y[rows]}, self.mesh)
 
     def batches(self, split, batch_size):
-        x, y = self.splits[split]
+        self.read.append(split)
+        x, y = self._images(split)
         count = -(-len(x) // batch_size) * batch_size + self.padding * batch_size
         index = np.where(np.arange(count) < len(x), np.arange(count), -1)
         for rows in index.reshape(-1, batch_size):
@@ -141,11 +154,13 @@ def test_padding_changes_no_metric():
 
 def losses(splits, seed, mesh):
     """The losses of four steps of a linear probe."""
-    probe = make("linear_probe", seed=seed)
+    (probe,) = make("linear_probe", seed=seed).settings()
     data = Data(*splits)
     data.mesh = mesh
     found = []
-    create, step, _ = build_programs(probe, Task(Method, Same(), CLASSES), mesh, 4, 4, WIDTH)
+    create, step, _ = build_programs(
+        probe, Task(Method, Same(), CLASSES), mesh, Length(4, 4), WIDTH
+    )
     state = create(PARAMS)
     for batch in data.training(32, 4, seed):
         state, loss = step(state, PARAMS, batch)
@@ -161,6 +176,102 @@ def test_training_repeats_on_any_number_of_devices():
         first, rel=1e-5
     )
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(PARAMS))
+
+
+def state_alone(probe, data, steps):
+    """The state of a probe with one setting after some steps."""
+    task = Task(Method, Same(), CLASSES)
+    create, step, _ = build_programs(probe, task, Data.mesh, Length(steps, 2.0), WIDTH)
+    state = create(PARAMS)
+    for batch in data.training(probe.batch_size, steps, probe.seed):
+        state, _ = step(state, PARAMS, batch)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("attentive_probe", {"base_lr": (1e-3, 0.3), "weight_decay": (5e-2, 0.0)}),
+        ("linear_probe", {"base_lr": (80.0, 1.0), "weight_decay": (0.0, 1e-2)}),
+        (
+            "linear_probe",
+            {
+                "base_lr": (0.5, 2.0),
+                "feature": "cls | cls+patches",
+                "normalize": (True, False),
+                "decay_epochs": 1.0,
+            },
+        ),
+    ],
+)
+def test_heads_of_a_grid_equal_heads_trained_alone(name, change):
+    probe = make(name, held_out=0.25, **change)
+    settings = tuple(probe.settings())
+    data = Data(*splits(False))
+    task = Task(Method, Same(), CLASSES)
+    grid = probe_grid.build_grid(settings, task, Data.mesh, Length(6, 2.0), WIDTH)
+    state = grid.create(PARAMS)
+    for batch in data.training(probe.batch_size, 6, probe.seed):
+        state, losses = grid.step(state, PARAMS, batch)
+    assert losses.shape == (len(settings),) and len(set(np.asarray(losses).tolist())) > 1
+    for number in (0, len(settings) - 1):
+        found = grid.select(state, number)
+        alone = state_alone(settings[number], data, 6)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), found, alone
+        )
+
+
+def test_the_better_setting_is_chosen_without_a_look_at_the_test_images():
+    train, test = splits(True)
+    probe = make("attentive_probe", base_lr=(1e-7, 0.3, 1e-6), held_out=0.25)
+    data = Data(train, test)
+    found = probe.run(Method, PARAMS, data)
+    assert found["top1"] == found["held_out"] == 100.0
+    assert (found["base_lr"], found["weight_decay"]) == (0.3, 1e-3)
+    assert data.read == ["held_out", "test"]
+    rows = [row.split(",") for row in found["grid"].splitlines()]
+    assert rows[0] == ["base_lr", "weight_decay", "held_out"]
+    assert [row[0] for row in rows[1:]] == ["1e-07", "0.3", "1e-06"]
+    assert float(rows[1][2]) < float(rows[2][2]) == 100.0
+    shuffled = (RNG.normal(size=test[0].shape).astype(np.float32), test[1][::-1].copy())
+    other = probe.run(Method, PARAMS, Data(train, shuffled))
+    assert other["top1"] < 60
+    for key in ("grid", "base_lr", "weight_decay", "held_out"):
+        assert other[key] == found[key]
+
+
+def test_held_out_images_are_no_training_images():
+    data = with_held_out(Data(*splits(True)), 0.25, 0)
+    train = data.sources["train"].indices
+    held = data.sources["held_out"].indices
+    assert len(held) == 32 and sorted(train + held) == list(range(128))
+    assert held != with_held_out(Data(*splits(True)), 0.25, 1).sources["held_out"].indices
+
+
+def test_heads_that_diverge_are_not_chosen():
+    data = splits(True)
+    found = make("linear_probe", base_lr=(1e38, 80.0), held_out=0.25, batch_size=32)
+    found = found.run(Method, PARAMS, Data(*data))
+    assert found["base_lr"] == 80.0 and found["held_out"] == 100.0
+    assert found["grid"].splitlines()[1].endswith(",0.000")
+    with pytest.raises(UserError, match="all heads are not finite"):
+        make("linear_probe", base_lr=(1e38, 2e38), held_out=0.25).run(Method, PARAMS, Data(*data))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_lr": ()}, "base_lr is empty"),
+        ({"base_lr": (1.0, 2.0), "held_out": 0.0}, "held_out=0.0 .* among 2 settings"),
+        ({"base_lr": (1.0, 2.0), "held_out": 0.9}, "13 training images"),
+        ({"crop_tries": 3}, "crop_tries=3 must be 1 or 10"),
+        ({"interpolation": "nearest"}, "interpolation='nearest' must be one of"),
+    ],
+)
+def test_a_bad_choice_is_named(change, message):
+    with pytest.raises(UserError, match=message):
+        make("linear_probe", **change).run(Method, PARAMS, Data(*splits(True)))
 
 
 def test_batch_norm_is_torchs():
@@ -265,7 +376,7 @@ def test_the_encoder_is_frozen():
 def test_finetuning_trains_the_encoder_and_nothing_else_of_the_method():
     probe = make("finetune")
     task = Task(Method, Same(), CLASSES)
-    create, step, _ = build_programs(probe, task, Data.mesh, 4, 4, WIDTH)
+    create, step, _ = build_programs(probe, task, Data.mesh, Length(4, 4), WIDTH)
     state = create(PARAMS)
     assert state["trained"].keys() == {"encoder", "fc_norm", "head"}
     for batch in Data(*splits(True)).training(32, 4, 0):

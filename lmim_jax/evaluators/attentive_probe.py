@@ -2,15 +2,20 @@
 
 Keys and values are linear in the tokens. Each token is first standardized, so that a learning rate
 has the same meaning for every method. Query and output have no projection. Trained with AdamW on
-random crops and flips.
+random crops and flips. Several learning rates and weight decays are chosen among on held-out
+training images, see common/probe_grid.py.
 
-Source: CAPI (Darcet et al. 2025), classification probe, which tries ten learning rates; one is
-used here.
+As queries and attention are linear in keys and values, the key layer is applied to the query, and
+the value layer to the attended tokens: a head needs no memory for keys and values of every token,
+so that dozens of heads train at once. The bias of the keys cancels in the softmax.
+
+Source: CAPI (Darcet et al. 2025), classification probe.
 
 Letters: B batch, N patches, D width, A heads, K classes, H W image height and width, C channels.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +24,9 @@ from jaxtyping import Array, Float
 
 from lmim_jax.evaluators.base import Params
 from lmim_jax.evaluators.common import probe_layers
-from lmim_jax.evaluators.common.probe_training import Probe, Schedule, Task, TrainingBatch, Weights
+from lmim_jax.evaluators.common.probe_grid import GridProbe
+from lmim_jax.evaluators.common.probe_training import Rate, Schedule, Task, TrainingBatch, Weights
 from lmim_jax.models import normalization
-from lmim_jax.models.attention import attend
 from lmim_jax.utils.errors import UserError
 
 HEAD_WIDTH = 64
@@ -30,12 +35,13 @@ EPSILON = 1e-6  # of the standardization
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator(Probe):
+class Evaluator(GridProbe):
     """Attentive probe on one feature; the fields are explained in configs/evaluate.py."""
 
-    feature: str
     b1: float
     b2: float
+
+    takes = "patches"
 
     def init(
         self, task: Task, pretrained: Params, image: jax.ShapeDtypeStruct, rng: Array
@@ -65,7 +71,9 @@ class Evaluator(Probe):
         }
         return trained, {}
 
-    def optimizer(self, learning_rate: Schedule, trained: Params) -> optax.GradientTransformation:
+    def optimizer(
+        self, learning_rate: Schedule, weight_decay: Rate, trained: Params
+    ) -> optax.GradientTransformation:
         """AdamW without weight decay of biases."""
 
         def is_decayed(x: Array) -> bool:
@@ -75,7 +83,7 @@ class Evaluator(Probe):
             learning_rate,
             self.b1,
             self.b2,
-            weight_decay=self.weight_decay,
+            weight_decay=weight_decay,
             mask=jax.tree.map(is_decayed, trained),
         )
 
@@ -94,14 +102,28 @@ class Evaluator(Probe):
         trained = weights.trained
         x = probe_layers.frozen_feature(task.method, weights.pretrained, images, self.feature)
         x = normalization.standardize_tokens(x, EPSILON)
-        batch, tokens, width = x.shape
-        heads, head_width = trained["query"].shape
-        key_value = probe_layers.linear(trained["key_value"], x.reshape(-1, width))
-        key_value = key_value.reshape(batch, tokens, 2 * heads, head_width)
-        key, value = jnp.split(key_value, 2, axis=2)
-        query = jnp.broadcast_to(trained["query"][None, None], (batch, 1, heads, head_width))
-        pooled = attend(query, key, value, "xla").reshape(batch, width)
-        return probe_layers.linear(trained["head"], pooled)
+        return probe_layers.linear(trained["head"], attend(trained, x))
+
+
+def attend(trained: Params, x: Float[Array, "B N D"]) -> Float[Array, "B D"]:
+    """Attention of the query to tokens, softmax(q k^T / sqrt(D / A)) v, of all heads, in float32.
+
+    Args:
+      trained: see `Evaluator.init`.
+      x: tokens.
+    """
+    x = x.astype(jnp.float32)
+    width = x.shape[-1]
+    query = trained["query"]
+    heads, head_width = query.shape
+    kernels = trained["key_value"]["kernel"].reshape(width, 2, heads, head_width)
+    precision = jax.lax.Precision.HIGHEST
+    queries = jnp.einsum("ak,dak->ad", query, kernels[:, 0], precision=precision)
+    logits = jnp.einsum("ad,bnd->ban", queries, x, precision=precision)
+    attention = jax.nn.softmax(logits / math.sqrt(head_width), axis=-1)
+    attended = jnp.einsum("ban,bnd->bad", attention, x, precision=precision)
+    values = jnp.einsum("bad,dak->bak", attended, kernels[:, 1], precision=precision)
+    return values.reshape(len(x), width) + trained["key_value"]["bias"][None, width:]
 
 
 def number_of_heads(width: int) -> int:

@@ -23,7 +23,14 @@ from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.data.label_file import CLASSES
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import probe_layers
-from lmim_jax.evaluators.common.probe_training import Probe, Schedule, Task, TrainingBatch, Weights
+from lmim_jax.evaluators.common.probe_training import (
+    Probe,
+    Rate,
+    Schedule,
+    Task,
+    TrainingBatch,
+    Weights,
+)
 from lmim_jax.models import normalization
 from lmim_jax.models.layer_stack import POLICIES, stochastic_depth
 from lmim_jax.optim import layer_decay
@@ -83,7 +90,9 @@ class Evaluator(Probe):
         }
         return trained, {}
 
-    def optimizer(self, learning_rate: Schedule, trained: Params) -> optax.GradientTransformation:
+    def optimizer(
+        self, learning_rate: Schedule, weight_decay: Rate, trained: Params
+    ) -> optax.GradientTransformation:
         """AdamW with layer-wise learning rate decay."""
         return layer_decay.adamw(
             learning_rate,
@@ -91,7 +100,7 @@ class Evaluator(Probe):
             b1=self.b1,
             b2=self.b2,
             eps=1e-8,
-            weight_decay=self.weight_decay,
+            weight_decay=weight_decay,
             decay=self.layer_decay,
         )
 

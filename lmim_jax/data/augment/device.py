@@ -315,6 +315,10 @@ class Augment:
         draw["flip"] = jax.random.bernoulli(flip_key) & self.flip
         return draw
 
+    def crop_box(self, draw: CropDraw, size: Int[Array, "2"], longest: int) -> Int[Array, "4"]:
+        """The crop (top, left, height, width) of an image, int32; see `fit_crop`."""
+        return fit_crop(draw, size, longest, self.ratio)
+
     def __call__(
         self, keys: Shaped[Array, " B"], batch: dict[str, Array]
     ) -> Float[Array, "B S T C"]:
@@ -333,7 +337,7 @@ class Augment:
 
         def augment_image(key: Array, image: Array, size: Array) -> Array:
             draw = self.draw(key)
-            box = fit_crop(draw, size, image.shape[0], self.ratio)
+            box = self.crop_box(draw, size, image.shape[0])
             crop = crop_resize(image, box, self.image_size, self.kernel)
             return jnp.where(draw["flip"], crop[:, ::-1], crop)
 
@@ -387,6 +391,22 @@ class Augment:
         resized = self.resized(size)
         first = jnp.round((resized - jnp.asarray(self.eval_size)) / 2).astype(jnp.int32)
         return ((0, first[0], size[0], resized[0]), (0, first[1], size[1], resized[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleTry(Augment):
+    """Tries one shape of a crop, and cuts it off where it is larger than the image.
+
+    Source: MAE, `util/crop.py`, for its linear probe; after the TensorFlow code of BYOL.
+    """
+
+    def crop_box(self, draw: CropDraw, size: Int[Array, "2"], longest: int) -> Int[Array, "4"]:
+        """The crop (top, left, height, width) of an image, int32."""
+        roots = jnp.asarray(_square_roots(longest))[size]
+        sides = jnp.rint(draw["sides"][:, 0] * (roots[0] * roots[1])).astype(jnp.int32)
+        crop = jnp.clip(sides, 1, size)
+        corner = jnp.floor(draw["place"] * (size - crop + 1).astype(jnp.float32)).astype(jnp.int32)
+        return jnp.concatenate([jnp.minimum(corner, size - crop), crop])
 
 
 @dataclasses.dataclass(frozen=True)

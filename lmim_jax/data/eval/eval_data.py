@@ -216,6 +216,13 @@ class EvaluationData:
             cache=self.cache,
         )
 
+    def with_augment(self, augment: Augment) -> "EvaluationData":
+        """The same images, prepared in another way."""
+        other = copy.copy(self)
+        other.augment = augment
+        other.__dict__.pop("_transform", None)  # it is cached
+        return other
+
     def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
         """Iterate over a split, in order.
 
@@ -394,6 +401,28 @@ def only_labeled(data: EvaluationData) -> EvaluationData:
         labeled = tfds_source.select_classes(source, source.classes)
     chosen = copy.copy(data)
     chosen.sources = {**data.sources, "train": labeled}
+    return chosen
+
+
+def with_held_out(data: EvaluationData, share: float, seed: int) -> EvaluationData:
+    """The same images, with a random part of the training images as a split of its own.
+
+    Args:
+      data: the images.
+      share: of the training images that are held out; at least one.
+      seed: of the choice.
+
+    Returns:
+      The images with the splits "train", "held_out", which share no image, and "test".
+    """
+    source = data.sources["train"]
+    order = np.random.default_rng(seed).permutation(len(source))
+    count = max(1, round(share * len(source)))
+    parts = []
+    for part in (order[count:], order[:count]):
+        parts.append(Subset(source, tuple(np.sort(part).tolist()), data.classes))
+    chosen = copy.copy(data)
+    chosen.sources = {**data.sources, "train": parts[0], "held_out": parts[1]}
     return chosen
 
 

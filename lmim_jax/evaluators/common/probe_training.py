@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
-from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.augment.device import KERNELS, Augment
 from lmim_jax.data.eval.eval_data import Batch, EvaluationData, only_labeled, targets_of
 from lmim_jax.data.label_file import CLASSES, MULTILABEL, REGRESSION
 from lmim_jax.distributed import sharding
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 LOG_SECONDS = 5.0  # between lines of progress
 
 Schedule = Callable[[Array], Array]
+Rate = float | Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +116,14 @@ class Probe(base.Evaluator, abc.ABC):
     batch_size: int
     epochs: float
     warmup_epochs: float
-    base_lr: float
+    total_steps: int
+    base_lr: Any
     min_lr: float
-    weight_decay: float
+    weight_decay: Any
     scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: bool
+    interpolation: str
     seed: int
 
     needs_labels = True
@@ -138,8 +143,40 @@ class Probe(base.Evaluator, abc.ABC):
         """The initial (trained, buffers); `image` is the shape [1, H, W, C] of one image."""
 
     @abc.abstractmethod
-    def optimizer(self, learning_rate: Schedule, trained: Params) -> optax.GradientTransformation:
+    def optimizer(
+        self, learning_rate: Schedule, weight_decay: Rate, trained: Params
+    ) -> optax.GradientTransformation:
         """The optimizer of the trained parameters; the learning rate is a function of the step."""
+
+    def learning_rate(self, base_lr: Rate, length: "Length") -> Schedule:
+        """The learning rate as a function of the step: a line from 0, then half a cosine.
+
+        Args:
+          base_lr: the peak for a batch of 256 images; it grows with the batch.
+          length: of training.
+        """
+        return schedules.warmup_cosine(
+            0.0,
+            base_lr * self.batch_size / 256,
+            self.min_lr,
+            self.warmup_epochs * length.steps_per_epoch,
+            length.steps,
+        )
+
+    def augmentation(self, augment: Augment) -> Augment:
+        """The augmentation of training images.
+
+        Args:
+          augment: that of the run, which gives sizes and normalization.
+        """
+        return dataclasses.replace(
+            augment,
+            scale=self.scale,
+            ratio=self.ratio,
+            flip=self.flip,
+            interpolation=self.interpolation,
+            image_size=augment.eval_size,
+        )
 
     @abc.abstractmethod
     def loss(
@@ -171,19 +208,51 @@ class Probe(base.Evaluator, abc.ABC):
         """
         if not is_possible(self, data):
             return {}
-        data = only_labeled(data)
+        data = self.prepare(data)
+        length = self.length(data)
+        task = task_of(method, self.augmentation(data.augment), data)
+        programs = build_programs(self, task, data.mesh, length, data.config.channels)
+        state = train(self, programs, params, data, length)
+        return self.test(task, programs, params, state, data)
+
+    def prepare(self, data: EvaluationData) -> EvaluationData:
+        """The labeled images, resampled as this probe does, for training and for the test.
+
+        Raises:
+          UserError: unknown interpolation.
+        """
+        if self.interpolation not in KERNELS:
+            raise UserError(
+                f"evaluator {self.name}: interpolation={self.interpolation!r} must be one of: "
+                f"{' | '.join(KERNELS)}"
+            )
+        if data.augment.interpolation != self.interpolation:
+            augment = dataclasses.replace(data.augment, interpolation=self.interpolation)
+            data = data.with_augment(augment)
+        return only_labeled(data)
+
+    def length(self, data: EvaluationData) -> "Length":
+        """The length of training on some images.
+
+        Raises:
+          UserError: the batch size does not fit the devices or the number of images.
+        """
         images = len(data.sources["train"])
         check_batch_size(self.name, self.batch_size, images, data.mesh.size)
+        if self.total_steps:
+            return Length(self.total_steps, self.total_steps / self.epochs)
         steps_per_epoch = images // self.batch_size  # the remainder of an epoch is dropped
-        steps = max(1, round(self.epochs * steps_per_epoch))
-        augment = dataclasses.replace(
-            data.augment, scale=self.scale, image_size=data.augment.eval_size
-        )
-        task = _task(method, augment, data)
-        programs = build_programs(
-            self, task, data.mesh, steps, steps_per_epoch, data.config.channels
-        )
-        state = self._train(programs, params, data, steps, steps_per_epoch)
+        return Length(max(1, round(self.epochs * steps_per_epoch)), steps_per_epoch)
+
+    def test(
+        self,
+        task: Task,
+        programs: "Programs",
+        params: Params,
+        state: Params,
+        data: EvaluationData,
+    ) -> Results:
+        """The metrics of the test images, see `run`."""
         targets = data.targets
         answers = self._answer(programs, params, state, data, "test")
         results: Results = {}
@@ -211,23 +280,6 @@ class Probe(base.Evaluator, abc.ABC):
         """
         found = Weights(params, weights["trained"], weights.get("buffers", {}))
         return task.answers(self.logits(task, found, images))
-
-    def _train(
-        self,
-        programs: "Programs",
-        params: Params,
-        data: EvaluationData,
-        steps: int,
-        steps_per_epoch: int,
-    ) -> Params:
-        """The state after training."""
-        state = programs.create(params)
-        progress = _Progress(self.name, steps, steps_per_epoch, self.batch_size)
-        for batch in data.training(self.batch_size, steps, self.seed):
-            state, loss = programs.step(state, params, batch)
-            progress.add(loss)
-        progress.end()
-        return state
 
     def _answer(
         self, programs: "Programs", params: Params, state: Params, data: EvaluationData, split: str
@@ -257,13 +309,34 @@ class Probe(base.Evaluator, abc.ABC):
         return Answers(columns["index"], truth, columns["predicted"], columns.get("probability"))
 
 
-def _task(method: EvaluatedMethod, augment: Augment, data: EvaluationData) -> Task:
+def task_of(method: EvaluatedMethod, augment: Augment, data: EvaluationData) -> Task:
     """What is learned from the training images."""
     targets = data.targets
     if targets is None:
         return Task(method, augment, len(data.classes))
     mean, deviation = outcome.standardization(targets.kind, targets.values)
     return Task(method, augment, len(targets.names), targets.kind, mean, deviation)
+
+
+def train(
+    probe: Probe, programs: Any, params: Params, data: EvaluationData, length: "Length"
+) -> Params:
+    """The state after training.
+
+    Args:
+      probe: the probe.
+      programs: its `create` and `step`, see `Programs`; losses may be those of several heads.
+      params: of the pretraining method.
+      data: the images.
+      length: of training.
+    """
+    state = programs.create(params)
+    progress = _Progress(probe.name, length, probe.batch_size)
+    for batch in data.training(probe.batch_size, length.steps, probe.seed):
+        state, loss = programs.step(state, params, batch)
+        progress.add(loss)
+    progress.end()
+    return state
 
 
 def check_batch_size(name: str, batch_size: int, images: int, devices: int) -> None:
@@ -279,6 +352,18 @@ def check_batch_size(name: str, batch_size: int, images: int, devices: int) -> N
         nearest = max(batch_size // devices, 1) * devices
         message += f"; try {min(nearest, largest)}"
     raise UserError(message)
+
+
+class Length(NamedTuple):
+    """The length of training.
+
+    Attributes:
+      steps: optimizer steps in all.
+      steps_per_epoch: steps of what schedules call an epoch.
+    """
+
+    steps: int
+    steps_per_epoch: float
 
 
 class Programs(NamedTuple):
@@ -297,57 +382,85 @@ class Programs(NamedTuple):
     score: Callable[[Params, Params, Batch], Batch]
 
 
+class Rates(NamedTuple):
+    """What probes that are trained together differ in: learning rate per 256 images, decay."""
+
+    base_lr: Rate
+    weight_decay: Rate
+
+
+def create_head(
+    probe: Probe, rates: Rates, task: Task, params: Params, length: Length, channels: int
+) -> Params:
+    """What is trained, before training: {"trained", "buffers", "opt"}.
+
+    Args:
+      probe: the probe; its learning rate and weight decay are not used.
+      rates: these.
+      task: what it learns.
+      params: of the pretraining method.
+      length: of training.
+      channels: of images.
+    """
+    image = jax.ShapeDtypeStruct((1, *task.augment.image_size, channels), jnp.float32)
+    trained, buffers = probe.init(task, params, image, jax.random.key(probe.seed))
+    trained = jax.tree.map(jnp.copy, trained)  # weights of the run must not be donated
+    learning_rate = probe.learning_rate(rates.base_lr, length)
+    optimizer = probe.optimizer(learning_rate, rates.weight_decay, trained)
+    return {"trained": trained, "buffers": buffers, "opt": optimizer.init(trained)}
+
+
+def train_head(
+    probe: Probe,
+    rates: Rates,
+    task: Task,
+    params: Params,
+    length: Length,
+    head: Params,
+    batch: TrainingBatch,
+) -> tuple[Params, Float[Array, ""]]:
+    """What `create_head` returns after a step, and the loss; the other arguments are as there."""
+    trained = head["trained"]
+
+    def loss_fn(trained: Params) -> tuple[Array, Params]:
+        return probe.loss(task, Weights(params, trained, head["buffers"]), batch)
+
+    (loss, buffers), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+    learning_rate = probe.learning_rate(rates.base_lr, length)
+    optimizer = probe.optimizer(learning_rate, rates.weight_decay, trained)
+    updates, opt_state = optimizer.update(gradients, head["opt"], trained)
+    trained = optax.apply_updates(trained, updates)
+    return {"trained": trained, "buffers": buffers, "opt": opt_state}, loss
+
+
+def augmented_batch(
+    probe: Probe, task: Task, mesh: Mesh, step: Array, batch: Batch
+) -> TrainingBatch:
+    """The batch of a step, augmented."""
+    positions = jnp.asarray(sharding.batch_positions(mesh, len(batch["label"])))
+    rng, keys = image_keys(jax.random.key(probe.seed), step, positions)
+    crop_keys, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    images = task.augment(crop_keys, batch)
+    labels = batch["label"] if task.kind == CLASSES else batch["target"]
+    return TrainingBatch(images, task.standardized(labels), rng, keys)
+
+
 @functools.lru_cache(maxsize=4)
-def build_programs(
-    probe: Probe, task: Task, mesh: Mesh, steps: int, steps_per_epoch: int, channels: int
-) -> Programs:
+def build_programs(probe: Probe, task: Task, mesh: Mesh, length: Length, channels: int) -> Programs:
     """Build the programs of a probe; each is compiled on its first call."""
-    learning_rate = schedules.warmup_cosine(
-        0.0,
-        probe.base_lr * probe.batch_size / 256,
-        probe.min_lr,
-        probe.warmup_epochs * steps_per_epoch,
-        steps,
-    )
+    rates = Rates(probe.base_lr, probe.weight_decay)
 
     def place(state: Params) -> Params:
         return jax.lax.with_sharding_constraint(state, sharding.state_sharding(state, mesh))
 
     def create(params: Params) -> Params:
-        image = jax.ShapeDtypeStruct((1, *task.augment.image_size, channels), jnp.float32)
-        trained, buffers = probe.init(task, params, image, jax.random.key(probe.seed))
-        trained = jax.tree.map(jnp.copy, trained)  # weights of the run must not be donated
-        state = {
-            "step": jnp.zeros((), jnp.int32),
-            "trained": trained,
-            "buffers": buffers,
-            "opt": probe.optimizer(learning_rate, trained).init(trained),
-        }
-        return place(state)
+        head = create_head(probe, rates, task, params, length, channels)
+        return place({"step": jnp.zeros((), jnp.int32), **head})
 
     def step(state: Params, params: Params, batch: Batch) -> tuple[Params, Array]:
-        positions = jnp.asarray(sharding.batch_positions(mesh, len(batch["label"])))
-        rng, keys = image_keys(jax.random.key(probe.seed), state["step"], positions)
-        crop_keys, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        images = task.augment(crop_keys, batch)
-        labels = batch["label"] if task.kind == CLASSES else batch["target"]
-        training_batch = TrainingBatch(images, task.standardized(labels), rng, keys)
-
-        def loss_fn(trained: Params) -> tuple[Array, Params]:
-            weights = Weights(params, trained, state["buffers"])
-            return probe.loss(task, weights, training_batch)
-
-        trained = state["trained"]
-        (loss, buffers), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        optimizer = probe.optimizer(learning_rate, trained)
-        updates, opt_state = optimizer.update(gradients, state["opt"], trained)
-        new_state = {
-            "step": state["step"] + 1,
-            "trained": optax.apply_updates(trained, updates),
-            "buffers": buffers,
-            "opt": opt_state,
-        }
-        return place(new_state), loss
+        training_batch = augmented_batch(probe, task, mesh, state["step"], batch)
+        head, loss = train_head(probe, rates, task, params, length, state, training_batch)
+        return place({"step": state["step"] + 1, **head}), loss
 
     def score(state: Params, params: Params, batch: Batch) -> Batch:
         weights = Weights(params, state["trained"], state["buffers"])
@@ -368,12 +481,15 @@ def build_programs(
 
 
 class _Progress:
-    """Logs the progress of training from time to time; fetches each loss one step late."""
+    """Logs the progress of training from time to time; fetches each loss one step late.
 
-    def __init__(self, name: str, steps: int, steps_per_epoch: int, batch_size: int) -> None:
+    Of several heads, the smallest loss counts.
+    """
+
+    def __init__(self, name: str, length: Length, batch_size: int) -> None:
         self._name = name
-        self._steps = steps
-        self._steps_per_epoch = steps_per_epoch
+        self._steps = length.steps
+        self._steps_per_epoch = length.steps_per_epoch
         self._batch_size = batch_size
         self._done = 0
         self._pending: Any = None
@@ -394,7 +510,9 @@ class _Progress:
         self._fetch(self._pending)
 
     def _fetch(self, loss: Array) -> None:
-        self._losses.append(float(jax.device_get(loss)))
+        losses = np.asarray(jax.device_get(loss), np.float32)
+        finite = losses[np.isfinite(losses)]
+        self._losses.append(float(finite.min()) if finite.size else math.nan)
         self._done += 1
         now = time.perf_counter()
         if self._start_time is None:
