@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, check types and test: ./launch/test.sh [arguments of pytest]
-# ./launch/test.sh --interop: comparisons with timm and transformers instead, which it installs (PyTorch: 1 GB or more)
+# ./launch/test.sh --interop: comparisons with timm, transformers, ONNX Runtime, ... instead, which it installs (1 GB or more)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case " $* " in

@@ -45,6 +45,7 @@ def contents(
     Raises:
       UserError: transformers cannot hold this encoder.
     """
+    encoder.require_equal_norms("transformers")
     if encoder.image_size[0] != encoder.image_size[1]:
         raise UserError(
             f"config.method.grid is not square ({encoder.image_size} pixels), as transformers needs"

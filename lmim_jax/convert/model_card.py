@@ -11,18 +11,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lmim_jax
+from lmim_jax.convert import onnx
 from lmim_jax.convert.trained_model import TrainedModel
 from lmim_jax.utils import buckets
 
 NO_LICENSE = "other"  # the name that the Hugging Face Hub has for it
-LIBRARIES = {"timm": "timm", "hf": "transformers", "flax": "lmim_jax", "safetensors": "safetensors"}
+LIBRARIES = {  # format -> the name of its library on the Hub
+    "timm": "timm",
+    "hf": "transformers",
+    "onnx": "onnx",
+    "mmseg": "mmsegmentation",
+    "detectron2": "detectron2",
+    "flax": "lmim_jax",
+    "safetensors": "safetensors",
+}
 
 USAGE = {
     "timm": """```python
 import timm, torch
 from PIL import Image
 
-model = timm.create_model("local-dir:.", pretrained=True).eval()
+model = timm.create_model("{source}", pretrained=True).eval()
 prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 images = prepare(Image.open("image.jpg").convert("{mode}"))[None]
 with torch.no_grad():
@@ -34,13 +43,41 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-model = AutoModel.from_pretrained(".", add_pooling_layer=False).eval()
-prepare = AutoImageProcessor.from_pretrained(".")
+model = AutoModel.from_pretrained("{source}", add_pooling_layer=False).eval()
+prepare = AutoImageProcessor.from_pretrained("{source}")
 images = prepare(Image.open("image.jpg").convert("{mode}"), return_tensors="pt")
 with torch.no_grad():
     tokens = model(**images).last_hidden_state  # [1, {tokens}, {width}]: {order}
 mean = tokens[:, {first_patch}:].mean(dim=1)
 ```""",
+    "onnx": """```python
+import numpy as np, onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession("model.onnx")
+image = Image.open("image.jpg").convert("{mode}")
+size = ({image_width}, {image_height})
+crop = ImageOps.fit(image, size, Image.Resampling.{filter}, bleed={bleed:.4g})
+pixels = np.asarray(crop, np.float32).reshape({image_height}, {image_width}, {channels}) / 255
+images = np.float32((pixels - {mean}) / {std}).transpose(2, 0, 1)[None]
+# [1, {width}] and [1, {patches}, {width}]
+mean, patches = session.run(["mean", "patches"], {{"images": images}})
+```""",
+    "mmseg": """```sh
+python tools/train.py PATH/config.py  # in a clone of mmsegmentation 1.2
+mim train mmsegmentation config.py    # the same, in any folder
+```
+
+`config.py` is UPerNet on this encoder, for ADE20K in `data/ade`; change `num_classes`, data and
+schedule there. `backbone.pth` holds the weights of the encoder; those of the heads begin at
+random.""",
+    "detectron2": """```sh
+tools/lazyconfig_train_net.py --config-file=PATH/config.py --num-gpus=8  # in a clone of detectron2
+```
+
+`config.py` is Mask R-CNN with ViTDet on this encoder, for COCO in the folder that the environment
+variable `DETECTRON2_DATASETS` names. `backbone.pth` holds the weights of the encoder; all others
+begin at random, relative positions at zero.""",
     "flax": """```python
 import lmim_jax
 
@@ -57,6 +94,8 @@ OTHER_SIZES = {
     "timm": "`create_model(..., img_size=...)`",
     "hf": "`model(..., interpolate_pos_encoding=True)`",
 }
+# From where a library loads the model: from this folder, or from the Hub
+SOURCES = {"timm": ("local-dir:.", "hf-hub:{}"), "hf": (".", "{}")}
 WEIGHTS = {
     "online": "the trained encoder",
     "target": "the teacher, an exponential moving average of the encoder",
@@ -81,7 +120,12 @@ BASELINE_KEYS = {"accuracy": "linear"}
 
 
 def write(
-    model: TrainedModel, kind: str, which: str, license_name: str = "", base_model: str = ""
+    model: TrainedModel,
+    kind: str,
+    which: str,
+    license_name: str = "",
+    base_model: str = "",
+    repo: str = "",
 ) -> str:
     """Write the text of the card.
 
@@ -91,6 +135,7 @@ def write(
       which: the exported weights: "online", "target" or "both".
       license_name: of the weights, as the Hugging Face Hub names licenses; "": not chosen yet.
       base_model: the model on the Hub that training began with; "": none.
+      repo: USER/NAME on the Hub, where the folder will be; "": nowhere.
     """
     has_cls = "cls_token" in model.params["encoder"]
     origin = _read_json(model.folder / "imported.json")
@@ -98,8 +143,8 @@ def write(
         _front_matter(kind, license_name, base_model),
         *_introduction(model, which),
         "## Use",
-        "In the folder of this file:",
-        USAGE[kind].format(**_usage_values(model, has_cls)),
+        _place(kind, repo),
+        USAGE[kind].format(**_usage_values(model, kind, has_cls, repo)),
         _advice(kind, has_cls),
         "## Images",
         _preprocessing(model, kind),
@@ -201,9 +246,20 @@ def _introduction(model: TrainedModel, which: str) -> list[str]:
     ]
 
 
-def _usage_values(model: TrainedModel, has_cls: bool) -> dict[str, Any]:
+def _place(kind: str, repo: str) -> str:
+    """Words on where the code that follows runs."""
+    if not repo:
+        return "In the folder of this file:"
+    if kind in SOURCES:
+        return "Anywhere:"
+    return f"In the folder that `hf download {repo} --local-dir=FOLDER` makes:"
+
+
+def _usage_values(model: TrainedModel, kind: str, has_cls: bool, repo: str) -> dict[str, Any]:
     """Values to fill into USAGE."""
     method = model.method
+    augment = model.config.augment
+    local, remote = SOURCES.get(kind, ("", ""))
     height, width = method.feature_size
     order = _grid_text(model)
     if has_cls:
@@ -221,6 +277,12 @@ def _usage_values(model: TrainedModel, has_cls: bool) -> dict[str, Any]:
         "image_height": height,
         "image_width": width,
         "channels": method.channels,
+        "source": remote.format(repo) if repo else local,
+        "patches": method.num_patches,
+        "filter": augment.interpolation.upper(),
+        "bleed": (1 - min(height, width) / augment.eval_resize) / 2,
+        "mean": tuple(augment.mean),
+        "std": tuple(augment.std),
     }
 
 
@@ -231,7 +293,19 @@ def _advice(kind: str, has_cls: bool) -> str:
             "Names and layouts are those of the method's official PyTorch code, including constant "
             "positions."
         )
+    if kind == "detectron2":
+        return (
+            "ViTDet has no CLS token and no last norm, and most of its blocks attend within "
+            "windows: its features are not those that were measured below, and it is meant to be "
+            "trained as a whole."
+        )
     sentences = ["Features are taken after the final norm."]
+    if kind == "onnx":
+        sentences.append(
+            f"`model.onnx` (opset {onnx.OPSET}) takes any number of normalized images of this size."
+        )
+    if kind == "mmseg":
+        sentences.append("The first three feature maps of UPerNet come without it.")
     if kind in OTHER_SIZES:
         sentences.append(
             f"For other image sizes, use {OTHER_SIZES[kind]}, which interpolates the positions in "

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from lmim_jax.convert import onnx
 from lmim_jax.convert.trained_model import TrainedModel
 from lmim_jax.data import decode
 from lmim_jax.data.augment.device import Augment
@@ -23,7 +24,12 @@ from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.methods.base import Features, Params
 from lmim_jax.utils.errors import UserError
 
-PACKAGES = {"timm": "torch timm", "hf": "torch transformers torchvision"}
+PACKAGES = {
+    "timm": "torch timm",
+    "hf": "torch transformers torchvision",
+    "onnx": "onnxruntime",
+    "mmseg": "torch mmengine mmcv mmsegmentation",
+}
 
 Pixels = UInt8[np.ndarray, "h w C"]
 
@@ -33,12 +39,12 @@ class ForeignModel:
     """An exported folder, opened by another library.
 
     Attributes:
-      encode: torch tensor of images [B, C, H, W] -> torch tensor of tokens [B, 1 + N, D].
-      preprocess: Pillow image -> numpy array [C, H, W].
+      encode: images [B, C, H, W] -> tokens [B, 1 + N, D], or [B, N, D] without CLS; numpy arrays.
+      preprocess: Pillow image -> numpy array [C, H, W]; None: the library leaves that to its user.
     """
 
-    encode: Callable[[Any], Any]
-    preprocess: Callable[[Image.Image], np.ndarray]
+    encode: Callable[[np.ndarray], np.ndarray]
+    preprocess: Callable[[Image.Image], np.ndarray] | None = None
 
 
 def compare(
@@ -51,7 +57,7 @@ def compare(
     """Run both encoders and both kinds of preprocessing on the same images.
 
     Args:
-      kind: "timm" or "hf".
+      kind: one of OPENERS.
       folder: the exported folder.
       model: what was exported.
       params: the exported weights.
@@ -61,8 +67,8 @@ def compare(
       "features": the largest difference of any feature, on images as this project prepares them.
       "size": the largest absolute feature.
       "pixels": mean difference between the images as the library and as this project prepare them,
-        in levels of 0 .. 255; absent for bands that are neither gray nor colors, which the
-        libraries do not read.
+        in levels of 0 .. 255; absent where the library does not prepare images, or not such ones:
+        bands that are neither gray nor colors.
 
     Raises:
       UserError: the other library is not installed.
@@ -73,12 +79,13 @@ def compare(
     prepared = _preprocess(model, pixels)
     features = _encode(model, params, prepared)
     channels_first = prepared.transpose(0, 3, 1, 2)
-    foreign_features = _encode_with_torch(foreign, channels_first)
+    foreign_features = foreign.encode(np.ascontiguousarray(channels_first))
+    features = features[:, -foreign_features.shape[1] :]  # without CLS where it does not give it
     found = {
         "features": float(np.abs(foreign_features - features).max()),
         "size": float(np.abs(features).max()),
     }
-    if model.method.channels not in decode.MODES:
+    if foreign.preprocess is None or model.method.channels not in decode.MODES:
         return found
     foreign_pixels = np.stack([foreign.preprocess(_to_pillow(image)) for image in pixels])
     stddev = np.asarray(model.config.augment.std, np.float32).reshape(-1, 1, 1)
@@ -128,16 +135,6 @@ def _encode(
         return np.asarray(encode(params, images))
 
 
-def _encode_with_torch(
-    foreign: ForeignModel, images: Float[np.ndarray, "B C H W"]
-) -> Float[np.ndarray, "B 1+N D"]:
-    """Compute the tokens of the other library."""
-    import torch
-
-    with torch.no_grad():
-        return foreign.encode(torch.from_numpy(images.copy())).numpy()
-
-
 def _to_pillow(pixels: Pixels) -> Image.Image:
     mode = decode.MODES[pixels.shape[-1]]
     if mode == "L":
@@ -162,7 +159,7 @@ def open_timm(folder: str | pathlib.Path) -> ForeignModel:
     def preprocess(image: Image.Image) -> np.ndarray:
         return transform(image).numpy()
 
-    return ForeignModel(model.forward_features, preprocess)
+    return ForeignModel(_without_gradients(model.forward_features), preprocess)
 
 
 def open_hf(folder: str | pathlib.Path) -> ForeignModel:
@@ -178,10 +175,64 @@ def open_hf(folder: str | pathlib.Path) -> ForeignModel:
     def preprocess(image: Image.Image) -> np.ndarray:
         return processor(image, return_tensors="np")["pixel_values"][0]
 
-    return ForeignModel(encode, preprocess)
+    return ForeignModel(_without_gradients(encode), preprocess)
+
+
+def open_onnx(folder: str | pathlib.Path) -> ForeignModel:
+    """Open a folder of --format=onnx; it needs the package onnxruntime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        pathlib.Path(folder, onnx.FILE), providers=["CPUExecutionProvider"]
+    )
+    outputs = [output.name for output in session.get_outputs()]
+
+    def run(images: np.ndarray) -> np.ndarray:
+        found = dict(zip(outputs, session.run(None, {"images": images}), strict=True))
+        if onnx.CLS not in found:
+            return found[onnx.PATCHES]
+        return np.concatenate([found[onnx.CLS][:, None], found[onnx.PATCHES]], axis=1)
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        """The first image alone, then the others together: the batch must be free."""
+        parts = [run(part) for part in (images[:1], images[1:]) if len(part)]
+        return np.concatenate(parts)
+
+    return ForeignModel(encode)
+
+
+def open_mmseg(folder: str | pathlib.Path) -> ForeignModel:
+    """Open a folder of --format=mmseg; it needs torch, mmengine, mmcv and mmsegmentation."""
+    import mmseg.models  # noqa: F401  (registers the backbone)
+    from mmengine.config import Config
+    from mmseg.registry import MODELS
+
+    config = Config.fromfile(pathlib.Path(folder, "config.py"))
+    model = MODELS.build(config.model.backbone)
+    model.init_weights()
+    model.eval()
+
+    def encode(images: Any) -> Any:
+        return model(images)[-1].flatten(2).transpose(1, 2)
+
+    return ForeignModel(_without_gradients(encode))
+
+
+def _without_gradients(encode: Callable[[Any], Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of numpy arrays that calls a function of torch tensors."""
+
+    def call(images: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            return encode(torch.from_numpy(images)).numpy()
+
+    return call
 
 
 OPENERS: dict[str, Callable[[str | pathlib.Path], ForeignModel]] = {
     "timm": open_timm,
     "hf": open_hf,
+    "onnx": open_onnx,
+    "mmseg": open_mmseg,
 }

@@ -40,6 +40,7 @@ def contents(
     Raises:
       UserError: timm cannot hold this encoder.
     """
+    encoder.require_equal_norms("timm")
     architecture, arguments = _architecture(encoder)
     config = {
         "architecture": architecture,

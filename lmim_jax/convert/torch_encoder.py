@@ -31,7 +31,8 @@ class TorchEncoder:
       depth: number of blocks.
       heads: attention heads.
       hidden: width of the MLPs.
-      norm_eps: epsilon of all norms.
+      norm_eps: epsilon of the norms of the blocks.
+      final_norm_eps: epsilon of the last norm.
       cls: whether it has a CLS token.
       qkv_bias: whether queries, keys or values have a bias; those without have a bias of 0 here.
       tensors: {name: float32 array}, named as in timm: `patch_embed.proj.weight` [D, C, p, p],
@@ -46,9 +47,26 @@ class TorchEncoder:
     heads: int
     hidden: int
     norm_eps: float
+    final_norm_eps: float
     cls: bool
     qkv_bias: bool
     tensors: dict[str, np.ndarray]
+
+    def require_equal_norms(self, library: str) -> None:
+        """Check that the last norm has the epsilon of the others.
+
+        Args:
+          library: which has one for all norms.
+
+        Raises:
+          UserError: it has another one.
+        """
+        if self.final_norm_eps != self.norm_eps:
+            raise UserError(
+                f"config.method.norm_eps={self.norm_eps} and final_norm_eps={self.final_norm_eps} "
+                f"differ, but {library} has one for all norms; --format=onnx, flax and safetensors "
+                "can hold this encoder"
+            )
 
 
 def from_method(method: Method, params: Params) -> TorchEncoder:
@@ -62,16 +80,10 @@ def from_method(method: Method, params: Params) -> TorchEncoder:
       UserError: no Vision Transformer of other libraries has this architecture.
     """
     vit, positions = _capture_vit(method, params)
-    if vit.final_norm_eps not in (None, vit.norm_eps):
-        raise UserError(
-            f"config.method.norm_eps={vit.norm_eps} and final_norm_eps={vit.final_norm_eps} differ"
-            ", but timm and transformers have one for all norms; only --format=flax and "
-            "--format=safetensors can hold this encoder"
-        )
+    _check_blocks(vit)
     if vit.width % vit.heads:
         raise UserError(
-            f"config.method.heads={vit.heads} must divide width={vit.width} for timm and "
-            "transformers"
+            f"config.method.heads={vit.heads} must divide width={vit.width} for other libraries"
         )
     return TorchEncoder(
         image_size=method.feature_size,
@@ -82,10 +94,26 @@ def from_method(method: Method, params: Params) -> TorchEncoder:
         heads=vit.heads,
         hidden=params["encoder"]["block00"]["mlp"]["fc1"]["kernel"].shape[1],
         norm_eps=vit.norm_eps,
+        final_norm_eps=vit.final_norm_eps or vit.norm_eps,
         cls=vit.cls,
         qkv_bias=bool(np.any(vit.qkv_bias)),
         tensors=_torch_tensors(vit, positions, params["encoder"], method.patch_size),
     )
+
+
+def _check_blocks(vit: ViT) -> None:
+    """Raise a UserError for blocks that are not those of the original Vision Transformer."""
+    problems = {
+        f"registers={vit.registers}": vit.registers > 0,
+        f"rope={vit.rope}": vit.rope != "none",
+        f"norm={vit.norm}": vit.norm != "layer",
+    }
+    listed = ", ".join(name for name, found in problems.items() if found)
+    if listed:
+        raise UserError(
+            f"this encoder has {listed}, unlike the Vision Transformers of other libraries; "
+            "--format=flax can hold it"
+        )
 
 
 def _capture_vit(method: Method, params: Params) -> tuple[ViT, Float[np.ndarray, "N D"]]:

@@ -84,12 +84,16 @@ class StateDictSpec:
       constants: {official name: array}, arrays of the state dict that are not parameters here.
       splits: (regex, replacements) pairs: an array whose official name would match is several
         arrays there, equal parts along the first axis, one for each replacement.
+      relative_tolerance: of the constants, beside TOLERANCE.
+      aliases: (regex, replacement) pairs for other names that files have, see `rename`.
     """
 
     renames: tuple[tuple[str, str], ...]
     layouts: tuple[tuple[str, Layout], ...]
     constants: Arrays
     splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    relative_tolerance: float = 0.0
+    aliases: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +214,21 @@ def _part_names(name: str, splits: Collection[tuple[str, tuple[str, ...]]]) -> l
     return [name]
 
 
+def rename(method: Method, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Give arrays their names in the official state dict, where a file has others.
+
+    Raises:
+      UserError: see `describe`.
+    """
+    aliases = describe(method).aliases
+    renamed = {}
+    for name, array in arrays.items():
+        for pattern, replacement in aliases:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = array
+    return renamed
+
+
 def to_official(method: Method, params: Params, target: Params) -> Arrays:
     """Convert a whole model to the official state dict, constants included.
 
@@ -271,7 +290,8 @@ def check(
     Raises:
       UserError: listing what is missing, unexpected or different.
     """
-    constants = describe(method).constants
+    spec = describe(method)
+    constants = spec.constants
     shapes = {name: entry.shape for name, entry in entries(method).items()}
     for name, constant in constants.items():
         shapes[name] = constant.shape
@@ -280,7 +300,7 @@ def check(
         "missing": [name for name in shapes if name in required and name not in arrays],
         "unexpected": [name for name in arrays if name not in shapes],
         "of another shape": _different_shapes(shapes, arrays),
-        "other constants than this method's": _different_constants(constants, arrays),
+        "other constants than this method's": _different_constants(spec, arrays),
     }
     messages = []
     for problem, listed in problems.items():
@@ -301,13 +321,14 @@ def _different_shapes(
     return different
 
 
-def _different_constants(constants: Arrays, arrays: Mapping[str, np.ndarray]) -> list[str]:
+def _different_constants(spec: StateDictSpec, arrays: Mapping[str, np.ndarray]) -> list[str]:
     """List the constants that have the expected shape but other values."""
     different = []
-    for name, constant in constants.items():
+    for name, constant in spec.constants.items():
         if name not in arrays or arrays[name].shape != constant.shape:
             continue
         difference = np.abs(arrays[name] - constant)
-        if not np.all(difference <= TOLERANCE):
+        allowed = TOLERANCE + spec.relative_tolerance * np.abs(constant)
+        if not np.all(difference <= allowed):
             different.append(f"{name} (difference {difference.max():.2g})")
     return different
