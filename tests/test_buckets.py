@@ -1,9 +1,12 @@
 """Runs in buckets, on an emulator of Google Cloud Storage of this machine."""
 
+import builtins
 import concurrent.futures
 import errno
+import io
 import json
 import logging
+import os
 import pathlib
 import random
 import threading
@@ -239,8 +242,35 @@ class Cut(Exception):
     """Ends a run as a kill would."""
 
 
+@pytest.fixture
+def taken_for_local(tmp_path, monkeypatch):
+    """Paths in buckets that were given to the file system; the working directory is empty."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    found = []
+
+    def watch(module, name):
+        original = getattr(module, name)
+
+        def call(path, *arguments, **options):
+            if isinstance(path, str | os.PathLike) and os.fspath(path).startswith("gs:"):
+                found.append(f"{name} {path}")
+            return original(path, *arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("open", "mkdir", "stat", "scandir", "listdir", "replace", "unlink"):
+        watch(os, name)
+    watch(builtins, "open")
+    watch(io, "open")
+    return found
+
+
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_that_of_a_local_folder(images, tmp_path, bucket, monkeypatch, caplog):
+def test_a_run_in_a_bucket_is_that_of_a_local_folder(
+    images, tmp_path, bucket, monkeypatch, caplog, taken_for_local
+):
     """It begins in a local folder, is copied to the bucket, cut short, damaged, and ends there."""
     one = sharding.make_mesh(devices=jax.devices()[:1])  # quicker than eight
     monkeypatch.setattr(loop, "_make_mesh", lambda config: one)
@@ -275,6 +305,8 @@ def test_a_run_in_a_bucket_is_that_of_a_local_folder(images, tmp_path, bucket, m
         path.write_bytes(bucket.read("bkt", name))
     assert processes.digest(copy, 12) == processes.digest(whole, 12)
     check_tools(tmp_path)
+    assert not taken_for_local
+    assert not list((tmp_path / "here").iterdir())
 
 
 def train_until(step, config, folder, monkeypatch):

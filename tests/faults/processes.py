@@ -21,7 +21,9 @@ from lmim_jax.train import checkpoint_manifest, checkpoints
 from lmim_jax.utils import buckets
 
 ROOT = pathlib.Path(conftest.ROOT)
-LIMIT = 300  # seconds that anything may take on a busy machine
+# Seconds, on a busy machine: how long processes may be silent, and how long anything may take
+SILENCE = 300
+LIMIT = 1800
 BOOT_ID = "/proc/sys/kernel/random/boot_id"  # by it, jax tells hosts apart
 _boot_ids = tempfile.TemporaryDirectory(prefix="boot_ids_")
 
@@ -62,7 +64,15 @@ def why_one_host():
 
 
 def start(
-    images, workdir, *flags, processes=1, devices=1, launcher=(), different=(), program="main.py"
+    images,
+    workdir,
+    *flags,
+    processes=1,
+    devices=1,
+    launcher=(),
+    different=(),
+    program="main.py",
+    config="tests/tiny.py",
 ):
     """Start main.py as users do; several processes are on hosts of their own where possible.
 
@@ -75,6 +85,7 @@ def start(
       launcher: a command that starts all processes.
       different: a list of more flags for each process.
       program: a script with the flags of main.py.
+      config: the recipe.
 
     Returns:
       A list of Process.
@@ -90,7 +101,7 @@ def start(
         *launcher,
         sys.executable,
         program,
-        "--config=tests/tiny.py",
+        f"--config={config}",
         f"--config.data.path={images}",
         f"--workdir={workdir}",
         "--config.log_every=1",
@@ -125,20 +136,28 @@ class Process(subprocess.Popen):
         super().__init__(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how
         )
-        self._lines = []
-        self._reader = threading.Thread(target=lambda: self._lines.extend(self.stdout), daemon=True)
+        self.lines = []
+        self.heard = time.monotonic()  # when it last wrote something
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def _read(self):
+        for line in self.stdout:
+            self.lines.append(line)
+            self.heard = time.monotonic()
 
     def output(self):
         """What it and its children have written, once all of them have ended."""
-        self._reader.join(LIMIT)
+        self._reader.join(SILENCE)
         assert not self._reader.is_alive(), "a process is still writing to the pipe"
-        return "".join(self._lines)
+        return "".join(self.lines)
 
 
 def finish(running):
     """Wait for processes: [(exit code, output)]."""
-    return [(process.wait(timeout=LIMIT), process.output()) for process in running]
+    for process in running:
+        wait_for(lambda process=process: process.poll() is not None, running, may_end=True)
+    return [(process.returncode, process.output()) for process in running]
 
 
 def lines(workdir):
@@ -158,14 +177,28 @@ def step_of(workdir):
     return max(losses(workdir), default=0)
 
 
-def wait_for(condition, running):
-    """Wait until a condition holds, while the processes run."""
-    deadline = time.monotonic() + LIMIT
+def wait_for(condition, running, may_end=False):
+    """Wait until a condition holds, while the processes run.
+
+    They may be as slow as a busy machine makes them, but not silent.
+
+    Args:
+      condition: () -> whether it holds.
+      running: a list of Process.
+      may_end: whether it is no failure that one of them ends.
+    """
+    began = time.monotonic()
     while not condition():
         for process in running:
-            assert process.poll() is None, process.output()
-        assert time.monotonic() < deadline, "timeout"
-        time.sleep(0.002)
+            assert may_end or process.poll() is None, process.output()
+        now = time.monotonic()
+        heard = max([began, *(process.heard for process in running)])
+        if now - heard > SILENCE or now - began > LIMIT:
+            texts = ["".join(process.lines) for process in running]
+            for process in running:
+                process.kill()
+            raise TimeoutError("\n---\n".join(texts))
+        time.sleep(0.002 if not may_end else 0.05)
 
 
 def saving(workdir):

@@ -79,6 +79,13 @@ def saving_or_saved(workdir):
     return bool(checkpoints.steps(workdir))
 
 
+def spawned(process):
+    """The process ids of the workers of a run, oldest first."""
+    command = ["pgrep", "-P", str(process.pid), "-f", "spawn_main"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
 
@@ -114,17 +121,33 @@ def test_workers_are_safe_from_signals_from_birth(images, tmp_path, injected, fu
     workers = (*NOT_EVALUATED, "--config.data.workers=2")
     process = injected.start(images, tmp_path / "run", *workers)
 
-    def children():
-        found = subprocess.run(
-            ["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True
-        )
-        return found.stdout.split()
-
-    processes.wait_for(lambda: len(children()) >= 2, [process])
+    processes.wait_for(lambda: len(spawned(process)) >= 2, [process])
     os.killpg(process.pid, signal.SIGUSR1)
     ((code, output),) = processes.finish([process])
     assert code == 75, output
     assert "died" not in output
+
+
+def test_a_killed_worker_costs_no_bit(images, tmp_path, injected, undisturbed, full):
+    """[- / the run saves and names it; resumed, it ends with the same bits]"""
+    if not full:
+        pytest.skip("two runs; ./launch/test.sh --faults")
+    flags = (*NOT_EVALUATED, "--config.data.workers=2")
+    injected.set("sleep 0.1")  # so that the workers are not done before they are killed
+    process = injected.start(images, tmp_path / "run", *flags)
+    processes.wait_for(lambda: processes.step_of(tmp_path / "run") >= 3, [process])
+    victim = spawned(process)[-1]
+    os.kill(victim, signal.SIGKILL)
+    ((code, output),) = processes.finish([process])
+    assert code == 1, output
+    assert re.search(rf"error: data worker \d of 2 \(pid {victim}\) died \(exit code -9", output)
+    step = saved_step(tmp_path / "run")
+    assert f"the state of step {step} is saved" in output
+    injected.set("")
+    ((code, output),) = processes.finish([injected.start(images, tmp_path / "run", *flags)])
+    assert code == 0, output
+    assert f"resuming after step {step} of 30" in output
+    assert equals(undisturbed, tmp_path / "run")
 
 
 @pytest.mark.parametrize("presses", [1, 2])

@@ -155,6 +155,7 @@ def test_a_process_that_was_started_otherwise_is_named(images, tmp_path):
 BARRIERS = """
 import sys
 from lmim_jax.distributed import multihost
+from lmim_jax.utils.errors import UserError
 me = int(sys.argv[2])
 multihost.initialize(sys.argv[1], 2, me, 10)
 multihost.barrier("save/1/folder", "failed/1", 60)
@@ -172,10 +173,17 @@ if me == 0:
     except TimeoutError as error:
         print("failed:", error)
 print("all:", multihost.gather_json({"me": me}))
+print("decided:", multihost.decide(lambda: {"seen by": me}))
+def differs():
+    raise UserError(f"the config of process {me}")
+try:
+    multihost.decide(differs)
+except UserError as error:
+    print("mistake:", error)
 """
 
 
-def test_processes_wait_for_each_other_and_learn_who_failed():
+def test_processes_wait_for_each_other_learn_who_failed_and_follow_the_first():
     address = f"localhost:{processes.free_port()}"
     environment = {**os.environ, "PYTHONPATH": str(processes.ROOT), "JAX_PLATFORMS": "cpu"}
     both = []
@@ -188,7 +196,9 @@ def test_processes_wait_for_each_other_and_learn_who_failed():
         r"failed: process 1: .*: disk full\nfailed: not all processes reached save/2/written",
         ended[0][1],
     )
-    assert all("all: [{'me': 0}, {'me': 1}]" in output for _, output in ended)
+    for _, output in ended:
+        assert "all: [{'me': 0}, {'me': 1}]\ndecided: {'seen by': 0}" in output
+        assert "mistake: the config of process 0" in output
 
 
 @pytest.mark.parametrize("victim", [1, 0])
