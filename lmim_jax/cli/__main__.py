@@ -15,6 +15,7 @@ COMMANDS = {
         "evaluate",
         "Evaluate the frozen features of a run: k-NN, probes, fine-tuning, ...",
     ),
+    "predict": ("predict", "Classify a folder of images with a probe or a fine-tuned encoder."),
     "features": ("extract_features", "Write the features of a folder of images to a file."),
     "pca": ("pca", "Show the features of a folder of images as a page."),
     "report": ("report", "Write an HTML report of a run."),

@@ -13,11 +13,12 @@ in RUN/evaluations/cache, which may be deleted.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,12 +27,14 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.cli import app
-from lmim_jax.data import inventory, sources
+from lmim_jax.data import inventory, label_file, sources
+from lmim_jax.data.eval import extra_tests
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost, sharding
 from lmim_jax.evaluators import base as evaluators
-from lmim_jax.evaluators.common import image_features
+from lmim_jax.evaluators.common import image_features, kept_classifier
 from lmim_jax.evaluators.common.feature_cache import FeatureCache
+from lmim_jax.evaluators.common.outcome import Outcome
 from lmim_jax.report.eval_table import line, table
 from lmim_jax.train import runs
 from lmim_jax.train.metric_writer import write_picture
@@ -42,6 +45,7 @@ from lmim_jax.utils.logging import duration, log_to_console
 RECIPES: dict[str, str | None] = {"config": "evaluate", "data": "evaluate:data"}
 FLAGS_OF_OPTIONS = {"data.": "--data."}
 ALL = "all"  # of --evaluators
+DEFAULT = ["knn", "logistic_regression", "fewshot"]  # for classes
 TRAINED = "trained"  # the column of the trained encoder
 
 log = logging.getLogger(__name__)
@@ -185,6 +189,7 @@ def measure(
     data: EvaluationData,
     columns: Mapping[str, runs.Weights],
     skip: bool = False,
+    keep: Callable[[evaluators.Scheduled, Outcome], None] | None = None,
 ) -> Iterator[Measured]:
     """Run evaluators on several weights.
 
@@ -195,6 +200,7 @@ def measure(
       columns: {column of the table: weights}; the columns in `image_features.ENCODER_FREE` need no
         weights.
       skip: leave out an evaluator that lacks something, with a warning.
+      keep: what classifiers of the trained encoder are given to; None: they are not kept.
 
     Yields:
       After each evaluation, all that has been measured so far.
@@ -212,6 +218,9 @@ def measure(
         cost_done += one.evaluator.cost
         cost_left -= one.evaluator.cost
         job_start = time.perf_counter()
+        data.keep = None
+        if keep and column == TRAINED:
+            data.keep = functools.partial(keep, one)
         try:
             with progress.working(one.title):
                 metrics, pictures = one.run(run.method, columns[column], data)
@@ -300,6 +309,43 @@ def open_inputs(
     return Inputs(data, columns, description)
 
 
+def default_titles(data_config: ConfigDict) -> list[str]:
+    """The evaluators that run without --evaluators: those for the kind of the labels."""
+    kind = label_file.CLASSES
+    if data_config.labels:
+        kind = label_file.read(data_config.labels, data_config.labels_kind).kind
+    if kind == label_file.MULTILABEL:
+        return ["knn", "logistic_regression"]
+    if kind == label_file.REGRESSION:
+        return ["knn", "ridge_regression"]
+    return DEFAULT
+
+
+def open_extra_tests(inputs: Inputs, v2: str, real: str) -> None:
+    """Add ImageNet-V2 and the labels ReaL to the images, in place.
+
+    Args:
+      inputs: what is evaluated.
+      v2: folder of ImageNet-V2; "": without.
+      real: the file real.json; "": without.
+
+    Raises:
+      UserError: see data/eval/extra_tests.py.
+    """
+    data = inputs.data
+    found = {}
+    if v2:
+        found[extra_tests.V2] = extra_tests.open_v2(v2, data.classes)
+    if real:
+        test = data.sources["test"]
+        found[extra_tests.REAL] = extra_tests.open_real(real, test, data.classes)
+    for name, extra in found.items():
+        data.sources[name] = extra.source
+        data.accepted[name] = extra.accepted
+        inputs.description["images"][name] = len(extra.source)
+        log.info("%s: %s more test images", name, f"{len(extra.source):,}")
+
+
 def file_name(step: int, titles: Sequence[str]) -> str:
     """The name of the JSON file, which depends on the evaluators and on all flags that change them.
 
@@ -311,7 +357,7 @@ def file_name(step: int, titles: Sequence[str]) -> str:
     changed: dict[str, Any] = {}
     for name in ("config", "data"):
         changed[name] = config_flags.get_override_values(given[name])
-    for name in ("weights", "feature", "baselines"):
+    for name in ("weights", "feature", "baselines", "imagenet_v2", "imagenet_real"):
         changed[name] = given[name].value
     suffix = ""
     if any(changed.values()):
@@ -331,25 +377,44 @@ def main(arguments: list[str]) -> None:
     out = buckets.path(given.out) if given.out else None
     run = runs.open_run(workdir)
     folder = buckets.path(workdir, "evaluations")
-    sections = choose_sections(given.evaluators, given.config)
-    everything = ALL in given.evaluators
+    changes = config_flags.get_override_values(given["data"])
+    data_config = run.data_config(given.data.to_dict(), changes)
+    chosen = given.evaluators
+    if not flags.FLAGS["evaluators"].present:
+        chosen = default_titles(data_config)
+    sections = choose_sections(chosen, given.config)
+    everything = ALL in chosen
     left_out = [title for title in given.config if title not in sections]
     if everything and left_out:
         log.info(
             "left out, as they train: %s; to add them: --evaluators=%s",
             ", ".join(left_out),
-            ",".join([*given.evaluators, *left_out]),
+            ",".join([*chosen, *left_out]),
         )
     scheduled = build_evaluators(run, sections, given.weights, given.feature)
-    changes = config_flags.get_override_values(given["data"])
-    data_config = run.data_config(given.data.to_dict(), changes)
     inputs = open_inputs(run, data_config, given.baselines, folder)
     scheduled = select_supported(scheduled, inputs.data, skip=everything)
+    open_extra_tests(inputs, given.imagenet_v2, given.imagenet_real)
     inputs.description["weights"] = {one.title: run.exported or one.weights for one in scheduled}
     titles = list(sections)
     if everything:
-        titles = given.evaluators
+        titles = chosen
     out = out or folder / file_name(run.step, titles)
+    kept: list[buckets.Path] = []
+
+    def keep(one: evaluators.Scheduled, outcome: Outcome) -> None:
+        if jax.process_index() == 0:
+            target = out.parent / one.title
+            origin = {
+                "run": str(buckets.path(workdir).absolute()),
+                "step": run.step,
+                "checkpoint": inputs.description["checkpoint"],
+                "weights": one.weights,
+            }
+            config = run.config.to_dict()
+            kept_classifier.write(target, outcome, inputs.data.sources["test"], config, origin)
+            kept.append(target)
+
     head = {
         "command": commands.of_this_process(),
         "evaluated": inputs.description,
@@ -357,17 +422,22 @@ def main(arguments: list[str]) -> None:
     }
     measured = Measured({}, {})
     try:
-        for measured in measure(run, scheduled, inputs.data, inputs.columns, skip=everything):
+        for measured in measure(run, scheduled, inputs.data, inputs.columns, everything, keep):
             if jax.process_index() == 0:
                 contents = {**head, "figures": measured.metrics}
                 atomic_io.write(out, json.dumps(contents, indent=2) + "\n")
     finally:  # what was measured before an error is kept
         if any(measured) and jax.process_index() == 0:
-            _show(measured, inputs.description, out)
+            _show(measured, inputs.description, out, kept)
 
 
-def _show(measured: Measured, description: Mapping[str, Any], out: buckets.Path) -> None:
-    """Write the pictures and print the table."""
+def _show(
+    measured: Measured,
+    description: Mapping[str, Any],
+    out: buckets.Path,
+    kept: Sequence[buckets.Path],
+) -> None:
+    """Write the pictures and print the table, and where classifiers are."""
     for title, picture in measured.pictures.items():
         write_picture(out.parent, title.replace("/", "_"), picture)
     print(table(description, measured.metrics))
@@ -378,6 +448,8 @@ def _show(measured: Measured, description: Mapping[str, Any], out: buckets.Path)
     if tables:
         written += f"; tables: {out.parent / 'tables'}"
     print(written, flush=True)
+    for folder in kept:
+        print(f"Classifier and predictions: {folder}; to use it: lmim predict {folder} IMAGES")
 
 
 def define_flags() -> None:
@@ -385,7 +457,7 @@ def define_flags() -> None:
     app.define_workdir()
     flags.DEFINE_list(
         "evaluators",
-        ["knn", "logistic_regression", "fewshot"],
+        DEFAULT,
         "Titles of sections of configs/evaluate.py, or all: those that train nothing. "
         "Examples: --evaluators=knn,finetune, --evaluators=all,linear_probe",
     )
@@ -394,6 +466,18 @@ def define_flags() -> None:
         False,
         "Also evaluate the untrained encoder, raw pixels and color histograms. "
         "Example: --baselines",
+    )
+    flags.DEFINE_string(
+        "imagenet_v2",
+        "",
+        "A folder of ImageNet-V2, on which k-NN, logistic regression and probes are tested too. "
+        "Example: --imagenet_v2=imagenetv2-matched-frequency-format-val",
+    )
+    flags.DEFINE_string(
+        "imagenet_real",
+        "",
+        "The file of the labels ReaL, by which the validation images are judged too. "
+        "Example: --imagenet_real=real.json",
     )
     app.define_recipe("config", "The options of the evaluators. Example: --config.knn.feature=cls")
     app.define_recipe(

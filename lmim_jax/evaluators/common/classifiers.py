@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.common import lbfgs_logistic
@@ -202,6 +202,34 @@ def predict_by_neighbors(
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearModel:
+    """A linear function of features that are standardized first.
+
+    Attributes:
+      fit: the solution, of one strength of l2.
+      mean: of the training features.
+      deviation: of them.
+      held_out: how good solutions without the held-out training vectors are for these: share of
+        correct classes, 0 .. 1; for other losses, minus the mean loss.
+      l2: the strength with the largest such value.
+    """
+
+    fit: lbfgs_logistic.Fit
+    mean: Float[np.ndarray, " D"]
+    deviation: Float[np.ndarray, " D"]
+    held_out: float
+    l2: float
+
+    def outputs(self, queries: Float[np.ndarray, "Q D"]) -> Float[np.ndarray, "Q K"]:
+        """The linear function of queries: logits, or numbers."""
+        parts = []
+        for start in range(0, len(queries), lbfgs_logistic.CHUNK):
+            rows = (queries[start : start + lbfgs_logistic.CHUNK] - self.mean) / self.deviation
+            parts.append(rows @ self.fit.weights[0] + self.fit.biases[0])
+        return np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True)
 class RegressionPredictions:
     """What `predict_by_regression` returns.
 
@@ -248,6 +276,35 @@ def predict_by_regression(
       seed: seed of their choice.
       overwrite: `train` is not needed afterwards, so that no copy of it is made.
     """
+    model = fit_regression(
+        train,
+        labels,
+        num_classes=num_classes,
+        l2=l2,
+        iterations=iterations,
+        mesh=mesh,
+        held_out=held_out,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    classes = model.fit.predict(queries, model.mean, model.deviation)[0]
+    return RegressionPredictions(classes, model.held_out, model.l2)
+
+
+def fit_regression(
+    train: Float[np.ndarray, "N D"],
+    labels: Shaped[np.ndarray, "N ..."],
+    *,
+    num_classes: int,
+    l2: Sequence[float],
+    iterations: int,
+    mesh: Mesh,
+    held_out: float = 0.1,
+    seed: int = 0,
+    overwrite: bool = False,
+    loss: str = lbfgs_logistic.SOFTMAX,
+) -> LinearModel:
+    """The model of `predict_by_regression`; with another loss, labels are [N, num_classes]."""
     order = np.random.default_rng(seed).permutation(len(train))
     count = max(1, round(held_out * len(train)))
     held = np.sort(order[:count])
@@ -258,10 +315,13 @@ def predict_by_regression(
         train = array_memory.copy(train)
     mean, deviation = lbfgs_logistic.mean_and_deviation(train)
     lbfgs_logistic.standardize(train, mean, deviation)
-    problem = lbfgs_logistic.prepare(train, labels, num_classes, mesh)
+    problem = lbfgs_logistic.prepare(train, labels, num_classes, mesh, loss)
     candidates = problem.solve(strengths, iterations, is_rest)
-    predicted = candidates.classify(problem.coordinates, held)
-    accuracies = (predicted == labels[held]).mean(axis=1)
+    if loss == lbfgs_logistic.SOFTMAX:
+        predicted = candidates.classify(problem.coordinates, held)
+        accuracies = (predicted == labels[held]).mean(axis=1)
+    else:
+        accuracies = -candidates.losses(problem.coordinates, held, labels, loss)
     best = int(accuracies.argmax())
     if len(strengths) > 1 and best in (0, len(strengths) - 1):
         log.info(
@@ -275,5 +335,4 @@ def predict_by_regression(
             iterations,
             final.gradient[0],
         )
-    classes = final.predict(queries, mean, deviation)[0]
-    return RegressionPredictions(classes, float(accuracies[best]), strengths[best])
+    return LinearModel(final, mean, deviation, float(accuracies[best]), strengths[best])

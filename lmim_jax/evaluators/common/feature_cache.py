@@ -33,7 +33,7 @@ SAMPLE = 64  # images whose bytes are part of the identity; sources identify ima
 class FeatureCache:
     """Features in a folder of .npz files.
 
-    A file has "x", float32 [N, D], "labels", int32 [N], and "key", JSON text.
+    A file has "x", float32 [N, D], "labels" and "indices", int32 [N], and "key", JSON text.
 
     Attributes:
       hits: how many requested features were read from a file.
@@ -143,7 +143,7 @@ def _read(path: buckets.Path, key: str) -> Labeled | None:
                 raise ValueError("it has another key")
             with stored.zip.open("x.npy") as file:
                 features = _read_array(file)
-            return Labeled(features, stored["labels"])
+            return Labeled(features, stored["labels"], stored["indices"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("%s is damaged (%s): computed again", path, error)
         return None
@@ -170,6 +170,12 @@ def _write(path: buckets.Path, key: str, found: Labeled) -> None:
         atomic_io.remove_leftovers(path.parent)
     try:
         with atomic_io.open_new(path) as file:
-            np.savez(file, key=np.array(key), x=found.features, labels=found.labels)
+            np.savez(
+                file,
+                key=np.array(key),
+                x=found.features,
+                labels=found.labels,
+                indices=found.indices,
+            )
     except OSError as error:
         log.warning("features are not cached, %s cannot be written: %s", path, error)

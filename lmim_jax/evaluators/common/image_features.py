@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
 from lmim_jax.data.augment.device import Augment
-from lmim_jax.data.eval.eval_data import Batch, EvaluationData
+from lmim_jax.data.eval.eval_data import Batch, EvaluationData, targets_of
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
 from lmim_jax.evaluators.common.finite import check_finite
@@ -29,10 +29,17 @@ HISTOGRAM_LEVELS = 6  # per channel
 
 
 class Labeled(NamedTuple):
-    """Features of the images of a split, float32 [N, D], and their classes, int32 [N]; numpy."""
+    """Features of the images of a split.
+
+    Attributes:
+      features: one vector each.
+      labels: their classes; -1: none.
+      indices: the places of the images in their source; None: unknown.
+    """
 
     features: Float[np.ndarray, "N D"]
     labels: Int32[np.ndarray, " N"]
+    indices: Int32[np.ndarray, " N"] | None = None
 
 
 class FeaturePart(NamedTuple):
@@ -84,19 +91,23 @@ def labeled_features(
     feature: str,
     batch_size: int,
 ) -> Labeled:
-    """`split_features` of the images that have a class.
+    """`split_features` of the images that have a class, or labels that are no classes.
 
     Raises:
       UserError: the method has no such feature, or no readable image has a class.
     """
     found = split_features(method, params, data, split, feature, batch_size)
+    if data.targets:
+        return found
     known = found.labels >= 0
     if not known.any():
         raise UserError(f"no readable image of the {split} split has a class")
     if known.all():
         return found
     # In place: the features are the caller's, and may fill most of the memory
-    return Labeled(array_memory.compact_rows(found.features, known), found.labels[known])
+    features = array_memory.compact_rows(found.features, known)
+    indices = None if found.indices is None else found.indices[known]
+    return Labeled(features, found.labels[known], indices)
 
 
 def _compute_split_features(
@@ -110,6 +121,7 @@ def _compute_split_features(
     encode = jit_image_vectors(method, data.augment, data.mesh, feature)
     total = len(data.sources[split])
     labels = np.empty(total, np.int32)
+    indices = np.empty(total, np.int32)
     features = np.empty((0, 0), np.float32)
     count = 0
     for batch in data.batches(split, batch_size):
@@ -121,8 +133,16 @@ def _compute_split_features(
             features = array_memory.empty((total, vectors.shape[1]), np.float32)
         features[count : count + len(vectors)] = vectors
         labels[count : count + len(vectors)] = found["label"][valid]
+        indices[count : count + len(vectors)] = found["index"][valid]
         count += len(vectors)
-    return Labeled(features[:count], labels[:count])
+    return Labeled(features[:count], labels[:count], indices[:count])
+
+
+def targets_of_rows(data: EvaluationData, split: str, found: Labeled) -> Float[np.ndarray, "N T"]:
+    """The labels, which are no classes, of the images of `labeled_features`."""
+    targets = targets_of(data.sources[split])
+    assert targets is not None and found.indices is not None
+    return targets.values[found.indices]
 
 
 @functools.lru_cache(maxsize=8)
@@ -245,9 +265,10 @@ def _pool(
 ) -> Float[Array, "B D"]:
     """One vector per image of a feature of a method.
 
-    In "blockNN/tokens" the first row is the CLS token, where the method has one: it can be chosen
-    ("cls"), left out ("mean") or concatenated with the mean of the others ("both"). Any other
-    feature only has the mean over its rows, or itself where it is one vector per image.
+    In "blockNN/tokens" and "blockNN/normed" the first row is the CLS token, where the method has
+    one: it can be chosen ("cls"), left out ("mean") or concatenated with the mean of the others
+    ("both"). Any other feature only has the mean over its rows, or itself where it is one vector
+    per image.
 
     Raises:
       UserError: there is no such feature, it has no vectors, or it has no CLS token to choose.
@@ -261,7 +282,7 @@ def _pool(
     x = features[name].astype(jnp.float32)
     if x.ndim not in (2, 3):
         raise UserError(f"feature {name!r} has no vectors for images or patches to evaluate")
-    has_cls = name.endswith("/tokens") and "cls" in features
+    has_cls = name.endswith(("/tokens", "/normed")) and "cls" in features
     if pool != "mean" and not has_cls:
         raise UserError(
             f"feature {name!r} has no CLS token for :{pool}; "

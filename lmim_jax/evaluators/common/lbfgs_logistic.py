@@ -3,7 +3,8 @@
   mean over images of the cross-entropy  +  l2 / 2 x the sum of squared weights (not biases)
 
 There is neither a learning rate nor a number of epochs to choose. In terms of scikit-learn,
-C = 1 / (l2 N).
+C = 1 / (l2 N). With other losses, it is logistic regression of each of several 0/1 labels, or ridge
+regression of numbers, where alpha = l2 N.
 
 Letters: N images, D width of a feature, R coordinates on principal axes, K classes, G strengths of
 l2 that are solved for at once, S chunks of images, P unknowns of one problem, M L-BFGS memory.
@@ -29,6 +30,9 @@ MAX_LOGITS = 1024  # classes x strengths that are solved for at the same time
 PADDED_SIZES = (16, 64, 256, 1024, 4096)  # small problems are padded to these: few compilations
 TOLERANCE = 1e-6  # the minimum is reached at this largest gradient entry, in the units of `fit`
 MEMORY = 10  # steps that L-BFGS remembers
+SOFTMAX = "softmax"  # loss of an image: the cross-entropy of its class
+SIGMOID = "sigmoid"  # the sum of the binary cross-entropies of its labels
+SQUARED = "squared"  # half the sum of the squared errors of its labels
 EXACT = jax.lax.Precision.HIGHEST  # the line search compares values that differ little
 
 
@@ -77,6 +81,22 @@ class Fit:
                 self._largest(coordinates[rows[start : start + CHUNK]], self.inner_weights)
             )
         return np.concatenate(found, axis=1)
+
+    def losses(
+        self,
+        coordinates: Float[np.ndarray, "N R"],
+        rows: Int[np.ndarray, " n"],
+        labels: Shaped[np.ndarray, "N ..."],
+        loss: str,
+    ) -> Float[np.ndarray, " G"]:
+        """The mean loss of some rows of `Problem.coordinates`, for each solution."""
+        total = np.zeros(len(self.biases))
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            for i, bias in enumerate(self.biases):
+                outputs = coordinates[part] @ self.inner_weights[i] + bias
+                total[i] += float(_loss_of_images(loss, outputs, labels[part]).sum())
+        return total / len(rows)
 
     def _largest(
         self, x: Float[np.ndarray, "n D"], weights: Float[np.ndarray, "G D K"]
@@ -138,7 +158,7 @@ class Chunks(NamedTuple):
 
     Attributes:
       x: float32 [S, rows, R], zeros where there is no image.
-      labels: int32 [S, rows].
+      labels: int32 [S, rows]; float32 [S, rows, K] for labels that are no classes.
     """
 
     x: Array
@@ -156,6 +176,7 @@ class Problem:
       parts: all images: whole chunks, and what is left.
       num_classes: K.
       mesh: see `fit`.
+      loss: SOFTMAX, SIGMOID or SQUARED.
     """
 
     coordinates: Float[np.ndarray, "N R"]
@@ -164,6 +185,7 @@ class Problem:
     parts: tuple[Chunks, ...]
     num_classes: int
     mesh: Mesh | None
+    loss: str = SOFTMAX
 
     def solve(
         self, l2: Sequence[float], iterations: int, chosen: Bool[np.ndarray, " N"] | None = None
@@ -177,7 +199,8 @@ class Problem:
         """
         strengths = np.asarray(l2, np.float32)
         # The curvature of the cross-entropy is about 1 / K of the variance; these units make it 1
-        units = np.sqrt(self.mean_squares[None] / self.num_classes + strengths[:, None])
+        flatness = _flatness(self.loss, self.num_classes)
+        units = np.sqrt(self.mean_squares[None] / flatness + strengths[:, None])
         count = len(self.coordinates)
         if chosen is None:
             chosen = np.ones(count, bool)
@@ -185,11 +208,11 @@ class Problem:
         shares = []
         start = 0
         for part in self.parts:
-            chunks, rows = part.labels.shape
+            chunks, rows = part.labels.shape[:2]
             shares.append(_place(share[start : start + chunks * rows], (chunks, rows), self.mesh))
             start += chunks * rows
         at_once = max(1, min(len(strengths), MAX_LOGITS // self.num_classes))
-        solve = _jit_solve(self.num_classes, iterations, at_once, self.mesh)
+        solve = _jit_solve(self.num_classes, iterations, at_once, self.mesh, self.loss)
         inner, biases, gradient = jax.device_get(
             solve(parts=self.parts, shares=tuple(shares), l2=strengths, units=units)
         )
@@ -222,15 +245,21 @@ def fit(
 
 
 def prepare(
-    x: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"], num_classes: int, mesh: Mesh | None
+    x: Float[np.ndarray, "N D"],
+    labels: Shaped[np.ndarray, "N ..."],
+    num_classes: int,
+    mesh: Mesh | None,
+    loss: str = SOFTMAX,
 ) -> Problem:
     """Rotate features and place them on the devices; see `fit`.
+
+    With the loss SIGMOID or SQUARED, labels are [N, K].
 
     `x` is overwritten, and stays in use on CPUs: there is no second array of its size on the host.
     """
     rotated = rotate_to_principal_axes(x)
     coordinates = rotated.coordinates
-    labels = np.asarray(labels, np.int32)
+    labels = np.asarray(labels, np.int32 if loss == SOFTMAX else np.float32)
     devices = mesh.size if mesh else 1
     chunk = CHUNK * devices
     chunks = len(x) // chunk
@@ -243,7 +272,25 @@ def prepare(
         shape = (1, _padded_size(len(x) - end, devices))
         x_part = _place(coordinates[end:], shape, mesh)
         parts.append(Chunks(x_part, _place(labels[end:], shape, mesh)))
-    return Problem(coordinates, rotated.axes, rotated.mean_squares, tuple(parts), num_classes, mesh)
+    return Problem(
+        coordinates, rotated.axes, rotated.mean_squares, tuple(parts), num_classes, mesh, loss
+    )
+
+
+def _flatness(loss: str, num_classes: int) -> int:
+    """The variance of a feature / the curvature of the loss, about."""
+    return {SOFTMAX: num_classes, SIGMOID: 4, SQUARED: 1}[loss]
+
+
+def _loss_of_images(
+    loss: str, logits: Float[Array, "n K"], labels: Shaped[Array, "n ..."]
+) -> Float[Array, " n"]:
+    """The loss of each image."""
+    if loss == SIGMOID:
+        return optax.sigmoid_binary_cross_entropy(logits, labels).sum(axis=-1)
+    if loss == SQUARED:
+        return jnp.square(logits - labels).sum(axis=-1) / 2
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
 def _place(
@@ -316,18 +363,19 @@ def _principal_axes(
 
 @functools.lru_cache(maxsize=8)
 def _jit_solve(
-    num_classes: int, iterations: int, at_once: int, mesh: Mesh | None
+    num_classes: int, iterations: int, at_once: int, mesh: Mesh | None, kind: str
 ) -> Callable[..., tuple[Array, Array, Array]]:
     """Jitted (parts, shares, l2 [G], units [G, R]) -> inner weights, biases and gradient of a Fit.
 
     `shares` are the shares of the images in the mean, [S, rows] for each part: 0 for padding.
-    `at_once` strengths are solved for at the same time.
+    `at_once` strengths are solved for at the same time; `kind` is the loss.
     """
+    flatness = _flatness(kind, num_classes)
 
     def split(theta: Array, units: Array) -> tuple[Array, Array]:
         """Unknowns [P] -> weights [R, K] and biases [K]."""
         weights = theta[:-num_classes].reshape(-1, num_classes) / units[:, None]
-        return weights, theta[-num_classes:] * num_classes**0.5
+        return weights, theta[-num_classes:] * flatness**0.5
 
     def solve(parts: tuple[Chunks, ...], shares: tuple[Array, ...], l2: Array, units: Array) -> Any:
         def loss(theta: Array, l2: Array, units: Array) -> Array:
@@ -336,7 +384,7 @@ def _jit_solve(
             def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
                 x, labels, share = chunk
                 logits = jnp.matmul(x, weights, precision=EXACT) + biases[None]
-                entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+                entropy = _loss_of_images(kind, logits, labels)
                 return total + jnp.vdot(share, entropy, precision=EXACT), None
 
             cross_entropy = 0.0

@@ -44,6 +44,8 @@ class Outcome(NamedTuple):
       names: of the classes, or of the labels.
       answers: for the test images.
       weights: arrays by name, for the evaluator's `outputs`.
+      statistics: {"mean", "deviation"} by which its numbers were standardized; {}: they were not,
+        or the weights take account of it.
     """
 
     evaluator: Any
@@ -51,6 +53,7 @@ class Outcome(NamedTuple):
     names: tuple[str, ...]
     answers: Answers
     weights: dict[str, np.ndarray]
+    statistics: Mapping[str, tuple[float, ...]]
 
 
 def activate(kind: str, outputs: Float[Array, "B T"]) -> Float[Array, "B T"]:

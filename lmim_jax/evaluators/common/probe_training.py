@@ -264,7 +264,8 @@ class Probe(base.Evaluator, abc.ABC):
         if data.keep:
             names = targets.names if targets else data.classes
             weights = outcome.fetch({name: state[name] for name in ("trained", "buffers")})
-            data.keep(outcome.Outcome(self, task.kind, names, answers, weights))
+            statistics = {"mean": task.mean, "deviation": task.deviation}
+            data.keep(outcome.Outcome(self, task.kind, names, answers, weights, statistics))
         return results
 
     def outputs(
@@ -274,7 +275,7 @@ class Probe(base.Evaluator, abc.ABC):
 
         Args:
           task: as it was learned.
-          params: of the method; where `trains_encoder`, only their shapes count.
+          params: of the method; of a fine-tuned classifier, only their shapes count.
           weights: those of the outcome, as a tree.
           images: normalized images.
         """
