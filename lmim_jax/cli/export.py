@@ -16,6 +16,9 @@
 --check runs the other library on images of the run, or of --images=FOLDER, and prints the largest
 difference of features: exit code 1 if it is above 1e-4, 2 if that library is not installed.
 
+--push=USER/NAME uploads the folder to the Hugging Face Hub when it is complete and, with --check,
+when features agree (pip install 'lmim_jax[hub]', hf auth login); --private: seen by its owner only.
+
 onnx needs the package onnx (pip install 'lmim_jax[onnx]'); mmseg and detectron2, whose weights are
 PyTorch files, need torch.
 """
@@ -35,6 +38,7 @@ from lmim_jax.cli import app
 from lmim_jax.convert import (
     detectron2,
     hf,
+    hub,
     mmseg,
     model_card,
     onnx,
@@ -72,6 +76,7 @@ def export(
     folder: buckets.Pathname,
     license_name: str = "",
     base_model: str = "",
+    repo: str = "",
 ) -> None:
     """Write the folder.
 
@@ -82,6 +87,7 @@ def export(
       folder: must be empty or not exist.
       license_name: for the model card, see `model_card.write`.
       base_model: for the model card.
+      repo: for the model card.
 
     Raises:
       UserError: the folder is not empty, or the format cannot hold this encoder.
@@ -90,7 +96,7 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out={folder} is not empty; give another folder")
     files = _files(run, kind, which)
-    card = model_card.write(run, kind, which, license_name, base_model)
+    card = model_card.write(run, kind, which, license_name, base_model, repo)
     if isinstance(folder, buckets.BucketPath):
         with buckets.local_folder(folder) as local:
             _write(local, files, card)
@@ -191,15 +197,21 @@ def main(arguments: list[str]) -> None:
     images = []
     if given.check:
         images = read_some_images(run, given.images)
-    export(run, given.format, which, given.out, given.license, given.base_model)
+    export(run, given.format, which, given.out, given.license, given.base_model, given.push)
     folder = buckets.path(given.out)
     size = sum(buckets.file_sizes(folder).values())
     print(
         f"{given.out}: {which} weights of step {run.step}, {size / 1e6:.1f} MB; "
         f"how to use them: {given.out}/README.md"
     )
-    if given.check:
-        _check(run, which, folder, images)
+    if given.check and not _check(run, which, folder, images):
+        sys.exit(1)
+    if given.push:
+        assert isinstance(folder, pathlib.Path)
+        message = (
+            f"{run.config.method.name}, {which} weights of step {run.step}, for {given.format}"
+        )
+        print(f"pushed to {hub.push(folder, given.push, given.private, message)}")
 
 
 def _check_flags() -> None:
@@ -213,6 +225,12 @@ def _check_flags() -> None:
     is_bucket = isinstance(buckets.path(given.out), buckets.BucketPath)
     if given.check and is_bucket:
         raise UserError(f"--check opens the exported folder, not in a bucket: --out={given.out}")
+    if given.push and is_bucket:
+        raise UserError(f"--push uploads a local folder, not one in a bucket: --out={given.out}")
+    if given.private and not given.push:
+        raise UserError("--private goes with --push=USER/NAME")
+    if given.push:
+        hub.check(given.push)
     if given.check and given.format == "detectron2":
         raise UserError(
             "--check: detectron2's ViTDet has no CLS token and attends within windows, so that its "
@@ -242,8 +260,8 @@ def _check_packages(kind: str) -> None:
         ) from error
 
 
-def _check(run: runs.Run, which: str, folder: buckets.Path, images: list[bytes]) -> None:
-    """Compare with the other library; exit with code 1 if features differ."""
+def _check(run: runs.Run, which: str, folder: buckets.Path, images: list[bytes]) -> bool:
+    """Compare with the other library; whether features agree."""
     kind = flags.FLAGS.format
     assert isinstance(folder, pathlib.Path)
     found = parity_check.compare(kind, folder, run, run.encoder_params(which), images)
@@ -254,7 +272,7 @@ def _check(run: runs.Run, which: str, folder: buckets.Path, images: list[bytes])
     if "pixels" in found:
         text += f"; its preprocessing differs by {found['pixels']:.1f} levels of 255 on average"
     print(text)
-    sys.exit(found["features"] > TOLERANCE)
+    return found["features"] <= TOLERANCE
 
 
 def define_flags() -> None:
@@ -290,6 +308,17 @@ def define_flags() -> None:
         "check",
         False,
         "Open the folder in the other library and compare features. Example: --check",
+    )
+    flags.DEFINE_string(
+        "push",
+        "",
+        "USER/NAME on the Hugging Face Hub, where the folder is uploaded when it is complete. "
+        "Example: --push=me/latent-mim-vit-b",
+    )
+    flags.DEFINE_bool(
+        "private",
+        False,
+        "With --push: only its owner sees the repository. Example: --private",
     )
     flags.DEFINE_string(
         "images",
