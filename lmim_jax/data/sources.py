@@ -454,6 +454,10 @@ def smallest_checksums(names: Sequence[str], share: float) -> Int[np.ndarray, " 
 def _no_images(found: folder_listing.Listing) -> str:
     """The error for a folder without images: what was searched for, and what there is instead."""
     message = f"{found.top}: no images in this folder (searched for {', '.join(SUFFIXES)})"
+    datasets = [name for name in found.others if name.endswith(f"/{tfds_source.INFO}")]
+    if datasets:
+        folders = [f"{found.top}/{name.removesuffix(f'/{tfds_source.INFO}')}" for name in datasets]
+        return f"{message}, but of a prepared dataset: give {_first_few(folders)}"
     if found.suffixes:
         counts = [f"{n:,} {suffix or 'without suffix'}" for suffix, n in found.suffixes.items()]
         message += f", but other files: {_first_few(counts)}"

@@ -133,8 +133,12 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
     metadata = (schema.metadata or {}).get(b"huggingface")
     if not metadata:
         return {}
-    found = json.loads(metadata).get("info", {}).get("features") or {}
-    return {name: value for name, value in found.items() if isinstance(value, dict)}
+    noted = json.loads(metadata).get("info", {}).get("features") or {}
+    features = {}
+    for name, value in noted.items():
+        if name in schema.names and isinstance(value, dict):
+            features[name] = value
+    return features
 
 
 def _of_kind(features: dict[str, dict[str, Any]], kind: str) -> list[str]:

@@ -25,6 +25,7 @@ from lmim_jax.utils.errors import UserError
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 LABEL = "cls"
 BLOCK = 512  # bytes; a tar ends with blocks of zeros
+CHUNK = 1 << 20  # bytes that are unpacked at a time
 LONGEST_LABEL = 1 << 24  # bytes of a member that holds a label
 SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # key, kind
 JSON_FIELD = re.compile(r"((?:.*\.)?json)\.(.+)")  # kind, field
@@ -181,6 +182,8 @@ def members(path: str, file: BinaryIO) -> Iterator[Member]:
             offset = archive.offset
         file.seek(offset)
         end = file.read(BLOCK)
+        while isinstance(file, gzip.GzipFile) and file.read(CHUNK):
+            pass  # its checksum is at its end
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(_damage(path, offset, last, str(error))) from error
     if len(end) < BLOCK:
