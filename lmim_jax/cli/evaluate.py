@@ -152,7 +152,8 @@ def _takes_any_feature(section: ConfigDict, where: str) -> bool:
 
 def _with_feature(scheduled: evaluators.Scheduled, feature: str) -> evaluators.Scheduled:
     """An evaluator with another feature."""
-    evaluator: Any = dataclasses.replace(scheduled.evaluator, feature=feature)
+    evaluator: Any = scheduled.evaluator
+    evaluator = dataclasses.replace(evaluator, feature=feature)
     return dataclasses.replace(scheduled, evaluator=evaluator)
 
 

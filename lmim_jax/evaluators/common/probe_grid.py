@@ -276,7 +276,7 @@ def _group(settings: Sequence[GridProbe], task: Task, length: Length) -> dict[st
     for place, setting in enumerate(settings):
         common = dataclasses.replace(setting, base_lr=0.0, weight_decay=0.0)
         members.setdefault(common, []).append(place)
-    groups = {}
+    groups: dict[str, _Group] = {}
     for common, places in members.items():
         arrays = []
         for field in RATES:
