@@ -22,7 +22,7 @@ import functools
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,14 +65,14 @@ class Masked(NamedTuple):
     """An image with its mask and its features.
 
     Attributes:
-      index: in the source.
+      place: in the source.
       tokens: features of its patches.
       mask: class of each pixel that the model sees, -1: ignored.
       rows: axis of the mask.
       columns: the other axis.
     """
 
-    index: int
+    place: int
     tokens: Float[np.ndarray, "N D"]
     mask: Int16[np.ndarray, "H W"]
     rows: Axis
@@ -131,7 +131,7 @@ class Evaluator(base.Evaluator):
                 cells = pixel_labels.cell_labels(
                     image.mask, image.rows, image.columns, grid, self.cells
                 )
-            sample.add(image.index, image.tokens, patches, cells)
+            sample.add(image.place, image.tokens, patches, cells)
         bank = sample.finish()
         self._check_bank(bank)
         mean, deviation = lbfgs_logistic.mean_and_deviation(bank.features)
@@ -296,19 +296,16 @@ class Evaluator(base.Evaluator):
         shown = []
         for batch in encode.batches("test"):
             tokens = np.stack([(image.tokens - mean) / deviation for image in batch])
-            predicted: list[dict[str, Any]] = [{} for _ in batch]
-            for name, classify in fitted.items():
-                for place, scores in enumerate(classify(tokens)):
-                    image = batch[place]
-                    found = pixel_labels.pixel_classes(
-                        scores, image.rows, image.columns, encode.grid, self.upsampling
+            scored = zip(*(classify(tokens) for classify in fitted.values()), strict=True)
+            for image, scores in zip(batch, scored, strict=True):
+                predicted = {}
+                for name, score in zip(fitted, scores, strict=True):
+                    predicted[name] = pixel_labels.pixel_classes(
+                        score, image.rows, image.columns, encode.grid, self.upsampling
                     )
-                    counts[name].add(image.mask, found)
-                    if image.index in chosen:
-                        predicted[place][name] = found
-            for image, found in zip(batch, predicted, strict=True):
-                if found:
-                    shown.append(self._shown(image, found, encode.data))
+                    counts[name].add(image.mask, predicted[name])
+                if image.place in chosen:
+                    shown.append(self._shown(image, predicted, encode.data))
         if not any(count.table.any() for count in counts.values()):
             raise UserError("no pixel of the test masks has a class; check `classes` and `ignore`")
         results: Results = {}
@@ -322,14 +319,14 @@ class Evaluator(base.Evaluator):
         return results
 
     def _shown(
-        self, image: Masked, predicted: dict[str, Any], data: EvaluationData
+        self, image: Masked, predicted: dict[str, Int16[np.ndarray, "H W"]], data: EvaluationData
     ) -> plotting.Segmented:
         """An image for the picture: what the model sees of it, and its classes."""
         step = -(-max(image.mask.shape) // SHOWN_PIXELS)
         rows = {"truth": image.mask[::step, ::step]}
         for name, found in predicted.items():
             rows[name] = found[::step, ::step]
-        file = data.sources["test"].record(image.index)[0]
+        file = data.sources["test"].record(image.place)[0]
         options = ImageOptions.from_config(data.config)
         pixels = decode.decode(file, 0, data.config.channels, options)
         seen = pixels[image.rows.first : image.rows.stop, image.columns.first : image.columns.stop]

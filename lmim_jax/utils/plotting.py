@@ -225,8 +225,8 @@ def plot_segmentation(images: Sequence[Segmented], names: Sequence[str]) -> Pict
 
 def class_colors(count: int) -> Float[np.ndarray, "C 3"]:
     """Distinct colors, 0 .. 1: those of tab20, then hues in steps of the golden ratio."""
-    colors = list(matplotlib.colormaps["tab20"].colors[::2])
-    colors += list(matplotlib.colormaps["tab20"].colors[1::2])
+    tab20 = matplotlib.colormaps["tab20"](range(20))[:, :3]
+    colors = [*tab20[::2], *tab20[1::2]]  # the strong ones, then the pale ones
     for i in range(len(colors), count):
         hue = (i * 0.618034) % 1
         colors.append(tuple(hsv_to_rgb((hue, 0.45 + 0.15 * (i % 4), 0.95 - 0.2 * (i % 3)))))

@@ -119,7 +119,7 @@ def open_split(layout: str, path: str, split: str, most: int) -> Any:
     pairs = _existing(root, pairs, split, strict=layout != "folder")
     images = folder_listing.share_names(pair.image for pair in pairs)
     folder = sources.FolderSource(root=str(root), files=images, labels=None, classes=())
-    source = ImagesWithMasks(folder, tuple(str(root / pair.mask) for pair in pairs))
+    source: Any = ImagesWithMasks(folder, tuple(str(root / pair.mask) for pair in pairs))
     if most and most < len(source):
         return Subset(source, random_indices(source, most))
     return source
