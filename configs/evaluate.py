@@ -89,6 +89,7 @@ def get_config(part: str = "evaluators") -> ConfigDict:
         feature="",
         shots=(1, 2, 4, 8, 16),  # labeled images of each class
         percent=(1, 10),  # shares of the labels, equal in all classes
+        lists=(),  # files that name the labeled images, one per line: SimCLR's 1percent.txt
         draws=10,  # random choices of the labeled images: mean and standard deviation over these
         prior=1.0,  # expected standard deviation of weights: l2 is 1 / (prior^2 x labeled images)
         iterations=300,

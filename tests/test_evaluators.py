@@ -243,7 +243,7 @@ def test_pictures_show_each_cluster_and_each_window(run):
 
 
 def test_knn_equals_a_plain_computation():
-    (x, y), (q, t) = blobs(0.9)
+    (x, y, _), (q, t, _) = blobs(0.9)
     cosine = unit(q) @ unit(x).T
     votes = np.zeros((len(q), 3))
     for i, row in enumerate(cosine):
@@ -264,7 +264,7 @@ def test_knn_predicts_as_scikit_learn_does():
     def votes(distances):
         return np.exp((1 - distances) / 0.07)
 
-    (x, y), (q, _) = blobs(0.9)
+    (x, y, _), (q, _, _) = blobs(0.9)
     scores, index = classifiers.nearest_neighbors(q, x, 20, MESH)
     for k in (1, 5, 20):
         theirs = neighbors.KNeighborsClassifier(k, weights=votes, metric="cosine").fit(x, y)
@@ -298,7 +298,7 @@ def test_a_bank_in_blocks_has_the_same_neighbors(count, k, monkeypatch):
 
 @pytest.mark.parametrize("more", [0, 200], ids=["more images than dimensions", "more dimensions"])
 def test_logistic_regression_is_that_of_scikit_learn(more):
-    (x, y), (q, t) = blobs(0.9)
+    (x, y, _), (q, t, _) = blobs(0.9)
     noise = np.random.default_rng(1)
     x = np.hstack([x, noise.normal(size=(len(x), more)).astype(np.float32)])
     q = np.hstack([q, noise.normal(size=(len(q), more)).astype(np.float32)])
@@ -324,7 +324,7 @@ def test_logistic_regression_is_that_of_scikit_learn(more):
 
 
 def test_chunks_do_not_change_the_solution(monkeypatch):
-    (x, y), (q, _) = blobs(0.9)
+    (x, y, _), (q, _, _) = blobs(0.9)
     whole = lbfgs_logistic.fit(x, y, 3, (1e-3, 1e-1), 300, MESH)
     monkeypatch.setattr(lbfgs_logistic, "CHUNK", 4)  # 32 images on 8 devices, and the other 28
     monkeypatch.setattr(lbfgs_logistic, "MAX_LOGITS", 3)  # one strength at a time
@@ -357,7 +357,7 @@ def test_features_are_neither_copied_nor_normalized_as_a_whole(monkeypatch):
 
 
 def test_only_chosen_images_count():
-    (x, y), _ = blobs(0.9)
+    (x, y, _), _ = blobs(0.9)
     chosen = np.arange(len(x)) % 3 > 0
     problem = lbfgs_logistic.prepare(x.copy(), y, 3, MESH)
     found = problem.solve((1e-2,), 300, chosen)

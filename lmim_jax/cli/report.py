@@ -14,7 +14,13 @@ import time
 from absl import flags
 
 from lmim_jax.cli import app
-from lmim_jax.report import image_sections, log_sections, patch_sections, run_features
+from lmim_jax.report import (
+    classifier_section,
+    image_sections,
+    log_sections,
+    patch_sections,
+    run_features,
+)
 from lmim_jax.report.script import SCRIPT
 from lmim_jax.train.runs import Run, open_run
 from lmim_jax.utils import atomic_io, buckets, html, progress
@@ -49,6 +55,7 @@ def report(run: Run, bank: int) -> str:
         sections = [
             log_sections.curves_section(metric_log),
             log_sections.evaluations_section(run.folder, metric_log),
+            classifier_section.section(run.folder),
             image_sections.input_section(views),
             image_sections.reconstructions_section(views),
             image_sections.features_section(encoded),

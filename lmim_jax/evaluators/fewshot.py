@@ -3,18 +3,20 @@
 Features are standardized by all training images, which needs no labels. The labeled images are
 drawn several times, the same ones for every encoder. Nothing is chosen on the test images: the
 strength of l2 follows from a rule. Percentages of the labels are drawn class by class, at least one
-image each, and left out where these would be half as many again; they are not the published lists
-of 1 % and 10 % of ImageNet.
+image each, and left out where these would be half as many again. The published 1 % and 10 % of
+ImageNet are lists of files, `lists`.
 """
 
 import dataclasses
 import logging
+import pathlib
 import statistics
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.data.eval.file_names import find_listed
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers, lbfgs_logistic
@@ -23,6 +25,7 @@ from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
+LISTED = 3  # names in a message
 MAX_EXCESS = 1.5  # drawn labels / asked for, as each class needs one
 
 
@@ -34,6 +37,7 @@ class Evaluator(base.Evaluator):
     batch_size: int
     shots: tuple[int, ...]
     percent: tuple[int, ...]
+    lists: tuple[str, ...]
     draws: int
     prior: float
     iterations: int
@@ -54,8 +58,8 @@ class Evaluator(base.Evaluator):
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"shots<n>", "shots<n>_std", "labels<p>pct", "labels<p>pct_std"}; see `accuracies`.
 
-        And "majority", percent of the most frequent class of the test images; {} if labels have no
-        meaning.
+        "list_<name>" for each list of labeled images; and "majority", percent of the most frequent
+        class of the test images; {} if labels have no meaning.
         """
         if not base.is_possible(self, data):
             return {}
@@ -63,8 +67,34 @@ class Evaluator(base.Evaluator):
         test = labeled_features(method, params, data, "test", self.feature, self.batch_size)
         results: Results = {}
         results.update(self.accuracies(train, test, len(data.classes)))
+        for path in self.lists:
+            name = pathlib.PurePath(path).stem
+            results[f"list_{name}"] = self._accuracy_of_list(path, train, test, data)
         results["majority"] = classifiers.majority(test.labels)
         return results
+
+    def _accuracy_of_list(
+        self, path: str, train: Labeled, test: Labeled, data: EvaluationData
+    ) -> float:
+        """The accuracy with the labels of the images in a file, percent."""
+        found = find_listed(path, data.sources["train"])
+        if found.missing:
+            log.warning(
+                "%s: %d of its names are not among the training images: %s",
+                path,
+                len(found.missing),
+                ", ".join(found.missing[:LISTED]),
+            )
+        chosen = np.flatnonzero(np.isin(train.indices, found.indices))
+        if not len(chosen):
+            raise UserError(f"{path}: none of its images is readable and has a class")
+        labeled = Labeled(train.features[chosen], train.labels[chosen])
+        absent = len(data.classes) - len(np.unique(labeled.labels))
+        if absent:
+            log.warning("%s names no image of %d classes", path, absent)
+        log.info("%s: %d labeled images", path, len(chosen))
+        statistics_of_all = lbfgs_logistic.mean_and_deviation(train.features)
+        return self._accuracy(labeled, test, statistics_of_all, len(data.classes))
 
     def accuracies(self, train: Labeled, test: Labeled, num_classes: int) -> dict[str, float]:
         """Mean and standard deviation of the accuracy over the draws, in percent.

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmim_jax.data import sources, tfds_source
+from lmim_jax.data import sources
 from lmim_jax.data.eval.eval_data import AcceptedClasses, Subset
+from lmim_jax.data.eval.file_names import file_names
 from lmim_jax.data.sources import FolderSource
-from lmim_jax.data.tfds_source import TfdsSource
 from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 
@@ -101,7 +101,7 @@ def open_real(path: str, test: Any, classes: tuple[str, ...]) -> ExtraTest:
         raise UserError(f"--imagenet_real={path}: there are no test images")
     indices = []
     found: list[list[int]] = []
-    for index, name in enumerate(_file_names(test)):
+    for index, name in enumerate(file_names(test)):
         match = VALIDATION.search(name)
         number = int(match[1]) if match else 0
         if not 0 < number <= len(labels):
@@ -134,10 +134,3 @@ def _read_real(path: str, classes: int) -> list[list[int]]:
                     f"images have {classes} classes, in the order of ImageNet"
                 )
     return labels
-
-
-def _file_names(source: Any) -> list[str]:
-    """The names of the files that the images are, or were."""
-    if isinstance(source, TfdsSource):
-        return tfds_source.read_file_names(source)
-    return [source.name(index) for index in range(len(source))]
