@@ -28,6 +28,7 @@ def method(c, blocks):
         heads=c["heads"],
         mlp_ratio=4,
         norm_eps=1e-6,
+        registers=0,
         decoder_width=c["predictor_dim"],
         decoder_depth=c["predictor_depth"],
         decoder_heads=c["predictor_heads"],

@@ -23,6 +23,7 @@ def method(c):
         heads=c["heads"],
         mlp_ratio=4,
         norm_eps=1e-6,
+        registers=0,
         projector_depth=c["nproj"],
         projector_width=c["mlp"],
         decoder="cross",

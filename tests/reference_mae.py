@@ -18,6 +18,7 @@ def method(c):
         heads=c["heads"],
         mlp_ratio=4,
         norm_eps=1e-6,
+        registers=0,
         decoder_width=c["decoder_dim"],
         decoder_depth=c["decoder_depth"],
         decoder_heads=c["decoder_heads"],

@@ -23,6 +23,7 @@ def method(c):
         heads=c["heads"],
         mlp_ratio=4,
         norm_eps=c["layer_norm_eps"]["blocks"],
+        registers=0,
         final_norm_eps=c["layer_norm_eps"]["final"],
         qkv_bias=False,
         decoder_width=c["decoder_dim"],

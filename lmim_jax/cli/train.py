@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.cli import app
 from lmim_jax.distributed import multihost, preemption
+from lmim_jax.methods import base as methods
 from lmim_jax.train import (
     checkpoints,
     extension,
@@ -156,7 +157,7 @@ def _memory_savers(config: ConfigDict) -> list[tuple[str, Any]]:
     rows = config.batch_size // jax.device_count()
     more = [parts for parts in range(2, rows + 1) if rows % parts == 0]
     larger = [parts for parts in more if parts > config.micro_batches]
-    if larger:
+    if larger and not methods.method_class(config.method.name).WHOLE_BATCH:
         savers.append(("micro_batches", larger[0]))
     if config.remat != "full":
         savers.append(("remat", "full"))

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 import lmim_jax.methods
-from lmim_jax.methods.common.checks import check_choice, check_heads
+from lmim_jax.methods.common.checks import check_choice, check_heads, check_range
 from lmim_jax.models import attention, vit
 from lmim_jax.models.layers import patchify
 from lmim_jax.utils.errors import UserError, did_you_mean
@@ -144,6 +144,7 @@ class Method(Protocol):
 
         Returns:
           "patches", "patches_prenorm" [B, N, D]; "cls" [B, D] of encoders with a CLS token;
+          "registers" [B, R, D] of those with registers;
           "block07/tokens", "block07/attention", ... (see `vit.features`); "latents" [B, N, D]
           where the method predicts latents: what its targets are made of.
         """
@@ -164,6 +165,7 @@ class BaseMethod:
     heads: int
     mlp_ratio: float
     norm_eps: float
+    registers: int
     decoder_width: int
     decoder_depth: int
     dtype: str
@@ -171,9 +173,12 @@ class BaseMethod:
 
     # Options that follow the grid where they are None: {name: share of the patches}
     SHARES: ClassVar[Mapping[str, float]] = {}
+    # Whether the loss is no mean over images, so that gradient accumulation would change it
+    WHOLE_BATCH: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the fields; sub-classes extend this."""
+        check_range("registers", self.registers, 0)
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
         check_choice("attention", self.attention, attention.IMPLEMENTATIONS)
         check_heads("width", self.width, "heads", self.heads)
@@ -214,6 +219,17 @@ class BaseMethod:
             "attention": self.attention,
         }
 
+    @property
+    def encoder_options(self) -> dict[str, Any]:
+        """Options of the encoder, a `vit.ViT`."""
+        return {
+            "width": self.width,
+            "depth": self.depth,
+            "heads": self.heads,
+            "registers": self.registers,
+            **self.block_options,
+        }
+
     def grid_of(self, images: Float[Array, "B H W C"]) -> tuple[int, int]:
         """Compute the rows and columns of patches of images of any size, without gap."""
         _, height, width, _ = images.shape
@@ -229,8 +245,8 @@ class ViTMethod(BaseMethod, abc.ABC):
         """The encoder."""
 
     @abc.abstractmethod
-    def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
-        """Compute the position embeddings of the encoder for an image of any grid.
+    def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N _"]:
+        """Compute what the encoder takes as positions, see `vit.ViT`, for an image of any grid.
 
         Args:
           params: contains "encoder".
@@ -255,7 +271,7 @@ class ViTMethod(BaseMethod, abc.ABC):
         self,
         params: Params,
         patches: Float[Array, "B N P"],
-        positions: Float[Array, "#B N D"],
+        positions: Float[Array, "#B N _"],
         mask: Bool[Array, "B N"] | None = None,
     ) -> Features:
         """Encode the patches of whole images; methods that predict latents add "latents".
@@ -276,6 +292,11 @@ def names() -> list[str]:
     """List the registered methods: the modules of this folder, in alphabetical order."""
     modules = pkgutil.iter_modules(lmim_jax.methods.__path__)
     return sorted(module.name for module in modules if _is_registered(module))
+
+
+def method_class(name: str) -> Any:
+    """The class of a registered method."""
+    return importlib.import_module(f"lmim_jax.methods.{name}").Method
 
 
 def _is_registered(module: pkgutil.ModuleInfo) -> bool:
@@ -302,18 +323,18 @@ def from_config(config: Mapping[str, Any], *, total_steps: int, steps_per_epoch:
     name = options.pop("name")
     if name not in names():
         raise UserError(f"config.method.name={name!r} is not a method{did_you_mean(name, names())}")
-    method_class = importlib.import_module(f"lmim_jax.methods.{name}").Method
-    fields = {field.name for field in dataclasses.fields(method_class)}
+    found = method_class(name)
+    fields = {field.name for field in dataclasses.fields(found)}
     schedule = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
     _check_keys(name, options.keys(), fields - schedule.keys())
     arguments = {key: _hashable(value) for key, value in options.items()}
-    for key, share in method_class.SHARES.items():
+    for key, share in found.SHARES.items():
         if arguments[key] is None:
             arguments[key] = round(share * math.prod(arguments["grid"]))
     for key, length in schedule.items():
         if key in fields:
             arguments[key] = length
-    return method_class(**arguments)
+    return found(**arguments)
 
 
 def _check_keys(name: str, given: Iterable[str], known: set[str]) -> None:

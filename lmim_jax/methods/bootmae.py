@@ -93,7 +93,7 @@ class Method(ViTMethod):
 
     @property
     def _encoder(self) -> vit.ViT:
-        return vit.ViT(width=self.width, depth=self.depth, heads=self.heads, **self._options)
+        return vit.ViT(**{**self.encoder_options, **self._options})
 
     @property
     def _regressor(self) -> TargetAwareDecoder:
@@ -234,7 +234,7 @@ class Method(ViTMethod):
             masking.take(positions, visible),
             mutable=["intermediates"],
         )
-        shallow = state["intermediates"]["block00"]["tokens"][0]
+        shallow = self._encoder.without_registers(state["intermediates"]["block00"]["tokens"][0])
         pixels = self._regressor.apply(
             {"params": params["regressor"]},
             tokens,

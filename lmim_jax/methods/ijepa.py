@@ -63,9 +63,7 @@ class Method(ViTMethod):
 
     @property
     def _encoder(self) -> vit.ViT:
-        return vit.ViT(
-            width=self.width, depth=self.depth, heads=self.heads, cls=False, **self.block_options
-        )
+        return vit.ViT(cls=False, **self.encoder_options)
 
     @property
     def _predictor(self) -> TokenDecoder:

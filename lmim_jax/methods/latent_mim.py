@@ -83,7 +83,7 @@ class Method(ViTMethod):
 
     @property
     def _encoder(self) -> vit.ViT:
-        return vit.ViT(width=self.width, depth=self.depth, heads=self.heads, **self.block_options)
+        return vit.ViT(**self.encoder_options)
 
     @property
     def _projector(self) -> vit.Projector:

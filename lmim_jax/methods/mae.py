@@ -40,7 +40,7 @@ class Method(ViTMethod):
 
     @property
     def _encoder(self) -> vit.ViT:
-        return vit.ViT(width=self.width, depth=self.depth, heads=self.heads, **self.block_options)
+        return vit.ViT(**self.encoder_options)
 
     @property
     def _decoder(self) -> TokenDecoder:

@@ -55,12 +55,7 @@ class Method(ViTMethod):
     @property
     def _encoder(self) -> vit.ViT:
         return vit.ViT(
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            qkv_bias=self.qkv_bias,
-            final_norm_eps=self.final_norm_eps,
-            **self.block_options,
+            qkv_bias=self.qkv_bias, final_norm_eps=self.final_norm_eps, **self.encoder_options
         )
 
     @property

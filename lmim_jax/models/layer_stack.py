@@ -80,8 +80,7 @@ def stochastic_depth(key: Array, rate: float) -> Iterator[None]:
     """Drop branches of blocks of networks traced in this scope, at random for each image.
 
     Attention and MLP of block i of L are dropped with probability rate * i / (L - 1) each; what is
-    kept is divided by the probability of keeping it. For `blocks.Block` only; the blocks run one by
-    one, whatever `with_remat_and_scan` says.
+    kept is divided by the probability of keeping it. For `blocks.Block` only.
 
     Args:
       key: random key of the step.
@@ -108,6 +107,7 @@ def run_blocks(
     make_block: Callable[..., nn.Module],
     depth: int,
     x: Float[Array, "B T D"],
+    branch_scales: Float[Array, "B depth 2"] | None = None,
     **inputs: Any,
 ) -> Float[Array, "B T D"]:
     """Pass x through `depth` blocks, children of `parent` with the names block00, block01, ...
@@ -117,56 +117,68 @@ def run_blocks(
       make_block: makes a block from Linen's arguments `name` and `parent`.
       depth: number of blocks.
       x: tokens.
+      branch_scales: what the two branches of every block are multiplied by, for each image; None:
+        those of `stochastic_depth`, or else 1.
       **inputs: what every block takes beside x, by name.
     """
     remat, scan_layers = _execution.get()
     drop = _stochastic_depth.get()
     initializing = parent.is_initializing()
-    names = [f"block{i:02d}" for i in range(depth)]
-    if drop and not initializing:
+    scales: Array | None = None
+    if branch_scales is not None:
+        scales = jnp.moveaxis(branch_scales, 1, 0)
+    elif drop and not initializing:
         scales = _branch_scales(drop.key, drop.rate, depth, len(x))
-        for name, block_scales in zip(names, scales, strict=True):
-            x = make_block(name=name)(x, branch_scales=block_scales, **inputs)
-        return x
+    names = [f"block{i:02d}" for i in range(depth)]
 
     # Linen records parameters and intermediates only of blocks that it calls itself.
     recording = initializing or parent.is_mutable_collection("intermediates")
     plain = remat == "none" and not scan_layers
     if recording or plain or depth == 0:
-        for name in names:
-            x = make_block(name=name)(x, **inputs)
+        for i, name in enumerate(names):
+            x = make_block(name=name)(x, **inputs, **_of_block(scales, i))
         return x
 
     params = [parent.variables["params"][name] for name in names]
-    return _run_functional(make_block(parent=None), params, x, inputs, remat, scan_layers)
+    return _run_functional(make_block(parent=None), params, x, scales, inputs, remat, scan_layers)
+
+
+def _of_block(scales: Float[Array, "depth B 2"] | None, index: int) -> dict[str, Array]:
+    """The argument `branch_scales` of a block, where there are scales."""
+    if scales is None:
+        return {}
+    return {"branch_scales": scales[index]}
 
 
 def _run_functional(
     block: nn.Module,
     params: list[dict[str, Any]],
     x: Array,
+    scales: Float[Array, "depth B 2"] | None,
     inputs: dict[str, Any],
     remat: str,
     scan_layers: bool,
 ) -> Array:
     """Pass x through one block with each of `params` in turn, recomputed or in a loop."""
 
-    def apply_block(x: Array, block_params: dict[str, Any]) -> Array:
-        return block.apply({"params": block_params}, x, **inputs)
+    def apply_block(x: Array, block_params: dict[str, Any], own: dict[str, Array]) -> Array:
+        return block.apply({"params": block_params}, x, **inputs, **own)
 
     run = apply_block
     if remat != "none":
         run = jax.checkpoint(apply_block, policy=POLICIES[remat], prevent_cse=not scan_layers)
     if not scan_layers:
-        for block_params in params:
-            x = run(x, block_params)
+        for i, block_params in enumerate(params):
+            x = run(x, block_params, _of_block(scales, i))
         return x
 
-    def scan_step(x: Array, block_params: dict[str, Any]) -> tuple[Array, None]:
-        return run(x, block_params), None
+    def scan_step(x: Array, of_block: tuple[Any, Any]) -> tuple[Array, None]:
+        block_params, own = of_block
+        return run(x, block_params, own), None
 
     stacked = jax.tree.map(_stack, *params)
-    x, _ = jax.lax.scan(scan_step, x, stacked)
+    own = {} if scales is None else {"branch_scales": scales}
+    x, _ = jax.lax.scan(scan_step, x, (stacked, own))
     return x
 
 

@@ -404,3 +404,18 @@ def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.Module:
     if current_platform() == "cpu":
         return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
     return LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
+
+
+def norm(kind: str, epsilon: float, dtype: Dtype, name: str, scaled: bool = True) -> nn.Module:
+    """The norm of a network.
+
+    Args:
+      kind: "layer": see `layer_norm`; "rms": division by the root of the mean square, in float32.
+      epsilon: added to the variance or the mean square.
+      dtype: of the output.
+      name: of the module.
+      scaled: "rms": whether channels are scaled by a parameter. Layer norms have scale and bias.
+    """
+    if kind == "rms":
+        return nn.RMSNorm(epsilon=epsilon, dtype=dtype, use_scale=scaled, name=name)
+    return layer_norm(epsilon, dtype, name)

@@ -1,6 +1,6 @@
 """The Vision Transformer encoder and the projector behind it.
 
-Letters: B batch, T tokens, N patches, P pixel values of a patch, D width.
+Letters: B batch, T tokens, N patches, R registers, P pixel values of a patch, D width.
 """
 
 import functools
@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from lmim_jax.models.blocks import Block, QkvBias
 from lmim_jax.models.layer_stack import run_blocks
-from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm
+from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm, norm
+from lmim_jax.models.rope import make_rope, register_coordinates
 
 # Sizes by their usual names ("An Image is Worth 16x16 Words", table 1; DeiT for Ti and S).
 VARIANTS = {
@@ -25,22 +26,30 @@ VARIANTS = {
 
 
 class ViT(nn.Module, kw_only=True):
-    """Vision Transformer: patch embedding + positions, CLS token, pre-norm blocks, final LayerNorm.
+    """Vision Transformer: patch embedding + positions, CLS token, pre-norm blocks, final norm.
 
-    It sees only the patches that it is given: masking means leaving patches out. The CLS token has
-    no position. Parameters: patch_embed, cls_token [1, 1, D], block00 .. , norm.
+    It sees only the patches that it is given: masking means leaving patches out. The CLS token and
+    registers have no position embedding. Parameters: patch_embed, cls_token [1, 1, D], registers
+    [1, R, D], block00 .. , norm.
 
     Attributes:
       width: D.
       depth: number of blocks.
       heads: attention heads of a block.
       mlp_ratio: hidden width of an MLP / D.
-      norm_eps: epsilon of the LayerNorms of the blocks.
+      norm_eps: epsilon of the norms of the blocks.
       dtype: of the computation; parameters are float32.
       attention: implementation of attention, see `attention.attend`.
       qkv_bias: whether queries, keys and values have a bias.
       cls: whether there is a CLS token, in front of the patches.
-      final_norm_eps: epsilon of the last LayerNorm; None: norm_eps.
+      final_norm_eps: epsilon of the last norm; None: norm_eps.
+      registers: R, tokens between CLS and the patches that take part in all blocks and stand for
+        nothing ("Vision Transformers Need Registers", Darcet et al., ICLR 2024).
+      bias: whether the linear layers of blocks have a bias, except those of `qkv_bias`.
+      norm: see `layers.norm`.
+      final_norm_scaled: "rms": whether the last norm has a scale.
+      rope: "none", or how queries and keys are turned by coordinates, see `rope.PARTS`.
+      rope_frequencies: see `rope.make_rope`.
     """
 
     width: int
@@ -53,33 +62,65 @@ class ViT(nn.Module, kw_only=True):
     qkv_bias: QkvBias = True
     cls: bool = True
     final_norm_eps: float | None = None
+    registers: int = 0
+    bias: bool = True
+    norm: str = "layer"
+    final_norm_scaled: bool = True
+    rope: str = "none"
+    rope_frequencies: tuple[float, float] = (1.0, 1.0)
 
     @nn.compact
     def __call__(
         self,
         patches: Float[Array, "B N P"],
-        positions: Float[Array, "#B N D"],
+        positions: Float[Array, "#B N _"],
         mask: Bool[Array, "B N"] | None = None,
+        *,
+        keep_registers: bool = False,
+        branch_scales: Float[Array, "B depth 2"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """Encode patches.
 
         Args:
           patches: pixel values of the visible patches.
-          positions: their position embeddings, for every image or for all alike.
+          positions: their position embeddings [#B, N, D], for every image or for all alike; with
+            rope, their coordinates [#B, N, 2].
           mask: True where a patch may be attended to; None: all may.
+          keep_registers: whether registers are among the returned tokens.
+          branch_scales: see `run_blocks`.
 
         Returns:
-          Tokens after and before the final norm, T = 1 + N with CLS in row 0, or T = N without one.
+          Tokens after and before the final norm: CLS, if there is one, registers, if they are kept,
+          and patches.
+
+        Raises:
+          ValueError: rope and a CLS token, which has no coordinates.
         """
-        embedded = Dense(self.width, self.dtype, name="patch_embed")(patches)
-        x = embedded + positions.astype(self.dtype)
+        inputs: dict[str, Any] = {}
+        x = Dense(self.width, self.dtype, name="patch_embed")(patches)
+        if self.rope == "none":
+            x = x + positions.astype(self.dtype)
+        else:
+            if self.cls:
+                raise ValueError("a ViT with rope has no CLS token")
+            coordinates = with_registers(positions, self.registers, mask)
+            head_width = self.width // self.heads
+            inputs["rope"] = make_rope(coordinates, head_width, self.rope, self.rope_frequencies)
+        extra = []  # tokens in front of the patches
         if self.cls:
-            cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-            cls = cls.astype(self.dtype)
-            cls = jnp.broadcast_to(cls, (len(x), 1, self.width))
-            x = jnp.concatenate([cls, x], axis=1)
+            extra.append(self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)))
+        if self.registers:
+            shape = (1, self.registers, self.width)
+            extra.append(self.param("registers", nn.initializers.normal(0.02), shape))
+        tokens = []
+        for token in extra:
+            token = token.astype(self.dtype)
+            tokens.append(jnp.broadcast_to(token, (len(x), *token.shape[1:])))
+        if tokens:
+            x = jnp.concatenate([*tokens, x], axis=1)
             if mask is not None:
-                mask = jnp.pad(mask, [(0, 0), (1, 0)], constant_values=True)
+                before = int(self.cls) + self.registers
+                mask = jnp.pad(mask, [(0, 0), (before, 0)], constant_values=True)
         make_block = functools.partial(
             Block,
             heads=self.heads,
@@ -88,17 +129,44 @@ class ViT(nn.Module, kw_only=True):
             dtype=self.dtype,
             attention=self.attention,
             qkv_bias=self.qkv_bias,
+            bias=self.bias,
+            norm=self.norm,
         )
-        x = run_blocks(self, make_block, self.depth, x, mask=mask)
-        final_norm = layer_norm(self.final_norm_eps or self.norm_eps, self.dtype, "norm")
-        return final_norm(x), x
+        x = run_blocks(self, make_block, self.depth, x, branch_scales, mask=mask, **inputs)
+        eps = self.final_norm_eps or self.norm_eps
+        final_norm = norm(self.norm, eps, self.dtype, "norm", self.final_norm_scaled)
+        normed = final_norm(x)
+        if keep_registers:
+            return normed, x
+        if self.registers:
+            first = int(self.cls)
+            self.sow("intermediates", "registers", normed[:, first : first + self.registers])
+        return self.without_registers(normed), self.without_registers(x)
+
+    def without_registers(self, x: Float[Array, "..."], axis: int = 1) -> Float[Array, "..."]:
+        """Leave out the registers among the tokens along an axis."""
+        if not self.registers:
+            return x
+        first = int(self.cls)
+        before, _, after = jnp.split(x, [first, first + self.registers], axis)
+        return jnp.concatenate([before, after], axis)
+
+
+def with_registers(
+    coordinates: Float[Array, "#B N 2"], registers: int, mask: Bool[Array, "B N"] | None = None
+) -> Float[Array, "#B R+N 2"]:
+    """Put the coordinates of registers in front of those of patches, see rope.py."""
+    if not registers:
+        return coordinates
+    border = register_coordinates(coordinates, registers, mask)
+    return jnp.concatenate([border, coordinates], axis=1)
 
 
 def features(
     encoder: ViT,
     params: dict[str, Any],
     patches: Float[Array, "B N P"],
-    positions: Float[Array, "#B N D"],
+    positions: Float[Array, "#B N _"],
     mask: Bool[Array, "B N"] | None = None,
 ) -> dict[str, Array]:
     """Compute the features of full images by name. Under `jit`, unused ones are not computed.
@@ -107,14 +175,17 @@ def features(
       encoder: the network.
       params: its parameters.
       patches: all patches of the images.
-      positions: their position embeddings.
+      positions: see `ViT`.
       mask: False for patches that only pad the images of a batch to equal length; None: there are
         none. The features of such patches, and attention, mean nothing.
 
     Returns:
       cls [B, D] and patches [B, N, D] after the final norm; cls_prenorm and patches_prenorm before
-      it; block00/tokens [B, 1 + N, D] and block00/attention [B, A, 1 + N, 1 + N] (A heads) of every
-      block. An encoder without CLS token gives no cls, and one row less.
+      it; block00/tokens [B, 1 + N, D], block00/normed, which is the final norm of these, and
+      block00/attention [B, A, 1 + N, 1 + N] (A heads) of every
+      block. An encoder without CLS token gives no cls, and one row less. Registers are left out of
+      all of these, so that rows of attention no longer sum to 1; they are registers [B, R, D],
+      after the final norm.
     """
     (tokens, prenorm), state = encoder.apply(
         {"params": params}, patches, positions, mask, mutable=["intermediates"]
@@ -124,9 +195,18 @@ def features(
     if encoder.cls:
         named["cls"] = tokens[:, 0]
         named["cls_prenorm"] = prenorm[:, 0]
-    for name, block in state["intermediates"].items():
-        named[f"{name}/tokens"] = block["tokens"][0]
-        named[f"{name}/attention"] = block["attn"]["attention"][0]
+    intermediates = dict(state["intermediates"])
+    if encoder.registers:
+        named["registers"] = intermediates.pop("registers")[0]
+    eps = encoder.final_norm_eps or encoder.norm_eps
+    final_norm = norm(encoder.norm, eps, encoder.dtype, "norm", encoder.final_norm_scaled)
+    norm_params = {"params": params.get("norm", {})}
+    for name, block in intermediates.items():
+        block_tokens = encoder.without_registers(block["tokens"][0])
+        named[f"{name}/tokens"] = block_tokens
+        named[f"{name}/normed"] = final_norm.apply(norm_params, block_tokens)
+        rows = encoder.without_registers(block["attn"]["attention"][0], axis=2)
+        named[f"{name}/attention"] = encoder.without_registers(rows, axis=3)
     return named
 
 

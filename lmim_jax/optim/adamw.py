@@ -1,7 +1,7 @@
-"""The pretraining optimizer from its config: AdamW, schedules, weight decay by parameter name."""
+"""The pretraining optimizer from its config: AdamW, its schedules, and what depends on names."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -81,6 +81,7 @@ def make_schedules(
         total_steps / unit,
         config.rebased,
         config.peak_in_warmup,
+        config.cosine_share,
     )
 
     def learning_rate(step: schedules.Step) -> schedules.Scalar:
@@ -118,7 +119,7 @@ def from_config(
 
     Raises:
       UserError: unknown `config.name`; and, when the optimizer is initialized, parameters that no
-        rule of `config.decay_rules` matches.
+        rule of `config.decay_rules` or `config.lr_rules` matches.
     """
     if config.name != "adamw":
         raise UserError(f"config.optimizer.name={config.name!r} must be one of: adamw")
@@ -129,15 +130,48 @@ def from_config(
         steps_per_epoch=steps_per_epoch,
         start=start,
     )
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.clip_norm:
+        adam = optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+    # With usual rules, this is optax.adamw, with a schedule for the weight decay too.
+    transforms = [adam, *_decays(config.decay_rules, weight_decay)]
+    if any(factor != 1 for _, factor in config.lr_rules):
+        transforms.append(_scale_by_rules(config.lr_rules))
+    transforms.append(optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(*transforms), learning_rate
 
-    def decay_mask(params: Any) -> Any:
-        values = match_rules(config.decay_rules, params, "config.optimizer.decay_rules")
-        return jax.tree.map(bool, values)
 
-    # This is optax.adamw, with a schedule for the weight decay too.
-    optimizer = optax.chain(
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    return optimizer, learning_rate
+def _decays(
+    rules: Rules, weight_decay: schedules.Schedule
+) -> Iterator[optax.GradientTransformation]:
+    """Yield the weight decay of the parameters with each of the factors of some rules."""
+
+    def of_factor(factor: float) -> optax.GradientTransformation:
+        def decay(step: schedules.Step) -> schedules.Scalar:
+            return factor * weight_decay(step)
+
+        def mask(params: Any) -> Any:
+            factors = match_rules(rules, params, "config.optimizer.decay_rules")
+            return jax.tree.map(lambda found: found == factor, factors)
+
+        return optax.add_decayed_weights(decay, mask=mask)
+
+    factors = {float(factor) for _, factor in rules}
+    # Also where nothing is decayed: checkpoints have the count of its steps
+    for factor in sorted(factors - {0.0}) or [1.0]:
+        yield of_factor(factor)
+
+
+def _scale_by_rules(rules: Rules) -> optax.GradientTransformation:
+    """Scale the updates of every parameter by the factor that rules give it."""
+
+    def scale(updates: Any, _: Any) -> Any:
+        factors = match_rules(rules, updates, "config.optimizer.lr_rules")
+        return scale_by(factors, updates)
+
+    return optax.stateless(scale)
+
+
+def scale_by(factors: Any, updates: Any) -> Any:
+    """Multiply the updates of every parameter by its factor."""
+    return jax.tree.map(lambda update, factor: update * factor, updates, factors)

@@ -3,13 +3,12 @@
 import re
 from typing import Any
 
-import jax
 import optax
 
-from lmim_jax.optim.adamw import Rules, match_rules
+from lmim_jax.optim.adamw import Rules, match_rules, scale_by
 
-# Biases, scales of norms, position embeddings and CLS have no weight decay.
-DECAY_RULES: Rules = ((".*(bias|scale|positions|cls_token)", False), (".*", True))
+# Biases, scales of norms, position embeddings, CLS and registers have no weight decay.
+DECAY_RULES: Rules = ((".*(bias|scale|positions|cls_token|registers)", False), (".*", True))
 
 
 def learning_rate_factors(params: dict[str, Any], decay: float) -> Rules:
@@ -64,7 +63,7 @@ def adamw(
     factors = match_rules(learning_rate_factors(params, decay), params, "layer_decay")
 
     def scale_by_layer(updates: Any, _: Any) -> Any:
-        return jax.tree.map(lambda update, factor: update * factor, updates, factors)
+        return scale_by(factors, updates)
 
     return optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),

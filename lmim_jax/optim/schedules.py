@@ -42,6 +42,7 @@ def warmup_cosine(
     total_steps: float,
     rebased: bool = True,
     peak_in_warmup: bool = False,
+    cosine_share: float = 1.0,
 ) -> Schedule:
     """Build a learning rate: linear warm-up from start to peak, then half a cosine to the floor.
 
@@ -58,6 +59,7 @@ def warmup_cosine(
         smaller of warm-up and cosine counts (PiLaMIM).
       peak_in_warmup: the last step of the warm-up already has the peak, as in numpy's linspace
         (BootMAE, PiLaMIM). False: the first step after it has.
+      cosine_share: the run ends after this share of the half cosine, above the floor (CAPI: 0.8).
 
     Returns:
       A function of the step, counted from 0.
@@ -71,7 +73,7 @@ def warmup_cosine(
             rise = jnp.minimum(step / last_of_warmup, 1)
         warmup = linear(start, peak, rise)
         progress = (step - decay_start) / max(total_steps - decay_start, 1)
-        decay = cosine(peak, floor, progress)
+        decay = cosine(peak, floor, cosine_share * progress)
         if not rebased:
             warmup = jnp.minimum(warmup, decay)
         return jnp.where(step < warmup_steps, warmup, decay)

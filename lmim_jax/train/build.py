@@ -170,6 +170,12 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
     method = methods.from_config(
         config.method, total_steps=span.steps, steps_per_epoch=steps_per_epoch
     )
+    if methods.method_class(config.method.name).WHOLE_BATCH and config.micro_batches > 1:
+        raise UserError(
+            f"config.micro_batches={config.micro_batches}: {config.method.name} compares the "
+            "images of a whole batch, which gradient accumulation would divide; to save memory, "
+            "give --config.remat=full, --config.mesh.fsdp=-1 or a smaller --config.batch_size"
+        )
     augmentation = Augment.from_config(
         config.augment, image_size=method.image_size, eval_size=method.feature_size
     )

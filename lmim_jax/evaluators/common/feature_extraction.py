@@ -298,7 +298,8 @@ class Extractor:
         count = len(images)
         width = images[0].arrays["patches"].shape[1]
         patches = np.zeros((count, length, width), np.uint8)
-        positions = np.zeros((count, length, self.method.width), np.float32)
+        numbers = self._positions_of(images[0].grid).shape[1]  # of a position
+        positions = np.zeros((count, length, numbers), np.float32)
         mask = np.zeros((count, length), bool)
         for row, image in enumerate(images):
             own = image.arrays["patches"]
