@@ -21,6 +21,7 @@ TARGETS = {  # what a method predicts; of other methods, their recipe's title
     "mae": "normalized pixels, regression",
     "ijepa": "latents of blocks, regression",
     "bootmae": "normalized pixels and latents, regression",
+    "capi": "clusters of latents, classification",
 }
 
 

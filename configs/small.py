@@ -72,6 +72,9 @@ def other_method(config: ConfigDict, name: str) -> None:
     config.method.channels = FieldReference(config.data.get_ref("channels"))
     config.method.update({key: value for key, value in SIZES.items() if key in config.method})
     config.method.update(getattr(recipe, "SMALL", {}))
+    config.optimizer.lr_rules = recipe.get_config().optimizer.lr_rules
+    if base.method_class(name).WHOLE_BATCH:
+        config.micro_batches = 1
 
 
 def shapes(config: ConfigDict) -> None:

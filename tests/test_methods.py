@@ -36,6 +36,8 @@ OPTIONS = [  # each value of each option at least once
     },
     {"name": "ijepa", "biased_masks": False, "loss": "mse"},
     {"name": "ijepa", "dtype": "bfloat16", "loss": "l1"},
+    {"name": "capi", "rope": "capi", "drop_path": 0.5, "sampler": "block", "positionwise": False},
+    {"name": "capi", "dtype": "bfloat16", "sampler": "random", "roll": False, "registers": 0},
 ]
 
 
@@ -94,6 +96,7 @@ def test_methods_have_all_of_the_protocol_and_no_default_values(name):
 def test_only_methods_with_schedules_take_the_length_of_the_run():
     lengths = {
         "bootmae": (10, 5),
+        "capi": (10, 0),
         "ijepa": (10, 0),
         "latent_mim": (10, 0),
         "mae": (0, 0),

@@ -15,11 +15,18 @@ import jax
 import numpy as np
 import pytest
 
+from lmim_jax.distributed import sharding
 from lmim_jax.methods import base
+from lmim_jax.optim import adamw
+from lmim_jax.train import step as train_step
+from lmim_jax.train.state import TrainState
 
 OUTPUT = dict(rtol=2e-4, atol=2e-5)
 GRADIENT = dict(rtol=2e-3, atol=2e-5)
 CASES = sorted((pathlib.Path(__file__).parent / "reference").glob("*.npz"))
+STEP = 2e-5  # relative and absolute, of losses and weights in the steps of training
+MOVEMENT = 1e-4  # |ours - theirs| / |theirs - before|, all weights together
+CASES_WITH_STEPS = [path for path in CASES if path.stem.startswith("capi")]
 each_case = pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 
 
@@ -88,3 +95,46 @@ def test_gradients(path):
 def test_ema(path):
     case, reader, ours = run(path)
     compare(*reader.ema(case, ours), OUTPUT)
+
+
+def given_draws(method, augment, rng, keys, batch):
+    """In place of `step.draw`: images and views are in the batch."""
+    del method, augment, rng, keys
+    return batch["image"], {name: batch[name] for name in batch if name != "image"}
+
+
+def deviation(ours, theirs, before):
+    """|ours - theirs| / |theirs - before| of all arrays of trees together."""
+    theirs = flatten(theirs)
+    ours = flatten(ours)
+    before = flatten(before)
+    assert ours.keys() == theirs.keys() == before.keys()
+    error = sum(np.square(ours[name] - theirs[name]).sum() for name in theirs)
+    moved = sum(np.square(theirs[name] - before[name]).sum() for name in theirs)
+    return np.sqrt(error / moved)
+
+
+@pytest.mark.parametrize("path", CASES_WITH_STEPS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_optimizer_steps(path, devices, monkeypatch):
+    """Losses and weights of a few steps of training, on one device and on several."""
+    case, reader, ours = run(path)
+    config = json.loads(str(case["config_json"]))
+    optimizer, _ = adamw.from_config(
+        reader.optimizer(config), warmup_steps=0, total_steps=config["steps"], steps_per_epoch=1
+    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    monkeypatch.setattr(train_step, "draw", given_draws)
+    step = jax.jit(train_step.make_train_step(ours.method, None, optimizer, mesh))
+    state = TrainState(
+        np.int32(0), ours.params, ours.target, optimizer.init(ours.params), jax.random.key(0)
+    )
+    for i in range(config["steps"]):
+        state, metrics = step(state, reader.batch(case, i))
+        for name, expected in reader.step_losses(case, i).items():
+            np.testing.assert_allclose(metrics[name], expected, rtol=STEP, err_msg=f"{name} {i}")
+    params, target = reader.after(case, ours.method)
+    compare(state.params, params, dict(rtol=STEP, atol=STEP))
+    compare(state.target, target, dict(rtol=STEP, atol=STEP))
+    assert deviation(state.params, params, ours.params) < MOVEMENT
+    assert deviation(state.target, target, ours.target) < MOVEMENT

@@ -82,6 +82,7 @@ def read(
     trained = official.entries(method)
     needed = trained | official.describe(method).constants
     arrays, not_read = array_io.read(path, roots={name.split(".")[0] for name in needed})
+    arrays = official.rename(method, arrays)
     dropped = [name for name in arrays if _matches_any(drop, name)]
     arrays = {name: array for name, array in arrays.items() if name not in dropped}
     absent = []

@@ -11,9 +11,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lmim_jax.models.blocks import Block, CrossBlock, QkvBias
+from lmim_jax.models.blocks import Block, CrossBlock, QkvBias, QueryBlock
 from lmim_jax.models.layer_stack import run_blocks
-from lmim_jax.models.layers import Dense, Dtype, layer_norm, matmul
+from lmim_jax.models.layers import Dense, Dtype, layer_norm, matmul, norm
+from lmim_jax.models.rope import make_rope
 
 
 def visual_cues(
@@ -251,6 +252,84 @@ class TargetAwareDecoder(nn.Module, kw_only=True):
         x = run_blocks(self, make_block, self.depth, x, context=context)
         masked = x[:, -positions.shape[1] :]
         return self.head(layer_norm(self.norm_eps, self.dtype, "norm")(masked))
+
+
+class CrossPredictor(nn.Module, kw_only=True):
+    """Predicts something at any coordinates from the encoder's tokens, each without the others.
+
+    Copies of one mask token pass through blocks of cross-attention to the tokens and MLP. Where
+    they are is told by rotary embeddings alone. All norms are RMSNorms; the last one has no scale.
+    No linear layer has a bias.
+
+    Attributes:
+      width: d.
+      depth: number of blocks.
+      heads: attention heads of a block.
+      mlp_ratio: hidden width of an MLP / d.
+      norm_eps: epsilon of the norms.
+      dtype: of the computation.
+      attention: implementation of attention, see `attention.attend`.
+      rope: see `rope.PARTS`.
+      rope_frequencies: see `rope.make_rope`.
+
+    Source: CAPI (Darcet et al. 2025), section 3.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    norm_eps: float
+    dtype: Dtype
+    attention: str
+    rope: str
+    rope_frequencies: tuple[float, float]
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "B T D"],
+        token_coordinates: Float[Array, "#B T 2"],
+        coordinates: Float[Array, "#B M 2"],
+        branch_scales: Float[Array, "B depth 2"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B M d"]:
+        """Predict.
+
+        Args:
+          tokens: the encoder's tokens after its final norm.
+          token_coordinates: where they are, (row, column) in 0 .. 1.
+          coordinates: where to predict.
+          branch_scales: see `run_blocks`.
+          mask: True for tokens that may be attended to; None: all may.
+        """
+        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        queries = (len(tokens), coordinates.shape[1], self.width)
+        x = jnp.broadcast_to(mask_token.astype(self.dtype), queries)
+        head_width = self.width // self.heads
+        make_block = functools.partial(
+            QueryBlock,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+            attention=self.attention,
+            qkv_bias=False,
+            bias=False,
+            norm="rms",
+        )
+        x = run_blocks(
+            self,
+            make_block,
+            self.depth,
+            x,
+            branch_scales,
+            context=tokens,
+            mask=mask,
+            rope=make_rope(coordinates, head_width, self.rope, self.rope_frequencies),
+            context_rope=make_rope(token_coordinates, head_width, self.rope, self.rope_frequencies),
+        )
+        return norm("rms", self.norm_eps, self.dtype, "norm", scaled=False)(x)
 
 
 class PixelHead(nn.Module, kw_only=True):

@@ -38,6 +38,21 @@ def normal(rng: Array, params: dict[str, Any], stddev: float = 0.02) -> dict[str
     return _redraw(rng, params, nn.initializers.normal(stddev), _zeros)
 
 
+def xavier_by_projection(params: dict[str, Any]) -> dict[str, Any]:
+    """Rescale fused projections as if queries, keys and values had xavier-uniform kernels each.
+
+    Args:
+      params: nested dict of fresh parameters; only the kernels of "qkv" and "kv" are changed.
+    """
+    flat = flatten_dict(params, keep_empty_nodes=True)
+    for path, value in flat.items():
+        parts = {"qkv": 3, "kv": 2}.get(path[-2]) if path[-1] == "kernel" else None
+        if parts:
+            rows, columns = value.shape
+            flat[path] = value * ((rows + columns) / (rows + columns / parts)) ** 0.5
+    return unflatten_dict(flat)
+
+
 def _redraw(
     rng: Array,
     params: dict[str, Any],

@@ -17,10 +17,56 @@ Scalar = Float[Array, ""]
 
 def mean_over_devices(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Average over devices inside a `shard_map` over the batch; elsewhere return x unchanged."""
+    return _reduce_over_devices(jax.lax.pmean, x)
+
+
+def _reduce_over_devices(
+    reduce: Callable[..., Array], x: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Combine the results of devices inside a `shard_map` over the batch."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if not axes:
         return x
-    return jax.lax.pmean(x, axes)
+    return reduce(x, axes)
+
+
+def sinkhorn(
+    logits: Float[Array, "B N K"], tau: float, iterations: int, positionwise: bool
+) -> Float[Array, "B N K"]:
+    """Assign tokens to clusters softly, so that every cluster gets as much as any other.
+
+    The exponentials of logits / tau are scaled alternately: every cluster to sum 1 over the tokens,
+    every token to sum 1 over the clusters. The tokens are those of the whole batch on all devices,
+    by themselves at each position or all together. There is no gradient.
+
+    Args:
+      logits: affinities of tokens and clusters.
+      tau: temperature.
+      iterations: how often both are scaled.
+      positionwise: whether clusters are balanced at each of the N positions.
+
+    Source: CAPI's released `sinkhorn_knopp`, with its 1e-8 and the maximum shifted to e^50.
+    """
+    tokens = (0,) if positionwise else (0, 1)
+
+    def total(x: Array) -> Array:
+        return _reduce_over_devices(jax.lax.psum, x.sum(axis=tokens, keepdims=True))
+
+    x = jax.lax.stop_gradient(logits).astype(jnp.float32) / tau
+    highest = _reduce_over_devices(jax.lax.pmax, x.max(axis=tokens, keepdims=True))
+    x = jnp.exp(x - highest + 50)
+    for _ in range(iterations):
+        x = x / (total(x) + 1e-8)
+        x = x / (x.sum(axis=-1, keepdims=True) + 1e-8)
+    return x
+
+
+def soft_cross_entropy(
+    logits: Float[Array, "B N K"], assignments: Float[Array, "B N K"], tau: float
+) -> Scalar:
+    """Cross-entropy of softmax(logits / tau) with given distributions, averaged over tokens."""
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32) / tau)
+    return -jnp.mean(jnp.sum(assignments * log_probabilities, axis=-1))
 
 
 def standardize_over_patches(x: Float[Array, "B M D"]) -> Float[Array, "B M D"]:

@@ -250,6 +250,82 @@ PROPOSALS = 16  # blocks that are tried at a time
 ROUNDS = 1000  # at most; 120 of 196 patches take about 10 rounds
 
 
+def block_of(
+    key: Key[Array, ""],
+    grid: tuple[int, int],
+    count: int,
+    *,
+    aspect: float,
+    roll: bool,
+) -> Bool[Array, "h w"]:
+    """Draw one rectangular block of exactly `count` patches of an image.
+
+    Its height / width is log-uniform on [aspect, 1 / aspect], as far as such a rectangle fits the
+    grid; both are rounded up, its place is uniform, and of more than `count` patches the first ones
+    in raster order count.
+
+    Args:
+      key: random key of the image.
+      grid: (h, w).
+      count: patches of the block.
+      aspect: smallest height / width, in (0, 1].
+      roll: whether the block is shifted by any number of rows and columns, so that it can leave the
+        grid on one side and enter it on the other.
+
+    Returns:
+      The mask, True in the block.
+
+    Source: CAPI's released `BlockMasking`.
+    """
+    h, w = grid
+    keys = jax.random.split(key, 5)
+    high = min(math.log(1 / aspect), math.log(h * h / count))
+    low = min(max(math.log(aspect), math.log(count / (w * w))), high)
+    ratio = jnp.exp(jax.random.uniform(keys[0], minval=low, maxval=high))
+    height = jnp.clip(jnp.ceil(jnp.sqrt(count * ratio)).astype(jnp.int32), -(-count // w), h)
+    width = jnp.ceil(jnp.sqrt(count / ratio)).astype(jnp.int32)
+    width = jnp.clip(width, -(-count // height), w)
+    top = jax.random.randint(keys[1], (), 0, h - height + 1)
+    left = jax.random.randint(keys[2], (), 0, w - width + 1)
+    rows = jnp.arange(h)[:, None]
+    columns = jnp.arange(w)[None]
+    block = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
+    block = block & (jnp.cumsum(block).reshape(grid) <= count)
+    if roll:
+        shift = jax.random.randint(keys[3], (), 0, h), jax.random.randint(keys[4], (), 0, w)
+        block = jnp.roll(block, shift, (0, 1))
+    return block
+
+
+def split_by_block(
+    key: Key[Array, ""], grid: tuple[int, int], num_masked: int, kind: str, roll: bool
+) -> Split:
+    """Split the patches of one image by a block, or at random.
+
+    Args:
+      key: random key of the image.
+      grid: (h, w).
+      num_masked: M.
+      kind: "inverse_block": the block is visible; "block": it is masked; "random": there is none.
+      roll: see `block_of`.
+
+    Returns:
+      (visible, masked), int32, visible in raster order, masked in random order.
+    """
+    draw_key, order_key = jax.random.split(key)
+    num_patches = math.prod(grid)
+    if kind == "random":
+        masked = jax.random.permutation(draw_key, num_patches) < num_masked
+    elif kind == "block":
+        masked = block_of(draw_key, grid, num_masked, aspect=0.5, roll=roll).ravel()
+    else:
+        num_visible = num_patches - num_masked
+        masked = ~block_of(draw_key, grid, num_visible, aspect=0.5, roll=roll).ravel()
+    order = jnp.argsort(masked, stable=True).astype(jnp.int32)
+    visible = order[: num_patches - num_masked]
+    return visible, jax.random.permutation(order_key, order[num_patches - num_masked :])
+
+
 def block_mask(
     key: Key[Array, ""],
     grid: tuple[int, int],
