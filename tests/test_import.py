@@ -168,6 +168,54 @@ def test_a_missing_teacher_starts_as_a_copy(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, model.params["encoder"], model.target["encoder"])
 
 
+def published_bootmae(arrays):
+    """(model, model_ema) as BootMAE's code saves them: the teacher is a copy of the whole model."""
+    model = {name: x for name, x in arrays.items() if not name.startswith("ema.")}
+    teacher = {name: x + 1 for name, x in model.items() if not name.endswith("pos_embed")}
+    for name, x in model.items():
+        teacher.setdefault(name, x)
+    for name, x in arrays.items():
+        if name.startswith("ema."):
+            teacher[name.removeprefix("ema.")] = x
+    return model, teacher
+
+
+def test_decoders_of_bootmaes_teacher_are_not_read(tmp_path):
+    config, arrays = load_bootmae()
+    model, teacher = published_bootmae(arrays)
+    nested = {f"ema.{name}": x for name, x in teacher.items()}
+    array_io.write(tmp_path / "x.safetensors", {**model, **nested})
+    tree, dropped, fresh, not_read = import_weights.read(
+        tmp_path / "x.safetensors", method_of(config)
+    )
+    assert tree.keys() == {"params", "target"} and dropped == fresh == []
+    assert set(not_read) == nested.keys() - arrays.keys() and "ema.lm_head_1.bias" in not_read
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_bootmaes_published_files_are_read_with_their_teacher(tmp_path, has_teacher):
+    """The keys are those of `save_model` in LightDXY/BootMAE."""
+    import torch
+
+    config, arrays = load_bootmae()
+    content = {"optimizer": {"state": {0: torch.ones(3)}}, "epoch": 800, "scaler": {"scale": 1.0}}
+    content["args"] = argparse.Namespace(lr=1)
+    keys = ("model", "model_ema") if has_teacher else ("model",)
+    for key, state in zip(keys, published_bootmae(arrays), strict=False):
+        content[key] = {name: torch.from_numpy(x) for name, x in state.items()}
+    path = tmp_path / "BootMAE_Base_800_PT.pth"
+    torch.save(content, path)
+    fresh = [] if has_teacher else [r"ema\..*"]
+    import_weights.import_weights(path, config, tmp_path / "run", None, fresh=fresh)
+    model = runs.open_run(tmp_path / "run")
+    again = official.to_official(model.method, model.params, model.target)
+    for name, value in arrays.items():
+        if not has_teacher:
+            value = arrays[name.removeprefix("ema.")]
+        np.testing.assert_allclose(again[name], value, atol=1e-6, err_msg=name)
+
+
 def altered(arrays, **changes):
     return {name: value for name, value in {**arrays, **changes}.items() if value is not None}
 

@@ -5,8 +5,8 @@
 
 FILE: a state dict as .safetensors or .npz, or a PyTorch file (.pth, .pt, .pth.tar; needs torch >=
 2.6, and only tensors are read). --format: the method whose official code wrote it: latent_mim |
-pilamim | mae | ijepa. --config: the recipe, with the sizes of that model; the optimizer starts
-afresh at step 0.
+pilamim | mae | ijepa | bootmae. --config: the recipe, with the sizes of that model; the optimizer
+starts afresh at step 0.
 
 Every array of the file must belong to the model, and every array of the model must be in the file:
 missing, unexpected and differently shaped arrays are listed and are an error. If a file holds only
@@ -80,9 +80,14 @@ def read(
       UserError: naming the file and what is missing, unexpected or different.
     """
     trained = official.entries(method)
-    needed = trained | official.describe(method).constants
-    arrays, not_read = array_io.read(path, roots={name.split(".")[0] for name in needed})
+    spec = official.describe(method)
+    needed = trained | spec.constants
+    roots = {name.split(".")[0] for name in needed}
+    arrays, not_read = array_io.read(path, roots, spec.beside)
     arrays = official.rename(method, arrays)
+    unused = [name for name in arrays if _matches_any(spec.unused, name)]
+    arrays = {name: array for name, array in arrays.items() if name not in unused}
+    not_read = not_read + unused
     dropped = [name for name in arrays if _matches_any(drop, name)]
     arrays = {name: array for name, array in arrays.items() if name not in dropped}
     absent = []

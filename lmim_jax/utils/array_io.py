@@ -18,13 +18,19 @@ PICKLED = (".pth", ".pt", ".tar", ".bin")
 STATE_DICT_KEYS = ("model", "state_dict")  # under which training scripts save the state dict
 
 
-def read(path: str | os.PathLike[str], roots: Collection[str] = ()) -> tuple[Arrays, list[str]]:
+def read(
+    path: str | os.PathLike[str],
+    roots: Collection[str] = (),
+    beside: Collection[tuple[str, str]] = (),
+) -> tuple[Arrays, list[str]]:
     """Read a file of weights.
 
     Args:
       path: *.safetensors, *.npz, or PyTorch's *.pth, *.pt, *.pth.tar, *.bin.
       roots: first parts of the names of weights, which distinguish a model from the training
         state beside it in a nested file.
+      beside: (key, first part of names) pairs: state dicts of a nested file to be read with that
+        of the model, if it has them.
 
     Returns:
       ({name: array}, names of what else the file holds). Floating-point arrays with fewer than 32
@@ -44,7 +50,7 @@ def read(path: str | os.PathLike[str], roots: Collection[str] = ()) -> tuple[Arr
     elif path.suffix == ".safetensors":
         arrays = _read_safetensors(path)
     elif path.suffix in PICKLED:
-        arrays, other = _read_pickled(path, roots)
+        arrays, other = _read_pickled(path, roots, beside)
     else:
         raise UserError(
             f"{path}: weights must be .safetensors, .npz, {', '.join(PICKLED)}, not {path.suffix!r}"
@@ -115,13 +121,15 @@ def _read_safetensors(path: pathlib.Path) -> Arrays:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _read_pickled(path: pathlib.Path, roots: Collection[str]) -> tuple[Arrays, list[str]]:
+def _read_pickled(
+    path: pathlib.Path, roots: Collection[str], beside: Collection[tuple[str, str]]
+) -> tuple[Arrays, list[str]]:
     """Read the tensors of a PyTorch file: ({name: array}, names of everything else)."""
     torch = _import_torch(path)
     content = _load_pickled(path, torch)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no state dict, but a {type(content).__name__}")
-    state_dict, other = _split_state_dict(content, roots, torch)
+    state_dict, other = _split_state_dict(content, roots, beside, torch)
     arrays = {}
     for name, value in _flatten(state_dict):
         if not torch.is_tensor(value):
@@ -170,12 +178,21 @@ def _load_pickled(path: pathlib.Path, torch: Any) -> Any:
 
 
 def _split_state_dict(
-    content: dict[str, Any], roots: Collection[str], torch: Any
+    content: dict[str, Any],
+    roots: Collection[str],
+    beside: Collection[tuple[str, str]],
+    torch: Any,
 ) -> tuple[dict[str, Any], list[str]]:
     """Separate the weights in a file from what is saved beside them: (weights, other keys)."""
     for key in STATE_DICT_KEYS:
         if isinstance(content.get(key), dict):
-            return content[key], [other for other in content if other != key]
+            read = {key}
+            state_dict = dict(content[key])
+            for further, root in beside:
+                if isinstance(content.get(further), dict):
+                    read.add(further)
+                    state_dict[root] = content[further]
+            return state_dict, [other for other in content if other not in read]
     if not any(isinstance(value, dict) for value in content.values()):
         return content, []
     weights = {}

@@ -86,6 +86,9 @@ class StateDictSpec:
         arrays there, equal parts along the first axis, one for each replacement.
       relative_tolerance: of the constants, beside TOLERANCE.
       aliases: (regex, replacement) pairs for other names that files have, see `rename`.
+      beside: (key, first part of names) pairs: further state dicts that a file of PyTorch holds
+        beside the model.
+      unused: regexes on whole names of arrays that files hold and the method does not need.
     """
 
     renames: tuple[tuple[str, str], ...]
@@ -94,6 +97,8 @@ class StateDictSpec:
     splits: tuple[tuple[str, tuple[str, ...]], ...] = ()
     relative_tolerance: float = 0.0
     aliases: tuple[tuple[str, str], ...] = ()
+    beside: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The state dict of LightDXY/BootMAE; its position tables are constants.
 
-The teacher is a model of its own there, whose names begin with `ema.` here.
+The teacher is a model of its own there, whose names begin with `ema.` here; in checkpoints it is
+`model_ema`, beside `model`, with decoders that it does not use.
 """
 
 import numpy as np
@@ -49,6 +50,8 @@ def describe(method: Method) -> StateDictSpec:
             "ema.pos_embed": encoder_positions,
         },
         splits=((r"\.qkv\.bias$", (".q_bias", ".v_bias")),),
+        beside=(("model_ema", "ema"),),
+        unused=(r"ema\.(de_pos_embed|decode_|down|lm_head|mask_token).*",),
     )
 
 
