@@ -164,7 +164,11 @@ def test_the_best_checkpoint_by_a_metric_of_no_evaluator(metric):
     ("metric", "message"),
     [
         ("knn/knn7", r"it has knn/knn5, knn/loo1, knn/majority, knn/nn1; did you mean knn/knn5"),
-        ("efective_rank", r"it has collapse_index, .*loss.*; did you mean effective_rank"),
+        pytest.param(
+            "efective_rank",
+            r"it has collapse_index, .*loss.*; did you mean effective_rank",
+            marks=[pytest.mark.slow],
+        ),
     ],
 )
 def test_the_best_checkpoint_by_no_metric_of_its_evaluator(images, tmp_path, metric, message):

@@ -316,6 +316,32 @@ def test_8_bits_need_no_range(tmp_path):
     assert resolved(tmp_path) == ("full", [])
 
 
+def test_a_constant_is_no_range(tmp_path, caplog):
+    for number in range(4):
+        (tmp_path / f"{number}.npy").write_bytes(npy(np.full((20, 24), 700, np.uint16)))
+    config = vit_b.get_config().data
+    pixel_range.resolve(config, sources.open_folder(tmp_path, "train"), None)
+    assert "all pixel values are 700" in caplog.text
+    assert "1/16" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (npy(np.zeros((2, 3, 20, 24), np.float32)), r"an array of the shape \(2, 3, 20, 24\)"),
+        (npy(np.zeros((20, 24), np.complex64)), "samples of the type complex64"),
+        (b"<html>404 Not Found</html>", "not an image"),
+    ],
+)
+def test_images_that_cannot_be_read_at_all_are_an_error_before_the_run(tmp_path, content, reason):
+    for number in range(4):
+        (tmp_path / f"{number}.npy").write_bytes(content)
+    config = vit_b.get_config().data
+    source = sources.open_folder(tmp_path, "train")
+    with pytest.raises(UserError, match=f"none of 4 images can be read, .*0.npy .{reason}"):
+        pixel_range.resolve(config, source, None)
+
+
 def test_wrong_bands_are_an_error_before_the_run(tmp_path):
     fill(tmp_path / "bands", 8, lambda i: MANY["bands last"])
     with pytest.raises(UserError, match=r"13 bands of uint16, .* --config.data.channels=13"):

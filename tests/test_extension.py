@@ -141,6 +141,12 @@ def test_schedules_of_extended_runs():
     assert span == extension.Span(start=1500, steps=4000, warmup_steps=100, steps_per_epoch=10)
 
 
+@pytest.mark.parametrize("length", [{"epochs": 0}, {"epochs": -1}, {"total_steps": -5}])
+def test_a_length_without_a_step_is_refused(images, length):
+    with pytest.raises(UserError, match=r"no length of a run: give one above 0"):
+        build(recipe(images, **length), 6)
+
+
 @pytest.mark.parametrize("epochs", [800, 20, 1])
 def test_the_warmup_follows_the_length_unless_set(epochs):
     config = vit_b.get_config()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
+from PIL import UnidentifiedImageError
 
 from lmim_jax.data import decode
 from lmim_jax.data.image_options import (
@@ -20,8 +21,9 @@ from lmim_jax.data.image_options import (
     parse_ranges,
     percentiles,
 )
-from lmim_jax.data.samples import COLORS, Samples
+from lmim_jax.data.samples import COLORS, Samples, read_header
 from lmim_jax.data.sources import Source
+from lmim_jax.utils import faults
 from lmim_jax.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -70,20 +72,29 @@ def _read_sample(source: Source, channels: int, options: ImageOptions) -> list[S
     """The samples of some images that are not of 8 bits.
 
     Raises:
-      UserError: all images that can be read have other bands.
+      UserError: all images that can be read have other bands, or all are damaged.
     """
     found = []
     wrong = []
     names = []
+    damaged = []
     read = 0
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)):
         try:
-            samples = decode.read_samples(source.record(int(index))[0], channels, options)
+            data, _ = source.record(int(index))
+            samples = decode.read_samples(data, channels, options)
+            if samples is None:
+                read_header(data)
         except decode.WrongBands as error:
             wrong.append(error)
             names.append(source.name(int(index)))
             continue
-        except (BadImage, OSError):  # reported when the image is read
+        except UnidentifiedImageError:  # whose text holds an address
+            damaged.append(f"{source.name(int(index))} (not an image)")
+            continue
+        except Exception as error:  # of any type, on damaged data; reported when it is decoded
+            if not faults.is_environment_fault(error):
+                damaged.append(f"{source.name(int(index))} ({faults.first_line(error)})")
             continue
         read += 1
         if samples is not None and samples.values.dtype not in (np.uint8, np.bool_):
@@ -93,6 +104,10 @@ def _read_sample(source: Source, channels: int, options: ImageOptions) -> list[S
             f"{names[0]} has {wrong[0]}, as have all {len(wrong)} images that were read: set "
             f"--config.data.channels={wrong[0].bands}, and the options that lmim prepare "
             f"--folder=IMAGES --statistics --channels={wrong[0].bands} prints"
+        )
+    if len(damaged) > 1 and not read and not wrong:
+        raise UserError(
+            f"none of {len(damaged)} images can be read, such as {damaged[0]}; are these images?"
         )
     return found
 
@@ -151,6 +166,9 @@ def _warn_of_low_use(
         ranges = parse_ranges(config.range, config.channels)
     for number, band in enumerate(values):
         low, high = ranges[number % len(ranges)]
+        if len(band) and not np.ptp(band):
+            log.warning("all pixel values are %g: are these the images?", band[0])
+            return
         if len(band) and np.ptp(band) < (high - low) / LEAST_USE:
             log.warning(
                 "pixel values %g .. %g take less than 1/%d of config.data.range=%s, so that few of "

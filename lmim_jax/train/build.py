@@ -166,6 +166,11 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
             f"{config.data.channels}, which it follows: set that one alone"
         )
     total_steps = config.total_steps or config.epochs * steps_per_epoch
+    if total_steps < 1:
+        raise UserError(
+            f"config.epochs={config.epochs} and config.total_steps={config.total_steps or 0} are "
+            "no length of a run: give one above 0, such as --config.epochs=100"
+        )
     span = extension.span(config, total_steps)
     method = methods.from_config(
         config.method, total_steps=span.steps, steps_per_epoch=steps_per_epoch
