@@ -11,6 +11,8 @@ import os
 import pathlib
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -465,6 +467,23 @@ def test_a_second_interrupt_aborts_without_saving(images, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         loop.train(recipe(images, evaluate=True), tmp_path)
     assert not list(checkpoints.steps(tmp_path))
+
+
+LEAK = """
+import os
+from multiprocessing import shared_memory
+from lmim_jax.utils import subprocess
+subprocess.start_resource_tracker()
+memory = shared_memory.SharedMemory(create=True, size=8)
+print(memory.name, flush=True)
+os._exit(75)
+"""
+
+
+def test_nothing_follows_the_last_words_of_a_run_that_stops():
+    done = subprocess.run([sys.executable, "-c", LEAK], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (75, "")
+    assert not pathlib.Path("/dev/shm", done.stdout.strip()).exists()
 
 
 def test_a_signal_ignored_at_the_start_stays_ignored():

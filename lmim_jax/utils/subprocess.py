@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from multiprocessing import resource_tracker
 
@@ -25,12 +26,18 @@ def block_stop_signals() -> None:
 
 
 def start_resource_tracker() -> None:
-    """Start Python's process that tracks shared memory, safe from the signals to stop."""
+    """Start Python's process that removes shared memory in the end, safe from the signals to stop.
+
+    It says nothing of what it removes, which would follow the last words of a run that stops.
+    """
+    options = list(sys.warnoptions)
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # it inherits them
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()  # it unblocks some of them in this thread
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        sys.warnoptions[:] = options
 
 
 def exit_with_parent() -> None:
