@@ -36,7 +36,7 @@ def test_classes_and_a_split(flat):
     assert labels(splits["train"]) == [1, 0]
     assert labels(splits["test"]) == [1, -1]  # no class of the training images
     assert problem == "all labeled test images are of one class, 'dog'"
-    assert "classes, 5 rows: classes, 3 of them; --config.data.labels_kind=multilabel|" in text(
+    assert "classes: 5 rows, 3 classes; another kind: --config.data.labels_kind=multi" in text(
         lines
     )
     assert "train 2 of 6 images, 2 classes, 1 images each" in text(lines)
@@ -71,7 +71,7 @@ def test_a_list_keeps_the_classes_of_folders(tmp_path):
     assert not problem
     assert names(splits["train"]) == ["train/cat/0.jpg", "train/dog/1.jpg"]
     assert labels(splits["test"]) == [0, 1]
-    assert "list, 4 rows: a list of images, without labels" in text(lines)
+    assert "list: 4 rows, images, without labels" in text(lines)
     only = tmp_path / "only.txt"
     only.write_text("dog\n")
     splits = found(root, labels=write(root, *rows), classes=str(only))[0]

@@ -83,8 +83,8 @@ def _describe_labels(config: ConfigDict, listings: Listings, flag: str) -> list[
     reason = f"{flag}labels_kind={config.labels_kind}"
     if config.labels_kind == label_file.AUTO:
         others = [kind for kind in label_file.KINDS if kind != file.kind]
-        reason = f"{flag}labels_kind={'|'.join(others)} would change it"
-    lines = [("labels", f"{file.path}: {file.kind}, {file.describe()}; {reason}")]
+        reason = f"another kind: {flag}labels_kind={'|'.join(others)}"
+    lines = [("labels", f"{file.path}, {file.describe()}; {reason}")]
     if sources.kind(config) != "folder":
         return lines
     matched = labeled_folder.match(config, listings)

@@ -108,13 +108,14 @@ class LabelFile:
 
     def describe(self) -> str:
         """What was found, in a few words."""
-        text = {
-            LIST: "a list of images, without labels",
-            CLASSES: f"classes, {len(self.names):,} of them",
-            MULTILABEL: f"{len(self.names):,} labels of 0 and 1 each",
-            REGRESSION: f"{len(self.names):,} number(s) each, for regression",
+        count = f"{len(self.names):,}"
+        content = {
+            LIST: "images, without labels",
+            CLASSES: f"{count} classes",
+            MULTILABEL: f"{count} x 0 or 1",
+            REGRESSION: f"{count} x a number",
         }[self.kind]
-        return f"{len(self):,} rows: {text}"
+        return f"{self.kind}: {len(self):,} rows, {content}"
 
 
 def read(path: buckets.Pathname, kind: str = AUTO) -> LabelFile:

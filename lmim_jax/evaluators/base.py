@@ -131,6 +131,9 @@ def labels_problem(classes: Sequence[str], splits: Mapping[str, Any]) -> str:
       classes: of the training images.
       splits: {"train": source, "test": source or None}.
     """
+    targets = targets_of(splits["train"])
+    if targets:
+        return f"the labels are {targets.kind}, not {CLASSES}"
     if not classes:
         return "the images have no classes; folders give them: CLASS/ or train/CLASS/, test/CLASS/"
     if len(classes) == 1:
