@@ -172,9 +172,9 @@ def segmentation_probe() -> ConfigDict:
     config.layout = ""  # voc | ade20k | cityscapes | camvid | folder; "": the run's dataset
     config.path = ""  # the folder of the dataset, as unpacked
     config.train_split = "train"  # folder: train/images and train/masks, images/train and ...
-    config.test_split = "test"
+    config.test_split = "test"  # likewise; only its images are measured
     config.train_images = 0  # at most so many, drawn at random; 0: all
-    config.test_images = 0
+    config.test_images = 0  # likewise
     config.classes = ()  # their numbers in the masks; (): all in the masks, which are read for it
     config.names = ()  # of the classes, in this order; (): their numbers
     config.ignore = (255,)  # numbers of pixels that do not count

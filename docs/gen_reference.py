@@ -288,7 +288,32 @@ def evaluators_page() -> str:
         sections.setdefault(option.key.split(".")[0], []).append(option)
     for section, members in sections.items():
         text += [f"## {section}", table(members, values)]
+    text += segmentation_presets(options)
     return "\n\n".join(text) + "\n"
+
+
+def segmentation_presets(options: list[Option]) -> list[str]:
+    """Paragraphs on the sections of public datasets, whose options are those of a general one."""
+    evaluate = importlib.import_module("lmim_jax.configs.evaluate")
+    general = "segmentation_probe"
+    members = [option for option in options if option.key.startswith(f"{general}.")]
+    usual = evaluate.get_config()[general]
+    text = []
+    for title, section in evaluate.get_config("segmentation").items():
+        values = {}
+        for key, value in section.items():
+            if value != usual[key]:
+                values[f"{title}.{key}"] = value
+        renamed = []
+        for option in members:
+            key = option.key.replace(general, title, 1)
+            renamed.append(dataclasses.replace(option, key=key, heading=""))
+        text += [
+            f"## {title}, with `--config=evaluate:segmentation`",
+            f"As `{general}`, but:",
+            table(renamed, values),
+        ]
+    return text
 
 
 def recipes_page() -> str:

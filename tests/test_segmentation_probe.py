@@ -2,8 +2,11 @@
 
 import csv
 import io
+import pathlib
+import zipfile
 
 import annotated
+import conftest
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from lmim_jax.evaluators.common.patch_sample import PatchSample
 from lmim_jax.evaluators.common.pixel_labels import Confusion
 from lmim_jax.utils.errors import UserError
 
+REAL = pathlib.Path(conftest.ROOT).parent / "shared" / "data" / "camvid_small.zip"
 SMALL = dict(
     layout="folder",
     batch_size=8,
@@ -278,6 +282,22 @@ def test_official_layouts_and_numbers(layout, tmp_path):
     with pytest.raises(UserError, match=r"lack a file: .*|no images in this folder") as error:
         segmentation_sets.open_split(layout, str(tmp_path), "train", 0)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs shared/data/camvid_small.zip")
+def test_camvid(tmp_path):
+    with zipfile.ZipFile(REAL) as archive:
+        archive.extractall(tmp_path)
+    section = evaluate.get_config("segmentation").camvid
+    labels = Labels.from_options(section.classes, section.ignore, section.names, "camvid")
+    counts = {}
+    for split in ("train", "test"):
+        source = segmentation_sets.open_split("camvid", str(tmp_path / "camvid_small"), split, 0)
+        counts[split] = len(source)
+    assert counts == {"train": 74, "test": 39}
+    sky = labels.read(source, 0, 1.0)[:60] == section.names.index("sky")
+    road = labels.read(source, 0, 1.0)[-60:-20, 100:300] == section.names.index("road")
+    assert (sky.mean() > 0.5, road.mean() > 0.8) == (True, True)
 
 
 def test_lists_of_pairs_that_begin_elsewhere(tmp_path):
