@@ -1,5 +1,6 @@
 """A training run, from its config to its summary."""
 
+import functools
 import json
 import logging
 import time
@@ -14,6 +15,8 @@ from lmim_jax.data import inventory, loader, pixel_range, prefetch, sources
 from lmim_jax.data.eval.eval_data import EvaluationData, batch_bytes
 from lmim_jax.distributed import multihost, preemption, sharding
 from lmim_jax.evaluators import base as evaluators
+from lmim_jax.evaluators.common import kept_classifier
+from lmim_jax.evaluators.common.outcome import Outcome
 from lmim_jax.models import attention
 from lmim_jax.train import extension, gpu_kernels, initialization, provenance
 from lmim_jax.train import summary as summaries
@@ -494,12 +497,29 @@ class TrainingLoop:
             self._run_evaluator(evaluator, step)
             self._handler.check()
 
+    def _keep(self, evaluator: evaluators.Scheduled, outcome: Outcome) -> None:
+        """Write what an evaluator learned from the last step into the run."""
+        if jax.process_index() != 0:
+            return
+        origin = {
+            "run": str(self._workdir),
+            "step": self._total_steps,
+            "checkpoint": "",  # it is written at the same time
+            "weights": evaluator.weights,
+        }
+        folder = self._workdir / "evaluations" / evaluator.title
+        test = self._data.sources["test"]
+        kept_classifier.write(folder, outcome, test, self._config.to_dict(), origin)
+
     def _run_evaluator(self, evaluator: evaluators.Scheduled, step: int) -> None:
         """Run an evaluator; one that fails is skipped on all processes, unless it is `strict`."""
         start = time.perf_counter()
         metrics: dict[str, float] = {}
         pictures: dict[str, evaluators.Picture | str] = {}
         failure = ""
+        self._data.keep = None
+        if step == self._total_steps:
+            self._data.keep = functools.partial(self._keep, evaluator)
         try:
             with progress.working(evaluator.title):
                 metrics, pictures = evaluator.run(self._parts.method, self._state, self._data)

@@ -142,7 +142,10 @@ def _encoder(folder: buckets.Pathname, origin: dict[str, Any], run: runs.Run) ->
     if owner.exported:
         return owner.encoder_params(origin["weights"])
     found = checkpoint_manifest.steps(home).get(step)
-    if found is None or checkpoint_manifest.checksum(found) != origin["checkpoint"]:
+    is_other = False
+    if found is not None and origin["checkpoint"]:  # unknown where training left it
+        is_other = checkpoint_manifest.checksum(found) != origin["checkpoint"]
+    if found is None or is_other:
         raise UserError(
             f"{folder} was trained on features of step {step} of {home}, whose checkpoint is "
             "gone; evaluate the run again"
