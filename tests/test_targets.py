@@ -168,8 +168,7 @@ class Probed(ProbeData):
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        ("regression", "linear_probe"),
-        pytest.param("multilabel", "linear_probe", marks=pytest.mark.slow),
+        ("multilabel", "linear_probe"),
         pytest.param("multilabel", "attentive_probe", marks=pytest.mark.slow),
         pytest.param("regression", "attentive_probe", marks=pytest.mark.slow),
         pytest.param("multilabel", "finetune", marks=pytest.mark.slow),
@@ -205,6 +204,8 @@ def test_evaluators_say_what_they_do_not_measure():
         assert make(name).run(Method, PARAMS, data) == {}
         problem = base.problem(make(name), (), data.sources)
         assert problem.startswith("the labels are regression, not classes")
+    problem = base.problem(make_probe("linear_probe"), (), data.sources)
+    assert problem == "the labels are regression, not classes or multilabel"
     constant = with_targets(Data((x, unused), (x, unused)), "regression", y, np.ones((20, 3)))
     assert "same numbers" in base.problem(make("ridge_regression"), (), constant.sources)
     nothing = with_targets(Data((x, unused), (x, unused)), "multilabel", y > 0, np.zeros((20, 3)))

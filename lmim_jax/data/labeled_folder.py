@@ -82,10 +82,9 @@ def match(config: ConfigDict, listings: Listings) -> Matched:
     places = []
     chosen = []
     for place, name in enumerate(listing.images):
-        row = rows.pop(name, None)
-        if row is not None:
+        if name in rows:
             places.append(place)
-            chosen.append(row)
+            chosen.append(rows.pop(name))
     missing = []
     for image, row in rows.items():
         missing.append(f"{file.where(row)}: {image}")

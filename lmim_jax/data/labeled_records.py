@@ -43,7 +43,7 @@ def open_split(source: TfdsSource, config: ConfigDict, split: str) -> TfdsSource
                 f"{config.train_split!r}"
             )
         return None
-    part = file.select(rows)
+    part = file.select(rows.tolist())
     places = _places(source, part)
     missing = np.flatnonzero(places < 0)
     if len(missing) > config.max_bad_fraction * len(part) or len(missing) == len(part):

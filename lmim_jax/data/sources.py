@@ -35,7 +35,8 @@ LISTED = 5  # names listed in a message
 class Source(Protocol):
     """Random access to encoded images, with labels and masks where there are any.
 
-    A source can be pickled: worker processes get a copy.
+    A source can be pickled: worker processes get a copy. With labels that are no classes, it also
+    has `targets`, see data/label_file.py.
     """
 
     @property
@@ -61,10 +62,6 @@ class Source(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Plain values that identify these images, stored in config.json."""
-
-    @property
-    def targets(self) -> Targets | None:
-        """Labels that are no classes, see data/label_file.py; None: there are none."""
 
 
 def open_splits(config: ConfigDict, listings: Listings | None = None) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Evaluator(base.Evaluator):
                 len(found.missing),
                 ", ".join(found.missing[:LISTED]),
             )
-        chosen = np.flatnonzero(np.isin(train.indices, found.indices))
+        chosen = np.flatnonzero(np.isin(train.places, found.indices))
         if not len(chosen):
             raise UserError(f"{path}: none of its images is readable and has a class")
         labeled = Labeled(train.features[chosen], train.labels[chosen])

@@ -81,7 +81,7 @@ class Evaluator(base.Evaluator):
             more = labeled_features(method, params, data, name, feature, self.batch_size)
             voted = votes(train, more, self.k, self.temperature, len(data.classes), data.mesh)
             for metric, predicted in voted.items():
-                metrics[f"{metric}_{name}"] = accepted.accuracy(more.indices, predicted)
+                metrics[f"{metric}_{name}"] = accepted.accuracy(more.places, predicted)
         return {**metrics, "majority": classifiers.majority(test.labels)}
 
     def _measure_targets(

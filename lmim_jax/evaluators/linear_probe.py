@@ -19,6 +19,7 @@ import optax
 from jaxtyping import Array, Float
 
 from lmim_jax.data.augment.device import CROP_TRIES, Augment, SingleTry
+from lmim_jax.data.label_file import CLASSES, MULTILABEL
 from lmim_jax.evaluators.base import Params
 from lmim_jax.evaluators.common import image_features, probe_layers
 from lmim_jax.evaluators.common.probe_grid import GridProbe, as_choices
@@ -47,6 +48,8 @@ class Evaluator(GridProbe):
     trust_coefficient: float
     decay_epochs: float
     crop_tries: int
+
+    label_kinds = (CLASSES, MULTILABEL)  # with squared errors, LARS diverges
 
     def choices(self) -> dict[str, Sequence[Any]]:
         """The values to choose from, also of features and normalization."""

@@ -35,7 +35,7 @@ def plot_confusion(
     ax.set_title(title, fontsize=10)
     if len(names) <= NUMBERED:
         for row in range(len(names)):
-            for column in np.flatnonzero(counts[row]):
+            for column in np.flatnonzero(counts[row]).tolist():
                 color = "white" if shares[row, column] > 0.5 else "black"
                 text = str(counts[row, column])
                 ax.text(column, row, text, ha="center", va="center", color=color, fontsize=7)

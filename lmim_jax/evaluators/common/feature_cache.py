@@ -175,7 +175,7 @@ def _write(path: buckets.Path, key: str, found: Labeled) -> None:
                 key=np.array(key),
                 x=found.features,
                 labels=found.labels,
-                indices=found.indices,
+                indices=found.places,
             )
     except OSError as error:
         log.warning("features are not cached, %s cannot be written: %s", path, error)

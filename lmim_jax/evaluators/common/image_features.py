@@ -41,6 +41,12 @@ class Labeled(NamedTuple):
     labels: Int32[np.ndarray, " N"]
     indices: Int32[np.ndarray, " N"] | None = None
 
+    @property
+    def places(self) -> Int32[np.ndarray, " N"]:
+        """`indices`, which are known."""
+        assert self.indices is not None
+        return self.indices
+
 
 class FeaturePart(NamedTuple):
     """One of the features that are concatenated: its name and how it is pooled, one of POOLS."""
@@ -141,8 +147,8 @@ def _compute_split_features(
 def targets_of_rows(data: EvaluationData, split: str, found: Labeled) -> Float[np.ndarray, "N T"]:
     """The labels, which are no classes, of the images of `labeled_features`."""
     targets = targets_of(data.sources[split])
-    assert targets is not None and found.indices is not None
-    return targets.values[found.indices]
+    assert targets is not None
+    return targets.values[found.places]
 
 
 @functools.lru_cache(maxsize=8)

@@ -105,7 +105,7 @@ class LinearEvaluator(base.Evaluator):
             for name, accepted in data.accepted.items():
                 more = features(name)
                 predicted = model.fit.predict(more.features, model.mean, model.deviation)[0]
-                metrics[f"accuracy_{name}"] = accepted.accuracy(more.indices, predicted)
+                metrics[f"accuracy_{name}"] = accepted.accuracy(more.places, predicted)
             learned = Outcome(self, CLASSES, data.classes, answers, _weights(model, (), ()), {})
             return Found(metrics, learned)
         values = image_features.targets_of_rows(data, "train", train)

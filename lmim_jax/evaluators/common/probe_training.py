@@ -257,7 +257,8 @@ class Probe(base.Evaluator, abc.ABC):
         answers = self._answer(programs, params, state, data, "test")
         results: Results = {}
         results.update(outcome.measure(task.kind, answers))
-        results.update(outcome.baselines(task.kind, answers, targets and targets.values))
+        values = targets.values if targets else None
+        results.update(outcome.baselines(task.kind, answers, values))
         for name, accepted in data.accepted.items():
             found = self._answer(programs, params, state, data, name)
             results[f"top1_{name}"] = accepted.accuracy(found.indices, found.predicted[:, 0])
@@ -332,7 +333,8 @@ def train(
       length: of training.
     """
     state = programs.create(params)
-    progress = _Progress(probe.name, length, probe.batch_size)
+    epoch = max(1, len(data.sources["train"]) // probe.batch_size)
+    progress = _Progress(probe.name, length.steps, epoch, probe.batch_size)
     for batch in data.training(probe.batch_size, length.steps, probe.seed):
         state, loss = programs.step(state, params, batch)
         progress.add(loss)
@@ -487,10 +489,10 @@ class _Progress:
     Of several heads, the smallest loss counts.
     """
 
-    def __init__(self, name: str, length: Length, batch_size: int) -> None:
+    def __init__(self, name: str, steps: int, steps_per_epoch: int, batch_size: int) -> None:
         self._name = name
-        self._steps = length.steps
-        self._steps_per_epoch = length.steps_per_epoch
+        self._steps = steps
+        self._steps_per_epoch = steps_per_epoch
         self._batch_size = batch_size
         self._done = 0
         self._pending: Any = None
