@@ -13,6 +13,8 @@ DESCRIPTIONS = (  # (regular expression for the whole name of a metric, what the
     (r"accuracy", "logistic regression on frozen features: test accuracy"),
     (r"held_out", "accuracy on held-out training images"),
     (r"l2", "l2 regularization chosen on held-out images"),
+    (r"base_lr", "learning rate per 256 images, chosen on held-out images"),
+    (r"weight_decay", "weight decay, chosen on held-out images"),
     (r"shots1", "1 labeled image per class"),
     (r"shots(\d+)", r"\1 labeled images per class"),
     (r"labels(\d+)pct", r"\1 % of the labels"),
