@@ -3,8 +3,8 @@
     lmim train --config=capi_vit_l --config.data.path=IMAGENET --workdir=RUN
 
 The same for every dataset; on ImageNet-1k, 6410 epochs. The authors report 82.9 % top-1 with an
-attentive probe for the model trained on ImageNet-1k. About 417 GFLOP an image and step. Sources:
-the paper (arXiv 2502.08769) and `default_pretrain_config.yaml` of the released code.
+attentive probe for the model trained on ImageNet-1k. 408 GFLOP an image and step. Sources: the
+paper (arXiv 2502.08769) and `default_pretrain_config.yaml` of the released code.
 """
 
 from ml_collections import ConfigDict

@@ -76,6 +76,27 @@ PUBLISHED = {
             801: (1e-4, 0.05, 0.99999),
         },
     ),
+    # default_pretrain_config.yaml of facebookresearch/capi: 500,000 iterations of 32 x 512 images,
+    # base_value 1e-3 after warmup_iters 50,000 from 0 (numpy.linspace), then truncate_cos 0.8 of the
+    # cosine to 0; momentum 1 to 0.999 and back with the same shape; weight decay 0.1
+    "capi_vit_l": (
+        78,
+        {
+            0: (0.0, 0.1, 1.0),
+            320: (1e-3 * 24_960 / 49_999, 0.1, 1 - 1e-3 * 24_960 / 49_999),
+            641: (1e-3 * 49_998 / 49_999, 0.1, 1 - 1e-3 * 49_998 / 49_999),
+            3205: (
+                5e-4 * (1 + np.cos(np.pi * 0.8 * 199_990 / 450_000)),
+                0.1,
+                1 - 5e-4 * (1 + np.cos(np.pi * 0.8 * 199_990 / 450_000)),
+            ),
+            6410: (
+                5e-4 * (1 + np.cos(np.pi * 0.8 * 449_980 / 450_000)),
+                0.1,
+                1 - 5e-4 * (1 + np.cos(np.pi * 0.8 * 449_980 / 450_000)),
+            ),
+        },
+    ),
     # configs/in1k_vith14_ep300.yaml of facebookresearch/ijepa: start_lr 2e-4, lr 1e-3 after 40
     # epochs, final_lr 1e-6, weight decay 0.04 to final_weight_decay 0.4, ema 0.996 to 1; 600 epochs
     # of B: arXiv 2301.08243, table 1. src/train.py counts learning rate and weight decay up before
