@@ -17,9 +17,12 @@ from lmim_jax.data.augment.device import Squash
 from lmim_jax.data.eval import segmentation_sets
 from lmim_jax.data.eval.segmentation_sets import Labels
 from lmim_jax.distributed import sharding
+from lmim_jax.evaluators import segmentation_probe
 from lmim_jax.evaluators.common import classifiers, pixel_labels
 from lmim_jax.evaluators.common.patch_sample import PatchSample
 from lmim_jax.evaluators.common.pixel_labels import Confusion
+from lmim_jax.report import segmentation_section
+from lmim_jax.train.metric_writer import write_picture
 from lmim_jax.utils.errors import UserError
 
 REAL = pathlib.Path(conftest.ROOT).parent / "shared" / "data" / "camvid_small.zip"
@@ -85,6 +88,20 @@ def test_perfect_features_score_100_and_the_files_say_it(dataset):
     assert figures(run(dataset, batch_size=5, cells=4)) == figures(found)
     shuffled = run(dataset, annotated.Sees(shuffled=True))
     assert max(shuffled["knn_miou"], shuffled["linear_miou"]) < 35
+
+
+def test_the_report_shows_the_last_probe(tmp_path):
+    counts = {"knn": Confusion(2), "linear": Confusion(2)}
+    for count in counts.values():
+        count.add(np.array([0, 0, 1]), np.array([0, 1, 1]))
+    written = segmentation_probe.class_table(("road", "sky <b>"), counts)
+    assert written.splitlines()[1] == "road,66.67,50.00,50.00"
+    assert segmentation_section.section(tmp_path) is None
+    picture = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
+    write_picture(tmp_path / "evaluations", "camvid_classes", written)
+    write_picture(tmp_path / "evaluations", "camvid_segments", picture)
+    content = segmentation_section.section(tmp_path).content
+    assert all(text in content for text in ("66.67", "sky &lt;b&gt;", "<img", "camvid"))
 
 
 def test_a_crop_is_scored_where_the_model_sees(tmp_path):

@@ -20,6 +20,7 @@ from lmim_jax.report import (
     log_sections,
     patch_sections,
     run_features,
+    segmentation_section,
 )
 from lmim_jax.report.script import SCRIPT
 from lmim_jax.train.runs import Run, open_run
@@ -56,6 +57,7 @@ def report(run: Run, bank: int) -> str:
             log_sections.curves_section(metric_log),
             log_sections.evaluations_section(run.folder, metric_log),
             classifier_section.section(run.folder),
+            segmentation_section.section(run.folder),
             image_sections.input_section(views),
             image_sections.reconstructions_section(views),
             image_sections.features_section(encoded),
