@@ -1,6 +1,7 @@
 """Classifiers that evaluations leave: files, predictions on other images; more test images."""
 
 import csv
+import dataclasses
 import json
 import logging
 
@@ -19,8 +20,10 @@ from lmim_jax.data.sources import FolderSource, open_folder
 from lmim_jax.data.tfds_source import TfdsSource
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.common import kept_classifier
+from lmim_jax.evaluators.common.outcome import Answers, Outcome
 from lmim_jax.report import classifier_section
 from lmim_jax.train import saved_classifier
+from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 
 
@@ -86,6 +89,34 @@ def test_a_head_needs_the_checkpoint_it_was_trained_on(saved, tmp_path):  # noqa
         saved_classifier.load(folder)
     with pytest.raises(UserError, match="not the folder of a classifier"):
         saved_classifier.load(tmp_path)
+
+
+def test_a_classifier_in_a_bucket(bucket, images):
+    """Files of an earlier evaluation go, and others stay."""
+    pytest.importorskip("gcsfs", reason="buckets need gcsfs: pip install 'lmim_jax[gcs]'")
+    truth = np.array([0, 1, 1])
+    answers = Answers(np.arange(3), truth, truth[:, None], np.ones(3, np.float32))
+    outcome = Outcome(Kept(7), "classes", ("cat", "dog"), answers, {"a/b": np.ones(2)}, {})
+    source = open_folder(images, "test")
+    folder = buckets.path("gs://bkt/run/evaluations/it")
+    (folder / "per_label.csv").write_text("old")
+    (folder / "mine.txt").write_text("kept")
+    kept_classifier.write(folder, outcome, source, {"seed": 0}, {"step": 5})
+    assert not (folder / "per_label.csv").exists()
+    assert (folder / "mine.txt").read_text() == "kept"
+    assert (folder / "confusion.csv").read_text() == "class,cat,dog\ncat,1,0\ndog,0,2\n"
+    description = kept_classifier.read_description(folder)
+    assert description["options"] == {"k": 7}
+    assert kept_classifier.read_weights(folder)["a/b"].tolist() == [1, 1]
+    section = classifier_section.section("gs://bkt/run").content
+    assert "it, step 5" in section
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """An evaluator, as far as its options are asked for."""
+
+    k: int
 
 
 def test_confusion_counts():

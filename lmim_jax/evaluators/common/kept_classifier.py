@@ -34,7 +34,7 @@ PER_CLASS = "per_class.csv"
 PER_LABEL = "per_label.csv"
 CONFUSION = "confusion.csv"
 PICTURE = "confusion.png"
-PICTURED = 50  # classes
+PICTURED = 50  # classes, at most
 
 Row = Sequence[Any]
 
@@ -55,7 +55,8 @@ def write(
       config: of the run, plain values.
       origin: {"run", "step", "checkpoint", "weights"}, of the encoder.
     """
-    buckets.remove_tree(buckets.path(folder))
+    for name in (PREDICTIONS, PER_CLASS, PER_LABEL, CONFUSION, PICTURE):
+        buckets.path(folder, name).unlink(missing_ok=True)
     evaluator = outcome.evaluator
     description = {
         "evaluator": type(evaluator).__module__.rpartition(".")[2],
@@ -120,7 +121,9 @@ def _write_labels(folder: pathlib.Path, outcome: Outcome, source: Any) -> None:
     for figures in each:
         cells = []
         for value in figures.values():
-            cells.append("" if isinstance(value, float) and np.isnan(value) else value)
+            if isinstance(value, float):
+                value = "" if np.isnan(value) else f"{value:.5g}"
+            cells.append(value)
         table.append(cells)
     write_csv(folder / PER_LABEL, list(each[0]), table)
 
