@@ -79,3 +79,25 @@ def warmup_cosine(
         return jnp.where(step < warmup_steps, warmup, decay)
 
     return learning_rate
+
+
+def warmup_staircase(
+    peak: Scalar, warmup_steps: float, every: float, factor: float = 0.1
+) -> Schedule:
+    """Build a learning rate: linear warm-up from 0 to the peak, which is then cut again and again.
+
+    Args:
+      peak: value at the end of the warm-up.
+      warmup_steps: length of the warm-up in optimizer steps.
+      every: steps, counted from step 0, after which the value is multiplied by `factor`.
+      factor: of each cut.
+
+    Returns:
+      A function of the step, counted from 0.
+    """
+
+    def learning_rate(step: Step) -> Float[Array, ""]:
+        rise = jnp.where(step < warmup_steps, step / max(warmup_steps, 1), 1.0)
+        return peak * rise * factor ** jnp.floor(step / every)
+
+    return learning_rate

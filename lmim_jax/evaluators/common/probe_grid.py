@@ -173,7 +173,7 @@ class GridProbe(Probe, abc.ABC):
         )
         for field in RATES:
             values = several.get(field, ())
-            if len(values) > 1 and getattr(chosen, field) in (min(values), max(values)):
+            if len(values) > 2 and getattr(chosen, field) in (min(values), max(values)):
                 log.info(
                     "%s: the best %s is the last of the candidates, %g: also try others beyond it",
                     self.name,
