@@ -27,6 +27,9 @@ NOT_EVALUATED = (
 )
 
 
+SLOW = "sleep 0.1"  # so that a run is not over before this process comes to look at it
+
+
 class Injected:
     """Runs whose image files can be made faulty while they train."""
 
@@ -97,6 +100,7 @@ def test_a_signal_to_the_group_spares_the_workers(
     if number != signal.SIGTERM and not full:
         pytest.skip("more of the same; ./launch/test.sh --faults")
     workers = (*NOT_EVALUATED, "--config.data.workers=2")
+    injected.set(SLOW)
     process = injected.start(images, tmp_path / "run", *workers)
     processes.wait_for(lambda: processes.step_of(tmp_path / "run") >= 3, [process])
     injected.set("sleep 3")
@@ -133,7 +137,7 @@ def test_a_killed_worker_costs_no_bit(images, tmp_path, injected, undisturbed, f
     if not full:
         pytest.skip("two runs; ./launch/test.sh --faults")
     flags = (*NOT_EVALUATED, "--config.data.workers=2")
-    injected.set("sleep 0.1")  # so that the workers are not done before they are killed
+    injected.set(SLOW)
     process = injected.start(images, tmp_path / "run", *flags)
     processes.wait_for(lambda: processes.step_of(tmp_path / "run") >= 3, [process])
     victim = spawned(process)[-1]
@@ -155,6 +159,7 @@ def test_interrupts(presses, images, tmp_path, injected, full):
     """[twice / also once] The first saves; the second aborts, even where a read hangs."""
     if presses == 1 and not full:
         pytest.skip("more of the same; ./launch/test.sh --faults")
+    injected.set(SLOW)
     process = injected.start(images, tmp_path / "run", *NOT_EVALUATED, "--config.data.threads=2")
     processes.wait_for(lambda: processes.step_of(tmp_path / "run") >= 3, [process])
     injected.set({1: "sleep 0.2", 2: "sleep 1000"}[presses])
@@ -179,6 +184,7 @@ def test_errors_of_the_storage_are_waited_for(images, tmp_path, injected, undist
     """[- / with two workers; the same bits]"""
     if not full:
         pytest.skip("two runs; ./launch/test.sh --faults")
+    injected.set(SLOW)
     process = injected.start(images, tmp_path / "run", *NOT_EVALUATED, "--config.data.workers=2")
     for number in (errno.EIO, errno.EMFILE, errno.ESTALE):
         before = processes.step_of(tmp_path / "run")
@@ -187,7 +193,7 @@ def test_errors_of_the_storage_are_waited_for(images, tmp_path, injected, undist
         )
         injected.set(f"errno {number}")
         time.sleep(4)
-        injected.set("")
+        injected.set(SLOW)
     ((code, output),) = processes.finish([process])
     assert code == 0, output
     assert "bad image" not in output
@@ -203,7 +209,8 @@ def test_storage_that_fails_for_too_long_ends_the_run_by_name_and_saved(
     if not full:
         pytest.skip("two runs; ./launch/test.sh --faults")
     flags = (*NOT_EVALUATED, f"--config.data.workers={workers}")
-    process = injected.start(images, tmp_path / "run", *flags, "--config.data.timeout=3")
+    injected.set(SLOW)
+    process = injected.start(images, tmp_path / "run", *flags, "--config.data.timeout=20")
     processes.wait_for(lambda: processes.step_of(tmp_path / "run") >= 3, [process])
     injected.set(f"errno {errno.EIO}")
     ((code, output),) = processes.finish([process])
@@ -226,7 +233,8 @@ def test_a_pipe_that_stops_is_named_and_the_state_saved(workers, images, tmp_pat
     for index in range(32):
         noise = np.random.default_rng(index).integers(0, 255, (24, 24, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{index}.png")
-    flags = (*LENGTH, *NOT_EVALUATED, f"--config.data.workers={workers}")
+    flags = ("--config.total_steps=1000000", "--config.checkpoint_every=1000000", *NOT_EVALUATED)
+    flags += (f"--config.data.workers={workers}",)
     flags += ("--config.data.timeout=40", "--config.data.threads=2")
     running = processes.start(folder, tmp_path / "run", *flags)
     processes.wait_for(lambda: processes.step_of(tmp_path / "run") >= 3, running)
