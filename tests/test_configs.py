@@ -232,6 +232,31 @@ def test_a_bad_method_is_named(change, message):
         methods.from_config(config, total_steps=1, steps_per_epoch=1)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("log_every", 0),
+        ("checkpoint_every", -1),
+        ("data.canvas", 0),
+        ("data.threads", -2),
+        ("data.workers", -1),
+        ("method.patch_size", 0),
+        ("method.depth", 0),
+        ("evaluators.knn.k", (0,)),
+        ("evaluators.knn.k", ()),
+        ("method.grid", (0, 4)),
+        ("augment.scale", (0.0, 0.0)),
+        ("optimizer.base_lr", -0.1),
+        ("optimizer.warmup_epochs", -1.0),
+    ],
+)
+def test_a_number_without_meaning_is_named(key, value):
+    config = recipe("vit_b")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=rf"^config\.{key}=.* must be"):
+        train_build.check_numbers(config)
+
+
 def test_a_missing_key_is_named():
     config = recipe("vit_b").method.to_dict()
     del config["tau"]

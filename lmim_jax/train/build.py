@@ -23,6 +23,26 @@ from lmim_jax.train import extension, state, step
 from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.prng import augment_keys
 
+LEAST = {  # options -> their least value
+    "micro_batches": 1,
+    "log_every": 1,
+    "checkpoint_every": 1,
+    "checkpoint_keep": 0,
+    "checkpoint_minutes": 0,
+    "gauge_images": 0,
+    "data.canvas": 1,
+    "data.channels": 1,
+    "data.threads": 0,
+    "data.workers": 0,
+    "data.max_bad_fraction": 0,
+    "method.patch_size": 1,
+    "method.width": 1,
+    "method.depth": 1,
+    "method.heads": 1,
+    "optimizer.base_lr": 0,
+    "optimizer.warmup_epochs": 0,
+    "optimizer.weight_decay": 0,
+}
 NONFINITE_CHOICES = ("stop", "skip")
 
 
@@ -133,6 +153,28 @@ def complete(config: ConfigDict, method: Any, augmentation: Augment) -> ConfigDi
     return config
 
 
+def check_numbers(config: ConfigDict) -> None:
+    """Raise a UserError for a number of a recipe that has no meaning, such as a patch of 0 pixels.
+
+    Args:
+      config: see configs/vit_b.py.
+    """
+    for key, least in LEAST.items():
+        section, _, name = key.rpartition(".")
+        options = config[section] if section else config
+        value = options.get(name)
+        if value is not None and value < least:
+            raise UserError(f"config.{key}={value} must be at least {least}")
+    for key in ("method.grid", "augment.scale"):
+        section, _, name = key.partition(".")
+        values = config[section].get(name)
+        if values is not None and not all(value > 0 for value in values):
+            raise UserError(f"config.{key}={values} must be numbers above 0")
+    for title, section in config.evaluators.items():
+        if title != evaluators.STRICT and min(section.get("k", (1,)), default=0) < 1:
+            raise UserError(f"config.evaluators.{title}.k={section['k']} must be numbers above 0")
+
+
 def _check_best(config: ConfigDict) -> None:
     """Raise a UserError if `config.checkpoint_best` is a metric of no evaluator."""
     title, slash, _ = config.checkpoint_best.partition("/")
@@ -160,6 +202,7 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
             f"{' | '.join(NONFINITE_CHOICES)}"
         )
     _check_best(config)
+    check_numbers(config)
     if config.method.channels != config.data.channels:
         raise UserError(
             f"config.method.channels={config.method.channels} must equal config.data.channels="
