@@ -41,14 +41,38 @@ def get_config() -> ConfigDict:
 
     config.method = latent_mim(config.data.get_ref("channels"))
 
-    optimizer = config.optimizer = ConfigDict()
+    config.optimizer = adamw(batch_size, config.get_ref("epochs"))
+    config.representation = representation()
+    config.evaluators = evaluators()
+    config.report = False  # at the end, write the page report.html into the run, as lmim report
+    config.log_every = 50  # steps between lines of metrics
+    config.gauge_images = 512  # held-out images on which collapse metrics are measured
+    config.checkpoint_every = 1000  # steps; also before evaluations and at the end
+    config.checkpoint_minutes = 30.0  # also when the last save is so long ago; 0: never
+    config.checkpoint_keep = 3  # how many of the newest are kept; 0: all
+    config.checkpoint_keep_every = 0  # also keep every multiple of this many steps; 0: none
+    config.checkpoint_best = ""  # also keep the one with the highest such metric: "knn/knn20"
+    config.checkpoint_max_failures = 5  # stop when so many saves in a row fail
+    config.on_nonfinite = "stop"  # stop | skip: what to do if a loss or gradient is not finite
+    config.max_skipped = 10  # skip: stop after so many in a row
+    return config
+
+
+def adamw(batch_size: FieldReference, epochs: FieldReference) -> ConfigDict:
+    """The optimizer and its schedules.
+
+    Args:
+      batch_size: images of a step.
+      epochs: of the run.
+    """
+    optimizer = ConfigDict()
     optimizer.name = "adamw"  # the only one
     optimizer.base_lr = 1.5e-4  # per 256 images
     # Peak; base_lr x batch_size / 256 unless set: 2.4e-3 here
     optimizer.lr = optimizer.get_ref("base_lr") * batch_size / 256
     optimizer.warmup_start = 0.25  # share of the peak at which the warm-up starts
     # The learning rate rises on a line; 40/800 of the epochs unless set
-    optimizer.warmup_epochs = FieldReference(40.0) * config.get_ref("epochs") / 800
+    optimizer.warmup_epochs = FieldReference(40.0) * epochs / 800
     optimizer.floor = 0.25  # share of the peak at which the cosine ends
     optimizer.rebased = True  # the cosine starts after the warm-up; False: at step 0
     optimizer.peak_in_warmup = False  # the last step of the warm-up has the peak, not the next one
@@ -68,21 +92,7 @@ def get_config() -> ConfigDict:
     optimizer.lr_rules = ((".*", 1.0),)  # the same for a factor of the learning rate
     # The gradient is scaled down to this norm, of all parameters together; 0: never
     optimizer.clip_norm = 0.0
-
-    config.representation = representation()
-    config.evaluators = evaluators()
-    config.report = False  # at the end, write the page report.html into the run, as lmim report
-    config.log_every = 50  # steps between lines of metrics
-    config.gauge_images = 512  # held-out images on which collapse metrics are measured
-    config.checkpoint_every = 1000  # steps; also before evaluations and at the end
-    config.checkpoint_minutes = 30.0  # also when the last save is so long ago; 0: never
-    config.checkpoint_keep = 3  # how many of the newest are kept; 0: all
-    config.checkpoint_keep_every = 0  # also keep every multiple of this many steps; 0: none
-    config.checkpoint_best = ""  # also keep the one with the highest such metric: "knn/knn20"
-    config.checkpoint_max_failures = 5  # stop when so many saves in a row fail
-    config.on_nonfinite = "stop"  # stop | skip: what to do if a loss or gradient is not finite
-    config.max_skipped = 10  # skip: stop after so many in a row
-    return config
+    return optimizer
 
 
 def representation() -> ConfigDict:

@@ -77,8 +77,8 @@ PUBLISHED = {
         },
     ),
     # default_pretrain_config.yaml of facebookresearch/capi: 500,000 iterations of 32 x 512 images,
-    # base_value 1e-3 after warmup_iters 50,000 from 0 (numpy.linspace), then truncate_cos 0.8 of the
-    # cosine to 0; momentum 1 to 0.999 and back with the same shape; weight decay 0.1
+    # base_value 1e-3 after warmup_iters 50,000 from 0 (numpy.linspace), then truncate_cos 0.8 of
+    # the cosine to 0; momentum 1 to 0.999 and back with the same shape; weight decay 0.1
     "capi_vit_l": (
         78,
         {
