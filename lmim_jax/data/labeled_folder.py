@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from lmim_jax.data import folder_listing, label_file, sources
+from lmim_jax.data import folder_listing, folder_source, label_file
+from lmim_jax.data.folder_source import NO_CLASS, FolderSource, Listings
 from lmim_jax.data.label_file import LabelFile, Targets
 from lmim_jax.data.shared_array import share
-from lmim_jax.data.sources import NO_CLASS, FolderSource, Listings
 from lmim_jax.utils.errors import UserError
 
 LISTED = 3  # rows or images listed in a message
@@ -74,7 +74,7 @@ def match(config: ConfigDict, listings: Listings) -> Matched:
         )
     file = label_file.read(config.labels, config.labels_kind)
     splits, other_splits = _splits_of_rows(file, config, root)
-    listing = sources.list_once(root, listings)
+    listing = folder_source.list_once(root, listings)
     rows = {}
     for row, image in enumerate(file.images):
         if splits[row]:
@@ -176,7 +176,7 @@ def open_split(
         is_test = _hold_out(matched, numbers, config.held_out)
     present = np.unique(numbers[~is_test])
     classes = tuple(only) or tuple(names[number] for number in present if number != NO_CLASS)
-    sources.check_known(only, names, f"{file.path}: no rows for these of config.data.classes")
+    folder_source.check_known(only, names, f"{file.path}: no rows for these of config.data.classes")
     labels = np.full(len(file), NO_CLASS, np.int32)
     for label, name in enumerate(classes):
         labels[numbers == names.index(name)] = label
@@ -239,7 +239,7 @@ def _hold_out(matched: Matched, numbers: Int[np.ndarray, " N"], share_out: float
             continue
         members = np.flatnonzero(numbers == number)
         names = [matched.listing.images[int(place)] for place in matched.places[members]]
-        is_test[members[sources.smallest_checksums(names, share_out)]] = True
+        is_test[members[folder_source.smallest_checksums(names, share_out)]] = True
     return is_test
 
 

@@ -2,9 +2,6 @@
 
 import collections
 import dataclasses
-import errno
-import functools
-import hashlib
 import logging
 import os
 import pathlib
@@ -15,21 +12,24 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from lmim_jax.data import folder_listing, labeled_records, shared_array, tfds_source
+from lmim_jax.data import folder_listing, labeled_folder, labeled_records, shared_array, tfds_source
 from lmim_jax.data.decode import SUFFIXES
-from lmim_jax.data.label_file import Targets
-from lmim_jax.data.shared_array import SharedArray, share
-from lmim_jax.utils import buckets, faults
-from lmim_jax.utils.checksum import names_checksum
+from lmim_jax.data.folder_source import (
+    NO_CLASS,
+    FolderSource,
+    Listings,
+    check_known,
+    first_few,
+    list_once,
+    smallest_checksums,
+)
+from lmim_jax.data.shared_array import share
+from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
 SOURCES = ("shapes", "folder", "tfds")
-Listings = dict[str, folder_listing.Listing]  # of folders
-
-NO_CLASS = -1  # the label of unlabeled images
-LISTED = 5  # names listed in a message
 
 
 class Source(Protocol):
@@ -166,8 +166,6 @@ def _folder_from_config(
     if not 0 <= share < 1:
         raise UserError(f"config.data.held_out={share} must be a share in 0 .. 1, such as 0.1")
     if config.labels:
-        from lmim_jax.data import labeled_folder  # which imports this module
-
         known = {} if listings is None else listings
         return labeled_folder.open_split(config, split, classes, known)
     root = pathlib.Path(config.path).expanduser()
@@ -239,76 +237,6 @@ def open_shapes(path: str, split: str, kind: str | None = None) -> tfds_source.T
 
     builder = shapes.prepare(path or tfds_source.cache_folder(), kind)
     return tfds_source.open_split(builder, split)
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderSource:
-    """Image files below a folder; see `Source`.
-
-    Attributes:
-      root: the folder.
-      files: paths of the images, relative to it.
-      labels: int32, a class for each file, -1: none; None: unlabeled.
-      classes: names of the classes.
-      targets: labels that are no classes; None: there are none.
-      labels_checksum: of labels that do not follow from the names of the files; "": they do.
-    """
-
-    root: str
-    files: folder_listing.Names
-    labels: SharedArray | None
-    classes: tuple[str, ...]
-    targets: Targets | None = None
-    labels_checksum: str = ""
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def record(self, index: int) -> tuple[bytes, int]:
-        """(encoded bytes, class) of an image; OSError if the file cannot be read."""
-        try:
-            data = pathlib.Path(self.root, self.files[index]).read_bytes()
-        except FileNotFoundError as error:
-            if not faults.has_vanished(self.root):
-                raise
-            message = "the folder is gone; is its file system mounted?"
-            raise OSError(errno.ESTALE, message, self.root) from error
-        except PermissionError as error:
-            if not faults.all_denied(self._others(index)):
-                raise
-            message = "other files may not be read either; has a login or a ticket expired?"
-            raise OSError(errno.ESTALE, message, self.name(index)) from error
-        if self.labels is None:
-            return data, NO_CLASS
-        return data, int(self.labels.array[index])
-
-    def _others(self, index: int) -> list[str]:
-        """The full paths of a few files, far from a given one."""
-        count = len(self)
-        return [self.name((index + part * count // 4) % count) for part in (1, 2, 3)]
-
-    def mask(self, index: int) -> None:
-        """None: folders have no masks."""
-        return None
-
-    def name(self, index: int) -> str:
-        """The full path of an image."""
-        return str(pathlib.Path(self.root, self.files[index]))
-
-    def num_bytes(self) -> int:
-        """The bytes of all files."""
-        return sum(pathlib.Path(self.root, file).stat().st_size for file in self.files)
-
-    def identity(self) -> dict[str, Any]:
-        """The number of images and a checksum of their names, and of labels from a file."""
-        identity = {"source": "folder", "images": len(self), "names": self._checksum}
-        if self.labels_checksum:
-            identity["labels"] = self.labels_checksum
-        return identity
-
-    @functools.cached_property
-    def _checksum(self) -> str:
-        return names_checksum(self.files)
 
 
 def open_folder(
@@ -438,34 +366,17 @@ def open_held_out(
     )
 
 
-def smallest_checksums(names: Sequence[str], share: float) -> Int[np.ndarray, " n"]:
-    """The places of a share of some names: those with the smallest checksums, but not all."""
-    checksums = []
-    for name in names:
-        checksums.append(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
-    order = sorted(range(len(names)), key=checksums.__getitem__)
-    count = min(max(1, round(share * len(names))), len(names) - 1)
-    return np.array(order[:count], np.int64)
-
-
 def _no_images(found: folder_listing.Listing) -> str:
     """The error for a folder without images: what was searched for, and what there is instead."""
     message = f"{found.top}: no images in this folder (searched for {', '.join(SUFFIXES)})"
     datasets = [name for name in found.others if name.endswith(f"/{tfds_source.INFO}")]
     if datasets:
         folders = [f"{found.top}/{name.removesuffix(f'/{tfds_source.INFO}')}" for name in datasets]
-        return f"{message}, but of a prepared dataset: give {_first_few(folders)}"
+        return f"{message}, but of a prepared dataset: give {first_few(folders)}"
     if found.suffixes:
         counts = [f"{n:,} {suffix or 'without suffix'}" for suffix, n in found.suffixes.items()]
-        message += f", but other files: {_first_few(counts)}"
+        message += f", but other files: {first_few(counts)}"
     return message
-
-
-def list_once(top: pathlib.Path, listings: Listings) -> folder_listing.Listing:
-    """What is below a folder; data/inventory.py says what is odd."""
-    if str(top) not in listings:
-        listings[str(top)] = folder_listing.list_folder(top)
-    return listings[str(top)]
 
 
 def _select(
@@ -498,18 +409,3 @@ def _select(
         return found.images, labels
     kept = np.flatnonzero(is_kept)
     return found.images.select(kept), labels[kept]
-
-
-def check_known(names: Sequence[str], classes: Sequence[str], problem: str) -> None:
-    """Raise a UserError that lists the names that are not classes."""
-    unknown = sorted(set(names) - set(classes))
-    if unknown:
-        raise UserError(f"{problem}: {_first_few(unknown)}")
-
-
-def _first_few(names: Sequence[str]) -> str:
-    """The first few of some names, for a message."""
-    listed = ", ".join(names[:LISTED])
-    if len(names) > LISTED:
-        listed += f" and {len(names) - LISTED} more"
-    return listed

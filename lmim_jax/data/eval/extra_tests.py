@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmim_jax.data import sources
+from lmim_jax.data import folder_source
 from lmim_jax.data.eval.eval_data import AcceptedClasses, Subset
 from lmim_jax.data.eval.file_names import file_names
-from lmim_jax.data.sources import FolderSource
+from lmim_jax.data.folder_source import FolderSource
+from lmim_jax.data.shared_array import share
 from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 
@@ -47,15 +48,15 @@ def open_v2(path: str, classes: tuple[str, ...]) -> ExtraTest:
     top = pathlib.Path(path).expanduser()
     if not top.is_dir():
         raise UserError(f"--imagenet_v2={path}: no such folder")
-    found = sources.list_once(top, {})
+    found = folder_source.list_once(top, {})
     numbers = _class_numbers(found.classes, classes, path)
-    labels = np.full(len(found.images), sources.NO_CLASS, np.int32)
+    labels = np.full(len(found.images), folder_source.NO_CLASS, np.int32)
     start = 0
     for name, count in found.runs:
-        labels[start : start + count] = numbers.get(name, sources.NO_CLASS)
+        labels[start : start + count] = numbers.get(name, folder_source.NO_CLASS)
         start += count
     kept = np.flatnonzero(labels >= 0)
-    source = FolderSource(str(top), found.images.select(kept), sources.share(labels[kept]), classes)
+    source = FolderSource(str(top), found.images.select(kept), share(labels[kept]), classes)
     return ExtraTest(source, AcceptedClasses(labels[kept], np.arange(len(kept) + 1)))
 
 
