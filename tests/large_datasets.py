@@ -26,7 +26,8 @@ CLASSES = 1000
 PER_CLASS = 1300  # training images of ImageNet
 TEST_PER_CLASS = 50
 FOLDERS = {"path": "", "classes": "", "train_split": "train", "test_split": "test"}
-FOLDERS |= {"source": "folder", "train_per_class": 0, "test_per_class": 0, "held_out": 0.0, "labels": ""}
+FOLDERS |= {"source": "folder", "train_per_class": 0, "test_per_class": 0}
+FOLDERS |= {"held_out": 0.0, "labels": ""}
 
 
 def peak_bytes() -> int:
