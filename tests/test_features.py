@@ -117,7 +117,7 @@ def test_crops_are_those_of_evaluators(run, folder):
     assert len(extractor.compiled) == 1
     model = lmim_jax.load(run)
     expected = model.encode(model.preprocess([folder / name for name in names]))
-    for kind in ("cls", "mean", "patches"):
+    for kind in ("image", "cls", "mean", "patches"):
         np.testing.assert_allclose(
             np.stack(extracted.features[kind]), getattr(expected, kind), atol=1e-5
         )

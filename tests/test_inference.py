@@ -49,7 +49,10 @@ def test_features_are_those_of_the_method(model, paths):
     np.testing.assert_allclose(found.cls, expected["cls"], atol=1e-5)
     np.testing.assert_allclose(found.patches, expected["patches"], atol=1e-5)
     np.testing.assert_allclose(found.mean, expected["patches"].mean(axis=1), atol=1e-5)
+    # The choice of the recipe, whatever `norm` is
+    np.testing.assert_allclose(found.image, expected["patches_prenorm"].mean(axis=1), atol=1e-5)
     before = model.encode(images, norm=False)
+    np.testing.assert_allclose(before.image, found.image, atol=1e-5)
     np.testing.assert_allclose(before.patches, expected["patches_prenorm"], atol=1e-5)
     assert not np.allclose(before.mean, found.mean)
 
