@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     config.representation = representation()
     config.evaluators = evaluators()
     config.report = False  # at the end, write the page report.html into the run, as lmim report
+    config.wandb = wandb()
     config.log_every = 50  # steps between lines of metrics
     config.gauge_images = 512  # held-out images on which collapse metrics are measured
     config.checkpoint_every = 1000  # steps; also before evaluations and at the end
@@ -139,6 +140,15 @@ def evaluators() -> ConfigDict:
         bank=1024,  # training images that are searched, at random, at most
     )
     return evaluators
+
+
+def wandb() -> ConfigDict:
+    """Weights & Biases: the curves and pictures of TensorBoard, if there is a project."""
+    wandb = ConfigDict()
+    wandb.project = ""  # "": off
+    wandb.entity = ""  # the user or team that owns the project; "": you
+    wandb.name = ""  # of the run; "": that of the folder
+    return wandb
 
 
 def data() -> ConfigDict:

@@ -18,7 +18,7 @@ from lmim_jax.evaluators import base as evaluators
 from lmim_jax.evaluators.common import kept_classifier
 from lmim_jax.evaluators.common.outcome import Outcome
 from lmim_jax.models import attention
-from lmim_jax.train import extension, gpu_kernels, initialization, provenance
+from lmim_jax.train import extension, gpu_kernels, initialization, provenance, wandb_writer
 from lmim_jax.train import summary as summaries
 from lmim_jax.train import workdir as workdirs
 from lmim_jax.train.build import TrainingParts, build
@@ -68,6 +68,7 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
     workdirs.check_outside_images(workdir, config.data)
     mesh = _make_mesh(config)
     attention.check_fused(config.method)
+    wandb_writer.check(config.wandb)
     splits, found = _open_sources(config)
     found += _resolve_range(config, workdir, splits["train"])
     unit = mesh.size * config.micro_batches
@@ -267,7 +268,7 @@ class TrainingLoop:
         self._collapse_metrics = make_collapse_metrics(
             parts.method, self._data, config.gauge_images
         )
-        self._writer = MetricWriter(workdir, self._start)
+        self._writer = MetricWriter(workdir, self._start, config.wandb)
         self._writer.write_config(config.to_dict())
         log.info("curves: %s", self._writer.board_command)
         self._logger = MetricLogger(

@@ -1,4 +1,4 @@
-"""Writes metrics and pictures: metrics.jsonl, TensorBoard and PNG files.
+"""Writes metrics and pictures: metrics.jsonl, TensorBoard, PNG files, and Weights & Biases.
 
 A full disk delays them and does not stop training.
 """
@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import UInt8
+from ml_collections import ConfigDict
 from PIL import Image
 
 from lmim_jax.distributed import multihost
-from lmim_jax.train import metric_storage
+from lmim_jax.train import metric_storage, wandb_writer
 from lmim_jax.utils import buckets, commands
 from lmim_jax.utils.errors import UserError
 
@@ -53,12 +54,15 @@ class MetricWriter:
 
     wall_seconds: float
 
-    def __init__(self, workdir: buckets.Pathname, start: int) -> None:
+    def __init__(
+        self, workdir: buckets.Pathname, start: int, wandb_options: ConfigDict | None = None
+    ) -> None:
         """Open the writers.
 
         Args:
           workdir: of the run.
           start: the step to continue from; lines of later steps (of a killed run) are dropped.
+          wandb_options: `config.wandb`; None: without Weights & Biases.
         """
         self._workdir = buckets.path(workdir)
         self._storage = metric_storage.open_storage(workdir)
@@ -66,6 +70,9 @@ class MetricWriter:
         self._is_first_process = jax.process_index() == 0
         self._pending = b""  # lines that are not written yet
         self._board: Any = None  # TensorBoard's writer
+        self._wandb: wandb_writer.WandbWriter | None = None
+        if self._is_first_process and wandb_options:
+            self._wandb = wandb_writer.open_writer(self._workdir, wandb_options)
         self._failing = False
         self._evaluated: set[str] = set()
         self.names: set[str] = set()  # of all metrics up to the start, and written since
@@ -104,9 +111,11 @@ class MetricWriter:
         self._pending += json.dumps({"step": step, **values}).encode() + b"\n"
         summaries = [scalar(board_tag(name), value) for name, value in values.items()]
         self._attempt([self._append, lambda: self._write_events(step, summaries)])
+        if self._wandb:
+            self._wandb.write(step, {board_tag(name): value for name, value in values.items()})
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Show a config as a text in TensorBoard.
+        """Show a config as a text in TensorBoard, and as that of the run in Weights & Biases.
 
         Args:
           config: plain values.
@@ -118,6 +127,8 @@ class MetricWriter:
         lines = json.dumps(config, indent=2).splitlines()
         code = "\n".join(f"    {line}" for line in lines)  # Markdown for a block of code
         self._attempt([lambda: self._write_events(self._start, [text("config", code)])])
+        if self._wandb:
+            self._wandb.write_config(config)
 
     def write_failure(self, step: int, title: str, reason: str) -> None:
         """Write a line {"step": ..., "failed": {title: reason}} about an evaluation."""
@@ -144,6 +155,12 @@ class MetricWriter:
                 summaries.append(image(board_tag(name), picture, dataformats="HWC"))
         actions = [lambda name=name: write_files(name) for name in pictures]
         self._attempt([*actions, lambda: self._write_events(step, summaries)])
+        if self._wandb:
+            tagged = {}
+            for name, picture in pictures.items():
+                if not isinstance(picture, str):
+                    tagged[board_tag(name)] = picture
+            self._wandb.write_pictures(step, tagged)
 
     def close(self) -> None:
         """Write what is still pending, and close.
@@ -157,6 +174,8 @@ class MetricWriter:
             if self._board:
                 self._attempt([self._board.close])
             self._storage.close()
+            if self._wandb:
+                self._wandb.close()
         except OSError as error:
             raise UserError(
                 f"{self._workdir / metric_storage.NAME}: its last lines cannot be written "

@@ -302,7 +302,7 @@ def _complete(config: dict[str, Any]) -> None:
     """Give the config of a run what it did before there were options for it, in place."""
     for name, value in workdir.FORMER.items():
         section, _, option = name.rpartition(".")
-        options = config[section] if section else config
+        options = config.setdefault(section, {}) if section else config
         options.setdefault(option, copy.copy(value))
     config.setdefault("representation", _former_representation(config["evaluators"]))
 

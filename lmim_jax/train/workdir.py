@@ -31,7 +31,7 @@ HARMLESS = re.compile(
     r"|augment\.eval_resize|representation\..*"
     # Where images are, and which are for evaluation; IMAGES identifies those of training
     r"|data\.(path|dir|cache|stage|held_out|classes|test_split)|report"
-    r"|data\.(workers|threads|timeout|max_bad_fraction)"
+    r"|data\.(workers|threads|timeout|max_bad_fraction)|wandb\.\w+"
 )
 # What runs did that were made before these options were
 FORMER: dict[str, Any] = {
@@ -53,6 +53,9 @@ FORMER: dict[str, Any] = {
     "optimizer.per_epoch": False,
     "optimizer.steps_ahead": 0,
     "init_from": "",
+    "wandb.project": "",
+    "wandb.entity": "",
+    "wandb.name": "",
     "extensions": [],
 }
 # Key of config.json: what identifies the training images; absent where weights were imported
