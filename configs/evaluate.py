@@ -266,9 +266,9 @@ def trained() -> ConfigDict:
         feature="",  # any of the above; "": the choice of the recipe; "A | B": the better one
         normalize=(True,),  # batch normalization before the layer; (True, False): the better one
         held_out=0.1,  # share of the training images to choose on, if there is a choice
-        batch_size=128,
-        epochs=10.0,
-        warmup_epochs=1.0,
+        batch_size=128,  # images per step
+        epochs=10.0,  # floor(images / batch_size) steps each
+        warmup_epochs=1.0,  # the learning rate rises on a line
         total_steps=0,  # instead of epochs, unless 0; warm-up and decay keep their shares
         base_lr=(12.8,),  # to choose from. LARS steps do not depend on the size of the batch
         min_lr=0.0,  # learning rate at which the cosine ends
