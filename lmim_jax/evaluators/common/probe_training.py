@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ class Probe(base.Evaluator, abc.ABC):
     seed: int
 
     needs_labels = True
-    label_kinds = (CLASSES, MULTILABEL, REGRESSION)
+    label_kinds: ClassVar[tuple[str, ...]] = (CLASSES, MULTILABEL, REGRESSION)
     trains = True
     cost = 50.0
 
