@@ -18,7 +18,7 @@ from PIL import Image
 import lmim_jax
 from lmim_jax.cli import extract_features
 from lmim_jax.data.augment.device import Augment
-from lmim_jax.evaluators.common import feature_io
+from lmim_jax.evaluators.common import feature_io, image_features
 from lmim_jax.evaluators.common.feature_extraction import Extractor, extract_from_files
 from lmim_jax.train import runs, workdir
 from lmim_jax.utils.errors import UserError
@@ -121,6 +121,19 @@ def test_crops_are_those_of_evaluators(run, folder):
         np.testing.assert_allclose(
             np.stack(extracted.features[kind]), getattr(expected, kind), atol=1e-5
         )
+
+
+def test_blocks_have_the_names_and_vectors_of_evaluators(run, folder):
+    kinds = ("block00/tokens:cls", "block00/tokens", "cls+block00/tokens:both")
+    extractor = make(run, canvas=40, kinds=kinds)
+    names = ["a.jpg", "deep/b.jpg"]
+    found = extract_from_files(extractor, folder, names, ignore_progress).features
+    model = lmim_jax.load(run)
+    images = model.preprocess([folder / name for name in names])
+    expected = jax.jit(model.method.features)(model.params, images)
+    for kind in kinds:
+        vectors = image_features.concatenate_parts(expected, kind)
+        np.testing.assert_allclose(np.stack(found[kind]), vectors, atol=1e-5)
 
 
 def test_mistakes_are_found_before_weights_are_read(tmp_path, folder, monkeypatch):
