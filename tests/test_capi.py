@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 from test_reference import given_draws, group
 
+from lmim_jax.convert import torch_encoder
 from lmim_jax.convert.official import base as official
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base
@@ -354,6 +355,12 @@ def test_published_backbones_are_imported_by_name(tmp_path):
     other = dataclasses.replace(method, rope_frequencies=(10.0, 7e-4))
     with pytest.raises(UserError, match="other constants than this method's"):
         import_weights.read(tmp_path / "capi_vits.npz", other, (), fresh)
+
+
+def test_other_libraries_cannot_hold_the_encoder():
+    method = build()
+    with pytest.raises(UserError, match="has registers=16, rope=axial, norm=rms, unlike"):
+        torch_encoder.from_method(method, weights(method))
 
 
 def test_a_whole_model_returns_from_its_official_names():

@@ -114,6 +114,7 @@ def test_timm_resizes_to_what_evaluation_does(size):
         (dict(norm_eps=1e-6, final_norm_eps=1e-5), timm, "final_norm_eps=1e-05 differ"),
         (dict(norm_eps=1e-4, final_norm_eps=1e-4), timm, "norm_eps=0.0001: timm's"),
         (dict(grid=(4, 2)), hf, "grid is not square"),
+        (dict(registers=4), timm, "this encoder has registers=4, unlike"),
     ],
 )
 def test_unsupported_encoders_are_rejected(changes, library, message):
