@@ -85,8 +85,9 @@ def _shrink(section):
 def run(config, folder):
     """Make `folder` a run of `config` with its fresh state as the checkpoint of step 0."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])  # quicker than eight
-    state, _ = build(config, steps_per_epoch=1).create_state(mesh)
-    with Checkpoints(folder, config) as checkpoints:
+    parts = build(config, steps_per_epoch=1)
+    state, _ = parts.create_state(mesh)
+    with Checkpoints(folder, parts.config) as checkpoints:
         checkpoints.save(state, 0)
-    workdir.claim(folder, config.to_dict(), None)
+    workdir.claim(folder, parts.config.to_dict(), None)
     return folder
