@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmim_jax.models import attention, blocks, layers
-from lmim_jax.models.vit import ViT
+from lmim_jax.models.vit import ViT, features
 
 
 @settings(max_examples=20, deadline=None)
@@ -172,6 +172,33 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
         arguments, _ = line.split("->")
         assert "bf16" in arguments
         assert "xf32" not in arguments.split(" : ")[-1]
+
+
+def test_registers_take_part_and_are_left_out():
+    patches = np.random.default_rng(0).normal(size=(2, 6, 12)).astype(np.float32)
+    positions = np.ones((1, 6, 32), np.float32)
+    encoder = vit().clone(registers=4)
+    params = encoder.init(jax.random.key(0), patches, positions)
+    assert params["params"]["registers"].shape == (1, 4, 32)
+    tokens, prenorm = encoder.apply(params, patches, positions)
+    kept, _ = encoder.apply(params, patches, positions, keep_registers=True)
+    assert tokens.shape == prenorm.shape == (2, 7, 32)
+    np.testing.assert_array_equal(tokens, jnp.delete(kept, jnp.arange(1, 5), axis=1))
+    params["params"]["registers"] += 1.0
+    assert not np.allclose(encoder.apply(params, patches, positions)[0], tokens)
+
+    found = features(encoder, params["params"], patches, positions)
+    assert found["registers"].shape == (2, 4, 32)
+    assert found["block01/tokens"].shape == (2, 7, 32)
+    np.testing.assert_array_equal(found["block01/tokens"][:, 1:], found["patches_prenorm"])
+    assert found["block01/attention"].shape == (2, 4, 7, 7)
+    assert (found["block01/attention"].sum(-1) < 1).all()
+
+    mask = np.broadcast_to(np.arange(9) < 6, (2, 9))
+    padded = np.pad(patches, ((0, 0), (0, 3), (0, 0)), constant_values=9.0)
+    places = np.ones((1, 9, 32), np.float32)
+    shown = features(encoder, params["params"], padded, places, mask)
+    np.testing.assert_allclose(shown["patches"][:, :6], found["patches"], atol=1e-5)
 
 
 def test_tokens_do_not_depend_on_other_images():

@@ -184,6 +184,23 @@ def test_decay_spares_what_the_official_code_spares():
     assert not any("bias" in name or "norm" in name or "embed" in name for name in decayed)
 
 
+def test_factors_of_decay_and_learning_rate_and_the_clipped_norm():
+    config = tiny.get_config().optimizer
+    config.update(lr=0.1, warmup_epochs=0.0, floor=1.0, weight_decay=0.5, eps=1.0)
+    config.decay_rules = (("a/.*", 0.1), ("b/.*", False), (".*", True))
+    config.lr_rules = (("a/.*", 0.5), (".*", 1.0))
+    config.clip_norm = 1.0
+    made, _ = adamw.from_config(config, warmup_steps=0, total_steps=9, steps_per_epoch=1)
+    params = {name: {"kernel": np.full(3, 2.0, np.float32)} for name in "abc"}
+    grads = {name: {"kernel": np.full(3, 4.0, np.float32)} for name in "abc"}
+    updates, _ = made.update(grads, made.init(params), params)
+    clipped = 1 / 3  # of nine equal numbers whose norm is 1
+    adam = clipped / (clipped + 1)
+    for name, factor, decay in (("a", 0.5, 0.1), ("b", 1.0, 0.0), ("c", 1.0, 1.0)):
+        expected = -0.1 * factor * (adam + decay * 0.5 * 2.0)
+        np.testing.assert_allclose(updates[name]["kernel"], expected, rtol=1e-5)
+
+
 def test_uncovered_parameters_are_named():
     with pytest.raises(UserError, match="no rule matches a/b"):
         adamw.match_rules([("c.*", True)], {"a": {"b": 1}, "c": 2}, "config.optimizer.decay_rules")
