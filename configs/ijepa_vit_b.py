@@ -67,6 +67,11 @@ def ijepa(channels: FieldReference) -> ConfigDict:
     method.mask_batch = 128  # images whose contexts are cut to the shortest; as released, per GPU
     method.biased_masks = True  # as released, see masking.Multiblock; False: blocks anywhere
     method.loss = "smooth_l1"  # smooth_l1 (the code) | mse (the paper) | l1
+    # The source and the layers of targets, as in vit_b
+    method.target = "ema"
+    method.target_layers = ()
+    method.target_combine = "concat"
+    method.target_norm = "layer"
     method.momentum_start = 0.996  # EMA momentum rises along a line
     method.momentum_end = 1.0
     method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32

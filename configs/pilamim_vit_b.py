@@ -56,6 +56,11 @@ def pilamim(channels: FieldReference) -> ConfigDict:
     method.pixel_weight = 1.0  # of the loss of pixels
     method.latent_weight = 1.0  # of the loss of latents
     method.cls_weight = 1.0  # of the loss of the CLS token
+    # The source and the layers of targets, as in vit_b
+    method.target = "ema"
+    method.target_layers = ()
+    method.target_combine = "concat"
+    method.target_norm = "layer"
     method.momentum_start = 0.996  # EMA momentum rises along a line
     method.momentum_end = 1.0
     method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32

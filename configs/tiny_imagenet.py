@@ -21,7 +21,7 @@ import re
 import types
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
 
 from lmim_jax.configs import evaluate, small, vit_b
 from lmim_jax.utils.errors import UserError
@@ -128,7 +128,7 @@ def _shorten(config: ConfigDict, published: ConfigDict, steps: int) -> None:
 def _evaluate(config: ConfigDict) -> None:
     """Measure everything at the start and at the end, on the features that the recipe names."""
     config.representation.image = _scaled(config.representation.image, config.method.depth)
-    every = FieldReference(1.0) * config.get_ref("epochs")
+    every = float(config.epochs)
     sections = evaluate.get_config()
     for title in EVALUATIONS:
         section = sections[title].to_dict()

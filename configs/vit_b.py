@@ -237,7 +237,12 @@ def latent_mim(channels: FieldReference) -> ConfigDict:
     method.norm_eps = 1e-6  # of LayerNorms
     method.registers = 0  # tokens of the encoder that stand for nothing (arXiv 2309.16588)
     # challenge 1, joint optimization collapses: where targets come from
-    method.target = "ema"  # ema | joint | stop_gradient | random | random_projection
+    # ema | joint | stop_gradient | random | random_projection | frozen:RUN, the encoder of a run or
+    # of an exported model; see lmim_jax/methods/common/targets.py
+    method.target = "ema"
+    method.target_layers = ()  # blocks whose tokens are targets, such as (2, 5, 8, 11); (): output
+    method.target_combine = "concat"  # concat | mean: of these layers
+    method.target_norm = "layer"  # layer | instance | none: how each of them is standardized
     method.momentum_start = 0.99  # EMA momentum rises along half a cosine
     method.momentum_end = 1.0  # at the end of training
     # challenge 2, direct regression has trivial solutions: the loss

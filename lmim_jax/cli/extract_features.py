@@ -13,8 +13,8 @@ of the image that evaluators see. Colors are normalized as in the run. EXIF orie
 transparency are ignored, as in training. Images of all aspect ratios are encoded together: few
 programs have to be compiled.
 
---features takes image, cls, mean, patches, and every other name that `lmim evaluate --feature` takes, such
-as block01/tokens or cls+latents: one vector for each image.
+--features takes image, cls, mean, patches, and every other name that `lmim evaluate --feature`
+takes, such as block01/tokens or cls+latents: one vector for each image.
 
 The file holds, in order of the names:
   name     of the file below IMAGES (in .safetensors: a JSON list in the metadata)

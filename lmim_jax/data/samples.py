@@ -176,7 +176,7 @@ def _pages_like(file: tifffile.TiffFile, page: Any) -> list[Any]:
     """The pages of the size and type of a page, itself included; no masks of others."""
     size = (page.imagelength, page.imagewidth, page.samplesperpixel, page.dtype)
     found = []
-    for other in file.pages:
+    for other in _pages(file):
         others = (other.imagelength, other.imagewidth, other.samplesperpixel, other.dtype)
         if others == size and not other.is_mask:
             found.append(other)

@@ -299,6 +299,13 @@ def method_class(name: str) -> Any:
     return importlib.import_module(f"lmim_jax.methods.{name}").Method
 
 
+def has_option(name: str, option: str) -> bool:
+    """Whether a registered method has an option of this name."""
+    if name not in names():
+        return False
+    return option in {field.name for field in dataclasses.fields(method_class(name))}
+
+
 def _is_registered(module: pkgutil.ModuleInfo) -> bool:
     """Decide whether an entry of this folder is a method: files are, sub-packages are not."""
     return not module.ispkg and module.name != "base"
@@ -314,20 +321,28 @@ def from_config(config: Mapping[str, Any], *, total_steps: int, steps_per_epoch:
       steps_per_epoch: optimizer steps in an epoch. Only methods with a schedule in epochs have
         this field; for others it is ignored.
 
-    An option of `SHARES` that is None follows the grid.
+    An option of `SHARES` that is None follows the grid. `frozen`, which recipes lack, is the
+    `config.method` of the run that a frozen teacher comes from; see common/targets.py.
 
     Raises:
       UserError: unknown method, missing or unknown key, or an invalid value.
     """
     options = dict(config)
     name = options.pop("name")
+    frozen = options.pop("frozen", None)
     if name not in names():
         raise UserError(f"config.method.name={name!r} is not a method{did_you_mean(name, names())}")
     found = method_class(name)
     fields = {field.name for field in dataclasses.fields(found)}
     schedule = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
-    _check_keys(name, options.keys(), fields - schedule.keys())
+    _check_keys(name, options.keys(), fields - schedule.keys() - {"frozen"})
     arguments = {key: _hashable(value) for key, value in options.items()}
+    if "target" in arguments:
+        arguments["target"] = arguments["target"].partition(":")[0]  # frozen:RUN
+    if "frozen" in fields:
+        arguments["frozen"] = None
+    if frozen:
+        arguments["frozen"] = from_config(frozen, **schedule)
     for key, share in found.SHARES.items():
         if arguments[key] is None:
             arguments[key] = round(share * math.prod(arguments["grid"]))

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from lmim_jax.methods.base import Metrics, Params, Views, ViTMethod
+from lmim_jax.methods.base import Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_choice, check_heads, check_range
+from lmim_jax.methods.common.targets import TargetMethod
 from lmim_jax.models import initializers, normalization, vit
 from lmim_jax.models.decoders import TokenDecoder
 from lmim_jax.models.layers import patchify, sincos_positions
@@ -27,7 +28,7 @@ LOSSES = {"smooth_l1": losses.smooth_l1, "mse": losses.mse, "l1": losses.l1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(ViTMethod):
+class Method(TargetMethod):
     """I-JEPA; the fields are `config.method`, explained key by key in configs/ijepa_vit_b.py.
 
     The paper evaluates the features of the teacher (`params: target` of an evaluator).
@@ -43,9 +44,6 @@ class Method(ViTMethod):
     mask_batch: int
     biased_masks: bool
     loss: str
-    momentum_start: float
-    momentum_end: float
-    total_steps: int
 
     SHARES: ClassVar[Mapping[str, float]] = {"context_capacity": 72 / 196}
 
@@ -71,7 +69,7 @@ class Method(ViTMethod):
             width=self.decoder_width,
             depth=self.decoder_depth,
             heads=self.decoder_heads,
-            out_width=self.width,
+            out_width=self.target_width,
             **self.block_options,
         )
 
@@ -101,7 +99,8 @@ class Method(ViTMethod):
             "encoder": self._encoder.init(keys[0], patches, tokens)["params"],
             "predictor": self._predictor.init(keys[1], tokens, positions, positions)["params"],
         }
-        return initializers.normal(keys[2], params)
+        params = initializers.normal(keys[2], params)
+        return {**params, **self.init_target(jax.random.fold_in(rng, 3))}
 
     def sample(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> Views:
         """Draw visible [B, K] and targets [B, blocks, T], patch ids with a mask each.
@@ -110,11 +109,7 @@ class Method(ViTMethod):
         """
         return self._mask_sampler(rng, keys)
 
-    def target_of(self, params: Params) -> Params:
-        """Select what the teacher consists of: the encoder."""
-        return {"encoder": params["encoder"]}
-
-    def ema_rate(self, step: int | Int[Array, ""]) -> float | Float[Array, ""]:
+    def _ema_schedule(self, step: int | Int[Array, ""]) -> Float[Array, ""]:
         """Compute 1 - momentum after optimizer step `step`.
 
         The momentum rises linearly; the released code uses schedule[s] after step s.
@@ -159,8 +154,9 @@ class Method(ViTMethod):
         index = views["targets"]
         tokens = self._encode_context(params, patches, views)
         predictions = self._predict(params, tokens, views)
-        targets = self._encode_targets(target, patches, index.reshape(len(index), -1))
-        shape = (*index.shape, self.width)
+        teacher = self.teacher(params, target)
+        targets = self._encode_targets(teacher, patches, index.reshape(len(index), -1))
+        shape = (*index.shape, self.target_width)
         return {"predictions": predictions.reshape(shape), "targets": targets.reshape(shape)}
 
     def _encode_context(
@@ -197,12 +193,13 @@ class Method(ViTMethod):
         return predictions[:, -length:]
 
     def _encode_targets(
-        self, target: Params, patches: Float[Array, "B N P"], index: Int[Array, "B M"]
-    ) -> Float[Array, "B M D"]:
+        self, teacher: Params, patches: Float[Array, "B N P"], index: Int[Array, "B M"]
+    ) -> Float[Array, "B M W"]:
         """Apply the teacher to whole images: normalized features of some of the patches."""
-        teacher = jax.lax.stop_gradient(target["encoder"])
-        tokens, _ = self._encoder.apply({"params": teacher}, patches, self._positions(teacher))
-        return masking.take(normalization.standardize_tokens(tokens, 1e-5), index)
+        tokens = self.encode_targets(teacher, patches)
+        if not self.target_layers:
+            tokens = normalization.standardize_tokens(tokens, 1e-5)
+        return masking.take(tokens[:, int(self.target_has_cls) :], index)
 
     def _positions(self, encoder: Params) -> Float[Array, "1 N D"]:
         """Compute the positions of the training grid: fixed, the same for every encoder."""

@@ -6,7 +6,7 @@ own target among those of the same image.
 
 The paper discusses four challenges; these options control the remedy of each:
 
-  joint optimization     target: ema | joint | stop_gradient | random | random_projection
+  joint optimization     target, see common/targets.py
   direct regression      loss: patch_infonce | norm_l2 | mse | l1 | smooth_l1; tau; standardize
   correlated patches     num_visible, gap, target_patches, similarity_weight
   weak conditioning      decoder: cross | self; visual_cues; projector_depth, projector_width
@@ -23,20 +23,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lmim_jax.methods.base import Features, Metrics, Params, Views, ViTMethod
+from lmim_jax.methods.base import Features, Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_choice, check_heads, check_range
+from lmim_jax.methods.common.targets import TargetMethod
 from lmim_jax.models import vit
 from lmim_jax.models.decoders import LatentDecoder
-from lmim_jax.models.layers import Dense, patchify, sincos_positions
+from lmim_jax.models.layers import patchify, sincos_positions
 from lmim_jax.optim import schedules
+from lmim_jax.utils.errors import UserError
 
-TARGETS = ("ema", "joint", "stop_gradient", "random", "random_projection")
 LOSSES = ("patch_infonce", *losses.REGRESSION_LOSSES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(ViTMethod):
+class Method(TargetMethod):
     """Latent MIM; the fields are `config.method`, explained key by key in configs/vit_b.py."""
 
     gap: int
@@ -46,7 +47,6 @@ class Method(ViTMethod):
     decoder_heads: int
     visual_cues: bool
     num_visible: int
-    target: str
     target_patches: str
     loss: str
     tau: float
@@ -54,16 +54,13 @@ class Method(ViTMethod):
     similarity_weight: float
     similarity_start: float
     similarity_end: float
-    momentum_start: float
-    momentum_end: float
-    total_steps: int
 
     SHARES: ClassVar[Mapping[str, float]] = {"num_visible": 20 / 196}
+    TEACHER: ClassVar[tuple[str, ...]] = ("encoder", "projector")
 
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        check_choice("target", self.target, TARGETS)
         check_choice("target_patches", self.target_patches, ("masked", "all"))
         check_choice("loss", self.loss, LOSSES)
         check_choice("decoder", self.decoder, ("cross", "self"))
@@ -71,6 +68,11 @@ class Method(ViTMethod):
         check_range("tau", self.tau, 1e-6)
         check_range("num_visible", self.num_visible, 1, self.num_patches - 2)
         check_heads("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+        if self.projector_depth and (self.target_layers or self.target == "frozen"):
+            raise UserError(
+                f"config.method.projector_depth={self.projector_depth}: targets of several layers "
+                "and those of a frozen teacher have no projector; give 0"
+            )
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -98,14 +100,10 @@ class Method(ViTMethod):
             width=self.decoder_width,
             depth=self.decoder_depth,
             heads=self.decoder_heads,
-            out_width=self.width,
+            out_width=self.target_width,
             visual_cues=self.visual_cues,
             **self.block_options,
         )
-
-    @property
-    def _target_embed(self) -> Dense:
-        return Dense(features=self.width, dtype=self.compute_dtype)
 
     # The interface of a method, see methods/base.py
 
@@ -123,15 +121,12 @@ class Method(ViTMethod):
         masked_positions = jnp.zeros((1, num_masked, self.decoder_width))
         projector = self._projector.init(keys[1], tokens)
         decoder = self._decoder.init(keys[2], tokens, visible_positions, masked_positions)
-        params = {
+        return {
             "encoder": self._encoder.init(keys[0], patches, positions)["params"],
             "projector": projector.get("params", {}),  # of depth 0, it has no parameters
             "decoder": decoder["params"],
+            **self.init_target(keys[3]),
         }
-        if self.target == "random_projection":
-            # Names with "embed" are not decayed, and the gradient is 0: it never changes.
-            params["target_embed"] = self._target_embed.init(keys[3], patches)["params"]
-        return params
 
     def sample(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> Views:
         """Draw visible [B, V] and masked [B, M] patch ids, and window offsets [B, h, w, 2].
@@ -150,22 +145,12 @@ class Method(ViTMethod):
             )(window_keys)
         return views
 
-    def target_of(self, params: Params) -> Params:
-        """Select what the teacher consists of, depending on `target`; it can be nothing."""
-        if self.target in ("ema", "random"):
-            return {"encoder": params["encoder"], "projector": params["projector"]}
-        if self.target == "random_projection":
-            return {"target_embed": params["target_embed"]}
-        return {}
-
-    def ema_rate(self, step: int | Int[Array, ""]) -> float | Float[Array, ""]:
+    def _ema_schedule(self, step: int | Int[Array, ""]) -> Float[Array, ""]:
         """Compute 1 - momentum after optimizer step `step`: half a cosine in training progress.
 
         The official code updates the teacher before the forward pass with that iteration's
         momentum, which is the update after step s with the momentum of s + 1.
         """
-        if self.target != "ema":
-            return 0.0
         progress = (step + 1) / self.total_steps
         return schedules.cosine(1 - self.momentum_start, 1 - self.momentum_end, progress)
 
@@ -252,9 +237,14 @@ class Method(ViTMethod):
         self, params: Params, patches: Float[Array, "B T P"], index: Int[Array, "B T"]
     ) -> Float[Array, "B 1+T D"]:
         """Apply encoder and projector to some patches with the given ids; CLS comes first."""
-        positions = masking.take(sincos_positions(self.grid, self.width)[None], index)
+        positions = masking.take(self._positions(params["encoder"]), index)
         tokens, _ = self._encoder.apply({"params": params["encoder"]}, patches, positions)
         return self._projector.apply({"params": params["projector"]}, tokens)
+
+    def _positions(self, encoder: Params) -> Float[Array, "1 N D"]:
+        """Compute the positions of the training grid: fixed, the same for every encoder."""
+        del encoder
+        return jnp.asarray(sincos_positions(self.grid, self.width))[None]
 
     def _targets(
         self,
@@ -262,20 +252,13 @@ class Method(ViTMethod):
         target: Params,
         patches: Float[Array, "B T P"],
         index: Int[Array, "B T"],
-    ) -> Float[Array, "B _ D"]:
+    ) -> Float[Array, "B _ W"]:
         """Compute the latents to predict; they have a gradient only with target "joint"."""
-        if self.target == "joint":
-            return self._encode(params, patches, index)
-        if self.target == "random_projection":
-            return jax.lax.stop_gradient(self._project_patches(target, patches))
-        weights = params if self.target == "stop_gradient" else target
-        return jax.lax.stop_gradient(self._encode(jax.lax.stop_gradient(weights), patches, index))
-
-    def _project_patches(
-        self, params: Params, patches: Float[Array, "B T P"]
-    ) -> Float[Array, "B T D"]:
-        """Apply the fixed random projection of pixels."""
-        return self._target_embed.apply({"params": params["target_embed"]}, patches)
+        teacher = self.teacher(params, target)
+        tokens = self.encode_targets(teacher, patches, index)
+        if "projector" not in teacher or self.target_layers:
+            return tokens
+        return self._projector.apply({"params": teacher["projector"]}, tokens)
 
     def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
         """Positions of an image of any grid span the range of the training grid."""
@@ -292,7 +275,7 @@ class Method(ViTMethod):
         """Encode whole images; "latents" [B, N, D] are what targets are made of."""
         features = super().patch_features(params, patches, positions, mask)
         if self.target == "random_projection":
-            latents = self._project_patches(params, patches)
+            latents = self.project_patches(params, patches)
         else:
             projector = {"params": params["projector"]}
             latents = self._projector.apply(projector, features["patches"])

@@ -14,17 +14,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from lmim_jax.methods.base import Metrics, Params, Views, ViTMethod
+from lmim_jax.methods.base import Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_heads, check_sampler
+from lmim_jax.methods.common.targets import TargetMethod
 from lmim_jax.models import initializers, vit
 from lmim_jax.models.decoders import TokenDecoder
 from lmim_jax.models.layers import patchify, replace_patches, resample_positions
 from lmim_jax.optim import schedules
+from lmim_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(ViTMethod):
+class Method(TargetMethod):
     """PiLaMIM; the fields are `config.method`, explained key by key in configs/pilamim_vit_b.py."""
 
     final_norm_eps: float
@@ -37,9 +39,6 @@ class Method(ViTMethod):
     pixel_weight: float
     latent_weight: float
     cls_weight: float
-    momentum_start: float
-    momentum_end: float
-    total_steps: int
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -49,6 +48,11 @@ class Method(ViTMethod):
         check_heads(
             "latent_decoder_width", self.latent_decoder_width, "decoder_heads", self.decoder_heads
         )
+        if self.cls_weight and not self.target_has_cls:
+            raise UserError(
+                f"config.method.cls_weight={self.cls_weight:g}: these targets have no CLS token; "
+                "give 0"
+            )
 
     # Networks: Linen modules, each applied to one sub-tree of the parameters
 
@@ -64,7 +68,7 @@ class Method(ViTMethod):
 
     @property
     def _latent_decoder(self) -> TokenDecoder:
-        return self._make_decoder(self.latent_decoder_width, self.width)
+        return self._make_decoder(self.latent_decoder_width, self.target_width)
 
     def _make_decoder(self, width: int, out_width: int) -> TokenDecoder:
         return TokenDecoder(
@@ -108,7 +112,7 @@ class Method(ViTMethod):
         params["latent_decoder"]["positions"] = _init_positions(
             keys[6], 1 + slots, self.latent_decoder_width
         )
-        return params
+        return {**params, **self.init_target(jax.random.fold_in(rng, 7))}
 
     def sample(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> Views:
         """Draw visible [B, V] and masked [B, M] patch ids; the batch shares nothing.
@@ -126,11 +130,7 @@ class Method(ViTMethod):
             )
         return views
 
-    def target_of(self, params: Params) -> Params:
-        """Select what the teacher consists of: the encoder, with its learned positions."""
-        return {"encoder": params["encoder"]}
-
-    def ema_rate(self, step: int | Int[Array, ""]) -> float | Float[Array, ""]:
+    def _ema_schedule(self, step: int | Int[Array, ""]) -> Float[Array, ""]:
         """Compute 1 - momentum after optimizer step `step`.
 
         The momentum rises linearly; the released code uses schedule[s] after step s.
@@ -162,12 +162,15 @@ class Method(ViTMethod):
         target_index = masked
         if not self.align_targets:
             target_index = jnp.take_along_axis(views["order"], masked, axis=1)
-        targets = masking.take(forward["targets"][:, 1:], target_index)
+        first_patch = int(self.target_has_cls)
+        targets = masking.take(forward["targets"][:, first_patch:], target_index)
         predictions = forward["latents"][:, -num_masked:]
         scale = num_masked / (self.num_patches * self.mask_ratio)
         pixel_loss = scale * losses.mse(forward["pixels"][:, -num_masked:], pixels)
         latent_loss = scale * losses.mse(predictions, targets)
-        cls_loss = losses.mse(forward["latents"][:, 0], forward["targets"][:, 0])
+        cls_loss = jnp.float32(0)
+        if self.target_has_cls:
+            cls_loss = losses.mse(forward["latents"][:, 0], forward["targets"][:, 0])
         loss = (
             self.pixel_weight * pixel_loss
             + self.latent_weight * latent_loss
@@ -189,8 +192,8 @@ class Method(ViTMethod):
 
         Returns:
           pixels: [B, V + M, P], masked patches last.
-          latents: [B, 1 + V + M, D], CLS first, masked patches last.
-          targets: [B, 1 + N, D] of the teacher, CLS first, in raster order.
+          latents: [B, 1 + V + M, W], CLS first, masked patches last.
+          targets: [B, 1 + N, W] of the teacher, CLS first if it has one, in raster order.
         """
         visible = views["visible"]
         patches = patchify(images, self.grid, self.patch_size)
@@ -202,9 +205,12 @@ class Method(ViTMethod):
         )
         pixels = _decode(self._pixel_decoder, params["pixel_decoder"], tokens, views)
         latents = _decode(self._latent_decoder, params["latent_decoder"], tokens, views)
-        teacher = jax.lax.stop_gradient(target["encoder"])
-        targets, _ = self._encoder.apply({"params": teacher}, patches, teacher["positions"])
+        targets = self.encode_targets(self.teacher(params, target), patches)
         return {"pixels": pixels[:, 1:], "latents": latents, "targets": targets}
+
+    def _positions(self, encoder: Params) -> Float[Array, "1 N D"]:
+        """The positions that an encoder has learned."""
+        return encoder["positions"]
 
     def reconstruct(
         self, params: Params, images: Float[Array, "B H W C"], views: Views

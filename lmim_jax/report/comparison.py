@@ -255,7 +255,7 @@ def baselines(names: Sequence[str], folders: Mapping[str, SeedFolders]) -> list[
     Returns:
       Raw pixels, as far as they were measured, and the encoder of each variant before training.
     """
-    found = []
+    found: list[Variant] = []
     for name in names:
         values = collect_values(folders[name], _pixel_values)
         if values and not found:  # those of other variants are the same

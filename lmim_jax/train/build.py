@@ -19,7 +19,7 @@ from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
 from lmim_jax.optim import adamw
-from lmim_jax.train import extension, state, step
+from lmim_jax.train import extension, frozen_teacher, state, step
 from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.prng import augment_keys
 
@@ -136,7 +136,12 @@ class TrainingParts:
         )
 
 
-def complete(config: ConfigDict, method: Any, augmentation: Augment) -> ConfigDict:
+def complete(
+    config: ConfigDict,
+    method: Any,
+    augmentation: Augment,
+    frozen: dict[str, Any] | None = None,
+) -> ConfigDict:
     """A copy of a recipe with the numbers that its unset options stand for, to be stored.
 
     Args:
@@ -144,10 +149,14 @@ def complete(config: ConfigDict, method: Any, augmentation: Augment) -> ConfigDi
         features of evaluators may be empty.
       method: built from it.
       augmentation: built from it.
+      frozen: `config.method` of the frozen teacher, see frozen_teacher.py.
     """
     config = config.copy_and_resolve_references()
     for key in method.SHARES:
         config.method[key] = getattr(method, key)
+    if frozen:
+        with config.unlocked():
+            config.method.frozen = frozen
     config.augment.eval_resize = augmentation.eval_resize
     evaluators.fill_in(config.evaluators, config.representation)
     return config
@@ -215,8 +224,11 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
             "no length of a run: give one above 0, such as --config.epochs=100"
         )
     span = extension.span(config, total_steps)
+    frozen = frozen_teacher.method_of(config)
     method = methods.from_config(
-        config.method, total_steps=span.steps, steps_per_epoch=steps_per_epoch
+        {**config.method, "frozen": frozen},
+        total_steps=span.steps,
+        steps_per_epoch=steps_per_epoch,
     )
     if methods.method_class(config.method.name).WHOLE_BATCH and config.micro_batches > 1:
         raise UserError(
@@ -242,7 +254,7 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
     )
     crop_keys = functools.partial(augment_keys, config.seed)
     return TrainingParts(
-        config=complete(config, method, augmentation),
+        config=complete(config, method, augmentation, frozen),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         method=method,

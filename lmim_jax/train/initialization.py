@@ -44,6 +44,15 @@ class InitialWeights:
             target=_replace(state.target, shardings.target, self.target),
         )
 
+    def joined(self, other: "InitialWeights") -> "InitialWeights":
+        """These weights and those of another source."""
+        return InitialWeights(
+            self.params | other.params,
+            self.target | other.target,
+            self.record | other.record,
+            self.lines + other.lines,
+        )
+
     def write(self, workdir: buckets.Pathname) -> None:
         """Write the record into a run."""
         atomic_io.write(buckets.path(workdir, NAME), json.dumps(self.record, indent=2) + "\n")

@@ -18,7 +18,14 @@ from lmim_jax.evaluators import base as evaluators
 from lmim_jax.evaluators.common import kept_classifier
 from lmim_jax.evaluators.common.outcome import Outcome
 from lmim_jax.models import attention
-from lmim_jax.train import extension, gpu_kernels, initialization, provenance, wandb_writer
+from lmim_jax.train import (
+    extension,
+    frozen_teacher,
+    gpu_kernels,
+    initialization,
+    provenance,
+    wandb_writer,
+)
 from lmim_jax.train import summary as summaries
 from lmim_jax.train import workdir as workdirs
 from lmim_jax.train.build import TrainingParts, build
@@ -166,13 +173,19 @@ def _resolve_range(config: ConfigDict, workdir: buckets.Pathname, source: Any) -
 def _initial_weights(
     parts: TrainingParts, workdir: buckets.Pathname
 ) -> initialization.InitialWeights | None:
-    """The weights of `config.init_from`, unless the run has its own already."""
+    """Those of `config.init_from` and of a frozen teacher, unless the run has its own already."""
     folder = parts.config.init_from
-    if not folder:
+    teacher = frozen_teacher.folder(parts.config.method)
+    if not folder and not teacher:
         return None
     if multihost.decide(lambda: newest_committed_step(workdir)) is not None:
         return None
-    return initialization.read(folder, parts.method)
+    found = initialization.InitialWeights({}, {}, {}, [])
+    if folder:
+        found = initialization.read(folder, parts.method)
+    if teacher:
+        found = found.joined(frozen_teacher.weights(teacher, parts.method))
+    return found
 
 
 def _schedule_evaluators(parts: TrainingParts, splits: Sources) -> list[evaluators.Scheduled]:

@@ -303,6 +303,8 @@ def _complete(config: dict[str, Any]) -> None:
     for name, value in workdir.FORMER.items():
         section, _, option = name.rpartition(".")
         options = config.setdefault(section, {}) if section else config
+        if section == "method" and not methods.has_option(options["name"], option):
+            continue
         options.setdefault(option, copy.copy(value))
     config.setdefault("representation", _former_representation(config["evaluators"]))
 

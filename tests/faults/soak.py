@@ -30,17 +30,23 @@ from lmim_jax.train import checkpoint_manifest, checkpoints, restarts, summary  
 from lmim_jax.utils import atomic_io  # noqa: E402
 
 EVERY = 100  # steps between two checkpoints
-DISK = "64m"
-BATCH = 8  # images, of tests/tiny.py
-PROBE_STEPS = 400  # of the run that measures the speed
+DISK = "512m"
+BATCH = 64  # images
+SIDE = 64  # of images, pixels
+PROBE_STEPS = 100  # of the run that measures the speed
 SAMPLE = 2.0  # seconds between two samples of memory and descriptors
 STEADY = 30.0  # seconds after which a start has all its memory
 RESTARTS = 20
+RECIPE = "configs/quickstart.py"
 FLAGS = (
+    f"--config.batch_size={BATCH}",
+    "--config.micro_batches=2",
+    "--config.data.source=folder",
     "--config.data.workers=2",
     "--config.data.timeout=10",
     f"--config.checkpoint_every={EVERY}",
     "--config.evaluators.knn.every=50",
+    "--config.evaluators.logistic_regression.every=0",
     "--config.report=False",
 )
 SIGNALS = {
@@ -59,15 +65,15 @@ OTHERS = ("worker killed", "bit flip", "full disk")
 
 
 def make_images(folder):
-    """64 training and 16 test images of two classes."""
+    """512 training and 64 test images of two classes."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", 32), ("test", 8)):
+    for split, count in (("train", 256), ("test", 32)):
         for label, name in enumerate(("cat", "dog")):
             (folder / split / name).mkdir(parents=True)
             for index in range(count):
-                noise = rng.integers(0, 120, (32, 32, 3)) + 100 * label
+                noise = rng.integers(0, 120, (SIDE, SIDE, 3)) + 100 * label
                 image = Image.fromarray(noise.astype(np.uint8))
-                image.save(folder / split / name / f"{index:02d}.png")
+                image.save(folder / split / name / f"{index:03d}.png")
 
 
 def start(images, workdir, steps, fault_file, restarting):
@@ -80,7 +86,9 @@ def start(images, workdir, steps, fault_file, restarting):
         launcher += [sys.executable, str(restart), str(RESTARTS)]
     flags = (*FLAGS, f"--config.total_steps={steps}")
     program = str(tests / "faults" / "soak_train.py")
-    (process,) = processes.start(images, workdir, *flags, launcher=launcher, program=program)
+    (process,) = processes.start(
+        images, workdir, *flags, launcher=launcher, program=program, config=RECIPE
+    )
     return process
 
 
@@ -243,11 +251,9 @@ class Soak:
 
     def _fill_disk(self):
         filler = self._disk / "filler"
-        try:
-            with filler.open("wb") as file:
-                file.write(bytes(shutil.disk_usage(self._disk).free))
-        except OSError:
-            pass  # it is full even so
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:  # until it is full
+                atomic_io.write_all(file, bytes(1 << 20))
         time.sleep(self._rng.uniform(3, 20))
         filler.unlink()
 

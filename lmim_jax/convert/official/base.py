@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 import lmim_jax.convert.official
 from lmim_jax.methods.base import Method, Params
+from lmim_jax.methods.common.targets import TargetMethod
 from lmim_jax.utils.errors import UserError
 
 TOLERANCE = 1e-5  # of constants such as positions, which every code computes for itself
@@ -137,8 +138,20 @@ def describe(method: Method) -> StateDictSpec:
         raise UserError(
             f"the names in {name}'s official code are not known (known: {', '.join(names())})"
         )
+    if isinstance(method, TargetMethod):
+        check_supported("target", method.target, ("ema", "random"))
+        check_supported("target_layers", method.target_layers, ((),))
     module = importlib.import_module(f"lmim_jax.convert.official.{name}")
     return module.describe(method)
+
+
+def check_supported(key: str, value: object, supported: Collection[object]) -> None:
+    """Raise a UserError unless the official code has this value of an option of the method."""
+    if value not in supported:
+        raise UserError(
+            f"config.method.{key}={value} is not in the official code, which has "
+            f"{' | '.join(map(str, supported))}"
+        )
 
 
 def _method_name(method: Method) -> str:

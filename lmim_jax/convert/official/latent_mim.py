@@ -3,10 +3,9 @@
 Its projector is the head of the encoder, and patches are embedded by a linear layer.
 """
 
-from lmim_jax.convert.official.base import StateDictSpec, with_cls
+from lmim_jax.convert.official.base import StateDictSpec, check_supported, with_cls
 from lmim_jax.methods.latent_mim import Method
 from lmim_jax.models.layers import sincos_positions
-from lmim_jax.utils.errors import UserError
 
 RENAMES = (
     (r"^target\.projector\.", "target_encoder.head."),
@@ -23,8 +22,7 @@ def describe(method: Method) -> StateDictSpec:
     Raises:
       UserError: the official code does not have this decoder or target.
     """
-    _check_supported("decoder", method.decoder, ("cross",))
-    _check_supported("target", method.target, ("ema", "random"))
+    check_supported("decoder", method.decoder, ("cross",))
     encoder_positions = with_cls(sincos_positions(method.grid, method.width))
     decoder_positions = with_cls(sincos_positions(method.grid, method.decoder_width))
     return StateDictSpec(
@@ -36,11 +34,3 @@ def describe(method: Method) -> StateDictSpec:
             "decoder.pos_embed.pos_embeds": decoder_positions,
         },
     )
-
-
-def _check_supported(key: str, value: str, supported: tuple[str, ...]) -> None:
-    if value not in supported:
-        raise UserError(
-            f"config.method.{key}={value} is not in the official code, which has "
-            f"{' | '.join(supported)}"
-        )
