@@ -82,7 +82,7 @@ def capi(channels: FieldReference) -> ConfigDict:
     # clusters: as many as images in a batch, as in capi_vit_l
     method.clusters = 2048
     method.sinkhorn_tau = 0.06  # temperature of assignments
-    method.sinkhorn_iterations = 3
+    method.sinkhorn_iterations = 3  # how often clusters and patches are balanced in turn
     method.positionwise = True  # balance the clusters at every position; False: over all together
     method.cluster_tau = 0.12  # temperature of the softmax that is compared with assignments
     method.tau = 0.12  # the same of predictions
