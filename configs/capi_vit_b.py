@@ -13,8 +13,8 @@ from ml_collections import ConfigDict, FieldReference
 
 from lmim_jax.configs import vit_b
 
-# At the size of configs/small.py, whose batch is 128: as many clusters for each image of a batch as
-# in a quarter of them, and enough predictions of 64 patches
+# At the size of configs/small.py: a quarter of the 128 images of a batch, and 10 of 64 patches are
+# predicted
 SMALL = {"clusters": 32, "prediction_ratio": 0.25, "drop_path": 0.0}
 
 
