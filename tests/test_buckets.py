@@ -345,3 +345,17 @@ def check_tools(tmp_path):
         runs.open_run("gs://bkt/nothing")
     with pytest.raises(UserError, match="bucket none: the bucket does not exist"):
         runs.open_run("gs://none/run")
+
+
+def test_without_a_network_it_is_said_at_once(images, monkeypatch):
+    """Libraries would try for minutes, and print tracebacks."""
+    for name in gcs_emulator.VARIABLES:
+        monkeypatch.setenv(name, "http://127.0.0.1:1")  # refuses connections
+    monkeypatch.setattr(buckets, "CONNECTION_PAUSE", 0.0)
+    config = tiny.get_config()
+    config.data.path = str(images)
+    message = r"^gs://unreachable: 127\.0\.0\.1 cannot be reached \(.*refused"
+    with pytest.raises(buckets.BucketUnreachable, match=message):
+        loop.train(config, "gs://unreachable/run")
+    with pytest.raises(buckets.BucketUnreachable, match=message):
+        runs.open_run("gs://unreachable/run")

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lmim_jax.utils import descriptors, recipes
-from lmim_jax.utils.buckets import BucketError
+from lmim_jax.utils.buckets import BucketError, BucketUnreachable
 from lmim_jax.utils.errors import DataLoaderTimeout, UserError, fail
 
 HELP = ("--help", "-help", "-h", "--helpshort")
@@ -65,6 +65,8 @@ def run(command: Command, argv: Sequence[str]) -> None:
         descriptors.raise_limit()
         try:
             command.main(positional[1:])
+        except BucketUnreachable as error:
+            fail(error, 1)
         except (UserError, BucketError) as error:
             fail(with_own_flags(command, str(error)))
         except DataLoaderTimeout as error:

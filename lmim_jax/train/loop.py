@@ -73,6 +73,7 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
     descriptors.raise_limit()
     config.data.source = sources.kind(config.data)
     workdirs.check_outside_images(workdir, config.data)
+    multihost.decide(lambda: workdirs.check_bucket(workdir))
     mesh = _make_mesh(config)
     attention.check_fused(config.method)
     wandb_writer.check(config.wandb)

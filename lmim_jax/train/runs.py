@@ -284,6 +284,8 @@ def read_config(folder: buckets.Pathname) -> dict[str, Any]:
         if missing:
             raise KeyError(*missing)
         _complete(config)
+    except buckets.BucketUnreachable:
+        raise
     except FileNotFoundError as error:
         problem = buckets.problem(path.parent)
         if problem:

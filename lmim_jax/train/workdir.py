@@ -86,10 +86,8 @@ def check(
     Raises:
       UserError: listing the keys that differ, and ways to go on; or what is lacking for a bucket.
     """
+    check_bucket(workdir)
     path = buckets.path(workdir, "config.json")
-    problem = buckets.problem(path.parent)
-    if problem:
-        raise UserError(problem)
     if not path.is_file():
         return
     known = json.loads(path.read_text())
@@ -129,6 +127,18 @@ def _ways_on(
     if known.get("extensions"):
         return f"it was extended: --config.{key}={before} resumes it; or {others}"
     return others
+
+
+def check_bucket(workdir: buckets.Pathname) -> None:
+    """Check that a workdir in a bucket can be listed.
+
+    Raises:
+      UserError: what is lacking.
+      BucketUnreachable: there is no network.
+    """
+    problem = buckets.problem(buckets.path(workdir))
+    if problem:
+        raise UserError(problem)
 
 
 def stored_range(workdir: buckets.Pathname) -> str | None:

@@ -21,7 +21,11 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import tempfile
+import time
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -30,6 +34,9 @@ from lmim_jax.utils.errors import UserError
 SUPPORTED = "local folders and gs://BUCKET/FOLDER (Google Cloud Storage)"
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 # What TensorStore's and gcsfs' texts say -> (error number, advice)
+CONNECTIONS = 3  # attempts to reach the storage
+CONNECTION_TIMEOUT = 10.0  # seconds
+CONNECTION_PAUSE = 2.0  # seconds between two attempts
 REASONS = {
     r"\b404\b|bucket does not exist": (
         errno.ENOENT,
@@ -52,6 +59,10 @@ class BucketError(OSError):
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
+
+
+class BucketUnreachable(BucketError):
+    """The storage cannot be reached: no mistake of the user, and it may be possible again soon."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +260,7 @@ class BucketPath:
     def _entries(self) -> dict[str, dict[str, Any]]:
         """{name from this folder on: what gcsfs says} of all objects below, sorted."""
         prefix = f"{self.key}/" if self.key else ""
+        _check_reachable(self.bucket)
         try:
             found = _file_system().find(f"{self.bucket}/{prefix}", detail=True)
         except FileNotFoundError as error:  # an empty folder is none
@@ -331,8 +343,8 @@ def _prepare_libraries(text: str) -> None:
     """Set up gcsfs, by which Orbax writes too, to ask the bucket each time."""
     if not importlib.util.find_spec("gcsfs"):
         raise UserError(f"{text}: buckets need gcsfs: pip install 'lmim_jax[gcs]'")
-    # Of parts of gcsfs that are not used
-    logging.getLogger("gcsfs").setLevel(logging.WARNING)
+    # Parts that are not used, and tracebacks of errors that are raised as well
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     import fsspec
     import gcsfs.core
 
@@ -383,10 +395,16 @@ def remove_tree(folder: Path) -> None:
 
 
 def problem(where: Path) -> str:
-    """What is lacking for listing a bucket; "" where nothing is, or where it is a local folder."""
+    """What is lacking for listing a bucket; "" where nothing is, or where it is a local folder.
+
+    Raises:
+      BucketUnreachable: nothing can be said, as there is no network.
+    """
     if isinstance(where, BucketPath):
         try:
             where.files()
+        except BucketUnreachable:
+            raise
         except OSError as error:
             return str(error)
     return ""
@@ -426,10 +444,45 @@ def local_folder(folder: Pathname) -> Iterator[pathlib.Path]:
 
 @functools.cache
 def _store(bucket: str) -> Any:
-    """TensorStore's key-value store of a bucket."""
+    """TensorStore's key-value store of a bucket.
+
+    Raises:
+      BucketUnreachable: see `_check_reachable`.
+    """
     import tensorstore
 
+    _check_reachable(bucket)
     return tensorstore.KvStore.open({"driver": "gcs", "bucket": bucket, "path": ""}).result()
+
+
+@functools.cache  # of a success
+def _check_reachable(bucket: str) -> None:
+    """Connect to the storage, once: without a network, libraries try for minutes.
+
+    Raises:
+      BucketUnreachable: it is not possible.
+    """
+    if urllib.request.getproxies():  # which connect instead
+        return
+    url = "https://storage.googleapis.com"
+    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+        url = os.environ.get(name) or url
+    parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    for attempt in range(CONNECTIONS):
+        try:
+            socket.create_connection((parts.hostname, port), CONNECTION_TIMEOUT).close()
+        except OSError as error:
+            failure = error
+            if attempt + 1 < CONNECTIONS:
+                time.sleep(CONNECTION_PAUSE)
+        else:
+            return
+    raise BucketUnreachable(
+        errno.ENETUNREACH,
+        f"{parts.hostname} cannot be reached ({failure.strerror or failure}); is there a network?",
+        f"gs://{bucket}",
+    )
 
 
 @functools.cache
