@@ -95,6 +95,7 @@ def test_labels_of_clevr_are_those_of_vtab(clevr):
     assert distances.tolist() == expected
 
 
+@pytest.mark.slow
 def test_informative_features_score_100_and_shuffled_ones_chance(clevr, monkeypatch):
     found = run(clevr)
     assert found["count"] == found["distance"] == 100

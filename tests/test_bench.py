@@ -28,6 +28,7 @@ FLOAT32 = {
     r"jvp\(LatentDecoder\)/bmd,bvd->bmv": "visual cues",
     # Differences of cosines are divided by tau
     r"(transpose\()?jvp\(bid,bjd->bij\)\)?": "patch InfoNCE",
+    r"jvp\((ViT|CrossPredictor)\)": "angles of rotary embeddings",
 }
 
 
@@ -300,6 +301,7 @@ def test_a_trace_without_operations_is_refused(tmp_path):
         profile._sum_operations(path, [], steps=1)
 
 
+@pytest.mark.slow
 def test_the_whole_loop(images):
     data = [f"--config.data.path={images}", "--config.data.resize_on=host"]
     process = bench(["--what=train", "--steps=4"] + data + SMALL)

@@ -234,6 +234,9 @@ def test_the_command_of_a_study_is_one_that_makes_it_again(monkeypatch):
 FLAG = re.compile(r"(?<![\w-])--(?:\[no\])?([a-z][\w.-]*)")
 KEY = re.compile(r"(?<![\w./-])config\.([a-z_][\w.\0]*)")
 OF_OTHERS = {  # programs, named beside each
+    "config-file",  # detectron2
+    "num-gpus",
+    "local-dir",  # hf download
     "ntasks",  # srun
     "ntasks-per-node",
     "gpus-per-node",
@@ -326,6 +329,8 @@ def wrong_names(path):
                 known = key.partition("\0")[0].rstrip(".")
                 if "\0" in key and not key.partition("\0")[0].endswith("."):
                     known = known.rpartition(".")[0]
+                if known == "py":  # a file
+                    continue
                 if known and known not in config_keys():
                     found.append(f"{path.name}:{number}: config.{known}")
     return found

@@ -168,26 +168,6 @@ def test_values_without_a_natural_range_are_rejected(dtype):
         decode.decode(data, 8, 3)
 
 
-def test_an_unreadable_file_is_bad(tmp_path):
-    path = tmp_path / "a.jpg"
-    path.write_bytes(encoded(NOISE))
-    path.chmod(0)
-    images = loader.BatchDecoder(sources.open_folder(tmp_path, "train"), 48, 3, 1, replace=False)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)  # root may read anything
-    try:
-        batch = images.batch(np.array([0]))
-        message = images.describe_failure(0)
-    finally:
-        if user == 0:
-            os.seteuid(0)
-    assert batch["bad"].tolist() == [0]
-    assert not batch["image"].any()
-    assert "a.jpg" in message
-    assert "Permission denied" in message
-
-
 @functools.cache
 def real():
     """The 125 real files, by name."""

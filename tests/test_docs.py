@@ -92,6 +92,7 @@ def color_run(overlay, images, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_example_method_trains(color_run):
     summary = json.loads((color_run / "summary.json").read_text())
     assert summary["steps"] == 4

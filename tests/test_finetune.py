@@ -106,7 +106,9 @@ def test_learning_rates_fall_by_layer(name):
         "head": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)},
     }
     factors = adamw.match_rules(layer_decay.learning_rate_factors(trained, 0.5), trained, "it")
-    assert values(factors["head"]) == values(factors["encoder"]["norm"]) == {1.0}
+    assert values(factors["head"]) == {1.0}
+    if "norm" in trained["encoder"]:  # it may have no weights
+        assert values(factors["encoder"]["norm"]) == {1.0}
     assert values(factors["encoder"]["block01"]) == {0.5}
     assert values(factors["encoder"]["block00"]) == {0.25}
     below = {

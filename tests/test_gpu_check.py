@@ -130,6 +130,7 @@ def run_tiny(out, **variables):
     return done, {result["part"]: result for result in map(json.loads, lines)}
 
 
+@pytest.mark.slow
 def test_a_step_is_measured(tmp_path):
     done, results = run_tiny(tmp_path, ONLY="step/256_default")
     assert done.returncode == 0, done.stdout

@@ -110,6 +110,7 @@ def test_the_command_without_a_command(lmim):
     assert mistake.stderr == "error: lmim evalute: no such command; did you mean evaluate?\n"
 
 
+@pytest.mark.slow
 def test_the_help_of_every_command_explains_its_own_flags(lmim, installed):
     done = lmim("-c", HELP, program=(sys.executable,))
     where, *texts = done.stdout.split("COMMAND ")
@@ -129,6 +130,7 @@ def test_the_help_of_every_command_explains_its_own_flags(lmim, installed):
     assert len(runs) == 9
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_and_evaluated_from_an_empty_folder(lmim, images):
     small = ("--config.batch_size=16", "--config.micro_batches=1", "--config.data.source=folder")
     trained = lmim(

@@ -61,6 +61,7 @@ def test_features_and_pca(images, tmp_path):
     assert pictures == 2
 
 
+@pytest.mark.slow
 def test_collapse(images, tmp_path):
     changes = {**SMALL, "data.path": str(images)}
     folder = str(tmp_path / "collapse")

@@ -32,6 +32,7 @@ def planned():
     return plan.plan(recipe(), "h200:8", SETTINGS)
 
 
+@pytest.mark.slow
 def test_gpus_are_planned_from_the_trace(planned):
     assert planned["chips"] == 8
     assert planned["mesh"] == {"data": 8, "fsdp": 1}

@@ -142,6 +142,7 @@ def read_results(out):
     return json.loads((out / "results.json").read_text())["groups"]["threads"]
 
 
+@pytest.mark.slow
 def test_a_study_runs_resumes_and_reports(tmp_path, images):
     config = tmp_path / "config.py"
     config.write_text(CONFIG)

@@ -129,7 +129,7 @@ def board_events(workdir):
 
 
 def test_tensorboard_shows_the_config_as_text(finished):
-    config, workdir, _ = finished
+    _, workdir, _ = finished
     texts = [
         event["config/text_summary"]
         for event in board_events(workdir)
@@ -137,7 +137,9 @@ def test_tensorboard_shows_the_config_as_text(finished):
     ]
     lines = texts[0].tensor.string_val[0].decode().splitlines()
     assert all(line.startswith("    ") for line in lines)  # a block of code in Markdown
-    assert json.loads("\n".join(lines)) == json.loads(json.dumps(config.to_dict()))
+    stored = json.loads((workdir / "config.json").read_text())
+    del stored["training_images"]
+    assert json.loads("\n".join(lines)) == stored
 
 
 def test_lines_of_metrics_fit_on_the_console():

@@ -92,13 +92,12 @@ def spawned(process):
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_the_group_spares_the_workers(
     number, images, tmp_path, injected, full, request
 ):
-    """[SIGTERM / all, and resumed] The run waits for its data all the time."""
-    if number != signal.SIGTERM and not full:
-        pytest.skip("more of the same; ./launch/test.sh --faults")
+    """[- / all signals, and resumed] The run waits for its data all the time."""
     workers = (*NOT_EVALUATED, "--config.data.workers=2")
     injected.set(SLOW)
     process = injected.start(images, tmp_path / "run", *workers)
@@ -154,11 +153,10 @@ def test_a_killed_worker_costs_no_bit(images, tmp_path, injected, undisturbed, f
     assert equals(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 2])
-def test_interrupts(presses, images, tmp_path, injected, full):
-    """[twice / also once] The first saves; the second aborts, even where a read hangs."""
-    if presses == 1 and not full:
-        pytest.skip("more of the same; ./launch/test.sh --faults")
+def test_interrupts(presses, images, tmp_path, injected):
+    """[- / once, twice] The first saves; the second aborts, even where a read hangs."""
     injected.set(SLOW)
     process = injected.start(images, tmp_path / "run", *NOT_EVALUATED, "--config.data.threads=2")
     processes.wait_for(lambda: processes.step_of(tmp_path / "run") >= 3, [process])

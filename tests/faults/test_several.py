@@ -201,11 +201,10 @@ def test_processes_wait_for_each_other_learn_who_failed_and_follow_the_first():
         assert "mistake: the config of process 0" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
-def test_a_lost_process_ends_the_run_and_is_named(images, tmp_path, victim, full):
-    """[process 1 / also process 0, which the others are connected to]"""
-    if not victim and not full:
-        pytest.skip("more of the same; ./launch/test.sh --faults")
+def test_a_lost_process_ends_the_run_and_is_named(images, tmp_path, victim):
+    """[- / process 1, and process 0, which the others are connected to]"""
     launcher = [str(processes.ROOT / "launch" / "processes.sh"), "2"]
     (launched,) = running = processes.start(
         images, tmp_path, "--config.epochs=1000", "--heartbeat=10", processes=2, launcher=launcher
