@@ -2,7 +2,6 @@
 
 import functools
 import io
-import os
 import pathlib
 import struct
 import zipfile
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmim_jax.data import decode, loader, sources
+from lmim_jax.data import decode, sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.augment.host import HostCrop
 
