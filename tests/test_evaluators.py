@@ -219,6 +219,16 @@ def test_baselines_of_logistic_regression_stand_beside_its_accuracy(run):
     assert found["histogram_accuracy"] == 100  # the two classes of these images differ in color
 
 
+def test_of_many_bands_each_has_a_histogram_of_its_own():
+    levels = np.random.default_rng(0).uniform(0, 256, (2, 4, 4, 13)).astype(np.float32)
+    found = np.asarray(image_features.encoder_free_feature(levels, levels, "histogram"))
+    assert found.shape == (2, 13 * 6)
+    np.testing.assert_allclose((found**2).sum(-1), 1, rtol=1e-6)
+    for band in range(13):
+        counts, _ = np.histogram(levels[1, ..., band], bins=6, range=(0, 256))
+        np.testing.assert_allclose(found[1, 6 * band :][:6] ** 2, counts / 16 / 13, atol=1e-6)
+
+
 def test_a_histogram_is_the_share_of_pixels_in_each_color():
     levels = np.zeros((1, 2, 2, 3), np.float32)
     levels[0, 0] = 255

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import Batch, EvaluationData, targets_of
@@ -26,6 +26,7 @@ from lmim_jax.utils.errors import UserError, did_you_mean
 ENCODER_FREE = ("pixels", "histogram")
 POOLS = ("mean", "cls", "both")
 HISTOGRAM_LEVELS = 6  # per channel
+JOINT_CHANNELS = 4  # of more channels, each has a histogram of its own
 
 
 class Labeled(NamedTuple):
@@ -228,21 +229,28 @@ def encoder_free_feature(
       images: normalized images.
       levels: the same images as levels 0 .. 255.
       name: "pixels": the image itself. "histogram": the square root of the share of pixels in each
-        of 6^C colors, so that the cosine of two images is the Bhattacharyya coefficient.
+        of 6^C colors, so that the cosine of two images is the Bhattacharyya coefficient; of more
+        than 4 channels, the same of each channel's 6 levels, one after the other.
     """
     if name == "pixels":
         return images.reshape(len(images), -1)
-    channels = images.shape[-1]
-    colors = HISTOGRAM_LEVELS**channels
     level = (levels * (HISTOGRAM_LEVELS / 256)).astype(jnp.int32)
     level = jnp.minimum(level, HISTOGRAM_LEVELS - 1)
+    channels = images.shape[-1]
+    if channels > JOINT_CHANNELS:
+        histograms = [_shares(level[..., i], HISTOGRAM_LEVELS) for i in range(channels)]
+        return jnp.sqrt(jnp.concatenate(histograms, axis=-1) / channels)
     color = level @ HISTOGRAM_LEVELS ** jnp.arange(channels)
+    return jnp.sqrt(_shares(color, HISTOGRAM_LEVELS**channels))
+
+
+def _shares(colors: Int[Array, "B H W"], number: int) -> Float[Array, "B N"]:
+    """The share of the pixels of each image that have each of N colors."""
 
     def count_colors(row: Array) -> Array:
-        return jnp.bincount(row, length=colors)
+        return jnp.bincount(row, length=number)
 
-    counts = jax.vmap(count_colors)(color.reshape(len(images), -1))
-    return jnp.sqrt(counts / color[0].size)
+    return jax.vmap(count_colors)(colors.reshape(len(colors), -1)) / colors[0].size
 
 
 def parse_feature(feature: str) -> list[FeaturePart]:
