@@ -51,7 +51,13 @@ def test_tables_have_mean_and_spread():
     assert "| lost | not run |  |  |" in table
 
 
-@pytest.mark.parametrize("name", ["study", "study:cifar10", "compare", "compare:cifar10"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("study", "study:cifar10", "compare", "compare:cifar10"),
+        *("benchmark", "benchmark:small", "benchmark:micro,rates"),
+    ],
+)
 def test_every_run_of_a_study_is_a_valid_recipe(name, tmp_path):
     groups, runs = study.plan(get_config(name), [], (), tmp_path)
     assert len({run.folder for run in runs}) == len(runs)
@@ -63,6 +69,9 @@ def test_every_run_of_a_study_is_a_valid_recipe(name, tmp_path):
         section = recipe.method
         for change in run.changes:
             key, value = change.removeprefix("method.").split("=")
+            if key == "optimizer.base_lr":
+                assert float(value) > 0
+                continue
             assert key in section, change
             section[key] = parse_value(value, like=section[key])
         methods.from_config(section, total_steps=1, steps_per_epoch=1)
@@ -167,3 +176,69 @@ def test_a_study_runs_resumes_and_reports(tmp_path, images):
     assert "2 runs, 1 of them finished" in second.stderr
     assert second.stderr.count("seed 0 (") == 1
     assert read_results(out) == results
+
+
+def finished_run(folder, run, knn):
+    """The folder of a run that has ended, with the names of folders in its files."""
+    folder.mkdir(parents=True)
+    lines = []
+    for step, value in ((0, 5.0), (8, knn)):
+        values = {"step": step, "knn/knn20": value, "knn/pixels_knn20": 3.0}
+        lines.append(json.dumps(values))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "summary.json").write_text(json.dumps({"steps": 8}))
+    (folder / "log.txt").write_text(f"images in {ROOT}/images\nresults in {folder.absolute()}\n")
+    (folder / "command.txt").write_text("\n".join(["python", "main.py", *run.config_flags]) + "\n")
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """Two finished runs of a study, and where their records are; the runs are gone."""
+    config = get_config("benchmark")
+    config.runs = config.runs[:1]
+    config.groups = (("benchmark", "none", (config.runs[0][0],)),)
+    change = f"data.path={ROOT}/images"
+    _, runs = study.plan(config, [], (change,), tmp_path / "out", tmp_path / "records")
+    for run in runs:
+        assert run.results is None
+        finished_run(run.folder, run, 20.0 + run.seed)
+        run.keep_records()
+    (tmp_path / "out").rename(tmp_path / "gone")
+    return config, tmp_path
+
+
+def test_records_replace_runs_and_name_no_folder(recorded):
+    config, folder = recorded
+    _, runs = study.plan(config, [], ("data.path=elsewhere",), folder / "out", folder / "records")
+    assert [run.results for run in runs] == [run.records for run in runs]
+    for path in (folder / "records").rglob("*.*"):
+        assert str(ROOT) not in path.read_text()
+        assert str(folder) not in path.read_text()
+    log = (runs[0].records / "log.txt").read_text()
+    assert log == "images in DATA\nresults in RUN\n"
+    _, others = study.plan(config, [], ("epochs=3",), folder / "out", folder / "records")
+    assert [run.results for run in others] == [None, None]  # another command
+
+
+def test_pages_are_made_from_records_beside_baselines(recorded):
+    config, folder = recorded
+    groups, runs = study.plan(config, [], (), folder / "out", folder / "records")
+    name = runs[0].name
+    publisher = study._Publisher(
+        folder / "out", "Title", "command", groups, runs, {name: "what"}, config.baselines
+    )
+    publisher.publish()
+    table = (folder / "out" / "table.md").read_text()
+    assert f"| {name} | what | 20.5 ± 0.5 |" in table
+    assert "| raw pixels | no encoder | 3.0 ± 0.0 |" in table
+    assert f"| {name}, untrained | at step 0 | 5.0 ± 0.0 |" in table
+    assert (
+        f"{name}: +15.5 k-NN 20 % over {name}, untrained; +17.5 k-NN 20 % over raw pixels." in table
+    )
+
+
+def test_a_study_stops_in_time(tmp_path):
+    _, runs = study.plan(get_config("benchmark"), [], (), tmp_path)
+    with pytest.raises(KeyboardInterrupt, match="after --hours=1e-12"):
+        study.execute(runs, 1, 1e-12, print)
+    assert list(tmp_path.iterdir()) == []  # none was started

@@ -29,22 +29,20 @@ def keep(run: buckets.Path, records: buckets.Path, changes: Iterable[str]) -> No
       records: the folder to write.
       changes: "KEY=VALUE" of its recipe; those of PLACES name folders.
     """
-    hidden = {str(run.absolute()): "RUN", str(run): "RUN"}
+    hidden = {str(run.absolute()): "RUN", str(run): "RUN", f"{sys.prefix}/bin/": ""}
     for change in changes:
         key, _, value = change.partition("=")
         if key in PLACES and value:
             hidden[str(pathlib.Path(value).expanduser().absolute())] = PLACES[key]
             hidden[value] = PLACES[key]
-    hidden[f"{sys.prefix}/bin/"] = ""
     hidden[str(pathlib.Path.home())] = "~"
-    here = pathlib.Path.cwd()
-    if len(here.parts) > 2:  # not "/" or "/home"
-        hidden[str(here)] = "."
+    hidden[str(pathlib.Path.cwd())] = "."
+    names = {name: word for name, word in hidden.items() if name.count("/") > name.endswith("/")}
     records.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         source = run / name
         if source.exists():
-            atomic_io.write(records / name, _without(source.read_text(), hidden))
+            atomic_io.write(records / name, _without(source.read_text(), names))
 
 
 def _without(text: str, hidden: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ The files are looked through once, for names, places and labels; the images are 
 places when they are written. Neither unpacks a file to disk or holds it in memory.
 """
 
+import abc
 import collections
 import dataclasses
 import functools
@@ -48,7 +49,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedSource:
+class PackedSource(abc.ABC):
     """Images inside files; see `sources.Source`. Subclasses read them.
 
     Attributes:
@@ -72,6 +73,7 @@ class PackedSource:
     def __len__(self) -> int:
         return len(self.files)
 
+    @abc.abstractmethod
     def read(self, path: str, index: int) -> bytes:
         """The encoded bytes of an image in one of the files.
 
@@ -80,7 +82,6 @@ class PackedSource:
           UserError: the file is damaged.
           OSError: it cannot be read.
         """
-        raise NotImplementedError
 
     def record(self, index: int) -> tuple[bytes, int]:
         """(encoded bytes, class) of an image; see `read` for what it raises."""
