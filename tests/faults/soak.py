@@ -9,6 +9,7 @@ same bits, or needed more and more memory or descriptors. What is in FOLDER is c
 import argparse
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -304,15 +305,11 @@ class Soak:
 
 
 def _minutes(events):
-    """Minutes in which the run went on, over all calls."""
+    """Minutes in which the run went on, over all calls, also those that were killed."""
     total = 0.0
-    began = None
-    for event in events:
-        if event["event"] == "start":
-            began = event["time"]
-        if event["event"] == "end" and began is not None:
-            total += event["time"] - began
-            began = None
+    for event, following in itertools.pairwise(events):
+        if following["event"] != "start":
+            total += following["time"] - event["time"]
     return total / 60
 
 
@@ -384,6 +381,7 @@ def main():
     parser.add_argument("--every", type=float, default=60, help="seconds between two faults")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are stopped, too
     report = soak(given.folder, given.minutes, given.every, given.seed)
     print(json.dumps(report, indent=1))
     print(table(report))
