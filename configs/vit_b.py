@@ -266,6 +266,30 @@ def latent_mim(channels: FieldReference) -> ConfigDict:
     method.visual_cues = True  # mask tokens start from the visible tokens nearby
     method.projector_depth = 3  # layers of the MLP behind both encoders; 0: none
     method.projector_width = 4096  # of its hidden layers
+    # Switches that the paper does not have; all of them are off. See docs/methods.md
+    # Masks of an image that share one pass of the teacher over all of its patches; above 1, it
+    # takes target_patches=all (data2vec 2.0, arXiv 2212.07525: 16)
+    method.masks_per_image = 1
+    # Standard deviation of Gaussian noise, embedded by the decoder, in place of the learned mask
+    # token; 0: off (StoP, arXiv 2308.00566: 0.25)
+    method.position_noise = 0.0
+    # Of an L1 loss on the visible patches, divided by the root of their distance to the nearest
+    # masked one; takes target_patches=all; 0: off (V-JEPA 2.1, arXiv 2603.14482; 0.5 is a choice
+    # made here, the paper's value is not known)
+    method.context_weight = 0.0
+    method.context_warmup = 0.15  # share of the steps in which it rises on a line from 0
+    # Targets of an image with a higher cosine are no negatives of each other in patch_infonce; 0:
+    # off (OlmoEarth's released code: 0.999)
+    method.duplicate_cosine = 0.0
+    # Of SIGReg, which pulls the encoder's (projected) features towards a Gaussian; 0: off (LeJEPA,
+    # arXiv 2511.08544: 0.02 to 0.05). It grows with the number of samples, so that it has to be
+    # tuned again with batch_size / micro_batches
+    method.sigreg_weight = 0.0
+    method.sigreg_directions = 512  # random directions, fresh in each step (LeJEPA: 256 to 1024)
+    # Of a hinge on the standard deviation of each of these features, which must not be below 1; 0:
+    # off (VICReg, arXiv 2105.04906: 25)
+    method.variance_weight = 0.0
+    method.regularized = "images"  # images | patches: means over visible patches, or each of them
     # precision and kernels
     method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32
     method.attention = "auto"  # auto | xla (anywhere) | cudnn (fused, NVIDIA GPUs, bfloat16)

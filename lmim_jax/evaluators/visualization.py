@@ -110,9 +110,14 @@ def jit_training_views(
     def draw(canvases: Batch) -> tuple[Array, dict[str, Array]]:
         keys = jax.random.split(jax.random.key(0), len(canvases["image"]))
         crops = augment.denormalize(augment(keys, canvases))
-        return crops, method.sample(jax.random.key(0), keys)
+        return crops, _first_masks(method.sample(jax.random.key(0), keys), len(keys))
 
     return jax.jit(draw, out_shardings=sharding.replicated(mesh))
+
+
+def _first_masks(views: dict[str, Array], images: int) -> dict[str, Array]:
+    """One row of each image of what `sample` returns: where it has several masks, the first."""
+    return {name: rows[:: len(rows) // images] for name, rows in views.items()}
 
 
 @functools.lru_cache(maxsize=2)

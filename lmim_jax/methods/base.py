@@ -103,9 +103,11 @@ class Method(Protocol):
           keys: one random key per image; whatever differs between images depends on these alone.
 
         Returns:
-          A dict of arrays with a leading batch axis. "visible" [B, V] int32 holds the ids of the
-          patches that the encoder sees; where this array is padded, the bool array "visible_mask"
-          [B, V] is true for the entries that count. Other entries depend on the method.
+          A dict of arrays with a leading batch axis. Of methods that draw several masks for an
+          image, arrays about masks have one row per mask, those of an image one after the other.
+          "visible" [B, V] int32 holds the ids of the patches that the encoder sees; where this
+          array is padded, the bool array "visible_mask" [B, V] is true for the entries that count.
+          Other entries depend on the method.
         """
 
     def loss_fn(

@@ -3,8 +3,9 @@
 A predictor predicts the features of a few target blocks of an image from one context block; the
 targets come from an EMA of the encoder. There is no CLS token.
 
-Letters: B batch, H W image height and width, C channels, N patches, K context patches (padded),
-T target patches of a block (padded), P pixels of a patch, D encoder width, d predictor width.
+Letters: B batch, R masks, H W image height and width, C channels, N patches, K context patches
+(padded), T target patches of a block (padded), P pixels of a patch, D encoder width, d predictor
+width, W width of a target.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from lmim_jax.methods.base import Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_choice, check_heads, check_range
-from lmim_jax.methods.common.targets import TargetMethod
+from lmim_jax.methods.common.latent_prediction import LatentPrediction
 from lmim_jax.models import initializers, normalization, vit
 from lmim_jax.models.decoders import TokenDecoder
 from lmim_jax.models.layers import patchify, sincos_positions
@@ -28,7 +29,7 @@ LOSSES = {"smooth_l1": losses.smooth_l1, "mse": losses.mse, "l1": losses.l1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(TargetMethod):
+class Method(LatentPrediction):
     """I-JEPA; the fields are `config.method`, explained key by key in configs/ijepa_vit_b.py.
 
     The paper evaluates the features of the teacher (`params: target` of an evaluator).
@@ -103,11 +104,16 @@ class Method(TargetMethod):
         return {**params, **self.init_target(jax.random.fold_in(rng, 3))}
 
     def sample(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> Views:
-        """Draw visible [B, K] and targets [B, blocks, T], patch ids with a mask each.
+        """Draw visible [R, K] and targets [R, blocks, T], patch ids with a mask each.
 
-        With `biased_masks`, block sizes depend on `rng` alone. See `masking.Multiblock`.
+        There are R = B x masks_per_image contexts. With `position_noise`, there is also noise
+        [R, blocks x T, D]. With `biased_masks`, block sizes depend on `rng` alone. See
+        `masking.Multiblock`.
         """
-        return self._mask_sampler(rng, keys)
+        mask_keys = self.mask_keys(keys)
+        views = self._mask_sampler(rng, mask_keys)
+        _, blocks, length = views["targets"].shape
+        return {**views, **self.draw_noise(mask_keys, blocks * length)}
 
     def _ema_schedule(self, step: int | Int[Array, ""]) -> Float[Array, ""]:
         """Compute 1 - momentum after optimizer step `step`.
@@ -127,41 +133,69 @@ class Method(TargetMethod):
     ) -> tuple[Float[Array, ""], Metrics]:
         """Compare predicted with target features, averaged over the patches of all blocks.
 
-        Arguments and result as in methods/base.py. Metrics are the loss and the mean numbers of
-        context patches and of target patches per block.
+        Arguments and result as in methods/base.py. Metrics are the loss, the mean numbers of
+        context patches and of target patches per block, and those of further terms, see
+        common/latent_prediction.py.
 
         Source: paper section 3; official `src/train.py` (smooth L1, where the paper has L2).
         """
-        del step
         mask = views["target_mask"]
         forward = self.forward(params, target, images, views)
         loss = LOSSES[self.loss](forward["predictions"], forward["targets"], mask)
+        terms = self.regularization_terms(forward["visible"], step, views["visible_mask"])
+        if self.context_weight:
+            terms |= self._context_terms(forward, views)
+        loss = self.add_terms(loss, terms, step)
         return loss, {
             "loss": loss,
             "context_patches": views["visible_mask"].sum(axis=1).mean(dtype=jnp.float32),
             "target_patches": mask.sum(axis=2).mean(dtype=jnp.float32),
+            **terms,
         }
+
+    def _context_terms(self, forward: dict[str, Array], views: Views) -> Metrics:
+        """The loss on context patches; each block predicts them beside its own patches."""
+        rows, blocks, length = views["targets"].shape
+        return self.context_terms(
+            forward["context_predictions"],
+            jnp.repeat(forward["context_targets"], blocks, axis=0),
+            jnp.repeat(views["visible"], blocks, axis=0),
+            views["targets"].reshape(rows * blocks, length),
+            jnp.repeat(views["visible_mask"], blocks, axis=0),
+            views["target_mask"].reshape(rows * blocks, length),
+        )
 
     def forward(
         self, params: Params, target: Params, images: Float[Array, "B H W C"], views: Views
-    ) -> dict[str, Float[Array, "B blocks T D"]]:
+    ) -> dict[str, Array]:
         """Compute predictions and targets; arguments as in `loss_fn`.
 
         Returns:
-          predictions, targets: [B, blocks, T, D], meaningless where views["target_mask"] is false.
+          predictions, targets: [R, blocks, T, W], meaningless where views["target_mask"] is false.
+          visible: [R, K, D], the encoder's tokens of the context.
+          context_predictions: [R * blocks, K, W], those that each block makes of the context.
+          context_targets: [R, K, W], of the context.
         """
         patches = patchify(images, self.grid, self.patch_size)
         index = views["targets"]
         tokens = self._encode_context(params, patches, views)
         predictions = self._predict(params, tokens, views)
         teacher = self.teacher(params, target)
-        targets = self._encode_targets(teacher, patches, index.reshape(len(index), -1))
+        targets = self._encode_targets(teacher, patches)
+        block_targets = masking.take(targets, index.reshape(len(index), -1))
         shape = (*index.shape, self.target_width)
-        return {"predictions": predictions.reshape(shape), "targets": targets.reshape(shape)}
+        context = tokens.shape[1]
+        return {
+            "predictions": predictions[:, context:].reshape(shape),
+            "targets": block_targets.reshape(shape),
+            "visible": tokens,
+            "context_predictions": predictions[:, :context],
+            "context_targets": masking.take(targets, views["visible"]),
+        }
 
     def _encode_context(
         self, params: Params, patches: Float[Array, "B N P"], views: Views
-    ) -> Float[Array, "B K D"]:
+    ) -> Float[Array, "R K D"]:
         """Apply the online encoder to the context patches."""
         context = views["visible"]
         tokens, _ = self._encoder.apply(
@@ -173,9 +207,12 @@ class Method(TargetMethod):
         return tokens
 
     def _predict(
-        self, params: Params, tokens: Float[Array, "B K D"], views: Views
-    ) -> Float[Array, "B*blocks T D"]:
-        """Predict the features of target blocks, each from the context alone: one row per block."""
+        self, params: Params, tokens: Float[Array, "R K D"], views: Views
+    ) -> Float[Array, "R*blocks K+T W"]:
+        """Predict the features of target blocks, each from the context alone: one row per block.
+
+        The features of the context come first.
+        """
         batch, blocks, length = views["targets"].shape
         positions = sincos_positions(self.grid, self.decoder_width, integer=True)
         positions = jnp.asarray(positions)[None]
@@ -183,23 +220,26 @@ class Method(TargetMethod):
         context_mask = jnp.repeat(views["visible_mask"], blocks, axis=0)
         mask = jnp.concatenate([context_mask, views["target_mask"].reshape(-1, length)], axis=1)
         context_positions = masking.take(positions, views["visible"])
-        predictions = self._predictor.apply(
+        noise = views.get("noise")
+        if noise is not None:
+            noise = noise.reshape(batch * blocks, length, self.width)
+        return self._predictor.apply(
             {"params": params["predictor"]},
             jnp.repeat(tokens, blocks, axis=0),
             jnp.repeat(context_positions, blocks, axis=0),
             target_positions,
             mask,
+            noise,
         )
-        return predictions[:, -length:]
 
     def _encode_targets(
-        self, teacher: Params, patches: Float[Array, "B N P"], index: Int[Array, "B M"]
-    ) -> Float[Array, "B M W"]:
-        """Apply the teacher to whole images: normalized features of some of the patches."""
+        self, teacher: Params, patches: Float[Array, "B N P"]
+    ) -> Float[Array, "B N W"]:
+        """Apply the teacher to whole images: normalized features of the patches."""
         tokens = self.encode_targets(teacher, patches)
         if not self.target_layers:
             tokens = normalization.standardize_tokens(tokens, 1e-5)
-        return masking.take(tokens[:, int(self.target_has_cls) :], index)
+        return tokens[:, int(self.target_has_cls) :]
 
     def _positions(self, encoder: Params) -> Float[Array, "1 N D"]:
         """Compute the positions of the training grid: fixed, the same for every encoder."""

@@ -11,8 +11,8 @@ The paper discusses four challenges; these options control the remedy of each:
   correlated patches     num_visible, gap, target_patches, similarity_weight
   weak conditioning      decoder: cross | self; visual_cues; projector_depth, projector_width
 
-Letters: B batch, H W image height and width, C channels, N patches, V visible, M masked, T tokens,
-h w rows and columns of the grid, P pixels of a patch, D width.
+Letters: B batch, R masks, H W image height and width, C channels, N patches, V visible, M masked, T
+tokens, h w rows and columns of the grid, P pixels of a patch, D width.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lmim_jax.methods.base import Features, Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_choice, check_heads, check_range
-from lmim_jax.methods.common.targets import TargetMethod
-from lmim_jax.models import vit
+from lmim_jax.methods.common.latent_prediction import LatentPrediction
+from lmim_jax.models import normalization, vit
 from lmim_jax.models.decoders import LatentDecoder
 from lmim_jax.models.layers import patchify, sincos_positions
 from lmim_jax.optim import schedules
@@ -37,7 +37,7 @@ LOSSES = ("patch_infonce", *losses.REGRESSION_LOSSES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(TargetMethod):
+class Method(LatentPrediction):
     """Latent MIM; the fields are `config.method`, explained key by key in configs/vit_b.py."""
 
     gap: int
@@ -51,6 +51,7 @@ class Method(TargetMethod):
     loss: str
     tau: float
     standardize: bool
+    duplicate_cosine: float
     similarity_weight: float
     similarity_start: float
     similarity_end: float
@@ -66,12 +67,34 @@ class Method(TargetMethod):
         check_choice("decoder", self.decoder, ("cross", "self"))
         check_range("gap", self.gap, 0)
         check_range("tau", self.tau, 1e-6)
+        check_range("duplicate_cosine", self.duplicate_cosine, 0, 1)
         check_range("num_visible", self.num_visible, 1, self.num_patches - 2)
         check_heads("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+        if self.duplicate_cosine and self.loss != "patch_infonce":
+            raise UserError(
+                f"config.method.duplicate_cosine={self.duplicate_cosine:g}: loss={self.loss} "
+                "has no negatives; give 0"
+            )
+        self._check_target_patches()
         if self.projector_depth and (self.target_layers or self.target == "frozen"):
             raise UserError(
                 f"config.method.projector_depth={self.projector_depth}: targets of several layers "
                 "and those of a frozen teacher have no projector; give 0"
+            )
+
+    def _check_target_patches(self) -> None:
+        """Raise a UserError where the target encoder must see all patches, and does not."""
+        if self.target_patches == "all":
+            return
+        if self.masks_per_image > 1:
+            raise UserError(
+                f"config.method.masks_per_image={self.masks_per_image}: the masks of an image "
+                "share one pass of the target encoder over all patches; give target_patches=all"
+            )
+        if self.context_weight:
+            raise UserError(
+                f"config.method.context_weight={self.context_weight:g} needs targets of the "
+                "visible patches too; give target_patches=all"
             )
 
     @property
@@ -102,6 +125,7 @@ class Method(TargetMethod):
             heads=self.decoder_heads,
             out_width=self.target_width,
             visual_cues=self.visual_cues,
+            predict_visible=self.context_weight > 0,
             **self.block_options,
         )
 
@@ -129,16 +153,19 @@ class Method(TargetMethod):
         }
 
     def sample(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> Views:
-        """Draw visible [B, V] and masked [B, M] patch ids, and window offsets [B, h, w, 2].
+        """Draw visible [R, V] and masked [R, M] patch ids, and window offsets [B, h, w, 2].
 
-        Without gap, there are no offsets. The batch shares nothing, so `rng` is not used.
+        There are R = B x masks_per_image masks. Without gap, there are no offsets; with
+        `position_noise`, there is noise [R, M, D]. The batch shares nothing, so `rng` is not used.
         """
         del rng
         mask_keys, window_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        mask_keys = self.mask_keys(mask_keys)
         visible, masked = jax.vmap(
             lambda key: masking.random_split(key, self.num_patches, self.num_visible)
         )(mask_keys)
         views = {"visible": visible, "masked": masked}
+        views |= self.draw_noise(mask_keys, masked.shape[1])
         if self.gap:
             views["offsets"] = jax.vmap(
                 lambda key: masking.window_offsets(key, self.grid, self.gap)
@@ -173,18 +200,24 @@ class Method(TargetMethod):
 
         Returns:
           (loss, metrics), float32 scalars. Metrics are the loss, the reconstruction term, the mean
-          similarities of predictions, visible tokens and targets, patch accuracy and its chance.
+          similarities of predictions, visible tokens and targets, patch accuracy and its chance,
+          and those of further terms, see common/latent_prediction.py.
 
         Source: paper sections 3.2 and 3.3.
         """
         forward = self.forward(params, target, images, views)
         num_masked = views["masked"].shape[1]
-        predictions = forward["predictions"][:, 1:]
+        predictions = forward["predictions"][:, -num_masked:]
         targets = forward["targets"][:, -num_masked:]
         compared = predictions
         if self.standardize:
             compared = losses.standardize_over_patches(predictions)
         logits = losses.discrimination_logits(compared, targets, self.tau)
+        chance = jnp.float32(1 / logits.shape[-1])
+        if self.duplicate_cosine:
+            duplicates = losses.near_duplicates(targets, self.duplicate_cosine)
+            logits = jnp.where(duplicates, -jnp.inf, logits)
+            chance = jnp.mean(1 / jnp.sum(~duplicates, axis=-1))
         if self.loss == "patch_infonce":
             reconstruction = losses.patch_infonce(logits, self.tau)
         else:
@@ -194,6 +227,10 @@ class Method(TargetMethod):
         goal = schedules.cosine(self.similarity_start, self.similarity_end, step / self.total_steps)
         constraint = (similarity_predictions - goal) ** 2 + (similarity_visible - goal) ** 2
         loss = reconstruction + self.similarity_weight * constraint
+        terms = self.regularization_terms(forward["visible"][:, 1:], step)
+        if self.context_weight:
+            terms |= self._context_terms(forward, views)
+        loss = self.add_terms(loss, terms, step)
         return loss, {
             "loss": loss,
             "reconstruction": reconstruction,
@@ -201,8 +238,22 @@ class Method(TargetMethod):
             "similarity_visible": similarity_visible,
             "similarity_targets": losses.similarity(targets),
             "patch_accuracy": losses.patch_accuracy(logits),
-            "patch_chance": jnp.float32(1 / logits.shape[-1]),
+            "patch_chance": chance,
+            **terms,
         }
+
+    def _context_terms(self, forward: Mapping[str, Array], views: Views) -> Metrics:
+        """The loss on visible patches, with targets in the form that the loss has."""
+        visible = views["visible"]
+        masked = views["masked"]
+        first_masked = -masked.shape[1]
+        first_visible = first_masked - visible.shape[1]
+        predictions = forward["predictions"][:, first_visible:first_masked]
+        targets = forward["targets"][:, first_visible:first_masked]
+        if self.loss == "norm_l2":
+            mean, stddev = normalization.token_moments(targets)
+            targets = (targets.astype(jnp.float32) - mean) / stddev
+        return self.context_terms(predictions, targets, visible, masked)
 
     def forward(
         self, params: Params, target: Params, images: Float[Array, "B H W C"], views: Views
@@ -210,11 +261,12 @@ class Method(TargetMethod):
         """Compute the three sets of tokens that the loss is made of; arguments as in `loss_fn`.
 
         Returns:
-          visible: [B, 1 + V, D], projected tokens of the online encoder, CLS first.
+          visible: [R, 1 + V, D], projected tokens of the online encoder, CLS first.
           targets: projected tokens of the target encoder, [B, 1 + M, D] or, with target_patches
             "all", [B, 1 + V + M, D], CLS first and masked patches last. With target
-            "random_projection", there is no CLS.
-          predictions: [B, 1 + M, D], CLS first.
+            "random_projection", there is no CLS. With several masks per image, it is [R, V + M, D],
+            without CLS.
+          predictions: [R, 1 + M, D], CLS first; with `context_weight`, [R, 1 + V + M, D].
         """
         visible = views["visible"]
         masked = views["masked"]
@@ -223,13 +275,14 @@ class Method(TargetMethod):
         index = masked
         if self.target_patches == "all":
             index = jnp.concatenate([visible, masked], axis=1)
-        targets = self._targets(params, target, masking.take(patches, index), index)
+        targets = self._targets(params, target, patches, index)
         positions = sincos_positions(self.grid, self.decoder_width)[None]
         predictions = self._decoder.apply(
             {"params": params["decoder"]},
             tokens,
             masking.take(positions, visible),
             masking.take(positions, masked),
+            views.get("noise"),
         )
         return {"visible": tokens, "targets": targets, "predictions": predictions}
 
@@ -250,15 +303,24 @@ class Method(TargetMethod):
         self,
         params: Params,
         target: Params,
-        patches: Float[Array, "B T P"],
-        index: Int[Array, "B T"],
-    ) -> Float[Array, "B _ W"]:
-        """Compute the latents to predict; they have a gradient only with target "joint"."""
+        patches: Float[Array, "B N P"],
+        index: Int[Array, "R T"],
+    ) -> Float[Array, "R _ W"]:
+        """Compute the latents to predict; they have a gradient only with target "joint".
+
+        The teacher sees the patches `index` of each image or, if an image has several masks, all of
+        them once.
+        """
         teacher = self.teacher(params, target)
-        tokens = self.encode_targets(teacher, patches, index)
-        if "projector" not in teacher or self.target_layers:
+        if self.masks_per_image == 1:
+            tokens = self.encode_targets(teacher, masking.take(patches, index), index)
+        else:
+            tokens = self.encode_targets(teacher, patches)
+        if "projector" in teacher and not self.target_layers:
+            tokens = self._projector.apply({"params": teacher["projector"]}, tokens)
+        if self.masks_per_image == 1:
             return tokens
-        return self._projector.apply({"params": teacher["projector"]}, tokens)
+        return masking.take(tokens[:, int(self.target_has_cls) :], index)
 
     def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
         """Positions of an image of any grid span the range of the training grid."""

@@ -4,8 +4,8 @@ One encoder sees a few visible patches. A pixel decoder predicts the masked pixe
 latent decoder predicts the features that an EMA of the encoder computes from the whole image, CLS
 included.
 
-Letters: B batch, H W image height and width, C channels, N patches, V visible, M masked,
-P pixels of a patch, D encoder width.
+Letters: B batch, R masks, H W image height and width, C channels, N patches, V visible, M masked, P
+pixels of a patch, D encoder width.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from lmim_jax.methods.base import Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_heads, check_sampler
-from lmim_jax.methods.common.targets import TargetMethod
+from lmim_jax.methods.common.latent_prediction import LatentPrediction
 from lmim_jax.models import initializers, vit
 from lmim_jax.models.decoders import TokenDecoder
 from lmim_jax.models.layers import patchify, replace_patches, resample_positions
@@ -26,7 +26,7 @@ from lmim_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(TargetMethod):
+class Method(LatentPrediction):
     """PiLaMIM; the fields are `config.method`, explained key by key in configs/pilamim_vit_b.py."""
 
     final_norm_eps: float
@@ -115,15 +115,18 @@ class Method(TargetMethod):
         return {**params, **self.init_target(jax.random.fold_in(rng, 7))}
 
     def sample(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> Views:
-        """Draw visible [B, V] and masked [B, M] patch ids; the batch shares nothing.
+        """Draw visible [R, V] and masked [R, M] patch ids; the batch shares nothing.
 
-        Without `align_targets`, also draw a random order [B, N] of the targets.
+        There are R = B x masks_per_image masks. Without `align_targets`, also draw a random order
+        [R, N] of the targets; with `position_noise`, also noise [R, M, D].
         """
         del rng
         split = masking.SAMPLERS[self.sampler]
+        keys = self.mask_keys(keys)
         mask_keys, order_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         visible, masked = jax.vmap(lambda key: split(key, self.grid, self.mask_ratio))(mask_keys)
         views = {"visible": visible, "masked": masked}
+        views |= self.draw_noise(mask_keys, masked.shape[1])
         if not self.align_targets:
             views["order"] = jax.vmap(lambda key: jax.random.permutation(key, self.num_patches))(
                 order_keys
@@ -150,11 +153,12 @@ class Method(TargetMethod):
 
         The first two are sums over masked patches divided by mask_ratio x N instead of M, as in the
         released code. Arguments and result as in methods/base.py; metrics are the loss, its three
-        terms, and the mean similarities of predictions and of targets.
+        terms, the mean similarities of predictions and of targets, and those of further terms, see
+        common/latent_prediction.py.
 
         Source: paper section 3; official `pretrain.py`.
         """
-        del step
+        visible = views["visible"]
         masked = views["masked"]
         num_masked = masked.shape[1]
         forward = self.forward(params, target, images, views)
@@ -170,12 +174,22 @@ class Method(TargetMethod):
         latent_loss = scale * losses.mse(predictions, targets)
         cls_loss = jnp.float32(0)
         if self.target_has_cls:
-            cls_loss = losses.mse(forward["latents"][:, 0], forward["targets"][:, 0])
+            cls_targets = jnp.repeat(forward["targets"][:, 0], self.masks_per_image, axis=0)
+            cls_loss = losses.mse(forward["latents"][:, 0], cls_targets)
         loss = (
             self.pixel_weight * pixel_loss
             + self.latent_weight * latent_loss
             + self.cls_weight * cls_loss
         )
+        terms = self.regularization_terms(forward["visible"][:, 1:], step)
+        if self.context_weight:
+            terms |= self.context_terms(
+                forward["latents"][:, 1:-num_masked],
+                masking.take(forward["targets"][:, first_patch:], visible),
+                visible,
+                masked,
+            )
+        loss = self.add_terms(loss, terms, step)
         return loss, {
             "loss": loss,
             "pixel_loss": pixel_loss,
@@ -183,6 +197,7 @@ class Method(TargetMethod):
             "cls_loss": cls_loss,
             "similarity_predictions": losses.similarity(predictions),
             "similarity_targets": losses.similarity(targets),
+            **terms,
         }
 
     def forward(
@@ -191,8 +206,9 @@ class Method(TargetMethod):
         """Compute predictions and targets; arguments as in `loss_fn`.
 
         Returns:
-          pixels: [B, V + M, P], masked patches last.
-          latents: [B, 1 + V + M, W], CLS first, masked patches last.
+          visible: [R, 1 + V, D], the encoder's tokens, CLS first.
+          pixels: [R, V + M, P], masked patches last.
+          latents: [R, 1 + V + M, W], CLS first, masked patches last.
           targets: [B, 1 + N, W] of the teacher, CLS first if it has one, in raster order.
         """
         visible = views["visible"]
@@ -204,9 +220,16 @@ class Method(TargetMethod):
             masking.take(positions, visible),
         )
         pixels = _decode(self._pixel_decoder, params["pixel_decoder"], tokens, views)
-        latents = _decode(self._latent_decoder, params["latent_decoder"], tokens, views)
+        latents = _decode(
+            self._latent_decoder, params["latent_decoder"], tokens, views, views.get("noise")
+        )
         targets = self.encode_targets(self.teacher(params, target), patches)
-        return {"pixels": pixels[:, 1:], "latents": latents, "targets": targets}
+        return {
+            "visible": tokens,
+            "pixels": pixels[:, 1:],
+            "latents": latents,
+            "targets": targets,
+        }
 
     def _positions(self, encoder: Params) -> Float[Array, "1 N D"]:
         """The positions that an encoder has learned."""
@@ -231,12 +254,16 @@ def _init_positions(rng: Key[Array, ""], slots: int, width: int) -> Float[Array,
 
 
 def _decode(
-    decoder: TokenDecoder, params: Params, tokens: Float[Array, "B 1+V D"], views: Views
-) -> Float[Array, "B 1+V+M _"]:
+    decoder: TokenDecoder,
+    params: Params,
+    tokens: Float[Array, "R 1+V D"],
+    views: Views,
+    noise: Float[Array, "R M D"] | None = None,
+) -> Float[Array, "R 1+V+M _"]:
     """Apply a decoder to the encoder's tokens, with its learned positions."""
     positions = params["positions"]
     patch_positions = positions[:, 1:]
     cls = jnp.broadcast_to(positions[:, :1], (len(tokens), 1, positions.shape[-1]))
     visible = jnp.concatenate([cls, masking.take(patch_positions, views["visible"])], axis=1)
     masked = masking.take(patch_positions, views["masked"])
-    return decoder.apply({"params": params}, tokens, visible, masked)
+    return decoder.apply({"params": params}, tokens, visible, masked, noise=noise)

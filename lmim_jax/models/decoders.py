@@ -53,6 +53,8 @@ class LatentDecoder(nn.Module, kw_only=True):
       heads: attention heads of a block.
       out_width: O.
       visual_cues: whether mask tokens include the visual cue.
+      predict_visible: whether visible patches are predicted too; then "cross" has their tokens
+        among its own.
       mlp_ratio: hidden width of an MLP / d.
       norm_eps: epsilon of the LayerNorms.
       dtype: of the computation.
@@ -65,6 +67,7 @@ class LatentDecoder(nn.Module, kw_only=True):
     heads: int
     out_width: int
     visual_cues: bool
+    predict_visible: bool
     mlp_ratio: float
     norm_eps: float
     dtype: Dtype
@@ -76,22 +79,27 @@ class LatentDecoder(nn.Module, kw_only=True):
         tokens: Float[Array, "B T D"],
         visible_positions: Float[Array, "B V d"],
         masked_positions: Float[Array, "B M d"],
-    ) -> Float[Array, "B 1+M O"]:
-        """Predict the latents of CLS and of the masked patches.
+        noise: Float[Array, "B M D"] | None = None,
+    ) -> Float[Array, "B _ O"]:
+        """Predict the latents of CLS, of visible patches if they are predicted, and of masked ones.
 
         Args:
           tokens: projected tokens of CLS and the visible patches, T = 1 + V.
           visible_positions: position embeddings of the visible patches.
           masked_positions: position embeddings of the masked patches.
+          noise: what mask tokens are made of, instead of the learned one; None: that.
 
         Raises:
           ValueError: unknown `kind`.
         """
         mask_token = self.param("mask_token", nn.initializers.zeros, (1, 1, self.width))
         mask_token = mask_token.astype(self.dtype)
-        h = Dense(self.width, self.dtype, name="embed")(tokens)
+        embed = Dense(self.width, self.dtype, name="embed")
+        h = embed(tokens)
         positions = jnp.pad(visible_positions, ((0, 0), (1, 0), (0, 0)))  # CLS: position zero
         context = h + positions.astype(self.dtype)
+        if noise is not None:
+            mask_token = embed(noise)
         queries = mask_token + masked_positions.astype(self.dtype)
         if self.visual_cues:
             queries = queries + visual_cues(h[:, 1:], visible_positions, masked_positions)
@@ -100,14 +108,17 @@ class LatentDecoder(nn.Module, kw_only=True):
             cls = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
             cls = cls.astype(self.dtype)
             cls = jnp.broadcast_to(cls, (len(queries), 1, self.width))
+            if self.predict_visible:
+                queries = jnp.concatenate([context[:, 1:], queries], axis=1)
             x = jnp.concatenate([cls, queries], axis=1)
             x = run_blocks(self, self._make(CrossBlock), self.depth, x, context=context)
         elif self.kind == "self":
             x = jnp.concatenate([context, queries], axis=1)
             x = run_blocks(self, self._make(Block), self.depth, x)
-            cls = x[:, :1]
-            masked = x[:, -masked_positions.shape[1] :]
-            x = jnp.concatenate([cls, masked], axis=1)
+            if not self.predict_visible:
+                cls = x[:, :1]
+                masked = x[:, -masked_positions.shape[1] :]
+                x = jnp.concatenate([cls, masked], axis=1)
         else:
             raise ValueError(f"decoder {self.kind!r} must be one of: cross, self")
         x = layer_norm(self.norm_eps, self.dtype, "norm")(x)
@@ -160,6 +171,7 @@ class TokenDecoder(nn.Module, kw_only=True):
         positions: Float[Array, "#B T d"],
         masked_positions: Float[Array, "B M d"],
         mask: Bool[Array, "B T+M"] | None = None,
+        noise: Float[Array, "B M D"] | None = None,
     ) -> Float[Array, "B T+M O"]:
         """Predict something of every token and every masked patch, the latter last.
 
@@ -168,11 +180,15 @@ class TokenDecoder(nn.Module, kw_only=True):
           positions: their position embeddings, that of CLS included where there is one.
           masked_positions: position embeddings of the patches to predict.
           mask: True where a token may be attended to; None: all may.
+          noise: what mask tokens are made of, instead of the learned one; None: that.
         """
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
         mask_token = mask_token.astype(self.dtype)
-        embedded = Dense(self.width, self.dtype, name="embed")(tokens)
+        embed = Dense(self.width, self.dtype, name="embed")
+        embedded = embed(tokens)
         embedded = embedded + positions.astype(self.dtype)
+        if noise is not None:
+            mask_token = embed(noise)
         queries = mask_token + masked_positions.astype(self.dtype)
         x = jnp.concatenate([embedded, queries], axis=1)
         make_block = functools.partial(

@@ -20,6 +20,11 @@ def mean_over_devices(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return _reduce_over_devices(jax.lax.pmean, x)
 
 
+def sum_over_devices(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Add up over devices inside a `shard_map` over the batch; elsewhere return x unchanged."""
+    return _reduce_over_devices(jax.lax.psum, x)
+
+
 def _reduce_over_devices(
     reduce: Callable[..., Array], x: Float[Array, "..."]
 ) -> Float[Array, "..."]:
@@ -50,7 +55,7 @@ def sinkhorn(
     tokens = (0,) if positionwise else (0, 1)
 
     def total(x: Array) -> Array:
-        return _reduce_over_devices(jax.lax.psum, x.sum(axis=tokens, keepdims=True))
+        return sum_over_devices(x.sum(axis=tokens, keepdims=True))
 
     x = jax.lax.stop_gradient(logits).astype(jnp.float32) / tau
     highest = _reduce_over_devices(jax.lax.pmax, x.max(axis=tokens, keepdims=True))
@@ -140,13 +145,26 @@ def discrimination_logits(
     return cosines / tau
 
 
+def near_duplicates(targets: Float[Array, "B M D"], threshold: float) -> Bool[Array, "B M M"]:
+    """Find targets of an image that are nearly the same: uniform sky, sea, padding.
+
+    Args:
+      targets: of patches.
+      threshold: the cosine above which two targets are. A target is no duplicate of itself.
+
+    Source: OlmoEarth's released code, with 0.999: such targets are no negatives of each other.
+    """
+    cosines = discrimination_logits(targets, targets, 1.0)
+    return (cosines > threshold) & ~jnp.eye(targets.shape[1], dtype=bool)[None]
+
+
 def patch_infonce(logits: Float[Array, "B M M"], tau: float) -> Scalar:
     """Patch discrimination: each prediction must pick its own target, the diagonal of the logits.
 
     This is 2 tau times the cross-entropy, averaged over images and patches; chance is 2 tau ln M.
 
     Args:
-      logits: as returned by `discrimination_logits`.
+      logits: as returned by `discrimination_logits`; -inf for targets that are no negatives.
       tau: temperature of these logits.
 
     Source: Latent MIM, section 3.2; official `infonce_patches`.

@@ -455,13 +455,17 @@ def window_offsets(key: Key[Array, ""], grid: tuple[int, int], gap: int) -> Int[
     return jax.random.randint(key, (*grid, 2), 0, max(gap, 1), jnp.int32)
 
 
-def take(x: Float[Array, "B N D"], index: Int[Array, "B M"]) -> Float[Array, "B M D"]:
+def take(x: Float[Array, "B N D"], index: Int[Array, "R M"]) -> Float[Array, "R M D"]:
     """Gather rows of each image by index.
 
     Args:
       x: one table per image, or [1, N, D], one table for the whole batch.
-      index: rows to gather.
+      index: rows to gather, R = B, or a multiple of it: several sets of rows of each image, which
+        follow each other.
     """
     if len(x) == 1:
         return jnp.take(x[0], index, axis=0)
+    if len(index) != len(x):
+        gathered = jnp.take_along_axis(x, index.reshape(len(x), -1, 1), axis=1)
+        return gathered.reshape(*index.shape, x.shape[-1])
     return jnp.take_along_axis(x, index[..., None], axis=1)
