@@ -25,6 +25,7 @@ Change = Callable[[ConfigDict], None]
 # size is in its recipe, configs/NAME_vit_b.py: a dict SMALL of options of the method.
 SIZES = dict(grid=(8, 8), patch_size=8, width=96, depth=4, heads=4, dtype="float32")
 SIZES |= dict(decoder_width=64, decoder_depth=2, decoder_heads=4, latent_decoder_width=64)
+SIZES |= dict(projector_width=256)
 
 
 def get_config(which: str = "latent_mim,shapes") -> ConfigDict:

@@ -24,6 +24,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lmim_jax.configs import evaluate, small, vit_b
+from lmim_jax.methods import base
 from lmim_jax.utils.errors import UserError
 
 # `images` are the first of each class, and `decoder` the options of decoders and projectors, as far
@@ -67,7 +68,8 @@ def get_config(which: str = "latent_mim,micro") -> ConfigDict:
         raise UserError(f"tiny_imagenet:{which}: {size!r} must be one of: {' | '.join(SIZES)}")
     published = config.copy_and_resolve_references()
     config.batch_size = options["batch_size"]
-    config.micro_batches = options["micro_batches"]
+    if not base.method_class(config.method.name).WHOLE_BATCH:
+        config.micro_batches = options["micro_batches"]
     config.epochs = options["epochs"]
     config.data.update(source="folder", canvas=64, train_per_class=options["images"])
     config.augment.eval_resize = 64  # the whole image

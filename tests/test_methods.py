@@ -38,6 +38,8 @@ OPTIONS = [  # each value of each option at least once
     {"name": "ijepa", "dtype": "bfloat16", "loss": "l1"},
     {"name": "capi", "rope": "capi", "drop_path": 0.5, "sampler": "block", "positionwise": False},
     {"name": "capi", "dtype": "bfloat16", "sampler": "random", "roll": False, "registers": 0},
+    {"name": "symmim", "dtype": "bfloat16", "registers": 2, "cell": 2, "momentum_cell": 1},
+    {"name": "symmim", "contrast_weight": 0.0, "decoder_depth": 2, "predictor_depth": 1},
 ]
 
 
@@ -101,6 +103,7 @@ def test_only_methods_with_schedules_take_the_length_of_the_run():
         "latent_mim": (10, 0),
         "mae": (0, 0),
         "pilamim": (10, 0),
+        "symmim": (10, 0),
     }
     for name, expected in lengths.items():
         method = build(name)
@@ -130,7 +133,8 @@ def test_views_are_drawn_per_image(name):
     whole = method.sample(jax.random.key(1), keys)
     part = method.sample(jax.random.key(1), keys[2:4])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:4], b), whole, part)
-    assert any((leaf[0] != leaf[1]).any() for leaf in jax.tree.leaves(whole))
+    differ = any((leaf[0] != leaf[1]).any() for leaf in jax.tree.leaves(whole))
+    assert differ == (name != "symmim")  # whose masks are fixed
 
 
 @pytest.mark.parametrize("change", OPTIONS, ids=str)

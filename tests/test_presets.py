@@ -185,6 +185,7 @@ def test_unknown_presets_are_named(which, message):
         ("ijepa_vit_b", ("target", "patches", "patches")),
         ("pilamim_vit_b", ("online", "cls", "patches_prenorm")),
         ("bootmae_vit_b", ("online", "block09/tokens", "patches_prenorm")),
+        ("symmim_vit_b", ("online", "patches", "patches")),
     ],
 )
 def test_every_tool_takes_what_the_recipe_is_evaluated_by(name, expected):

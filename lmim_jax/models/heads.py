@@ -1,14 +1,37 @@
-"""Linear layers that compare unit vectors with clusters.
+"""Heads: what is computed from each token alone.
 
-Letters: B batch, T tokens, D width, K clusters.
+Letters: B batch, T tokens, D width, K clusters, O width of the output.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lmim_jax.models.layers import Dtype, matmul
+from lmim_jax.models.layers import Dense, Dtype, gelu, matmul
 from lmim_jax.models.normalization import l2_normalize
+
+
+class PatchMLP(nn.Module, kw_only=True):
+    """Linear layers with GELU between: D -> hidden -> .. -> O.
+
+    Attributes:
+      depth: number of linear layers; 1 is a linear head, SimMIM's choice for pixels.
+      hidden: width between them.
+      features: O.
+      dtype: of the computation.
+    """
+
+    depth: int
+    hidden: int
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
+        """Apply the layers to every token."""
+        for i in range(self.depth - 1):
+            x = gelu(Dense(self.hidden, self.dtype, name=f"linear{i}")(x))
+        return Dense(self.features, self.dtype, name=f"linear{self.depth - 1}")(x)
 
 
 class ClusterLayer(nn.Module):

@@ -39,6 +39,20 @@ def _ratio_split(key: Key[Array, ""], grid: tuple[int, int], mask_ratio: float) 
     return random_split(key, num_patches, int(num_patches * (1 - mask_ratio)))
 
 
+def checkerboard(grid: tuple[int, int], cell: int) -> Bool[np.ndarray, " N"]:
+    """Mark every second cell of cell x cell patches, like the black squares of a chessboard.
+
+    The first cell is not marked.
+
+    Args:
+      grid: (h, w).
+      cell: side of a cell in patches.
+    """
+    rows = np.arange(grid[0]) // cell
+    columns = np.arange(grid[1]) // cell
+    return ((rows[:, None] + columns[None]) % 2 == 1).ravel()
+
+
 def checkerboard_split(
     key: Key[Array, ""], grid: tuple[int, int], mask_ratio: float, cell: int = 1
 ) -> Split:
@@ -60,15 +74,13 @@ def checkerboard_split(
     for the online encoder and a larger cell for its momentum encoder. The random swap is an
     addition: without it, some patches would be visible in every step and others never.
     """
-    rows = np.arange(grid[0]) // cell
-    columns = np.arange(grid[1]) // cell
-    black = ((rows[:, None] + columns[None]) % 2).ravel()
+    black = checkerboard(grid, cell)
     if mask_ratio != 0.5 or 2 * black.sum() != black.size:
         raise ValueError(
             f"a checkerboard of {cell} x {cell} patches needs mask_ratio 0.5 and a grid that it "
             f"halves, not {grid}"
         )
-    halves = jnp.asarray(np.stack([np.flatnonzero(black == 0), np.flatnonzero(black)]), jnp.int32)
+    halves = jnp.asarray(np.stack([np.flatnonzero(~black), np.flatnonzero(black)]), jnp.int32)
     swapped = jax.random.bernoulli(key).astype(jnp.int32)
     return halves[swapped], halves[1 - swapped]
 
