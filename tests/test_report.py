@@ -1,5 +1,6 @@
 """The page of a run: complete, self-contained, escaped; and what it is made of."""
 
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -172,7 +173,7 @@ def test_the_report_has_one_speed():
 
 def test_unlabeled_images_have_neighbors_other_than_themselves(folder, images, tmp_path):
     run = runs.open_run(folder, images / "train" / "cat")
-    queries, searched = run_features.nearest_neighbors(run, 4, 3, 100)
+    queries, searched = run_features.nearest_neighbors(run, "online", 4, 3, 100)
     assert searched == len(list((images / "train" / "cat").iterdir()))
     for query in queries:
         assert query.labeled_image.class_name == ""
@@ -186,13 +187,27 @@ def test_unlabeled_images_have_neighbors_other_than_themselves(folder, images, t
     assert log_sections.evaluations_section(tmp_path, []) is None
 
 
+def test_pictures_are_of_the_features_that_the_recipe_chose(images, tmp_path):
+    run = runs.open_run(make_run(tmp_path / "run", images, "latent_mim"))
+    run.config.representation.update(weights="target", patches="patches")
+    target = jax.tree.map(lambda x: 2.0 * x, run.target)
+    run = dataclasses.replace(run, loaded=runs.Weights(run.params, target, run.step))
+    encoded = run_features.encode_images(run, run.choose_weights(None), 2)
+    given = run.augmentation.normalize(encoded.images.astype(np.float32))
+    expected = run.method.features({**run.params, **target}, given)["patches"]
+    found = encoded.tokens.reshape(2, -1, encoded.tokens.shape[-1])
+    difference = np.asarray(expected[0] - expected[1])  # the mean of all images cancels
+    np.testing.assert_allclose(found[0] - found[1], difference, atol=0.02)
+    assert difference.std() > 0.1
+
+
 def test_own_images_become_a_page(folder, images, tmp_path):
     own = tmp_path / "my photos"
     shutil.copytree(images / "test" / "cat", own / "2024")
     (own / "cut.jpg").write_bytes((images / "train" / "cat" / "01.jpg").read_bytes()[:200])
     before = snapshot(own)
-    run = pca.with_images(runs.open_run(folder), str(own), "online")
-    text = pca.page(run, "Features of <my photos>", images=9, bank=20)
+    run = pca.with_images(runs.open_run(folder), str(own))
+    text = pca.page(run, "online", "Features of <my photos>", images=9, bank=20)
     assert snapshot(own) == before
     elements = Parsed(text).found
     names = [a["id"] for tag, a in elements if tag == "section"]
@@ -201,8 +216,8 @@ def test_own_images_become_a_page(folder, images, tmp_path):
     assert "://" not in text
     assert "<figcaption>07</figcaption>" in text  # the name of a file
     assert "cut</figcaption>" not in text  # it cannot be read
-    alone = pca.with_images(runs.open_run(folder), str(own / "2024"), "online")
-    encoded = run_features.encode_images(alone, 1)
+    alone = pca.with_images(runs.open_run(folder), str(own / "2024"))
+    encoded = run_features.encode_images(alone, "online", 1)
     assert encoded.tokens.std() > 0
 
 

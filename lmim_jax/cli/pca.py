@@ -36,16 +36,15 @@ NEIGHBORS = 5  # of each image
 log = logging.getLogger(__name__)
 
 
-def with_images(run: runs.Run, folder: str, which: str) -> runs.Run:
-    """A run with other images, all of them unlabeled, and with the chosen weights.
+def with_images(run: runs.Run, folder: str) -> runs.Run:
+    """A run with other images, all of them unlabeled.
 
     Args:
       run: an opened run or exported folder.
       folder: of the images.
-      which: "online" or "target" weights.
 
     Raises:
-      UserError: there are no such images or weights.
+      UserError: there are no such images.
     """
     path = buckets.local_path(folder)
     if not path.is_dir():
@@ -59,15 +58,15 @@ def with_images(run: runs.Run, folder: str, which: str) -> runs.Run:
     # As large as the pictures of the page, so that they are sharp
     config.canvas = max(config.canvas, 2 * run_features.FINE * run.method.patch_size)
     data = EvaluationData({"train": source, "test": None}, config, run.augmentation, run.mesh)
-    weights = dataclasses.replace(run.weights, params=run.encoder_params(which), target={})
-    return dataclasses.replace(run, loaded=weights, opened=data)
+    return dataclasses.replace(run, opened=data)
 
 
-def page(run: runs.Run, title: str, images: int, bank: int) -> str:
+def page(run: runs.Run, which: str, title: str, images: int, bank: int) -> str:
     """The page, as HTML.
 
     Args:
       run: see `with_images`.
+      which: its weights, "online" or "target".
       title: of the page.
       images: how many images are shown.
       bank: how many images are searched for neighbors.
@@ -76,7 +75,7 @@ def page(run: runs.Run, title: str, images: int, bank: int) -> str:
       UserError: no image can be read.
     """
     log.info("encoding images ...")
-    encoded = run_features.encode_images(run, images)
+    encoded = run_features.encode_images(run, which, images)
     log.info("searching for neighbors ...")
     sections = [
         image_sections.features_section(encoded),
@@ -84,7 +83,7 @@ def page(run: runs.Run, title: str, images: int, bank: int) -> str:
         patch_sections.similarity_section(encoded, images),
     ]
     if len(run.data.sources["train"]) > 1:
-        queries, searched = run_features.nearest_neighbors(run, images, NEIGHBORS, bank)
+        queries, searched = run_features.nearest_neighbors(run, which, images, NEIGHBORS, bank)
         sections.append(image_sections.neighbors_section(queries, searched, held_out=False))
     method = run.config.method
     facts = (
@@ -110,9 +109,9 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--out={out}: no folder {out.parent}")
     run = runs.open_run(workdir)
     which = run.choose_weights(given.weights)
-    run = with_images(run, folder, which)
+    run = with_images(run, folder)
     name = buckets.local_path(folder).resolve().name
-    text = page(run, f"Features of {name}", given.images, given.bank)
+    text = page(run, which, f"Features of {name}", given.images, given.bank)
     atomic_io.write(out, text)
     seconds = duration(time.perf_counter() - start)
     log.info("%s: %.1f MB, %s weights, in %s", out, len(text.encode()) / 1e6, which, seconds)

@@ -46,12 +46,13 @@ def report(run: Run, bank: int) -> str:
       run: an opened run.
       bank: how many training images are searched for neighbors.
     """
+    which = run.choose_weights(None)
     metric_log = log_sections.read_metric_log(run.folder)
     with progress.working("images and features"):
         views = run_features.training_views(run, IMAGES)
-        encoded = run_features.encode_images(run, IMAGES)
+        encoded = run_features.encode_images(run, which, IMAGES)
     with progress.working("nearest neighbors"):
-        queries, searched = run_features.nearest_neighbors(run, QUERIES, NEIGHBORS, bank)
+        queries, searched = run_features.nearest_neighbors(run, which, QUERIES, NEIGHBORS, bank)
     with progress.working("pictures"):
         sections = [
             log_sections.curves_section(metric_log),

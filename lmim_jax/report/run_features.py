@@ -23,7 +23,6 @@ from lmim_jax.evaluators.common.finite import check_finite
 from lmim_jax.train.runs import Run
 from lmim_jax.utils.errors import UserError
 
-FEATURE = "patches_prenorm"  # the official feature: patch tokens before the final norm
 REFERENCE = 32  # R: images whose mean feature at each position is subtracted
 FEW = 8  # images whose means at each position would contain much of the images themselves
 CHUNK = 8  # images encoded at a time
@@ -41,7 +40,7 @@ class Encoding:
 
     Attributes:
       images: as the encoder sees them.
-      tokens: `FEATURE` of every patch, float32.
+      tokens: `config.representation.patches` of every patch, float32.
       attention: of the last block: from CLS, or else the mean over all querying patches.
     """
 
@@ -152,15 +151,22 @@ def _readable_rows(batch: dict[str, Any], indices: tuple[int, ...]) -> list[int]
     return np.flatnonzero(read).tolist()
 
 
-def encode_images(run: Run, count: int) -> EncodedImages:
-    """Features and attention of `count` held-out images (or all, if there are fewer)."""
+def encode_images(run: Run, which: str, count: int) -> EncodedImages:
+    """Features and attention of `count` held-out images (or all, if there are fewer).
+
+    Args:
+      run: the run.
+      which: its weights, "online" or "target".
+      count: number of images.
+    """
     method = run.method
     data = run.data
     canvases, indices = sample_canvases(data, max(count, REFERENCE))
     count = min(count, len(indices))
     augment, grid = _enlarged(run)
-    encode = _make_encoder(method, augment)
-    encoding = encode(run.placed_weights.params, canvases)
+    params = run.placed_encoder(which)
+    encode = _make_encoder(method, augment, run.config.representation.patches)
+    encoding = encode(params, canvases)
     untrained = encode(run.initial_weights(run.mesh).params, canvases)
     heads = encoding.attention.shape[1]
     names = []
@@ -173,7 +179,7 @@ def encode_images(run: Run, count: int) -> EncodedImages:
         tokens=_center_tokens(encoding.tokens, count, grid),
         untrained_tokens=_center_tokens(untrained.tokens, count, grid),
         attention=encoding.attention[:count].reshape((count, heads) + grid),
-        attention_from_cls=_has_cls(method, run.placed_weights.params),
+        attention_from_cls=_has_cls(method, params),
     )
 
 
@@ -235,7 +241,7 @@ def file_name(data: EvaluationData, split: str, index: int) -> str:
     return pathlib.PurePath(data.sources[split].name(index)).stem
 
 
-def _make_encoder(method: Any, augment: Augment) -> Encode:
+def _make_encoder(method: Any, augment: Augment, feature: str) -> Encode:
     """A function of (params, canvases) that encodes images, CHUNK at a time.
 
     Attention on a fine grid needs too much memory for many images at once.
@@ -245,7 +251,7 @@ def _make_encoder(method: Any, augment: Augment) -> Encode:
     def encode_chunk(params, chunk):
         images = augment.evaluation(chunk)
         features = method.features(params, images)
-        tokens = features[FEATURE].astype(jnp.float32)
+        tokens = features[feature].astype(jnp.float32)
         return augment.denormalize(images), tokens, _last_attention(features)
 
     def encode(params: Params, canvases: dict[str, np.ndarray]) -> Encoding:
@@ -314,11 +320,14 @@ def training_views(run: Run, count: int) -> TrainingViews:
     )
 
 
-def nearest_neighbors(run: Run, queries: int, count: int, bank: int) -> tuple[list[Query], int]:
+def nearest_neighbors(
+    run: Run, which: str, queries: int, count: int, bank: int
+) -> tuple[list[Query], int]:
     """The training images nearest to some held-out ones, by cosine similarity of mean features.
 
     Args:
       run: the run.
+      which: its weights, "online" or "target".
       queries: number of held-out images.
       count: neighbors of each.
       bank: at most this many training images, drawn at random, are searched.
@@ -329,12 +338,14 @@ def nearest_neighbors(run: Run, queries: int, count: int, bank: int) -> tuple[li
     data = run.data
     train = data.sources["train"]
     searched = np.sort(np.random.default_rng(0).permutation(len(train))[:bank])
-    encode = jax.jit(functools.partial(_mean_features, run.method))
+    params = run.placed_encoder(which)
+    feature = run.config.representation.patches
+    encode = jax.jit(functools.partial(_mean_features, run.method, feature))
     batch, query_indices = data.sample(data.held_out, queries)
     rows = _readable_rows(batch, query_indices)
     query_indices = tuple(query_indices[row] for row in rows)
-    query_features = np.asarray(encode(run.placed_weights.params, batch["images"]))[rows]
-    bank_features, bank_ids = _encode_bank(run, encode, searched)
+    query_features = np.asarray(encode(params, batch["images"]))[rows]
+    bank_features, bank_ids = _encode_bank(run, functools.partial(encode, params), searched)
     queries_normalized = classifiers.l2_normalize_rows(query_features)
     cosines = queries_normalized @ classifiers.l2_normalize_rows(bank_features).T
     if data.held_out == "train":  # an image is not its own neighbor
@@ -354,15 +365,15 @@ def nearest_neighbors(run: Run, queries: int, count: int, bank: int) -> tuple[li
 
 
 def _mean_features(
-    method: Any, params: Params, images: Float[Array, "B H W C"]
+    method: Any, feature: str, params: Params, images: Float[Array, "B H W C"]
 ) -> Float[Array, "B D"]:
     """The mean patch feature of each image."""
-    return method.features(params, images)[FEATURE].astype(jnp.float32).mean(1)
+    return method.features(params, images)[feature].astype(jnp.float32).mean(1)
 
 
 def _encode_bank(
     run: Run,
-    encode: Callable[[Params, Array], Array],
+    encode: Callable[[Array], Array],
     searched: Int[np.ndarray, " M"],
 ) -> tuple[Float[np.ndarray, "M D"], Int[np.ndarray, " M"]]:
     """Mean features of the readable ones of the training images `searched`, and their indices."""
@@ -371,7 +382,7 @@ def _encode_bank(
     features = []
     positions = []
     for batch in data.batches("train", BATCH):
-        features.append(np.asarray(encode(run.placed_weights.params, batch["images"])))
+        features.append(np.asarray(encode(batch["images"])))
         positions.append(batch["index"])
     position = np.concatenate(positions)
     readable = position >= 0

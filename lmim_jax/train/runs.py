@@ -228,6 +228,10 @@ class Run:
             )
         return {**self.params, **self.target}
 
+    def placed_encoder(self, which: str) -> Any:
+        """`encoder_params`, on all devices."""
+        return jax.device_put(self.encoder_params(which), sharding.replicated(self.mesh))
+
 
 def open_run(folder: buckets.Pathname, images: str | os.PathLike[str] = "") -> Run:
     """Open a run with its newest good checkpoint, or an exported model.
