@@ -10,6 +10,7 @@ import annotated
 import jax
 import numpy as np
 import pytest
+import test_detection
 import tiny
 from ml_collections import ConfigDict
 from PIL import Image
@@ -139,6 +140,7 @@ def small(images, tmp_path_factory):
         for split in ("train", "test"):
             annotated.save(masks / "probe" / split / "images" / f"{path.stem}.png", halves, 255)
             annotated.save(masks / "probe" / split / "masks" / f"{path.stem}.png", halves)
+    test_detection.write(masks / "boxes", train=8, test=6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tfds_source, "cache_folder", lambda: masks / "cache")
         patch.setattr(shapes, "SEVERAL", {"train": 16, "test": 8})
@@ -150,6 +152,9 @@ def small(images, tmp_path_factory):
                 layout="folder", path=str(masks / "probe"), batch_size=16, c=(1.0,), iterations=5
             ),
             "clevr": dict(iterations=5),
+            "detection": dict(
+                path=str(masks / "boxes"), batch_size=8, total_steps=1, features=8, depth=1
+            ),
         }
 
 

@@ -231,8 +231,9 @@ class EvaluationData:
           batch_size: images per batch, rounded up to a multiple of the number of devices.
 
         Yields:
-          {"images": float32 [B, H, W, C] normalized, "label": int32 [B], "index": int32 [B]},
-          split over all devices. The index is -1 for padding and for images that cannot be read:
+          {"images": float32 [B, H, W, C] normalized, "label": int32 [B], "index": int32 [B],
+          "size": int32 [B, 2], height and width of the decoded image, which fits the canvas}, split
+          over all devices. The index is -1 for padding and for images that cannot be read:
           ignore these rows.
         """
         images = self._decoded(self.sources[split], self.config.workers)
@@ -260,6 +261,7 @@ class EvaluationData:
                 "images": self._transform(batch),
                 "label": batch["label"],
                 "index": batch["index"],
+                "size": batch["size"],
             }
 
     def training(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:

@@ -334,7 +334,7 @@ def train(
     """
     state = programs.create(params)
     epoch = max(1, len(data.sources["train"]) // probe.batch_size)
-    progress = _Progress(probe.name, length.steps, epoch, probe.batch_size)
+    progress = Progress(probe.name, length.steps, epoch, probe.batch_size)
     for batch in data.training(probe.batch_size, length.steps, probe.seed):
         state, loss = programs.step(state, params, batch)
         progress.add(loss)
@@ -483,7 +483,7 @@ def build_programs(probe: Probe, task: Task, mesh: Mesh, length: Length, channel
     )
 
 
-class _Progress:
+class Progress:
     """Logs the progress of training from time to time; fetches each loss one step late.
 
     Of several heads, the smallest loss counts.
