@@ -13,7 +13,6 @@ its folder can be moved; the others need the checkpoint on which they were train
 
 import csv
 import io
-import pathlib
 
 import numpy as np
 import tqdm
@@ -67,7 +66,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("give a classifier and images: lmim predict RUN/evaluations/NAME IMAGES")
     folder, images = arguments
     classifier = saved_classifier.load(folder)
-    root, names, lines = list_images(pathlib.Path(images).expanduser())
+    root, names, lines = list_images(images)
     for line in lines:
         print(line)
     source = FolderSource(str(root), folder_listing.share_names(names), None, ())
