@@ -15,6 +15,7 @@ METRICS = (
     collapse_metrics.collapse_index,
     collapse_metrics.effective_rank,
     collapse_metrics.feature_std,
+    collapse_metrics.sigreg_gauge,
 )
 
 
@@ -27,16 +28,24 @@ def measure(x):
 
 def test_known_values():
     identical = np.ones((6, 4))
-    assert measure(identical) == pytest.approx([1, 1, 0], abs=1e-3)
+    assert measure(identical) == pytest.approx([1, 1, 0, 0.402048 - 1.05246 / 6], abs=1e-3)
     parallel = np.arange(1, 7)[:, None] * np.ones((6, 4))
-    assert measure(parallel) == pytest.approx([1, 1, 0], abs=1e-3)
+    assert measure(parallel)[:3] == pytest.approx([1, 1, 0], abs=1e-3)
     orthogonal = np.eye(5)
     expected_std = 5**0.5 * (0.2 * 0.8) ** 0.5
-    assert measure(orthogonal) == pytest.approx([0, 5, expected_std], abs=1e-3)
-    index, rank, std = measure(RNG.normal(size=(500, 16)))
+    assert measure(orthogonal)[:3] == pytest.approx([0, 5, expected_std], abs=1e-3)
+    index, rank, std, gauge = measure(RNG.normal(size=(500, 16)))
     assert index == pytest.approx(0, abs=0.01)
     assert 15 < rank <= 16
     assert std == pytest.approx(1, abs=0.02)
+    assert gauge == pytest.approx(0, abs=3e-3)
+
+
+def test_the_gauge_of_sigreg_tells_directions_and_not_units():
+    x = RNG.normal(size=(400, 16))
+    flat = x * np.float64([1] + [0.01] * 15)
+    assert measure(flat)[3] > 0.02
+    assert measure(100 * flat + 7)[3] == pytest.approx(measure(flat)[3], rel=1e-3)
 
 
 def test_collapse_index_is_the_mean_over_pairs():

@@ -67,6 +67,7 @@ def test_a_run_logs_what_it_did(finished):
         "collapse_index",
         "effective_rank",
         "feature_std",
+        "sigreg_gauge",
         "patch_chance",
         "similarity_targets",
     }

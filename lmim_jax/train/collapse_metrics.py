@@ -13,10 +13,12 @@ from jaxtyping import Array, Float
 
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
+from lmim_jax.methods.common import sigreg
 from lmim_jax.models import normalization
 
 log = logging.getLogger(__name__)
 
+DIRECTIONS = 256  # of `sigreg_gauge`, always the same
 COLLAPSED = 0.95  # collapse index above which images are practically indistinguishable
 
 
@@ -58,12 +60,31 @@ def feature_std(x: Float[Array, "B D"], weight: Float[Array, " B"]) -> Float[Arr
     return jnp.sqrt(variance).mean() * x.shape[-1] ** 0.5
 
 
+def sigreg_gauge(x: Float[Array, "B D"], weight: Float[Array, " B"]) -> Float[Array, ""]:
+    """How far features are from a Gaussian that is the same in all directions.
+
+    (T - 1.0525) / B, where T is SIGReg of features that are shifted to mean 0 and divided by one
+    number, the root mean square of their standard deviations. About 0 for a Gaussian, and larger
+    where they vary in a few directions only; 0.40 - 1.05 / B where all are the same.
+
+    Source: see methods/common/sigreg.py.
+    """
+    count = weight.sum()
+    x = x.astype(jnp.float32)
+    mean = (x * weight[:, None]).sum(axis=0) / count
+    centered = (x - mean[None]) * weight[:, None]
+    scale = jnp.sqrt(jnp.square(centered).sum() / (count * x.shape[1]))
+    directions = sigreg.random_directions(jax.random.key(0), x.shape[1], DIRECTIONS)
+    statistic = sigreg.sigreg(centered / jnp.maximum(scale, 1e-12), directions, weight)
+    return (statistic - sigreg.EXPECTED) / count
+
+
 def make_collapse_metrics(method: Any, data: EvaluationData, count: int) -> "CollapseMetrics":
     """Build a function that computes the collapse metrics on `count` fixed held-out images.
 
     collapse_index is that of the target branch's projected latents (of its features, if the method
-    has no latents), averaged over all patches. effective_rank and feature_std are those of the
-    online encoder's patch features before the final norm, averaged over patches.
+    has no latents), averaged over all patches. effective_rank, feature_std and sigreg_gauge are
+    those of the online encoder's patch features before the final norm, averaged over patches.
 
     Returns:
       (params, target) -> {name: float32 scalar on the device}; {} with fewer than two images, which
@@ -89,6 +110,7 @@ def make_collapse_metrics(method: Any, data: EvaluationData, count: int) -> "Col
             "collapse_index": collapse_index(latents, weight),
             "effective_rank": effective_rank(features, weight),
             "feature_std": feature_std(features, weight),
+            "sigreg_gauge": sigreg_gauge(features, weight),
         }
 
     jitted = jax.jit(compute, out_shardings=sharding.replicated(data.mesh))

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 PREFIXES = (
     (r".*/.*", "eval"),
     (r"collapse_index|effective_rank|feature_std|similarity_.*", "collapse"),
+    (r"sigreg|sigreg_gauge|variance_hinge", "collapse"),
     (r"images_per_second|seconds_per_step|wall_seconds", "speed"),
     (r".*", "train"),
 )
