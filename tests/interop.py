@@ -99,10 +99,8 @@ def main():
                     pathlib.Path(folder, file).write_text(json.dumps(content))
                 array_io.write(pathlib.Path(folder, "model.safetensors"), arrays, {"format": "pt"})
                 foreign = parity_check.OPENERS[library](folder)
-                with torch.no_grad():
-                    found[f"{name}/{library}/tokens"] = foreign.encode(
-                        torch.from_numpy(images().transpose(0, 3, 1, 2))
-                    ).numpy()
+                channels_first = images().transpose(0, 3, 1, 2)
+                found[f"{name}/{library}/tokens"] = foreign.encode(channels_first)
             found[f"{name}/{library}/checksum"] = np.array(checksum(arrays))
     np.savez_compressed(STORED, **found)
     print(STORED, *found["versions"])
