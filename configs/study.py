@@ -4,9 +4,10 @@
     lmim study --config=study:cifar10 --set=data.path=CIFAR10 --out=runs/study_cifar10
 
 The ladder starts from naive joint training with direct regression, which collapses, and adds one
-change per rung until it is the paper's recipe; the ablations change one option of that recipe. The
-10 rungs with 2 seeds take about an hour on two CPU cores (--only=ladder). The results are in
-RESULTS.md.
+change per rung until it is the paper's recipe; the ablations change one option of that recipe, and
+the switches are what later papers add to it. Two more groups put a regularizer in place of the
+teacher. The 10 rungs with 2 seeds take about an hour on two CPU cores (--only=ladder). The
+results are in RESULTS.md.
 """
 
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ class Rung(NamedTuple):
     description: str
 
 
+Run = tuple[str, str, str, tuple[str, ...]]  # name, description, recipe, changes
 BEST_GAP = None  # depends on the dataset, see GAPS
 LADDER = (
     Rung("stop_gradient", "target", "stop_gradient", "no gradient through the targets"),
@@ -62,6 +64,18 @@ ABLATIONS = {
     "similarity_weight": (0.0, 1.0),
     "target": ("stop_gradient", "random", "random_projection"),
 }
+# What later papers add to the recipe, see docs/methods.md
+SWITCHES = {
+    "position_noise": (0.25,),
+    "duplicate_cosine": (0.999,),
+    "sigreg_weight": (0.05,),
+    "variance_weight": (1.0,),
+}
+# The same of switches that need targets of all patches
+WHOLE = {"target_patches": "all"}
+WHOLE_SWITCHES = {"masks_per_image": (4,), "context_weight": (0.5,)}
+SIGREG = {"target": "joint", "sigreg_weight": 0.05}
+HINGE = {**SIGREG, "variance_weight": 1.0}
 
 
 def get_config(dataset: str = "shapes") -> ConfigDict:
@@ -80,23 +94,48 @@ def get_config(dataset: str = "shapes") -> ConfigDict:
         runs.append((rung.name, rung.description, recipe, _changes(state)))
     ladder = tuple(run[0] for run in runs)
     final = ladder[-1]
-    ablations = [final]
-    for key, values in ABLATIONS.items():
-        for value in values:
-            name = f"{key}={value}"
-            runs.append((name, f"{key} = {value}", recipe, _changes({**state, key: value})))
-            ablations.append(name)
+    ablations = _variants(recipe, state, ABLATIONS)
+    switches = _variants(recipe, state, SWITCHES)
+    whole_switches = _variants(recipe, {**state, **WHOLE}, WHOLE_SWITCHES)
+    regularized = [
+        ("joint=sigreg", "joint training with SIGReg", recipe, _changes({**NAIVE, **SIGREG})),
+        ("joint=hinge", "the same with a variance hinge", recipe, _changes({**NAIVE, **HINGE})),
+    ]
+    regularized_recipe = [
+        ("target=joint", "target = joint", recipe, _changes({**state, "target": "joint"})),
+        ("recipe=sigreg", "target = joint, with SIGReg", recipe, _changes({**state, **SIGREG})),
+        ("recipe=hinge", "the same with a variance hinge", recipe, _changes({**state, **HINGE})),
+    ]
+    runs += [*ablations, *switches, *whole_switches, *regularized, *regularized_recipe]
     if dataset == "cifar10":
         ladder = CIFAR10_RUNGS
     config = ConfigDict()
     config.seeds = (0, 1)
-    config.runs = tuple(runs)  # (name, description, recipe, changes to the recipe)
+    config.runs = tuple(runs)
     config.groups = (  # (title, compared with: previous | first | none, names of runs)
         ("ladder", "previous", ladder),
-        ("ablations", "first", tuple(ablations)),
+        ("ablations", "first", (final, *_names(ablations))),
+        ("switches", "first", (final, *_names(switches))),
+        ("switches of all patches", "first", ("target_patches=all", *_names(whole_switches))),
+        ("SIGReg instead of a teacher", "first", ("ema", "naive", *_names(regularized))),
+        ("the same in the recipe", "first", (final, *_names(regularized_recipe))),
     )
     config.cost = False  # of training: see configs/compare.py
     return config
+
+
+def _variants(recipe: str, base: Mapping[str, Any], options: Mapping[str, tuple]) -> list[Run]:
+    """Runs with one other option each."""
+    runs = []
+    for key, values in options.items():
+        for value in values:
+            changes = _changes({**base, key: value})
+            runs.append((f"{key}={value}", f"{key} = {value}", recipe, changes))
+    return runs
+
+
+def _names(runs: list[Run]) -> list[str]:
+    return [run[0] for run in runs]
 
 
 def _changes(options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from lmim_jax.cli import app
 from lmim_jax.perf import accelerators, aot, gpu_targets, traffic
+from lmim_jax.perf.flops import masks_per_image, share_of_masks
 from lmim_jax.train.build import TrainingParts
 from lmim_jax.utils import buckets, progress
 from lmim_jax.utils.errors import UserError
@@ -116,6 +117,7 @@ def plan(config: ConfigDict, topology: str, settings: Settings) -> Plan:
         "feasible": memory["needed"] <= memory["limit"],
         "memory": memory,
         "flops_per_image": {**flops, "compiled": analysis.compiled_flops_per_image},
+        "masks_per_image": masks_per_image(parts.method),
         "collectives": collectives,
         "seconds": seconds,
         "utilization": utilization,
@@ -265,7 +267,7 @@ def table(planned: Plan) -> list[str]:
     lines = [
         _device_line(planned),
         *_memory_lines(planned),
-        _flops_line(planned["flops_per_image"]),
+        _flops_line(planned["flops_per_image"], planned["masks_per_image"]),
         *_collective_lines(planned["collectives"]),
         f"bounds      {', '.join(bounds)} a step",
     ]
@@ -361,9 +363,9 @@ def _how_to_compile(planned: Plan) -> str:
     return aot.INSTALL_GPU
 
 
-def _flops_line(flops: dict[str, float | None]) -> str:
+def _flops_line(flops: dict[str, float | None], masks: int) -> str:
     giga = {name: (count or 0) / 1e9 for name, count in flops.items()}
-    text = f"GFLOP/image {giga['method']:.1f} of the method"
+    text = f"GFLOP/image {giga['method']:.1f} of the method{share_of_masks(giga['method'], masks)}"
     if flops["executed"] != flops["method"]:
         text += f", {giga['executed']:.1f} with recomputation"
     text += f"; augmentation {giga['augmentation']:.2f}"

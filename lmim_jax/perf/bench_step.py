@@ -127,6 +127,7 @@ class BenchmarkStep:
             "images_per_second": rate,
             "seconds_per_step": spread(seconds),
             "gflop_per_image": gigaflop,
+            "masks_per_image": flops.masks_per_image(self.parts.method),
             "teraflops": gigaflop * rate / 1e3,
             "peak_teraflops": peak_teraflops,
             "peak_from": source,
@@ -218,9 +219,9 @@ def measure(config: ConfigDict, steps: int = 20, warmup: int = 3) -> dict[str, A
 
     Returns:
       A dict of plain values: images_per_second (median step); seconds_per_step (see `spread`);
-      gflop_per_image (see flops.py), teraflops reached, peak_teraflops, and their ratio mfu;
-      trace_seconds, compile_seconds; peak_memory in bytes, where the device reports it;
-      lowered_stats and compiled_stats (see program_stats.py).
+      gflop_per_image (see flops.py), of masks_per_image masks; teraflops reached, peak_teraflops,
+      and their ratio mfu; trace_seconds, compile_seconds; peak_memory in bytes, where the device
+      reports it; lowered_stats and compiled_stats (see program_stats.py).
 
     Raises:
       UserError: the batch cannot be split over the devices, or the config has an invalid value.
@@ -307,7 +308,8 @@ def _metrics_table(measured: dict[str, Any]) -> list[str]:
         f"batch {measured['batch_size']}",
         f"step          {measured['images_per_second']:.4g} images/s, {seconds['median']:.4g} s "
         f"(quartiles {quartiles}, range {extremes}, {seconds['steps']} steps)",
-        f"utilization   {measured['gflop_per_image']:.4g} GFLOP per image, "
+        f"utilization   {measured['gflop_per_image']:.4g} GFLOP per image"
+        f"{flops.share_of_masks(measured['gflop_per_image'], measured['masks_per_image'])}, "
         f"{measured['teraflops']:.4g} TFLOP/s: {_utilization(measured)}",
         f"compilation   {measured['compile_seconds']:.1f} s, "
         f"after {measured['trace_seconds']:.1f} s of tracing",

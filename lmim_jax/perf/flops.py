@@ -81,6 +81,18 @@ def count_method(method: Any, batch: int = 1) -> FlopCount:
     return FlopCount(count_by_module(gradient, params, target, images, views, step, per=batch))
 
 
+def masks_per_image(method: Any) -> int:
+    """How many masks of an image a training step has."""
+    return getattr(method, "masks_per_image", 1)
+
+
+def share_of_masks(giga: float, masks: int) -> str:
+    """What a mask costs, " (4 masks, 37.9 each)"; "" of a single one."""
+    if masks == 1:
+        return ""
+    return f" ({masks} masks, {giga / masks:.4g} each)"
+
+
 def abstract_keys(count: int) -> jax.ShapeDtypeStruct:
     """The shape and dtype of `count` random keys."""
 
