@@ -107,6 +107,7 @@ def _check_blocks(vit: ViT) -> None:
         f"registers={vit.registers}": vit.registers > 0,
         f"rope={vit.rope}": vit.rope != "none",
         f"norm={vit.norm}": vit.norm != "layer",
+        "post-norm blocks": vit.post_norm,
     }
     listed = ", ".join(name for name, found in problems.items() if found)
     if listed:

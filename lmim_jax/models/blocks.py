@@ -200,6 +200,51 @@ class Block(nn.Module, kw_only=True):
         return x
 
 
+class PostNormBlock(nn.Module, kw_only=True):
+    """Post-norm Transformer block: y = norm(x + SelfAttention(x)); x = norm(y + MLP(y)).
+
+    The attributes are those of `Block`.
+
+    Source: data2vec 2.0's released `AltBlock`.
+    """
+
+    heads: int
+    mlp_ratio: float
+    norm_eps: float
+    dtype: Dtype
+    attention: str
+    qkv_bias: QkvBias = True
+    bias: bool = True
+    norm: str = "layer"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"] | None = None,
+        branch_scales: Float[Array, "B 2"] | None = None,
+        rope: Rope | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Apply the block; arguments as those of `Block`."""
+        attention = Attention(
+            heads=self.heads,
+            dtype=self.dtype,
+            implementation=self.attention,
+            qkv_bias=self.qkv_bias,
+            bias=self.bias,
+            name="attn",
+        )
+        x = x + _scale_branch(attention(x, mask, rope), branch_scales, 0)
+        x = norm(self.norm, self.norm_eps, self.dtype, "norm1")(x)
+        mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, self.bias, name="mlp")
+        y = mlp(x)
+        self.sow("intermediates", "mlp_output", y)
+        x = x + _scale_branch(y, branch_scales, 1)
+        x = norm(self.norm, self.norm_eps, self.dtype, "norm2")(x)
+        self.sow("intermediates", "tokens", x)
+        return x
+
+
 def _scale_branch(y: Array, branch_scales: Array | None, index: int) -> Array:
     """Multiply a branch's output [B, T, D] by each image's factor for it."""
     if branch_scales is None:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lmim_jax.models.blocks import Block, QkvBias
+from lmim_jax.models.blocks import Block, PostNormBlock, QkvBias
 from lmim_jax.models.layer_stack import run_blocks
 from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm, norm
 from lmim_jax.models.rope import make_rope, register_coordinates
@@ -50,6 +50,8 @@ class ViT(nn.Module, kw_only=True):
       final_norm_scaled: "rms": whether the last norm has a scale.
       rope: "none", or how queries and keys are turned by coordinates, see `rope.PARTS`.
       rope_frequencies: see `rope.make_rope`.
+      post_norm: blocks are `PostNormBlock`, and all tokens are normed in front of the first block
+        (parameters: stem_norm) instead of after the last one (data2vec 2.0).
     """
 
     width: int
@@ -68,6 +70,7 @@ class ViT(nn.Module, kw_only=True):
     final_norm_scaled: bool = True
     rope: str = "none"
     rope_frequencies: tuple[float, float] = (1.0, 1.0)
+    post_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -91,7 +94,7 @@ class ViT(nn.Module, kw_only=True):
 
         Returns:
           Tokens after and before the final norm: CLS, if there is one, registers, if they are kept,
-          and patches.
+          and patches. With `post_norm`, both are the tokens after the last block.
 
         Raises:
           ValueError: rope and a CLS token, which has no coordinates.
@@ -121,8 +124,10 @@ class ViT(nn.Module, kw_only=True):
             if mask is not None:
                 before = int(self.cls) + self.registers
                 mask = jnp.pad(mask, [(0, 0), (before, 0)], constant_values=True)
+        if self.post_norm:
+            x = norm(self.norm, self.norm_eps, self.dtype, "stem_norm")(x)
         make_block = functools.partial(
-            Block,
+            PostNormBlock if self.post_norm else Block,
             heads=self.heads,
             mlp_ratio=self.mlp_ratio,
             norm_eps=self.norm_eps,
@@ -133,9 +138,10 @@ class ViT(nn.Module, kw_only=True):
             norm=self.norm,
         )
         x = run_blocks(self, make_block, self.depth, x, branch_scales, mask=mask, **inputs)
-        eps = self.final_norm_eps or self.norm_eps
-        final_norm = norm(self.norm, eps, self.dtype, "norm", self.final_norm_scaled)
-        normed = final_norm(x)
+        normed = x
+        if not self.post_norm:
+            eps = self.final_norm_eps or self.norm_eps
+            normed = norm(self.norm, eps, self.dtype, "norm", self.final_norm_scaled)(x)
         if keep_registers:
             return normed, x
         if self.registers:
@@ -183,7 +189,7 @@ def features(
       cls [B, D] and patches [B, N, D] after the final norm; cls_prenorm and patches_prenorm before
       it; block00/tokens [B, 1 + N, D], block00/normed, which is the final norm of these, and
       block00/attention [B, A, 1 + N, 1 + N] (A heads) of every
-      block. An encoder without CLS token gives no cls, and one row less. Registers are left out of
+      block; of post-norm blocks, also block00/mlp [B, 1 + N, D], the output of their MLP. An encoder without CLS token gives no cls, and one row less. Registers are left out of
       all of these, so that rows of attention no longer sum to 1; they are registers [B, R, D],
       after the final norm.
     """
@@ -204,7 +210,11 @@ def features(
     for name, block in intermediates.items():
         block_tokens = encoder.without_registers(block["tokens"][0])
         named[f"{name}/tokens"] = block_tokens
-        named[f"{name}/normed"] = final_norm.apply(norm_params, block_tokens)
+        if encoder.post_norm:
+            named[f"{name}/normed"] = block_tokens
+            named[f"{name}/mlp"] = encoder.without_registers(block["mlp_output"][0])
+        else:
+            named[f"{name}/normed"] = final_norm.apply(norm_params, block_tokens)
         rows = encoder.without_registers(block["attn"]["attention"][0], axis=2)
         named[f"{name}/attention"] = encoder.without_registers(rows, axis=3)
     return named
