@@ -67,7 +67,7 @@ def adamw(batch_size: FieldReference, epochs: FieldReference) -> ConfigDict:
       epochs: of the run.
     """
     optimizer = ConfigDict()
-    optimizer.name = "adamw"  # the only one
+    optimizer.name = "adamw"  # adamw | adamw_fairseq (another eps, see lmim_jax/optim/adamw.py)
     optimizer.base_lr = 1.5e-4  # per 256 images
     # Peak; base_lr x batch_size / 256 unless set: 2.4e-3 here
     optimizer.lr = optimizer.get_ref("base_lr") * batch_size / 256

@@ -1,11 +1,13 @@
 """The pretraining optimizer from its config: AdamW, its schedules, and what depends on names."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from lmim_jax.optim import schedules
@@ -121,8 +123,9 @@ def from_config(
       UserError: unknown `config.name`; and, when the optimizer is initialized, parameters that no
         rule of `config.decay_rules` or `config.lr_rules` matches.
     """
-    if config.name != "adamw":
-        raise UserError(f"config.optimizer.name={config.name!r} must be one of: adamw")
+    if config.name not in ADAM:
+        listed = " | ".join(ADAM)
+        raise UserError(f"config.optimizer.name={config.name!r} must be one of: {listed}")
     learning_rate, weight_decay = make_schedules(
         config,
         warmup_steps=warmup_steps,
@@ -130,7 +133,7 @@ def from_config(
         steps_per_epoch=steps_per_epoch,
         start=start,
     )
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    adam = ADAM[config.name](b1=config.b1, b2=config.b2, eps=config.eps)
     if config.clip_norm:
         adam = optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
     # With usual rules, this is optax.adamw, with a schedule for the weight decay too.
@@ -139,6 +142,40 @@ def from_config(
         transforms.append(_scale_by_rules(config.lr_rules))
     transforms.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*transforms), learning_rate
+
+
+def scale_by_fairseq_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam as in fairseq: eps is added to the root of the second moment before its correction.
+
+    So eps is divided by sqrt(1 - b2^step), 4.5 at the first step with b2 = 0.95. The state is that
+    of `optax.scale_by_adam`.
+
+    Args:
+      b1: decay rate of the first moment.
+      b2: decay rate of the second moment.
+      eps: see above.
+
+    Source: `fairseq.optim.adam.Adam`.
+    """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, state = adam.update(grads, state, params)
+        factor = jnp.sqrt(1 - b2**state.count) / (1 - b1**state.count)
+
+        def scale(mean: Array, square: Array) -> Array:
+            return factor * mean / (jnp.sqrt(square) + eps)
+
+        return jax.tree.map(scale, state.mu, state.nu), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+# The first part of the optimizer by its names in configs
+ADAM: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": optax.scale_by_adam,
+    "adamw_fairseq": scale_by_fairseq_adam,
+}
 
 
 def _decays(
