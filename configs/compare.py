@@ -22,6 +22,7 @@ TARGETS = {  # what a method predicts; of other methods, their recipe's title
     "ijepa": "latents of blocks, regression",
     "bootmae": "normalized pixels and latents, regression",
     "capi": "clusters of latents, classification",
+    "data2vec2": "mean of latents of several blocks, regression",
     "symmim": "pixels, regression, and images of the batch, discrimination",
 }
 

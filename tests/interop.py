@@ -21,7 +21,8 @@ from lmim_jax.convert import hf, timm, torch_encoder
 from lmim_jax.methods import base
 
 STORED = pathlib.Path(__file__).parent / "interop.npz"
-METHODS = [name for name in base.names() if name != "capi"]  # no other library has its encoder
+WITHOUT_EQUAL = ("capi", "data2vec2")  # no other library has their encoders
+METHODS = [name for name in base.names() if name not in WITHOUT_EQUAL]
 LIBRARIES = {"timm": timm, "hf": hf}
 AS_IN_TRAINING = dict(
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", resize=18

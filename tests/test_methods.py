@@ -38,6 +38,8 @@ OPTIONS = [  # each value of each option at least once
     {"name": "ijepa", "dtype": "bfloat16", "loss": "l1"},
     {"name": "capi", "rope": "capi", "drop_path": 0.5, "sampler": "block", "positionwise": False},
     {"name": "capi", "dtype": "bfloat16", "sampler": "random", "roll": False, "registers": 0},
+    {"name": "data2vec2", "dtype": "bfloat16", "registers": 2, "masks_per_image": 1},
+    {"name": "data2vec2", "target": "random_projection", "cls_weight": 0.0, "decoder_kernel": 2},
     {"name": "symmim", "dtype": "bfloat16", "registers": 2, "cell": 2, "momentum_cell": 1},
     {"name": "symmim", "contrast_weight": 0.0, "decoder_depth": 2, "predictor_depth": 1},
 ]
@@ -99,6 +101,7 @@ def test_only_methods_with_schedules_take_the_length_of_the_run():
     lengths = {
         "bootmae": (10, 5),
         "capi": (10, 0),
+        "data2vec2": (10, 0),
         "ijepa": (10, 0),
         "latent_mim": (10, 0),
         "mae": (0, 0),
@@ -132,7 +135,10 @@ def test_views_are_drawn_per_image(name):
     keys = jax.random.split(jax.random.key(2), 6)
     whole = method.sample(jax.random.key(1), keys)
     part = method.sample(jax.random.key(1), keys[2:4])
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2:4], b), whole, part)
+    rows = getattr(method, "masks_per_image", 1)  # of an image
+    first = 2 * rows
+    last = 4 * rows
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[first:last], b), whole, part)
     differ = any((leaf[0] != leaf[1]).any() for leaf in jax.tree.leaves(whole))
     assert differ == (name != "symmim")  # whose masks are fixed
 
@@ -207,8 +213,9 @@ def test_predictions_depend_on_visible_patches_only(name):
     influential = patches.sum(-1) > 0
     expected = np.zeros(influential.shape, bool)
     masks = views.get("visible_mask", views["visible"] >= 0)
-    for row, visible, mask in zip(expected, views["visible"], masks, strict=True):
-        row[visible[mask]] = True
+    rows = np.arange(len(masks)) * len(images) // len(masks)  # of images, for each mask
+    for row, visible, mask in zip(rows, views["visible"], masks, strict=True):
+        expected[row, visible[mask]] = True
     np.testing.assert_array_equal(influential, expected)
 
 

@@ -17,6 +17,7 @@ SIZES |= dict(
 )
 SIZES |= dict(context_capacity=8, min_context=1, mask_batch=2, dtype="float32")
 SIZES |= dict(block_total=8, block_smallest=2, block_largest=4)
+SIZES |= dict(decoder_groups=8, target_start=0)
 
 CHOSEN = {  # instead of what the recipe `own` chooses, for a run of a moment
     "total_steps": 2,
