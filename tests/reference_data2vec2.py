@@ -120,7 +120,7 @@ def outputs(case, run):
 
 
 def inner_tokens(run, params, visible):
-    """The student's tokens {"stem", 0, 1, ..}: after the norm in front of blocks, and after each."""
+    """The student's tokens {"stem", 0, ..}: after the norm in front of blocks and after each."""
     ours = run.method
     patches = patchify(run.images, ours.grid, ours.patch_size)
     rows = np.arange(len(visible))[:, None] // ours.masks_per_image

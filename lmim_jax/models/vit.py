@@ -115,19 +115,16 @@ class ViT(nn.Module, kw_only=True):
         if self.registers:
             shape = (1, self.registers, self.width)
             extra.append(self.param("registers", nn.initializers.normal(0.02), shape))
-        tokens = []
-        for token in extra:
-            token = token.astype(self.dtype)
-            tokens.append(jnp.broadcast_to(token, (len(x), *token.shape[1:])))
-        if tokens:
-            x = jnp.concatenate([*tokens, x], axis=1)
-            if mask is not None:
-                before = int(self.cls) + self.registers
-                mask = jnp.pad(mask, [(0, 0), (before, 0)], constant_values=True)
+        x = _in_front(extra, x)
+        if extra and mask is not None:
+            before = int(self.cls) + self.registers
+            mask = jnp.pad(mask, [(0, 0), (before, 0)], constant_values=True)
+        block: type[nn.Module] = Block
         if self.post_norm:
+            block = PostNormBlock
             x = norm(self.norm, self.norm_eps, self.dtype, "stem_norm")(x)
         make_block = functools.partial(
-            PostNormBlock if self.post_norm else Block,
+            block,
             heads=self.heads,
             mlp_ratio=self.mlp_ratio,
             norm_eps=self.norm_eps,
@@ -140,8 +137,7 @@ class ViT(nn.Module, kw_only=True):
         x = run_blocks(self, make_block, self.depth, x, branch_scales, mask=mask, **inputs)
         normed = x
         if not self.post_norm:
-            eps = self.final_norm_eps or self.norm_eps
-            normed = norm(self.norm, eps, self.dtype, "norm", self.final_norm_scaled)(x)
+            normed = _final_norm(self)(x)
         if keep_registers:
             return normed, x
         if self.registers:
@@ -156,6 +152,25 @@ class ViT(nn.Module, kw_only=True):
         first = int(self.cls)
         before, _, after = jnp.split(x, [first, first + self.registers], axis)
         return jnp.concatenate([before, after], axis)
+
+
+def _in_front(
+    tokens: list[Float[Array, "1 _ D"]], x: Float[Array, "B N D"]
+) -> Float[Array, "B T D"]:
+    """Put tokens that are the same for all images in front of x."""
+    if not tokens:
+        return x
+    parts = []
+    for token in tokens:
+        token = token.astype(x.dtype)
+        parts.append(jnp.broadcast_to(token, (len(x), *token.shape[1:])))
+    return jnp.concatenate([*parts, x], axis=1)
+
+
+def _final_norm(encoder: ViT) -> nn.Module:
+    """The norm behind the last block; there is none with `post_norm`."""
+    eps = encoder.final_norm_eps or encoder.norm_eps
+    return norm(encoder.norm, eps, encoder.dtype, "norm", encoder.final_norm_scaled)
 
 
 def with_registers(
@@ -188,10 +203,10 @@ def features(
     Returns:
       cls [B, D] and patches [B, N, D] after the final norm; cls_prenorm and patches_prenorm before
       it; block00/tokens [B, 1 + N, D], block00/normed, which is the final norm of these, and
-      block00/attention [B, A, 1 + N, 1 + N] (A heads) of every
-      block; of post-norm blocks, also block00/mlp [B, 1 + N, D], the output of their MLP. An encoder without CLS token gives no cls, and one row less. Registers are left out of
-      all of these, so that rows of attention no longer sum to 1; they are registers [B, R, D],
-      after the final norm.
+      block00/attention [B, A, 1 + N, 1 + N] (A heads) of every block; of post-norm blocks also
+      block00/mlp [B, 1 + N, D], the output of their MLP. An encoder without CLS token gives no cls,
+      and one row less. Registers are left out of all of these, so that rows of attention no longer
+      sum to 1; they are registers [B, R, D], after the final norm.
     """
     (tokens, prenorm), state = encoder.apply(
         {"params": params}, patches, positions, mask, mutable=["intermediates"]
@@ -204,8 +219,7 @@ def features(
     intermediates = dict(state["intermediates"])
     if encoder.registers:
         named["registers"] = intermediates.pop("registers")[0]
-    eps = encoder.final_norm_eps or encoder.norm_eps
-    final_norm = norm(encoder.norm, eps, encoder.dtype, "norm", encoder.final_norm_scaled)
+    final_norm = _final_norm(encoder)
     norm_params = {"params": params.get("norm", {})}
     for name, block in intermediates.items():
         block_tokens = encoder.without_registers(block["tokens"][0])
