@@ -301,7 +301,8 @@ def test_a_view_moves_pixels_boxes_and_masks_alike():
     for resized, corner, flip in (((40, 48), (5, 9), False), ((20, 24), (0, 0), True)):
         cases.append(View(jnp.asarray(resized), jnp.asarray(corner), jnp.bool_(flip)))
     for seed in range(4):
-        cases.append(view.draw_view(jax.random.key(seed), size, out, (0.6, 1.6), True))
+        whole = view.fitting_scale(size, out)
+        cases.append(view.draw_view(jax.random.key(seed), size, out, whole, (0.6, 1.6), True))
     image = jnp.asarray(mask)[..., None].repeat(3, -1)
     see = jax.jit(functools.partial(view.view_pixels, out=out, augment=augment))
     label = jax.jit(functools.partial(view.view_mask, out=out, padding=7))

@@ -152,13 +152,23 @@ def small(images, tmp_path_factory):
                 layout="folder", path=str(masks / "probe"), batch_size=16, c=(1.0,), iterations=5
             ),
             "clevr": dict(iterations=5),
+            "segmentation_finetune": dict(
+                path=str(masks / "probe"), batch_size=8, total_steps=1, head="linear"
+            ),
             "detection": dict(
                 path=str(masks / "boxes"), batch_size=8, total_steps=1, features=8, depth=1
             ),
         }
 
 
-@pytest.mark.parametrize("name", base.names())
+def contract_cases():
+    """All evaluators; the convolutions of a detector take half a minute to compile."""
+    for name in base.names():
+        marks = [pytest.mark.slow] if name == "detection" else []
+        yield pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", contract_cases())
 def test_contract(name, run, small):
     method, params, data = run
     evaluator = make(name, **small.get(name, {}))

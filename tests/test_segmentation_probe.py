@@ -17,7 +17,6 @@ from lmim_jax.data.augment.device import Squash
 from lmim_jax.data.eval import segmentation_sets
 from lmim_jax.data.eval.segmentation_sets import Labels
 from lmim_jax.distributed import sharding
-from lmim_jax.evaluators import segmentation_probe
 from lmim_jax.evaluators.common import classifiers, pixel_labels
 from lmim_jax.evaluators.common.patch_sample import PatchSample
 from lmim_jax.evaluators.common.pixel_labels import Confusion
@@ -94,7 +93,7 @@ def test_the_report_shows_the_last_probe(tmp_path):
     counts = {"knn": Confusion(2), "linear": Confusion(2)}
     for count in counts.values():
         count.add(np.array([0, 0, 1]), np.array([0, 1, 1]))
-    written = segmentation_probe.class_table(("road", "sky <b>"), counts)
+    written = pixel_labels.class_table(("road", "sky <b>"), counts)
     assert written.splitlines()[1] == "road,66.67,50.00,50.00"
     assert segmentation_section.section(tmp_path) is None
     picture = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)

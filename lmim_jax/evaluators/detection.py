@@ -117,7 +117,8 @@ class Evaluator(DenseProbe):
         places = self.places(task)
 
         def one(key: Array, image: Array, size: Array, target: Array) -> tuple[Array, Any]:
-            drawn = view.draw_view(key, size, task.size, self.scale, self.flip)
+            whole = view.fitting_scale(size, task.size)
+            drawn = view.draw_view(key, size, task.size, whole, self.scale, self.flip)
             pixels = view.view_pixels(drawn, image, size, task.size, task.augment)
             table = target.reshape(-1, 5)
             boxes, is_seen = view.view_boxes(drawn, table[:, :4], task.size)
@@ -213,8 +214,8 @@ def _jit_candidates(
         boxes, scores, labels, probability = fcos.candidates(outputs, probe.places(task))
 
         def relative(of_image: Array, size: Array) -> Array:
-            resized = jnp.tile(view.fitted(size, task.size)[::-1], 2)
-            return jnp.clip(of_image / resized[None], 0.0, 1.0)
+            seen = view.whole_view(size, task.size).resized
+            return jnp.clip(of_image / jnp.tile(seen[::-1], 2)[None], 0.0, 1.0)
 
         return {
             "boxes": jax.vmap(relative)(boxes, batch["size"]),

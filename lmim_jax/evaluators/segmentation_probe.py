@@ -16,12 +16,10 @@ Letters: I images, N patches, D width, C classes, K neighbors, q label cells alo
 patch, S sampled patches.
 """
 
-import csv
 import dataclasses
 import functools
-import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -55,6 +53,7 @@ log = logging.getLogger(__name__)
 FITS = ("squash", "crop")
 METRICS = ("cosine", "l2")
 TIE = 0.5  # votes that the nearest patch has more than the others
+TITLE = "Segmentation by frozen patch features"  # of the picture
 SHOWN_PIXELS = 512  # long side of the pictures
 
 # Features of the patches of a batch, standardized -> scores of each image
@@ -313,9 +312,9 @@ class Evaluator(base.Evaluator):
             results[f"{name}_miou"] = 100 * count.mean_iou()
             results[f"{name}_pixels"] = 100 * count.accuracy()
         results["majority_pixels"] = 100 * counts["linear"].majority()
-        results["classes"] = class_table(labels.names, counts)
+        results["classes"] = pixel_labels.class_table(labels.names, counts)
         if shown:
-            results["segments"] = plotting.plot_segmentation(shown, labels.names)
+            results["segments"] = plotting.plot_segmentation(shown, labels.names, TITLE)
         return results
 
     def _shown(
@@ -417,22 +416,6 @@ def _mean_iou(
     counts = Confusion(classes)
     counts.add(truth, predicted)
     return counts.mean_iou()
-
-
-def class_table(names: Sequence[str], counts: dict[str, Confusion]) -> str:
-    """A CSV table with a row for each class: its share of the pixels and its IoU, in percent."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["class", "share_of_pixels", *(f"{name}_iou" for name in counts)])
-    truth = next(iter(counts.values())).table.sum(axis=1)
-    ious = [count.iou() for count in counts.values()]
-    for number, name in enumerate(names):
-        values = [100 * truth[number] / truth.sum()]
-        for iou in ious:
-            values.append(100 * iou[number])
-        cells = ["" if np.isnan(value) else f"{value:.2f}" for value in values]
-        writer.writerow([name, *cells])
-    return file.getvalue()
 
 
 def _identity(x: Array) -> Array:

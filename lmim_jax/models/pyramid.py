@@ -192,6 +192,53 @@ class Detector(nn.Module):
         return FcosHead(self.classes, self.features, self.depth, self.dtype, name="head")(maps)
 
 
+class LinearSegmenter(nn.Module):
+    """Classes of patches by a norm and a linear layer.
+
+    Attributes:
+      classes: K.
+      dtype: of the norm.
+    """
+
+    classes: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w K"]:
+        """Logits, float32."""
+        x = layer_norm(NORM_EPS, self.dtype, "norm")(x)
+        return nn.Dense(self.classes, dtype=jnp.float32, name="classes")(x)
+
+
+class PyramidSegmenter(nn.Module):
+    """Classes from all maps of a `SimpleFeaturePyramid` but the coarsest one.
+
+    The maps are enlarged to the finest one and added, as in semantic FPN (Kirillov et al., CVPR
+    2019), whose convolutions between two enlargements are left out: ours.
+
+    Attributes:
+      classes: K.
+      features: F.
+      dtype: of the computation.
+    """
+
+    classes: int
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B 4h 4w K"]:
+        """Logits, float32."""
+        maps = SimpleFeaturePyramid(self.features, self.dtype, name="pyramid")(x)
+        finest = maps[0]
+        total = finest
+        for coarser in maps[1:-1]:
+            total = total + jax.image.resize(coarser, finest.shape, "bilinear")
+        total = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv")(total)
+        total = gelu(layer_norm(NORM_EPS, self.dtype, "norm")(total))
+        return nn.Dense(self.classes, dtype=jnp.float32, name="classes")(total)
+
+
 def _output(
     features: int,
     kernel_init: nn.initializers.Initializer,

@@ -165,12 +165,13 @@ def plot_features(
     return _pixels(figure)
 
 
-def plot_segmentation(images: Sequence[Segmented], names: Sequence[str]) -> Picture:
+def plot_segmentation(images: Sequence[Segmented], names: Sequence[str], title: str) -> Picture:
     """Plot images, each in a column above its true and its predicted classes.
 
     Args:
       images: with the same sources of classes.
       names: of all classes.
+      title: of the figure.
     """
     sources = list(images[0].classes)
     colors = class_colors(len(names))
@@ -209,9 +210,7 @@ def plot_segmentation(images: Sequence[Segmented], names: Sequence[str]) -> Pict
         wspace=0.03,
         hspace=0.04,
     )
-    figure.suptitle(
-        "Segmentation by frozen patch features", y=1 - 0.06 / inches[1], fontsize=10, weight="bold"
-    )
+    figure.suptitle(title, y=1 - 0.06 / inches[1], fontsize=10, weight="bold")
     figure.legend(
         handles=patches,
         fontsize=7,

@@ -35,45 +35,53 @@ class View(NamedTuple):
     flip: Bool[Array, ""]
 
 
-def fitted(
-    size: Int[Array, "2"], out: tuple[int, int], factor: float | Float[Array, ""] = 1.0
-) -> Int[Array, "2"]:
-    """The size of an image that is enlarged until it touches the border of the output, int32.
+def fitting_scale(size: Int[Array, "2"], out: tuple[int, int]) -> Float[Array, ""]:
+    """The factor by which an image is enlarged until it touches the border of the output.
 
     Args:
       size: height and width.
       out: (S, T).
-      factor: of the sides of the output.
     """
-    scale = factor * (jnp.asarray(out, jnp.float32) / size).min()
+    return (jnp.asarray(out, jnp.float32) / size).min()
+
+
+def resized(size: Int[Array, "2"], scale: Float[Array, ""]) -> Int[Array, "2"]:
+    """Height and width of an image that is enlarged by a factor, int32."""
     return jnp.maximum(jnp.round(scale * size), 1).astype(jnp.int32)
 
 
 def whole_view(size: Int[Array, "2"], out: tuple[int, int]) -> View:
     """The whole image, as large as fits, at the top left."""
-    return View(fitted(size, out), jnp.zeros(2, jnp.int32), jnp.bool_(False))
+    whole = resized(size, fitting_scale(size, out))
+    return View(whole, jnp.zeros(2, jnp.int32), jnp.bool_(False))
 
 
 def draw_view(
-    key: Array, size: Int[Array, "2"], out: tuple[int, int], scale: tuple[float, float], flip: bool
+    key: Array,
+    size: Int[Array, "2"],
+    out: tuple[int, int],
+    whole: Float[Array, ""],
+    scale: tuple[float, float],
+    flip: bool,
 ) -> View:
-    """A random view.
+    """A random view. Where the image is larger than the output, a part of that size is cut out at
+    random; where it is smaller, the rest of the output is padding.
 
     Args:
       key: of the image.
       size: height and width of the image.
       out: (S, T).
-      scale: range of the factor of `fitted`, drawn uniformly; above 1, a part of that size is cut
-        out at random; below, the rest of the output is padding.
+      whole: factor by which the image is enlarged, such as `fitting_scale`.
+      scale: range of another factor, drawn uniformly.
       flip: mirror half of the images.
     """
     scale_key, corner_key, flip_key = jax.random.split(key, 3)
     factor = jax.random.uniform(scale_key, (), minval=scale[0], maxval=scale[1])
-    resized = fitted(size, out, factor)
-    room = jnp.maximum(resized - jnp.asarray(out), 0)
+    enlarged = resized(size, whole * factor)
+    room = jnp.maximum(enlarged - jnp.asarray(out), 0)
     corner = jnp.floor(jax.random.uniform(corner_key, (2,)) * (room + 1)).astype(jnp.int32)
     flipped = jax.random.bernoulli(flip_key) & flip
-    return View(resized, jnp.minimum(corner, room), flipped)
+    return View(enlarged, jnp.minimum(corner, room), flipped)
 
 
 def seen(view: View, out: tuple[int, int]) -> Bool[Array, "S T"]:

@@ -7,9 +7,11 @@ Letters: H W height and width of a mask, h w rows and columns of scores, C class
 along each side of a patch.
 """
 
+import csv
 import dataclasses
 import functools
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -209,3 +211,19 @@ class Confusion:
     def majority(self) -> float:
         """Share of the pixels of the most frequent class, 0 .. 1."""
         return float(self.table.sum(axis=1).max() / self.table.sum())
+
+
+def class_table(names: Sequence[str], counts: dict[str, Confusion]) -> str:
+    """A CSV table with a row for each class: its share of the pixels and its IoU, in percent."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["class", "share_of_pixels", *(f"{name}_iou" for name in counts)])
+    truth = next(iter(counts.values())).table.sum(axis=1)
+    ious = [count.iou() for count in counts.values()]
+    for number, name in enumerate(names):
+        values = [100 * truth[number] / truth.sum()]
+        for iou in ious:
+            values.append(100 * iou[number])
+        cells = ["" if np.isnan(value) else f"{value:.2f}" for value in values]
+        writer.writerow([name, *cells])
+    return file.getvalue()
