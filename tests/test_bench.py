@@ -28,6 +28,7 @@ FLOAT32 = {
     r"jvp\(LatentDecoder\)/bmd,bvd->bmv": "visual cues",
     # Differences of cosines are divided by tau
     r"(transpose\()?jvp\(bid,bjd->bij\)\)?": "patch InfoNCE",
+    r"(transpose\()?jvp\(bo,go->bg\)\)?": "contrast of images",
     r"jvp\((ViT|CrossPredictor)\)": "angles of rotary embeddings",
 }
 
