@@ -76,12 +76,12 @@ def ijepa(channels: FieldReference) -> ConfigDict:
     method.momentum_end = 1.0
     # Switches, explained in vit_b
     method.masks_per_image = 1
-    method.position_noise = 0.0
-    method.context_weight = 0.0
+    method.position_noise = 0.0  # 0: off
+    method.context_weight = 0.0  # 0: off
     method.context_warmup = 0.15
-    method.sigreg_weight = 0.0
+    method.sigreg_weight = 0.0  # 0: off
     method.sigreg_directions = 512
-    method.variance_weight = 0.0
+    method.variance_weight = 0.0  # 0: off
     method.regularized = "images"
     method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32
     method.attention = "auto"  # auto | xla (anywhere) | cudnn (fused, NVIDIA GPUs, bfloat16)
