@@ -97,6 +97,28 @@ PUBLISHED = {
             ),
         },
     ),
+    # base_images_only_task.yaml of fairseq: 375,300 updates of 16 x 16 images, lr 1e-3 after 50,040
+    # updates from 0, cosine to 0, weight decay 0.05, ema_decay 0.9998 to 0.99999 in 100,000 updates,
+    # the first of which is the average after the first update
+    "data2vec2_vit_b": (
+        5004,
+        {
+            0: (0.0, 0.05, 0.9998 + 0.00019 * 1e-5),
+            5: (5e-4, 0.05, 0.9998 + 0.00019 * 0.25021),
+            10: (1e-3, 0.05, 0.9998 + 0.00019 * 0.50041),
+            20: (5e-4 * (1 + np.cos(np.pi * 10 / 65)), 0.05, 0.99999),
+            75: (0.0, 0.05, 0.99999),
+        },
+    ),
+    # large_images_only_task.yaml: 375,300 updates of 16 x 8 images, 4e-4, 150,000 updates
+    "data2vec2_vit_l": (
+        10_009,
+        {
+            0: (0.0, 0.05, 0.9998 + 0.00019 / 150_000),
+            3: (4e-4 * 30_027 / 50_040, 0.05, 0.9998 + 0.00019 * 30_028 / 150_000),
+            20: (2e-4 * (1 + np.cos(np.pi * 150_140 / 325_260)), 0.05, 0.99999),
+        },
+    ),
     # configs/in1k_vith14_ep300.yaml of facebookresearch/ijepa: start_lr 2e-4, lr 1e-3 after 40
     # epochs, final_lr 1e-6, weight decay 0.04 to final_weight_decay 0.4, ema 0.996 to 1; 600 epochs
     # of B: arXiv 2301.08243, table 1. src/train.py counts learning rate and weight decay up before
