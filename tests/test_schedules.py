@@ -98,8 +98,7 @@ PUBLISHED = {
         },
     ),
     # base_images_only_task.yaml of fairseq: 375,300 updates of 16 x 16 images, lr 1e-3 after 50,040
-    # updates from 0, cosine to 0, weight decay 0.05, ema_decay 0.9998 to 0.99999 in 100,000 updates,
-    # the first of which is the average after the first update
+    # updates from 0, cosine to 0, weight decay 0.05, ema_decay 0.9998 to 0.99999 in 100,000 updates
     "data2vec2_vit_b": (
         5004,
         {

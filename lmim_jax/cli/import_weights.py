@@ -5,8 +5,8 @@
 
 FILE: a state dict as .safetensors or .npz, or a PyTorch file (.pth, .pt, .pth.tar; needs torch >=
 2.6, and only tensors are read). --format: the method whose official code wrote it: latent_mim |
-pilamim | mae | ijepa | bootmae | capi. --config: the recipe, with the sizes of that model; the
-optimizer starts afresh at step 0.
+pilamim | mae | ijepa | bootmae | capi | data2vec2. --config: the recipe, with the sizes of that
+model; the optimizer starts afresh at step 0.
 
 Every array of the file must belong to the model, and every array of the model must be in the file:
 missing, unexpected and differently shaped arrays are listed and are an error. If a file holds only
@@ -298,7 +298,7 @@ def define_flags() -> None:
         "format",
         None,
         "The method whose official code wrote the file: latent_mim | pilamim | mae | ijepa | "
-        "bootmae | capi. Example: --format=mae",
+        "bootmae | capi | data2vec2. Example: --format=mae",
     )
     flags.DEFINE_multi_string(
         "drop",
