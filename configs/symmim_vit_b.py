@@ -59,7 +59,8 @@ def symmim(channels: FieldReference) -> ConfigDict:
     # masks, as published: the hidden cells of a checkerboard of cell x cell patches, always the
     # same. ours: hidden patches are replaced by a mask token, as in SimMIM, not left out
     method.cell = 1  # of the online encoder
-    method.momentum_cell = 2  # of the momentum encoder: cells of 32 pixels
+    # Of the momentum encoder: cells of 32 pixels, as summaries of the paper by others report
+    method.momentum_cell = 2
     # pixels: ours, SimMIM's head, one linear layer, and mean absolute error of normalized images,
     # as the masks are compared with SimMIM's
     method.decoder_depth = 1  # linear layers

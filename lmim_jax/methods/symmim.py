@@ -6,9 +6,10 @@ patches, and its image must be found among those of the batch by what the moment
 No share of hidden patches has to be chosen: it is a half at both scales, and the mirror image of
 every hidden patch, left-right or up-down, is visible.
 
-The authors have released no code. What they say is above, and that the contrast is MoCo v3's, with
-a predictor behind the online projector alone. Everything else is a choice made here, with its
-reason in configs/symmim_vit_b.py: results are not those of the paper.
+The authors have released no code. Known of the paper is what is above (the sizes of the cells from
+summaries by others), and that the contrast is MoCo v3's, with a predictor behind the online
+projector alone. Everything else is a choice made here, with its reason in
+configs/symmim_vit_b.py: results are not those of the paper.
 
 Hidden patches are replaced by a mask token and not left out, as in SimMIM (arXiv 2111.09886).
 
