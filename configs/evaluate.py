@@ -416,7 +416,9 @@ def detection() -> ConfigDict:
         ignore=("DontCare",),  # aerial thermal images of 640 x 512; no published setting
         size=(256, 320),
         batch_size=8,
-        epochs=10.0,
+        epochs=20.0,
+        base_lr=0.03,
+        scale=(0.8, 1.5),
         features=32,
         depth=1,
     )

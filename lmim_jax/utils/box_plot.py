@@ -55,7 +55,7 @@ def plot_boxes(
     colors = class_colors(len(names))
     height, width = images[0].image.shape[:2]
     row_inches = INCHES * height / width
-    size = (len(images) * INCHES + 0.3, len(sources) * row_inches + 0.75)
+    size = (len(images) * INCHES + 0.3, len(sources) * row_inches + 0.85)
     figure = Figure(figsize=size, dpi=110)
     axes = figure.subplots(len(sources), len(images), squeeze=False)
     present: set[int] = set()
@@ -84,7 +84,7 @@ def plot_boxes(
         left=0.25 / size[0],
         right=1 - 0.04 / size[0],
         top=1 - 0.3 / size[1],
-        bottom=0.42 / size[1],
+        bottom=0.5 / size[1],
         wspace=0.03,
         hspace=0.04,
     )
@@ -92,7 +92,8 @@ def plot_boxes(
     legend = []
     for number in sorted(present)[:LEGEND]:
         legend.append(Patch(fill=False, ec=colors[number], label=names[number]))
-    figure.legend(handles=legend, fontsize=7, frameon=False, loc="lower center", ncols=8)
+    place = dict(loc="lower center", bbox_to_anchor=(0.5, 0.16 / size[1]), ncols=8)
+    figure.legend(handles=legend, fontsize=7, frameon=False, **place)
     figure.text(0.5, 0.02 / size[1], note, ha="center", va="bottom", fontsize=7)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
