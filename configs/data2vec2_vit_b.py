@@ -62,10 +62,10 @@ def data2vec2(channels: FieldReference) -> ConfigDict:
     method.target_combine = "mean"  # mean | concat: of target_layers
     method.target_norm = "instance"  # instance | layer | none: of target_layers
     method.target_start = 2  # the last 10 of 12 blocks; counted from 0
-    # teacher: EMA momentum rises on a line over a share of the run: 100,000 of 375,300 steps
-    method.momentum_start = 0.9998
+    # teacher
+    method.momentum_start = 0.9998  # EMA momentum rises on a line
     method.momentum_end = 0.99999  # and stays there
-    method.momentum_ramp = 100_000 / 375_300
+    method.momentum_ramp = 100_000 / 375_300  # share of the run in which it rises
     # masks: squares are visible, then patches at random are added or removed
     method.mask_ratio = 0.8  # share of the patches: 39 of 196 are visible
     method.mask_adjust = 0.07  # squares are drawn for this much more than the visible share
@@ -75,7 +75,7 @@ def data2vec2(channels: FieldReference) -> ConfigDict:
     method.noise = 0.01  # standard deviation of what fills the holes
     method.decoder_width = 768
     method.decoder_depth = 6
-    method.decoder_kernel = 3
+    method.decoder_kernel = 3  # side of a convolution's kernel in patches
     method.decoder_groups = 16  # of channels
     # loss: its weight of CLS; the released code has 0.01 x images of a GPU x masks_per_image
     method.cls_weight = 2.56
