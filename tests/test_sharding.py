@@ -142,7 +142,14 @@ def network(name):
         inputs = (tokens, tokens[:1])
     else:
         module = decoders.LatentDecoder(
-            kind=name, width=16, depth=2, heads=2, out_width=16, visual_cues=True, **BLOCK
+            kind=name,
+            width=16,
+            depth=2,
+            heads=2,
+            out_width=16,
+            visual_cues=True,
+            predict_visible=False,
+            **BLOCK,
         )
         inputs = (tokens, tokens[:, 1:], tokens)
 
