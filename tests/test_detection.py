@@ -485,7 +485,7 @@ def test_rectangles_are_learned(frozen, tmp_path):
     change = dict(batch_size=16, total_steps=250, base_lr=0.1, features=32, drop_path=0.0)
     found = run(tmp_path, frozen=frozen, scale=(0.8, 1.2), **change)
     assert found["ap50"] > 60, found
-    rows = list(csv.DictReader(io.StringIO(found["classes"])))
+    rows = list(csv.DictReader(io.StringIO(found["class_ap"])))
     assert [row["class"] for row in rows] == ["blue", "red"]
     assert min(float(row["ap50"]) for row in rows) > 50
     assert len(np.unique(found["boxes"].reshape(-1, 3), axis=0)) > 20

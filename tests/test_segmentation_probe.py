@@ -99,8 +99,11 @@ def test_the_report_shows_the_last_probe(tmp_path):
     picture = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
     write_picture(tmp_path / "evaluations", "camvid_classes", written)
     write_picture(tmp_path / "evaluations", "camvid_segments", picture)
+    write_picture(tmp_path / "evaluations", "drones_class_ap", "class,ap\nwheel,12.34\n")
+    write_picture(tmp_path / "evaluations", "drones_boxes", picture)
     content = segmentation_section.section(tmp_path).content
-    assert all(text in content for text in ("66.67", "sky &lt;b&gt;", "<img", "camvid"))
+    assert all(text in content for text in ("66.67", "sky &lt;b&gt;", "camvid", "wheel", "12.34"))
+    assert content.count("<img") == 2
 
 
 def test_a_crop_is_scored_where_the_model_sees(tmp_path):

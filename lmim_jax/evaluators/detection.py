@@ -67,7 +67,7 @@ class Evaluator(DenseProbe):
 
         Returns:
           "ap", "ap50", "ap75", "ap_small", "ap_medium" and "ap_large" in percent, without those for
-          which there are no boxes; the picture "boxes" and the table "classes".
+          which there are no boxes; the picture "boxes" and the table "class_ap".
 
         Raises:
           UserError: see `coco.open_split` and `DenseProbe`; pycocotools is not installed, or
@@ -86,7 +86,7 @@ class Evaluator(DenseProbe):
         found, seen = self.detect(task, params, trained, data, splits["test"])
         precision = coco_metrics.measure(splits["test"], found, seen)
         results: Results = {**precision.metrics}
-        results["classes"] = coco_metrics.class_table(splits["train"], splits["test"], precision)
+        results["class_ap"] = coco_metrics.class_table(splits["train"], splits["test"], precision)
         if self.shown:
             results["boxes"] = self._picture(splits["test"], found, seen, data)
         return results
