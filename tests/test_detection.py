@@ -16,6 +16,7 @@ from PIL import Image
 from lmim_jax.data.augment import view
 from lmim_jax.data.augment.view import View
 from lmim_jax.data.eval import coco
+from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import detection
 from lmim_jax.evaluators.common import coco_metrics, fcos
 from lmim_jax.evaluators.common.coco_metrics import Detections
@@ -439,7 +440,8 @@ def test_candidates_give_back_what_was_assigned():
         "distances": jnp.log(jnp.maximum(distances / strides, 1e-3))[None],
         "centerness": (8 * fcos.centerness(distances) - 4)[None, :, None],
     }
-    found, scores, kinds, probability = (np.asarray(x[0]) for x in fcos.candidates(outputs, places))
+    find = jax.jit(functools.partial(fcos.candidates, places=places))
+    found, scores, kinds, probability = (np.asarray(x[0]) for x in find(outputs))
     chosen = probability > 0.5
     found, scores, kinds = found[chosen], scores[chosen], kinds[chosen]
     assert len(found) == (np.asarray(learned) >= 0).sum() > 3
@@ -455,10 +457,11 @@ def test_candidates_give_back_what_was_assigned():
 # -- the evaluator
 
 
-def test_neither_padding_nor_the_size_of_a_batch_changes_a_detection(dataset):
+def test_padding_size_of_a_batch_and_devices_change_no_detection(dataset):
     data = annotated.evaluation(grid=(4, 4), patch_size=8)
     found = []
-    for batch_size in (8, 16):
+    for batch_size, devices in ((8, 8), (16, 1)):
+        data.mesh = sharding.make_mesh(devices=jax.devices()[:devices])
         evaluator = make(dataset, batch_size=batch_size, threshold=0.005)
         split = coco.open_split(str(dataset), "test.json", "test", (), ("fog",))
         images = data.with_sources(
