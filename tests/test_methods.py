@@ -39,7 +39,15 @@ OPTIONS = [  # each value of each option at least once
     {"name": "capi", "rope": "capi", "drop_path": 0.5, "sampler": "block", "positionwise": False},
     {"name": "capi", "dtype": "bfloat16", "sampler": "random", "roll": False, "registers": 0},
     {"name": "data2vec2", "dtype": "bfloat16", "registers": 2, "masks_per_image": 1},
-    {"name": "data2vec2", "target": "random_projection", "cls_weight": 0.0, "decoder_kernel": 2},
+    pytest.param(
+        {
+            "name": "data2vec2",
+            "target": "random_projection",
+            "cls_weight": 0.0,
+            "decoder_kernel": 2,
+        },
+        marks=pytest.mark.slow,
+    ),
     {"name": "symmim", "dtype": "bfloat16", "registers": 2, "cell": 2, "momentum_cell": 1},
     {"name": "symmim", "contrast_weight": 0.0, "decoder_depth": 2, "predictor_depth": 1},
 ]
