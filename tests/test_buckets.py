@@ -66,7 +66,7 @@ def test_what_is_not_supported_is_one_line_and_writes_nothing(text, tmp_path, mo
 
 ONLY_LOCAL = {
     "lmim features RUN IMAGES": extract_features.list_images,
-    "lmim pca RUN IMAGES": lambda path: pca.with_images(None, path, "online"),
+    "lmim pca RUN IMAGES": lambda path: pca.with_images(None, path),
     "lmim import-weights FILE": array_io.read,
     "config.data.cache": lambda path: sources.open_shapes(path, "train"),
     "segmentation.images": lambda path: segmentation_masks.open_folders(path, path),

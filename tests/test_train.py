@@ -86,10 +86,10 @@ def test_a_run_logs_what_it_did(finished):
         "trained": summary["knn/knn5"],
     }
     names = {
-        "given_0000000.png",
-        "seen_0000000.png",
-        "given_0000012.png",
-        "seen_0000012.png",
+        "visualization_given_0000000.png",
+        "visualization_seen_0000000.png",
+        "visualization_given_0000012.png",
+        "visualization_seen_0000012.png",
         "curves.png",
     }
     assert {path.name for path in (workdir / "pictures").iterdir()} == names

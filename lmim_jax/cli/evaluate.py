@@ -440,7 +440,7 @@ def _show(
 ) -> None:
     """Write the pictures and print the table, and where classifiers are."""
     for title, picture in measured.pictures.items():
-        write_picture(out.parent, title.replace("/", "_"), picture)
+        write_picture(out.parent, title, picture)
     print(table(description, measured.metrics))
     written = f"Metrics: {out}"
     tables = [name for name, value in measured.pictures.items() if isinstance(value, str)]

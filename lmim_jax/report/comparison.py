@@ -45,7 +45,7 @@ COLUMNS = {
     "step_images_per_second": Column("images/s", 0),
 }
 PIXELS = "raw pixels"
-PICTURE = "seen_*.png"  # of patch features, by the evaluator `visualization`
+PICTURE = "*_seen_*.png"  # of patch features, by the evaluator `visualization`
 MAX_PICTURE_SIDE = 800  # pixels
 KNN = "knn/knn20"  # the metric that variants are ranked by
 JUDGED = ("collapse_index", "effective_rank", KNN)  # the metrics that conclusions are about

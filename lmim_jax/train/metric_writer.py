@@ -147,8 +147,7 @@ class MetricWriter:
         from tensorboardX.summary import image
 
         def write_files(name: str) -> None:
-            file_name = f"{name.rpartition('/')[2]}_{step:07d}"
-            write_picture(self._workdir, file_name, pictures[name])
+            write_picture(self._workdir, f"{name}_{step:07d}", pictures[name])
 
         summaries = []
         for name, picture in pictures.items():
@@ -242,7 +241,11 @@ def read_metrics(workdir: buckets.Pathname) -> list[dict[str, Any]]:
 def write_picture(
     workdir: buckets.Pathname, name: str, picture: UInt8[np.ndarray, "H W 3"] | str
 ) -> None:
-    """Write a picture to workdir/pictures/NAME.png, or a table to workdir/tables/NAME.csv."""
+    """Write a picture to workdir/pictures/NAME.png, or a table to workdir/tables/NAME.csv.
+
+    Each "/" of the name becomes "_".
+    """
+    name = name.replace("/", "_")
     if isinstance(picture, str):
         folder = buckets.path(workdir, "tables")
         folder.mkdir(parents=True, exist_ok=True)
