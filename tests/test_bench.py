@@ -30,6 +30,7 @@ FLOAT32 = {
     r"(transpose\()?jvp\(bid,bjd->bij\)\)?": "patch InfoNCE",
     r"(transpose\()?jvp\(bo,go->bg\)\)?": "contrast of images",
     r"jvp\((ViT|CrossPredictor)\)": "angles of rotary embeddings",
+    r"transpose\(jvp\(GridDecoder\)\)/conv": "sums over a kernel's elements, on CPUs only",
 }
 
 

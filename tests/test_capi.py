@@ -222,6 +222,7 @@ def test_micro_batches_are_refused():
         train_build.build(config, 10)
 
 
+@pytest.mark.slow
 def test_dropped_branches_do_nothing_and_others_weigh_more():
     method = build(drop_path=0.5)
     keys = jax.random.split(jax.random.key(1), 4)
@@ -243,9 +244,8 @@ def test_dropped_branches_do_nothing_and_others_weigh_more():
     assert not np.allclose(kept, jax.jit(whole.forward)(params, params, images, halved)["visible"])
 
 
-@pytest.mark.parametrize(
-    ("remat", "scan"), [pytest.param("full", False, marks=pytest.mark.slow), ("dots", True)]
-)
+@pytest.mark.parametrize(("remat", "scan"), [("full", False), ("dots", True)])
+@pytest.mark.slow
 def test_dropped_branches_are_the_same_with_remat_and_scan(remat, scan):
     method = build(drop_path=0.5, depth=2)
     views = method.sample(jax.random.key(0), jax.random.split(jax.random.key(1), 4))

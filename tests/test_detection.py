@@ -457,6 +457,7 @@ def test_candidates_give_back_what_was_assigned():
 # -- the evaluator
 
 
+@pytest.mark.slow
 def test_padding_size_of_a_batch_and_devices_change_no_detection(dataset):
     data = annotated.evaluation(grid=(4, 4), patch_size=8)
     found = []

@@ -117,6 +117,7 @@ def test_the_example_method_passes_the_tests_without_another_edit(overlay):
     run_tests(overlay, "tests", "-k", "color_mim or valid_recipe")
 
 
+@pytest.mark.slow
 def test_the_example_evaluator_evaluates(overlay, color_run):
     run_lmim(
         overlay,

@@ -74,7 +74,7 @@ def run(data, fsdp, micro_batches):
     return losses, first_gradients
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 4), (8, 1)])
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 4), pytest.param(8, 1, marks=pytest.mark.slow)])
 def test_sharded_and_replicated_states_train_as_one_device_does(data, fsdp):
     losses, gradients = run(1, 1, 1)
     other_losses, other_gradients = run(data, fsdp, 2)

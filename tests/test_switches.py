@@ -235,6 +235,7 @@ def test_one_mask_is_the_draw_of_before_and_several_are_independent(name):
     assert method(name).mask_keys(keys) is keys
 
 
+@pytest.mark.slow
 def test_the_teacher_runs_once_for_all_masks():
     """ViT-B costs 27 + 44 / M GFLOP per mask, all patches being targets."""
     section = vit_b.get_config().method

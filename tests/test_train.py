@@ -267,7 +267,14 @@ NAN = {  # key to set -> (value, the quantity named first)
 }
 
 
-@pytest.mark.parametrize("key", NAN)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "optimizer.base_lr",
+        pytest.param("augment.std", marks=pytest.mark.slow),
+        pytest.param("method.momentum_start", marks=pytest.mark.slow),
+    ],
+)
 def test_nan_stops_the_run_naming_step_and_quantity(images, tmp_path, key):
     value, quantity = NAN[key]
     with pytest.raises(

@@ -57,8 +57,10 @@ def injected(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(images, tmp_path_factory):
+def undisturbed(images, tmp_path_factory, full):
     """(digest of the last state, losses) of a whole run."""
+    if not full:
+        pytest.skip("longer than its use by default; ./launch/test.sh --faults")
     workdir = tmp_path_factory.mktemp("undisturbed")
     ((code, output),) = processes.finish(processes.start(images, workdir, *LENGTH, *NOT_EVALUATED))
     assert code == 0, output
