@@ -237,6 +237,7 @@ def test_the_speed_is_that_of_real_steps(photos, monkeypatch):
 # Results
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_then_shows_results_and_the_run_goes_on(images, tmp_path, monkeypatch):
     config = tiny.get_config()
     config.data.path = str(images)
