@@ -173,6 +173,9 @@ def data() -> ConfigDict:
     # regression; no column: list) | classes | multilabel | regression | list (of images, nothing
     # more)
     data.labels_kind = "auto"
+    # Several modalities of the same scenes: {name: path, channels, range, mean, std, patch_size},
+    # see interactive_mim_vit_s.py; {}: one
+    data.modalities = ConfigDict()
     data.train_per_class = 0  # folder: only the first images of each class, by file name; 0: all
     data.test_per_class = 0  # the same of the test split
     data.canvas = 512  # the host decodes into a canvas of this side; shrinks larger images

@@ -421,8 +421,8 @@ def test_runs_from_before_the_option_resume(satellite):
     old = satellite / "old"
     old.mkdir()
     (old / "config.json").write_text(json.dumps(stored))
-    assert workdir.stored_range(old) == "full"
-    assert workdir.stored_range(satellite / "none") is None
+    assert workdir.stored_ranges(old) == {"": "full"}
+    assert workdir.stored_ranges(satellite / "none") is None
     workdir.check(old, now, None)
     now["data"]["transparency"] = "white"
     with pytest.raises(UserError, match=r"data\.transparency ignore -> white"):

@@ -219,7 +219,7 @@ def test_a_run_of_version_0_1_is_resumed_by_the_same_command(tmp_path):
     stored = pathlib.Path(__file__).parent / "data" / "config_0_1.json"
     (tmp_path / "config.json").write_text(stored.read_text())
     config = quickstart.get_config()
-    config.data.range = workdir.stored_range(tmp_path)  # as lmim train does with "auto"
+    config.data.range = workdir.stored_ranges(tmp_path)[""]  # as lmim train does with "auto"
     images = json.loads(stored.read_text())["training_images"]
     workdir.check(tmp_path, config.to_dict(), images)
     config.seed = 1

@@ -5,6 +5,7 @@
     lmim prepare --tfrecord=DIR/NAME/VERSION [--processes=8]
     lmim prepare --verify=DIR/NAME/VERSION
     lmim prepare SOURCE --statistics [--channels=13] [--range=auto]
+    lmim prepare FOLDER --modalities=rgb,infrared --out=DIR --name=NAME
 
 SOURCE: a folder of images, WebDataset shards (.tar, .tar.gz), Hugging Face parquet files, a zip
 file, or a list of images (.csv, .txt); a folder of shards or parquet files, or several of them. It
@@ -13,7 +14,8 @@ shrunk. --tfrecord: ArrayRecord files beside the TFRecord files of a prepared da
 interrupted conversion is resumed by the same command and writes the same bytes. --verify: counts
 records, decodes a sample and compares checksums; exit code 1 if something is wrong. --statistics:
 only prints the options of a run on these images: the range of pixel values of other than 8 bits,
-and mean and std of each channel.
+and mean and std of each channel. --modalities: FOLDER holds a folder for each modality of the same
+scenes; files of the same name belong together, and an example has all of them.
 """
 
 import functools
@@ -31,7 +33,16 @@ import tqdm
 from absl import flags
 
 from lmim_jax.configs import vit_b
-from lmim_jax.data import decode, inventory, pixel_range, samples, sources, tfds_source
+from lmim_jax.data import (
+    decode,
+    inventory,
+    paired_source,
+    pixel_range,
+    records,
+    samples,
+    sources,
+    tfds_source,
+)
 from lmim_jax.data.prepare import inputs, tfds_writer, tfrecord
 from lmim_jax.utils import atomic_io, buckets, commands, subprocess
 from lmim_jax.utils.errors import UserError
@@ -175,15 +186,26 @@ def convert(
     return target
 
 
-def _open_splits(folder: pathlib.Path) -> dict[str, sources.FolderSource]:
-    """The splits of a folder of images, its subfolders or all images as "train"; prints them."""
+def _open_splits(
+    folder: pathlib.Path, modalities: Sequence[str] = ()
+) -> dict[str, tfds_writer.Images]:
+    """The splits of a folder of images, its subfolders or all images as "train"; prints them.
+
+    Args:
+      folder: of the images, or of a folder for each modality.
+      modalities: the names of these; (): there is one.
+    """
     splits: Sequence[str] = ("train",)
-    if (folder / "train").is_dir():
+    if folder.joinpath(*modalities[:1], "train").is_dir():
         splits = SPLITS
-    found: dict[str, sources.FolderSource] = {}
+    found: dict[str, tfds_writer.Images] = {}
     listings: sources.Listings = {}
     for split in splits:
-        source = sources.open_folder(folder, split, listings=listings)
+        source: tfds_writer.Images | None
+        if modalities:
+            source = sources.open_pairs(folder, modalities, split, listings)
+        else:
+            source = sources.open_folder(folder, split, listings=listings)
         if source:
             found[split] = source
     places = inventory.Places(str(folder), "train", "", flag="", canvas=0)
@@ -279,7 +301,8 @@ def verify(folder: str | pathlib.Path, sample: int) -> tuple[dict[str, dict[str,
             manifest[record_path.name] = {**tfds_writer.file_facts(record_path), "records": found}
             if found != length:
                 problems.append(f"{record_path.name}: {found} records instead of {length}")
-        problems += _undecodable(tfds_source.open_split(builder, split), sample)
+        source = tfds_source.open_split(builder, split, _modalities_of(builder))
+        problems += _undecodable(source, sample)
     if (folder / tfds_writer.MANIFEST).exists():
         known = json.loads((folder / tfds_writer.MANIFEST).read_text())
         for name, facts in known.items():
@@ -288,12 +311,26 @@ def verify(folder: str | pathlib.Path, sample: int) -> tuple[dict[str, dict[str,
     return manifest, problems
 
 
+def _modalities_of(builder: Any) -> tuple[str, ...]:
+    """The images of an example of a dataset, if there are several and none is called image."""
+    import tensorflow_datasets as tfds
+
+    names = []
+    for name, feature in builder.info.features.items():
+        if isinstance(feature, tfds.features.Image) and name != "mask":
+            names.append(name)
+    if len(names) < 2 or "image" in names:
+        return ()
+    return tuple(sorted(names))
+
+
 def _undecodable(source: sources.Source, sample: int) -> list[str]:
     """Problems with decoding a few random images."""
     problems = []
     for i in np.random.default_rng(0).permutation(len(source))[:sample]:
         try:
-            decode.verify(source.record(i)[0])
+            for file in records.unpack(source.record(i)[0]):
+                decode.verify(file)
         except (decode.BadImage, OSError) as error:
             problems.append(f"{source.name(i)}: {error}")
     return problems
@@ -343,8 +380,16 @@ def open_source(arguments: Sequence[str]) -> tuple[inputs.Given, dict[str, tfds_
         source = inputs.Given(inputs.FOLDER, (given.folder,), (given.folder,))
     else:
         source = inputs.recognize(arguments, given.kind or "")
+    modalities: Sequence[str] = ()
+    if given.modalities:
+        modalities = paired_source.several(given.modalities)
     if source.kind == inputs.FOLDER:
-        return source, dict(_open_splits(pathlib.Path(source.paths[0]).expanduser()))
+        return source, _open_splits(pathlib.Path(source.paths[0]).expanduser(), modalities)
+    if modalities:
+        raise UserError(
+            f"--modalities: {source.paths[0]} is not a folder that holds a folder of images for "
+            "each of them"
+        )
     look = functools.partial(_look_through, given.processes)
     opened = inputs.open_splits(source, given.image, given.label, given.root, look)
     places = inventory.Places(source.describe(), "train", "", flag="", canvas=0)
@@ -379,21 +424,26 @@ def measure_statistics(source: inputs.Given, found: Mapping[str, tfds_writer.Ima
     path = source.paths[0]
     if source.kind != inputs.FOLDER:
         path = str(pathlib.Path(given.out) / given.name)
-    config = vit_b.data()
-    config.update(path=path, range=given.range, channels=given.channels)
-    if not given.channels:
-        config.channels = _find_channels(images)
-    for line in pixel_range.resolve(config, images):
-        print(line)
-    mean, std, count = pixel_range.statistics(images, config, STATISTICS)
-    print(f"mean and std of {config.channels} channels of {count:,} images")
-    options = {
-        "data.path": path,
-        "data.channels": config.channels,
-        "data.range": config.range,
-        "augment.mean": _tuple_text(mean),
-        "augment.std": _tuple_text(np.maximum(std, LEAST_STD)),
-    }
+    names = getattr(images, "modalities", ())
+    options = {"data.path": path}
+    for place, name in enumerate(names or ("",)):
+        part = pixel_range.OneModality(images, place)
+        config = vit_b.data()
+        config.update(path=path, range=given.range, channels=given.channels)
+        if not given.channels:
+            config.channels = _find_channels(part)
+        for line in pixel_range.resolve(config, part):
+            print(line)
+        mean, std, count = pixel_range.statistics(part, config, STATISTICS)
+        print(f"mean and std of {config.channels} channels of {count:,} images {name}".rstrip())
+        data = f"data.modalities.{name}" if name else "data"
+        augment = data if name else "augment"
+        options |= {
+            f"{data}.channels": config.channels,
+            f"{data}.range": config.range,
+            f"{augment}.mean": _tuple_text(mean),
+            f"{augment}.std": _tuple_text(np.maximum(std, LEAST_STD)),
+        }
     return [f"--config.{key}={value}" for key, value in options.items()]
 
 
@@ -449,6 +499,12 @@ def define_flags() -> None:
         "With SOURCE: where the classes are, a suffix or a field of a .json in WebDataset shards, "
         "or a column in parquet files; by default .cls, and the ClassLabel or the column label; "
         "none: no classes. Examples: --label=txt, --label=json.category, --label=fine_label",
+    )
+    flags.DEFINE_list(
+        "modalities",
+        [],
+        "With a folder as SOURCE: the folders in it that hold one modality each. "
+        "Example: --modalities=rgb,infrared",
     )
     flags.DEFINE_string(
         "root",

@@ -136,7 +136,9 @@ def train(config: ConfigDict, epochs: int, learning_rate: float) -> tuple[float,
     for line in inventory.describe_config(config.data, splits, listings, "--config.data"):
         log.info("%s", line)
     source = splits["train"]
-    for line in pixel_range.resolve(config.data, source):
+    ranges, lines = pixel_range.resolve_all(config.data, source)
+    pixel_range.set_ranges(config.data, ranges)
+    for line in lines:
         log.info("%s", line)
     problem = evaluators.labels_problem(source.classes, splits)
     if problem:

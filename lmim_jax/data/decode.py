@@ -9,14 +9,15 @@ ignored, as in torchvision's default loader, and so is transparency: the colors 
 
 import io
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
 from jaxtyping import Int32, Shaped, UInt8
 from PIL import Image, ImageMode, PngImagePlugin, UnidentifiedImageError
 
-from lmim_jax.data import samples
-from lmim_jax.data.image_options import BadImage, ImageOptions, Range, to_levels
+from lmim_jax.data import records, samples
+from lmim_jax.data.image_options import BadImage, ImageOptions, Part, Range, to_levels
 from lmim_jax.utils import faults
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -75,7 +76,7 @@ PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 
 
 def verify(data: bytes) -> bool:
-    """Check that an image can be decoded, whatever its bands.
+    """Check that a file can be decoded, whatever its bands.
 
     Returns:
       Whether it is one of 8 bits, in gray or colors.
@@ -99,14 +100,14 @@ def verify(data: bytes) -> bool:
 def decode(
     data: bytes, canvas: int, channels: int, options: ImageOptions = DEFAULTS
 ) -> UInt8[np.ndarray, "h w C"]:
-    """Decode an image.
+    """Decode an image, of several modalities into channels side by side.
 
     An image larger than the canvas is shrunk until its long side fits: a JPEG by a power of two
     while it is decoded, as far as it stays larger than the canvas, then by Pillow's antialiased
     bicubic.
 
     Args:
-      data: encoded bytes.
+      data: encoded bytes; of several modalities, see data/records.py.
       canvas: K, the maximal side in pixels; 0: any.
       channels: C; gray, RGB and RGBA (1, 3, 4) are converted into each other, other bands are not.
       options: what is done to the pixels.
@@ -115,10 +116,48 @@ def decode(
       uint8 [height, width, channels].
 
     Raises:
-      BadImage: empty, truncated or damaged, not an image, an unsupported format, too large, or of
-        other bands.
+      BadImage: empty, truncated or damaged, not an image, an unsupported format, too large, of
+        other bands, or of modalities that do not fit each other.
       MemoryError, OSError: a fault of the environment, see utils/faults.py.
     """
+    files = records.unpack(data)
+    parts = options.parts_of(channels)
+    if len(files) != len(parts):
+        names = ", ".join(part.name for part in options.parts) or "none"
+        raise BadImage(f"{len(files)} files, but config.data.modalities: {names}")
+    if len(parts) == 1:
+        return _decode_file(data, canvas, parts[0].channels, parts[0].options)
+    decoded = []
+    for part, file in zip(parts, files, strict=True):
+        try:
+            decoded.append(_decode_file(file, canvas, part.channels, part.options))
+        except BadImage as error:
+            raise BadImage(f"{part.name}: {error}") from error
+    _check_equal_sizes(files, parts, decoded)
+    return np.concatenate(decoded, axis=-1)
+
+
+def _check_equal_sizes(
+    files: Sequence[bytes], parts: Sequence[Part], decoded: Sequence[UInt8[np.ndarray, "h w _"]]
+) -> None:
+    """Raise BadImage unless the modalities of an image have the same height and width."""
+    sizes = []
+    for file, part, pixels in zip(files, parts, decoded, strict=True):
+        height, width = pixels.shape[:2]
+        if not part.options.exif_orientation:  # else, the file may lie on its side
+            width, height = samples.read_header(file)[:2]  # before it was shrunk to the canvas
+        sizes.append(f"{width} x {height}")
+    shapes = {pixels.shape[:2] for pixels in decoded}
+    if len(set(sizes)) == 1 and len(shapes) == 1:
+        return
+    named = [f"{part.name} {size}" for part, size in zip(parts, sizes, strict=True)]
+    raise BadImage(f"modalities of unequal size: {', '.join(named)}; resize them to one size")
+
+
+def _decode_file(
+    data: bytes, canvas: int, channels: int, options: ImageOptions
+) -> UInt8[np.ndarray, "h w C"]:
+    """`decode` one file."""
     if not data:
         raise BadImage("empty file")
     try:

@@ -24,6 +24,21 @@ class BadImage(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """One modality of an image: a file of each record.
+
+    Attributes:
+      name: of the modality; "": there is no other one.
+      channels: of its pixels.
+      options: what is done to them.
+    """
+
+    name: str
+    channels: int
+    options: "ImageOptions"
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageOptions:
     """What is done to the pixels of a file; the defaults leave images of 8 bits as they are.
 
@@ -34,12 +49,18 @@ class ImageOptions:
       exif_orientation: turn images upright by their EXIF orientation.
       transparency: one of TRANSPARENCY: the colors below transparent pixels count, or those of a
         background.
+      parts: the modalities, in the order of their channels; (): one, without a name.
     """
 
     ranges: tuple[Range, ...] = ()
     max_pixels: int = MAX_PIXELS
     exif_orientation: bool = False
     transparency: str = "ignore"
+    parts: tuple[Part, ...] = ()
+
+    def parts_of(self, channels: int) -> tuple[Part, ...]:
+        """The modalities of images of so many channels; an image of one is a part of itself."""
+        return self.parts or (Part("", channels, self),)
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "ImageOptions":
@@ -55,16 +76,17 @@ class ImageOptions:
             )
         if config.max_pixels < 1:
             raise UserError(f"config.data.max_pixels={config.max_pixels} must be at least 1")
-        ranges: tuple[Range, ...] = ()
-        text = config.range
-        if text not in (AUTO, FULL) and percentiles(text) is None:
-            ranges = parse_ranges(text, config.channels)
-        return cls(
-            ranges=ranges,
+        whole = cls(
+            ranges=_known_ranges(config.range, config.channels),
             max_pixels=config.max_pixels,
             exif_orientation=config.exif_orientation,
             transparency=config.transparency,
         )
+        parts = []
+        for name, part in config.modalities.items():
+            ranges = _known_ranges(part.range, part.channels)
+            parts.append(Part(name, part.channels, dataclasses.replace(whole, ranges=ranges)))
+        return dataclasses.replace(whole, parts=tuple(parts))
 
     def check_size(self, width: int, height: int) -> None:
         """Raise BadImage if an image has too many pixels, or a side above MAX_SIDE."""
@@ -74,6 +96,13 @@ class ImageOptions:
             raise BadImage(
                 f"{width} x {height} pixels, more than {self.max_pixels} (config.data.max_pixels)"
             )
+
+
+def _known_ranges(text: str, channels: int) -> tuple[Range, ...]:
+    """The numbers of a range; (): the full range, or one that is not measured yet."""
+    if text in (AUTO, FULL) or percentiles(text) is not None:
+        return ()
+    return parse_ranges(text, channels)
 
 
 def percentiles(text: str) -> Range | None:

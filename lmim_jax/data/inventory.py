@@ -18,10 +18,11 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from lmim_jax.data import label_file, labeled_folder, sources
+from lmim_jax.data import label_file, labeled_folder, records, sources
 from lmim_jax.data.eval.eval_data import known_labels
 from lmim_jax.data.folder_listing import SPLIT, Listing, Names
 from lmim_jax.data.label_file import Targets
+from lmim_jax.data.paired_source import PairedSource, describe_missing
 from lmim_jax.data.samples import Header, read_header
 from lmim_jax.data.sources import FolderSource, Listings
 
@@ -140,7 +141,9 @@ def describe(
     lines += describe_files([listings[top] for top in sorted(listings)])
     lines += others
     train = splits["train"]
-    lines.append(("sizes", _describe_headers(train, places.canvas)))
+    names = getattr(train, "modalities", ())
+    for place, name in enumerate(names or ("sizes",)):
+        lines.append((name, _describe_headers(train, places.canvas, place)))
     return _layout(heading, lines)
 
 
@@ -194,6 +197,11 @@ def _describe_split(split: str, source: Any, train: Any, listings: Listings) -> 
     labels, complete = known_labels(source)
     known = labels[labels >= 0]
     title = split
+    if isinstance(source, PairedSource):
+        text = f"{len(source):,} images, each in {' and '.join(source.modalities)}"
+        of_classes = _describe_classes(source.classes, known) if len(known) else "without classes"
+        missing: list[Line] = [("no partner", line) for line in describe_missing(source)]
+        return [(title, f"{text}, {of_classes}"), *missing]
     text = _describe_count(source, listings)
     if getattr(source, "targets", None):
         return [(title, f"{text}, {_describe_targets(source.targets)}")]
@@ -371,12 +379,12 @@ def _sample(count: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(SAMPLED, count)).astype(int)).tolist()
 
 
-def _describe_headers(source: Any, canvas: int) -> str:
-    """Sizes and modes of a sample of images."""
+def _describe_headers(source: Any, canvas: int, place: int) -> str:
+    """Sizes and modes of a sample of images, in the modality of this place."""
     indices = _sample(len(source))
 
     def read(index: int) -> bytes:
-        return source.record(index)[0]
+        return records.unpack(source.record(index)[0])[place]
 
     return _summarize(_read_headers(indices, read), len(indices), canvas)
 

@@ -1,7 +1,8 @@
 """The range of the pixel values of a run: measured on some training images, kept with the run."""
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 from PIL import UnidentifiedImageError
 
-from lmim_jax.data import decode
+from lmim_jax.data import decode, records
 from lmim_jax.data.image_options import (
     AUTO,
     FULL,
@@ -33,11 +34,89 @@ VALUES = 1 << 14  # values of each band of an image, at most
 LEAST_USE = 16  # a warning, if values take less than this part of the range
 
 
+@dataclasses.dataclass(frozen=True)
+class OneModality:
+    """The files of one modality of the images of a source.
+
+    Attributes:
+      source: the images.
+      place: of the modality among those of a record.
+    """
+
+    source: Source
+    place: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def record(self, index: int) -> tuple[bytes, int]:
+        """(encoded bytes, class) of an image in this modality."""
+        data, label = self.source.record(index)
+        return records.unpack(data)[self.place], label
+
+    def name(self, index: int) -> str:
+        """The name of an image, for messages."""
+        return self.source.name(index)
+
+
+def modalities_of(config: ConfigDict, source: Any) -> list[tuple[str, ConfigDict, Any]]:
+    """(name, `config.data` of this modality alone, its images) of every modality of images.
+
+    Args:
+      config: `config.data`; of one modality, it is returned itself, with the name "".
+      source: the images.
+    """
+    if not config.modalities:
+        return [("", config, source)]
+    found = []
+    for place, (name, options) in enumerate(config.modalities.items()):
+        part = config.copy_and_resolve_references()
+        part.update(range=options.range, channels=options.channels)
+        part.modalities = ConfigDict()
+        found.append((name, part, OneModality(source, place)))
+    return found
+
+
+def resolve_all(
+    config: ConfigDict, source: Any, stored: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """`resolve` for every modality, each with a range of its own.
+
+    Args:
+      config: `config.data`; it is not changed, see `set_ranges`.
+      source: the training images.
+      stored: {modality: range} of the run that is resumed; None: a new run.
+
+    Returns:
+      ({modality, "" of a single one: range}, lines on the values that were found).
+
+    Raises:
+      UserError: see `resolve`.
+    """
+    ranges = {}
+    lines = []
+    for name, part, images in modalities_of(config, source):
+        part = part.copy_and_resolve_references()
+        found = resolve(part, images, stored.get(name) if stored else None)
+        if name and found:
+            lines.append(f"{name}:")
+        lines += found
+        ranges[name] = part.range
+    return ranges, lines
+
+
+def set_ranges(config: ConfigDict, ranges: Mapping[str, str]) -> None:
+    """Put the ranges that `resolve_all` found into `config.data`."""
+    for name, text in ranges.items():
+        section = config.modalities[name] if name else config
+        section.range = text
+
+
 def resolve(config: ConfigDict, source: Source, stored: str | None = None) -> list[str]:
     """Replace `config.range` by numbers where it is to be measured, or check those given.
 
     Args:
-      config: `config.data`; it is changed in place.
+      config: `config.data`, of one modality; it is changed in place.
       source: the training images.
       stored: the range of the run that is resumed; None: a new run.
 

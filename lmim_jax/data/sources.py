@@ -12,7 +12,14 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from lmim_jax.data import folder_listing, labeled_folder, labeled_records, shared_array, tfds_source
+from lmim_jax.data import (
+    folder_listing,
+    labeled_folder,
+    labeled_records,
+    paired_source,
+    shared_array,
+    tfds_source,
+)
 from lmim_jax.data.decode import SUFFIXES
 from lmim_jax.data.folder_source import (
     NO_CLASS,
@@ -103,9 +110,12 @@ def from_config(
     classes = _read_class_names(config.classes)
     source = kind(config)
     _check_limits(config, source)
+    _check_modalities(config, source)
     if source == "shapes":
         former_cache = config.path  # before version 0.2, see `kind`
         return open_shapes(config.cache or former_cache, split)
+    if source == "folder" and config.modalities:
+        return _pairs_from_config(config, split, classes, listings)
     if source == "folder":
         return _folder_from_config(config, split, classes, listings)
     if source == "tfds":
@@ -146,6 +156,62 @@ def _check_limits(config: ConfigDict, source: str) -> None:
                 f"config.data.{key}={limit} is for folders; of a TFDS dataset, take a slice, such "
                 "as config.data.train_split=train[:10%]"
             )
+
+
+def _check_modalities(config: ConfigDict, source: str) -> None:
+    """Raise a UserError for several modalities where there cannot be any."""
+    if not config.modalities:
+        return
+    if source == "shapes":
+        raise UserError(
+            "config.data.source=shapes: drawn images have one modality; give the folder that holds "
+            "one folder of images for each of config.data.modalities as config.data.path"
+        )
+    if config.labels:
+        raise UserError(
+            "config.data.labels is not supported with config.data.modalities; use folders as "
+            "classes"
+        )
+
+
+def _pairs_from_config(
+    config: ConfigDict,
+    split: str,
+    classes: tuple[str, ...],
+    listings: Listings | None,
+) -> paired_source.PairedSource | None:
+    """The images of several modalities in folders; those of the first are opened as usual."""
+    if listings is None:
+        listings = {}
+    paths = {name: options.path for name, options in config.modalities.items()}
+    folders = paired_source.folders_of(config.path, paths)
+    first = config.copy_and_resolve_references()
+    first.path = str(next(iter(folders.values())))
+    source = _folder_from_config(first, split, classes, listings)
+    if source is None:
+        return None
+    return paired_source.pair(source, folders, listings)
+
+
+def open_pairs(
+    path: str | os.PathLike, modalities: Sequence[str], split: str, listings: Listings
+) -> paired_source.PairedSource | None:
+    """The images of several modalities in folders.
+
+    Args:
+      path: the folder that holds one folder for each modality.
+      modalities: the names of these folders.
+      split: see `open_folder`.
+      listings: see `open_folder`.
+
+    Raises:
+      UserError: see `open_folder` and `paired_source.pair`.
+    """
+    folders = paired_source.folders_of(str(path), {name: name for name in modalities})
+    first = open_folder(folders[modalities[0]], split, listings=listings)
+    if first is None:
+        return None
+    return paired_source.pair(first, folders, listings)
 
 
 def _split_name(config: ConfigDict, split: str) -> str:
@@ -196,7 +262,10 @@ def _tfds_from_config(
         if split == "test" and not tfds_source.has_split(dataset, name):
             return None  # as of a folder
     others = [_split_name(config, other) for other in together]
-    source = tfds_source.open_tfds(title, folder, name, config.stage, list(filter(None, others)))
+    images = tuple(options.path for options in config.modalities.values())
+    source = tfds_source.open_tfds(
+        title, folder, name, config.stage, list(filter(None, others)), images
+    )
     if config.labels:
         if classes:
             raise UserError(

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from lmim_jax.data import records as packed_records
 from lmim_jax.data import staging
 from lmim_jax.data.decode import BadImage
 from lmim_jax.data.label_file import Targets
@@ -73,6 +74,8 @@ class TfdsSource:
       labels: the classes of these records; None: as stored.
       targets: labels that are no classes; None: there are none.
       labels_checksum: of a file that chose the records and their labels; "": there was none.
+      modalities: names of the images of several modalities in an example, instead of
+        `image_feature`; (): there is one.
     """
 
     records: Sequence[bytes]
@@ -85,6 +88,7 @@ class TfdsSource:
     labels: SharedArray | None = None
     targets: Targets | None = None
     labels_checksum: str = ""
+    modalities: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         if self.kept is None:
@@ -99,9 +103,12 @@ class TfdsSource:
           OSError: it cannot be read.
         """
         example = self._example(index)
-        if not example[self.image_feature].bytes_list.value:
-            raise BadImage("the record is damaged: it holds no image")
-        image = example[self.image_feature].bytes_list.value[0]
+        files = []
+        for feature in self.modalities or (self.image_feature,):
+            if not example[feature].bytes_list.value:
+                raise BadImage(f"the record is damaged: it holds no {feature}")
+            files.append(example[feature].bytes_list.value[0])
+        image = packed_records.pack(files)
         if self.labels is not None:
             return image, int(self.labels.array[index])
         if self.label_feature is None:
@@ -153,6 +160,8 @@ class TfdsSource:
     def identity(self) -> dict[str, Any]:
         """The title and number of images; with a choice of classes, a checksum of their names."""
         identity = {"source": self.title, "images": len(self)}
+        if self.modalities:
+            identity["modalities"] = ",".join(self.modalities)
         if self.kept is not None:
             identity["classes"] = names_checksum(self.classes)
         if self.labels_checksum:
@@ -200,8 +209,15 @@ class TfdsSource:
         raise OSError(number, f"{os.strerror(number)}: {faults.first_line(error)}") from error
 
 
-def open_split(builder: "tfds.core.DatasetBuilder", split: str) -> TfdsSource:
+def open_split(
+    builder: "tfds.core.DatasetBuilder", split: str, modalities: tuple[str, ...] = ()
+) -> TfdsSource:
     """A split of a TFDS builder whose files exist, as a source.
+
+    Args:
+      builder: of the dataset.
+      split: name or slice.
+      modalities: see `TfdsSource`.
 
     Raises:
       UserError: no such split, no ArrayRecord files (with the command that makes them), or no image
@@ -237,12 +253,7 @@ def open_split(builder: "tfds.core.DatasetBuilder", split: str) -> TfdsSource:
     for name, feature in features.items():
         if isinstance(feature, tfds.features.Image):
             images.append(name)
-    image_feature = _choose_image(images)
-    if image_feature is None:
-        raise UserError(
-            f"{info.full_name}: none of its features is the image to train on: "
-            f"{', '.join(features)}"
-        )
+    image_feature = _choose_image(images, modalities, info.full_name, list(features))
     classes: tuple[str, ...] = ()
     label_feature = None
     if isinstance(features.get("label"), tfds.features.ClassLabel):
@@ -258,6 +269,7 @@ def open_split(builder: "tfds.core.DatasetBuilder", split: str) -> TfdsSource:
         image_feature=image_feature,
         label_feature=label_feature,
         mask_feature=mask_feature,
+        modalities=modalities,
     )
 
 
@@ -275,18 +287,53 @@ def _check_descriptors(records: Sequence[bytes], num_files: int, title: str) -> 
         )
 
 
-def _choose_image(features: Sequence[str]) -> str | None:
-    """The feature to train on: "image", or else the only one that is not "mask"; None: unclear."""
-    if "image" in features:
+def _choose_image(
+    images: Sequence[str], modalities: Sequence[str], title: str, features: Sequence[str]
+) -> str:
+    """The feature to train on, that of the first modality where there are several.
+
+    Of one modality, it is "image", or else the only one that is not "mask".
+
+    Args:
+      images: features that are images.
+      modalities: those that are asked for; (): one, by its usual name.
+      title: of the dataset.
+      features: all of them.
+
+    Raises:
+      UserError: there is none, or it is unclear which one.
+    """
+    unknown = [name for name in modalities if name not in images]
+    if unknown:
+        raise UserError(
+            f"{title} has no image {unknown[0]!r}, which a path of config.data.modalities names; "
+            f"it has: {', '.join(sorted(images)) or 'none'}"
+        )
+    if modalities:
+        return modalities[0]
+    if "image" in images:
         return "image"
-    candidates = [name for name in features if name != "mask"]
+    candidates = [name for name in images if name != "mask"]
     if len(candidates) == 1:
         return candidates[0]
-    return None
+    if candidates:
+        raise UserError(
+            f"{title} has the images {', '.join(sorted(candidates))}, and none of them is the "
+            "image to train on; a recipe such as interactive_mim_vit_s trains on several, the "
+            "paths of config.data.modalities"
+        )
+    raise UserError(
+        f"{title}: none of its features is the image to train on: {', '.join(features)}"
+    )
 
 
 def open_tfds(
-    name: str, folder: buckets.Pathname, split: str, stage: str = "", together: Sequence[str] = ()
+    name: str,
+    folder: buckets.Pathname,
+    split: str,
+    stage: str = "",
+    together: Sequence[str] = (),
+    modalities: tuple[str, ...] = (),
 ) -> TfdsSource:
     """A split of a dataset prepared by TFDS or by `lmim prepare`.
 
@@ -297,6 +344,7 @@ def open_tfds(
       split: name or slice, such as train[:1%].
       stage: a local folder that datasets in buckets are copied to, see `staging`; "": none.
       together: splits that will be opened too, and are copied with this one.
+      modalities: see `TfdsSource`.
 
     Raises:
       UserError: there is no such dataset; or see `open_split` and `staging.stage`.
@@ -310,7 +358,7 @@ def open_tfds(
         builder = _find_in_bucket(name, root)
     else:
         builder = _find_in_folder(name, root)
-    source = open_split(builder, split)
+    source = open_split(builder, split, modalities)
     dataset = buckets.path(str(builder.data_dir))
     if not isinstance(dataset, buckets.BucketPath):
         if stage:
@@ -321,11 +369,12 @@ def open_tfds(
         return source
     shards: set[str] = set()
     for needed in {split, *together}:
-        open_split(builder, needed)  # exists
+        open_split(builder, needed, modalities)  # exists
         for file in builder.info.splits[needed].filenames:
             shards.add(file.replace(".tfrecord-", ".array_record-"))
     copy_folder = staging.stage(dataset, shards, stage)
-    return open_split(read_only_builder.builder_from_directory(str(copy_folder)), split)
+    staged = read_only_builder.builder_from_directory(str(copy_folder))
+    return open_split(staged, split, modalities)
 
 
 def find_version(folder: str | os.PathLike[str]) -> pathlib.Path | None:

@@ -160,12 +160,11 @@ def _open_sources(config: ConfigDict) -> tuple[Sources, list[str]]:
 def _resolve_range(config: ConfigDict, workdir: buckets.Pathname, source: Any) -> list[str]:
     """Measure the range of the pixel values, or take that of the run; lines, which are logged."""
 
-    def resolve() -> tuple[str, list[str]]:
-        data = ConfigDict(config.data)
-        lines = pixel_range.resolve(data, source, workdirs.stored_range(workdir))
-        return data.range, lines
+    def resolve() -> tuple[dict[str, str], list[str]]:
+        return pixel_range.resolve_all(config.data, source, workdirs.stored_ranges(workdir))
 
-    config.data.range, lines = multihost.decide(resolve)
+    ranges, lines = multihost.decide(resolve)
+    pixel_range.set_ranges(config.data, ranges)
     for line in lines:
         log.info("%s", line)
     return lines

@@ -31,6 +31,7 @@ HARMLESS = re.compile(
     r"|augment\.eval_resize|representation\..*"
     # Where images are, and which are for evaluation; IMAGES identifies those of training
     r"|data\.(path|dir|cache|stage|held_out|classes|test_split)|report"
+    r"|data\.modalities\.[^.]+\.path"
     r"|data\.(workers|threads|timeout|max_bad_fraction)|wandb\.\w+"
 )
 # What runs did that were made before these options were
@@ -44,6 +45,7 @@ FORMER: dict[str, Any] = {
     "data.max_pixels": image_options.MAX_PIXELS,
     "data.exif_orientation": False,
     "data.transparency": "ignore",
+    "data.modalities": {},
     "evaluators.strict": False,
     "method.registers": 0,
     "method.target": "ema",
@@ -59,6 +61,7 @@ FORMER: dict[str, Any] = {
     "method.variance_weight": 0.0,
     "method.regularized": "images",
     "method.duplicate_cosine": 0.0,
+    "method.modality_masks": "independent",
     "optimizer.clip_norm": 0.0,
     "optimizer.cosine_share": 1.0,
     "optimizer.lr_rules": [[".*", 1.0]],
@@ -150,13 +153,19 @@ def check_bucket(workdir: buckets.Pathname) -> None:
         raise UserError(problem)
 
 
-def stored_range(workdir: buckets.Pathname) -> str | None:
-    """The range of the pixel values of a run, see data/pixel_range.py; None: there is no run."""
+def stored_ranges(workdir: buckets.Pathname) -> dict[str, str] | None:
+    """The range of the pixel values of a run, of each modality; None: there is no run.
+
+    See data/pixel_range.py. A single modality has the name "".
+    """
     path = buckets.path(workdir, "config.json")
     if buckets.problem(path.parent) or not path.is_file():
         return None
     stored = json.loads(path.read_text()).get("data", {})
-    return stored.get("range", FORMER["data.range"])
+    modalities = stored.get("modalities")
+    if modalities:
+        return {name: options["range"] for name, options in modalities.items()}
+    return {"": stored.get("range", FORMER["data.range"])}
 
 
 def check_outside_images(workdir: buckets.Pathname, data: ConfigDict) -> None:

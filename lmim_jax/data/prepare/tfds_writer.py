@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from lmim_jax.data import decode
+from lmim_jax.data import decode, records
 from lmim_jax.data.prepare import tfrecord
 from lmim_jax.data.sources import Source
 from lmim_jax.utils import atomic_io, faults
@@ -27,6 +27,7 @@ SAMPLE = 100  # images that are shrunk to estimate how large the others will be
 UNFINISHED = "unfinished"
 MANIFEST = "manifest.json"
 BAD = "bad_files.txt"
+IMAGE = ("image",)  # the feature of images of one modality
 
 _counter: Any = None  # of a process that writes shards: a multiprocessing.Value
 
@@ -140,7 +141,7 @@ def write_shard(task: ShardTask) -> None:
                 continue
             finally:
                 count_progress(1)
-            yield _serialize_example(data, label, file)
+            yield _serialize_example(data, label, file, features_of(task.source))
 
     count = tfrecord.write_array_record(task.path, examples())
     note = {**file_facts(task.path), "records": count, "bad": bad}
@@ -152,7 +153,8 @@ def _read_image(source: Images, index: int, shrink: int) -> tuple[bytes, int, in
 
     def read() -> tuple[bytes, int, int]:
         data, label = source.record(index)
-        return _shrink_image(data, shrink), label, len(data)
+        files = [_shrink_image(file, shrink) for file in records.unpack(data)]
+        return records.pack(files), label, len(data)
 
     return faults.retry(read, lambda: source.name(index), faults.RETRY_SECONDS)
 
@@ -177,13 +179,19 @@ def _shrink_image(data: bytes, shrink: int) -> bytes:
     return stream.getvalue()
 
 
-def _serialize_example(image: bytes, label: int, name: str) -> bytes:
+def features_of(source: Any) -> tuple[str, ...]:
+    """The names of the images in an example: the modalities of a source."""
+    return getattr(source, "modalities", ()) or IMAGE
+
+
+def _serialize_example(image: bytes, label: int, name: str, features: Sequence[str]) -> bytes:
     """A serialized tf.train.Example; the same bytes for the same content."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     example = tf_example_pb2.Example()
     feature = example.features.feature
-    feature["image"].bytes_list.value.append(image)
+    for modality, file in zip(features, records.unpack(image), strict=True):
+        feature[modality].bytes_list.value.append(file)
     feature["file"].bytes_list.value.append(name.encode("utf-8", "surrogateescape"))
     if label >= 0:
         feature["label"].int64_list.value.append(label)
@@ -206,7 +214,10 @@ def finish_dataset(
     notes = []
     for task in tasks:
         notes.append(json.loads(task.note_path.read_text()))
-    features: dict[str, Any] = {"image": tfds.features.Image(), "file": tfds.features.Text()}
+    features: dict[str, Any] = {}
+    for modality in features_of(tasks[0].source):
+        features[modality] = tfds.features.Image()
+    features["file"] = tfds.features.Text()
     if classes:
         features["label"] = tfds.features.ClassLabel(names=classes)
     splits = _split_infos(tasks, notes)
