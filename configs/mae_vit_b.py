@@ -46,6 +46,8 @@ def mae(channels: FieldReference) -> ConfigDict:
     method.decoder_heads = 16
     method.sampler = "random"  # random | checkerboard | checkerboard2 (2 x 2), with ratio 0.5
     method.mask_ratio = 0.75  # share of the patches
+    # Of several modalities: each has a mask of its own, or all the same: independent | joint
+    method.modality_masks = "independent"
     method.norm_pix = True  # each patch of the target to mean 0, deviation 1
     method.dtype = "bfloat16"  # of activations; parameters, norms, softmax and losses are float32
     method.attention = "auto"  # auto | xla (anywhere) | cudnn (fused, NVIDIA GPUs, bfloat16)

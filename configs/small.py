@@ -1,7 +1,8 @@
-"""Every method at the size of a laptop, on `shapes` or CIFAR-10: only the method differs.
+"""Every method at the size of a laptop, on `shapes`, CIFAR-10 or pairs: only the method differs.
 
     lmim train --config=small:latent_mim,shapes --workdir=RUN
     lmim train --config=small:mae,cifar10 --config.data.path=CIFAR10 --workdir=RUN
+    lmim train --config=small:interactive_mim,rgb_thermal --config.data.path=PAIRS --workdir=RUN
 
 All have the same encoder (96 wide, 4 deep, 8 x 8 patches), optimizer, crops and evaluation;
 targets, masks, losses and schedules are those of each method's paper. A run takes 2 to 4 minutes on
@@ -14,7 +15,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict, FieldReference
 
-from lmim_jax.configs import quickstart
+from lmim_jax.configs import interactive_mim_vit_s, quickstart
 from lmim_jax.methods import base
 from lmim_jax.utils import recipes
 from lmim_jax.utils.errors import UserError
@@ -49,11 +50,12 @@ def get_config(which: str = "latent_mim,shapes") -> ConfigDict:
 
 
 def methods() -> dict[str, Change]:
-    """The methods: Latent MIM and all others that have a recipe NAME_vit_b."""
+    """The methods: Latent MIM and all others that have a recipe NAME_vit_b or NAME_vit_s."""
     found: dict[str, Change] = {"latent_mim": latent_mim, "latent_mim_lite": latent_mim_lite}
     for name in base.names():
-        if f"{name}_vit_b" in recipes.names():
-            found[name] = functools.partial(other_method, name=name)
+        for recipe in (f"{name}_vit_s", f"{name}_vit_b"):
+            if recipe in recipes.names():
+                found[name] = functools.partial(other_method, name=name, recipe=recipe)
     return found
 
 
@@ -66,14 +68,14 @@ def latent_mim_lite(config: ConfigDict) -> None:
     config.method.target = "random_projection"
 
 
-def other_method(config: ConfigDict, name: str) -> None:
-    """The method of a recipe NAME_vit_b with small sizes."""
-    recipe = importlib.import_module(f"lmim_jax.configs.{name}_vit_b")
-    config.method = recipe.get_config().method
+def other_method(config: ConfigDict, name: str, recipe: str) -> None:
+    """The method of a recipe, NAME_vit_b or NAME_vit_s, with small sizes."""
+    module = importlib.import_module(f"lmim_jax.configs.{recipe}")
+    config.method = module.get_config().method
     config.method.channels = FieldReference(config.data.get_ref("channels"))
     config.method.update({key: value for key, value in SIZES.items() if key in config.method})
-    config.method.update(getattr(recipe, "SMALL", {}))
-    config.optimizer.lr_rules = recipe.get_config().optimizer.lr_rules
+    config.method.update(getattr(module, "SMALL", {}))
+    config.optimizer.lr_rules = module.get_config().optimizer.lr_rules
     if base.method_class(name).WHOLE_BATCH:
         config.micro_batches = 1
 
@@ -92,4 +94,18 @@ def cifar10(config: ConfigDict) -> None:
         config.method.gap = 1
 
 
-DATASETS: dict[str, Change] = {"shapes": shapes, "cifar10": cifar10}
+def rgb_thermal(config: ConfigDict) -> None:
+    """Pairs of RGB and thermal images, see interactive_mim_vit_s.py: 64 pixels, 200 epochs."""
+    config.epochs = 200
+    config.batch_size = 32
+    config.data.update(source="folder", canvas=128)
+    interactive_mim_vit_s.rgb_and_thermal(config)
+    for modality in config.data.modalities.values():
+        modality.patch_size = config.method.patch_size
+
+
+DATASETS: dict[str, Change] = {
+    "shapes": shapes,
+    "cifar10": cifar10,
+    "rgb_thermal": rgb_thermal,
+}

@@ -256,6 +256,8 @@ def latent_mim(channels: FieldReference) -> ConfigDict:
     # Of grid[0] x grid[1] patches. Unless set, the share 20/196 of any grid: 20 here
     method.num_visible = config_dict.placeholder(int)
     method.target_patches = "masked"  # masked | all: which patches the target encoder sees
+    # Of several modalities: each has a mask of its own, or all the same: independent | joint
+    method.modality_masks = "independent"
     method.similarity_weight = 0.1  # of the constraint on mean cosine similarities; 0: off
     method.similarity_start = 0.75  # its goal falls along half a cosine
     method.similarity_end = 0.25  # at the end of training

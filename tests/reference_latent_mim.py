@@ -33,6 +33,7 @@ def method(c):
         visual_cues=c["avgvis"],
         num_visible=c["numvis"],
         target="ema",
+        modality_masks="independent",
         target_patches="masked" if c["mask_target"] else "all",
         loss=LOSSES[c["loss"]],
         tau=c["tau"],

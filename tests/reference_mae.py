@@ -23,6 +23,7 @@ def method(c):
         decoder_depth=c["decoder_depth"],
         decoder_heads=c["decoder_heads"],
         sampler="random",
+        modality_masks="independent",
         mask_ratio=c["mask_ratio"],
         norm_pix=c["norm_pix_loss"],
         dtype="float32",

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.cli import app
 from lmim_jax.convert.official import base as official
-from lmim_jax.data import loader, sources
+from lmim_jax.data import loader, modalities, sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base as methods
@@ -150,7 +150,9 @@ def import_weights(
     folder = buckets.path(folder)
     if (folder / "config.json").exists() or checkpoint_manifest.steps(folder):
         raise UserError(f"--workdir={folder} holds a run already; give another folder")
-    method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    method = methods.from_config(
+        modalities.method_options(config), total_steps=1, steps_per_epoch=1
+    )
     augmentation = Augment.from_config(
         config.augment, image_size=method.image_size, eval_size=method.feature_size
     )

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from lmim_jax.cli import app
-from lmim_jax.data import inventory, loader, pixel_range, sources
+from lmim_jax.data import inventory, loader, modalities, pixel_range, sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import EvaluationData, only_labeled
 from lmim_jax.distributed import sharding
@@ -143,7 +143,9 @@ def train(config: ConfigDict, epochs: int, learning_rate: float) -> tuple[float,
     problem = evaluators.labels_problem(source.classes, splits)
     if problem:
         raise UserError(f"nothing can be measured: {problem}")
-    method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)  # only encodes
+    method = methods.from_config(
+        modalities.method_options(config), total_steps=1, steps_per_epoch=1
+    )  # only encodes
     # Crops as in training, at the size of evaluation: whole images, no gap between patches
     augmentation = Augment.from_config(
         config.augment, image_size=method.feature_size, eval_size=method.feature_size

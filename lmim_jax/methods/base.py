@@ -25,12 +25,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 import lmim_jax.methods
 from lmim_jax.methods.common.checks import check_choice, check_heads, check_range
 from lmim_jax.models import attention, vit
-from lmim_jax.models.layers import patchify
+from lmim_jax.models.modalities import Modality, patchify_all
 from lmim_jax.utils.errors import UserError, did_you_mean
 
 Params = dict[str, Any]  # a nested dict of float32 arrays
@@ -157,6 +158,9 @@ class BaseMethod:
     """Fields, sizes and checks that all methods share: a ViT on a grid of patches, and a decoder.
 
     The fields are keys of `config.method`, explained in the recipe of each method in configs/.
+
+    Attributes:
+      modalities: those of images, from `config.data.modalities`; (): one, see `inputs`.
     """
 
     grid: tuple[int, int]
@@ -172,18 +176,44 @@ class BaseMethod:
     decoder_depth: int
     dtype: str
     attention: str
+    modalities: tuple[Modality, ...] = ()
 
     # Options that follow the grid where they are None: {name: share of the patches}
     SHARES: ClassVar[Mapping[str, float]] = {}
     # Whether the loss is no mean over images, so that gradient accumulation would change it
     WHOLE_BATCH: ClassVar[bool] = False
+    # Whether images may have several modalities, see common/several_modalities.py
+    SEVERAL_MODALITIES: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the fields; sub-classes extend this."""
+        self._check_modalities()
         check_range("registers", self.registers, 0)
         check_choice("dtype", self.dtype, ("bfloat16", "float32"))
         check_choice("attention", self.attention, attention.IMPLEMENTATIONS)
         check_heads("width", self.width, "heads", self.heads)
+
+    def _check_modalities(self) -> None:
+        """Raise a UserError for modalities that the method or the grid does not take."""
+        if self.modalities and not self.SEVERAL_MODALITIES:
+            takes = [name for name in names() if method_class(name).SEVERAL_MODALITIES]
+            raise UserError(
+                f"config.data.modalities: this method takes images of one modality; "
+                f"{', '.join(takes)} take several"
+            )
+        for modality in self.modalities:
+            size = modality.patch_size
+            if size < 1 or self.patch_size % size:
+                raise UserError(
+                    f"config.data.modalities.{modality.name}.patch_size={size} must divide "
+                    f"config.method.patch_size={self.patch_size}, so that the patches of all "
+                    "modalities are on one grid"
+                )
+
+    @property
+    def inputs(self) -> tuple[Modality, ...]:
+        """The modalities of images; a single one has no name."""
+        return self.modalities or (Modality("", self.channels, self.patch_size),)
 
     @property
     def num_patches(self) -> int:
@@ -192,8 +222,8 @@ class BaseMethod:
 
     @property
     def patch_dim(self) -> int:
-        """P, numbers in a patch: height x width x channels."""
-        return self.patch_size**2 * self.channels
+        """P, numbers in a patch: height x width x channels; the most of all modalities."""
+        return max(modality.patch_dim for modality in self.inputs)
 
     @property
     def feature_size(self) -> tuple[int, int]:
@@ -229,6 +259,7 @@ class BaseMethod:
             "depth": self.depth,
             "heads": self.heads,
             "registers": self.registers,
+            "modalities": tuple((part.name, part.patch_dim) for part in self.modalities),
             **self.block_options,
         }
 
@@ -236,6 +267,20 @@ class BaseMethod:
         """Compute the rows and columns of patches of images of any size, without gap."""
         _, height, width, _ = images.shape
         return height // self.patch_size, width // self.patch_size
+
+    def patches_of(
+        self,
+        images: Float[Array, "B H W C"],
+        grid: tuple[int, int],
+        gap: int = 0,
+        offsets: Int[Array, "B h w 2"] | None = None,
+    ) -> Float[Array, "B T P"]:
+        """Cut images into the patches of all modalities, see `modalities.patchify_all`."""
+        return patchify_all(images, self.inputs, grid, self.patch_size, gap, offsets)
+
+    def for_all_modalities(self, positions: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "1 T D"]:
+        """Repeat the positions of a grid for the tokens of every modality."""
+        return np.tile(positions, (len(self.inputs), 1))[None]
 
 
 class ViTMethod(BaseMethod, abc.ABC):
@@ -266,7 +311,7 @@ class ViTMethod(BaseMethod, abc.ABC):
           See `patch_features`.
         """
         grid = self.grid_of(images)
-        patches = patchify(images, grid, self.patch_size)
+        patches = self.patches_of(images, grid)
         return self.patch_features(params, patches, self.positions_of(params, grid))
 
     def patch_features(
@@ -323,8 +368,9 @@ def from_config(config: Mapping[str, Any], *, total_steps: int, steps_per_epoch:
       steps_per_epoch: optimizer steps in an epoch. Only methods with a schedule in epochs have
         this field; for others it is ignored.
 
-    An option of `SHARES` that is None follows the grid. `frozen`, which recipes lack, is the
-    `config.method` of the run that a frozen teacher comes from; see common/targets.py.
+    An option of `SHARES` that is None follows the grid. Recipes lack `frozen`, the `config.method`
+    of the run that a frozen teacher comes from, see common/targets.py; and `modalities`, (name,
+    channels, patch size) of each, see data/modalities.py.
 
     Raises:
       UserError: unknown method, missing or unknown key, or an invalid value.
@@ -332,15 +378,17 @@ def from_config(config: Mapping[str, Any], *, total_steps: int, steps_per_epoch:
     options = dict(config)
     name = options.pop("name")
     frozen = options.pop("frozen", None)
+    modalities = options.pop("modalities", ())
     if name not in names():
         raise UserError(f"config.method.name={name!r} is not a method{did_you_mean(name, names())}")
     found = method_class(name)
     fields = {field.name for field in dataclasses.fields(found)}
     schedule = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
-    _check_keys(name, options.keys(), fields - schedule.keys() - {"frozen"})
+    _check_keys(name, options.keys(), fields - schedule.keys() - {"frozen", "modalities"})
     arguments = {key: _hashable(value) for key, value in options.items()}
     if "target" in arguments:
         arguments["target"] = arguments["target"].partition(":")[0]  # frozen:RUN
+    arguments["modalities"] = tuple(Modality(*modality) for modality in modalities)
     if "frozen" in fields:
         arguments["frozen"] = None
     if frozen:

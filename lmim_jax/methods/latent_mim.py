@@ -27,9 +27,11 @@ from lmim_jax.methods.base import Features, Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_choice, check_heads, check_range
 from lmim_jax.methods.common.latent_prediction import LatentPrediction
+from lmim_jax.methods.common.several_modalities import SeveralModalities
 from lmim_jax.models import normalization, vit
 from lmim_jax.models.decoders import LatentDecoder
-from lmim_jax.models.layers import patchify, sincos_positions
+from lmim_jax.models.layers import sincos_positions
+from lmim_jax.models.modalities import mean_over_modalities
 from lmim_jax.optim import schedules
 from lmim_jax.utils.errors import UserError
 
@@ -37,7 +39,7 @@ LOSSES = ("patch_infonce", *losses.REGRESSION_LOSSES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(LatentPrediction):
+class Method(SeveralModalities, LatentPrediction):
     """Latent MIM; the fields are `config.method`, explained key by key in configs/vit_b.py."""
 
     gap: int
@@ -84,6 +86,11 @@ class Method(LatentPrediction):
 
     def _check_target_patches(self) -> None:
         """Raise a UserError where the target encoder must see all patches, and does not."""
+        if self.context_weight and self.modalities:
+            raise UserError(
+                f"config.method.context_weight={self.context_weight:g}: distances to masked "
+                "patches are those of one modality; give 0 with config.data.modalities"
+            )
         if self.target_patches == "all":
             return
         if self.masks_per_image > 1:
@@ -137,11 +144,12 @@ class Method(LatentPrediction):
         With target "random_projection", there is also target_embed.
         """
         keys = jax.random.split(rng, 4)
-        num_masked = self.num_patches - self.num_visible
-        patches = jnp.zeros((1, self.num_visible, self.patch_dim))
-        positions = jnp.zeros((1, self.num_visible, self.width))
-        tokens = jnp.zeros((1, 1 + self.num_visible, self.width))
-        visible_positions = jnp.zeros((1, self.num_visible, self.decoder_width))
+        num_visible = len(self.inputs) * self.num_visible
+        num_masked = len(self.inputs) * self.num_patches - num_visible
+        patches = jnp.zeros((1, num_visible, self.patch_dim))
+        positions = jnp.zeros((1, num_visible, self.width))
+        tokens = jnp.zeros((1, 1 + num_visible, self.width))
+        visible_positions = jnp.zeros((1, num_visible, self.decoder_width))
         masked_positions = jnp.zeros((1, num_masked, self.decoder_width))
         projector = self._projector.init(keys[1], tokens)
         decoder = self._decoder.init(keys[2], tokens, visible_positions, masked_positions)
@@ -150,6 +158,7 @@ class Method(LatentPrediction):
             "projector": projector.get("params", {}),  # of depth 0, it has no parameters
             "decoder": decoder["params"],
             **self.init_target(keys[3]),
+            **self.init_modalities(rng, self.decoder_width),
         }
 
     def sample(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> Views:
@@ -161,9 +170,9 @@ class Method(LatentPrediction):
         del rng
         mask_keys, window_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         mask_keys = self.mask_keys(mask_keys)
-        visible, masked = jax.vmap(
-            lambda key: masking.random_split(key, self.num_patches, self.num_visible)
-        )(mask_keys)
+        visible, masked = self.split_tokens(
+            mask_keys, lambda key: masking.random_split(key, self.num_patches, self.num_visible)
+        )
         views = {"visible": visible, "masked": masked}
         views |= self.draw_noise(mask_keys, masked.shape[1])
         if self.gap:
@@ -270,13 +279,13 @@ class Method(LatentPrediction):
         """
         visible = views["visible"]
         masked = views["masked"]
-        patches = patchify(images, self.grid, self.patch_size, self.gap, views.get("offsets"))
+        patches = self.patches_of(images, self.grid, self.gap, views.get("offsets"))
         tokens = self._encode(params, masking.take(patches, visible), visible)
         index = masked
         if self.target_patches == "all":
             index = jnp.concatenate([visible, masked], axis=1)
         targets = self._targets(params, target, patches, index)
-        positions = sincos_positions(self.grid, self.decoder_width)[None]
+        positions = self.decoder_positions(params, sincos_positions(self.grid, self.decoder_width))
         predictions = self._decoder.apply(
             {"params": params["decoder"]},
             tokens,
@@ -297,7 +306,7 @@ class Method(LatentPrediction):
     def _positions(self, encoder: Params) -> Float[Array, "1 N D"]:
         """Compute the positions of the training grid: fixed, the same for every encoder."""
         del encoder
-        return jnp.asarray(sincos_positions(self.grid, self.width))[None]
+        return jnp.asarray(self.for_all_modalities(sincos_positions(self.grid, self.width)))
 
     def _targets(
         self,
@@ -312,20 +321,24 @@ class Method(LatentPrediction):
         them once.
         """
         teacher = self.teacher(params, target)
-        if self.masks_per_image == 1:
+        # Visible and masked patches together are not in the order of modalities
+        sees_all = self.masks_per_image > 1
+        sees_all = sees_all or (bool(self.modalities) and self.target_patches == "all")
+        if not sees_all:
             tokens = self.encode_targets(teacher, masking.take(patches, index), index)
         else:
             tokens = self.encode_targets(teacher, patches)
         if "projector" in teacher and not self.target_layers:
             tokens = self._projector.apply({"params": teacher["projector"]}, tokens)
-        if self.masks_per_image == 1:
+        if not sees_all:
             return tokens
         return masking.take(tokens[:, int(self.target_has_cls) :], index)
 
     def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
         """Positions of an image of any grid span the range of the training grid."""
         del params
-        return jnp.asarray(sincos_positions(grid, self.width, self.grid))[None]
+        positions = sincos_positions(grid, self.width, self.grid)
+        return jnp.asarray(self.for_all_modalities(positions))
 
     def patch_features(
         self,
@@ -338,6 +351,7 @@ class Method(LatentPrediction):
         features = super().patch_features(params, patches, positions, mask)
         if self.target == "random_projection":
             latents = self.project_patches(params, patches)
+            latents = mean_over_modalities(latents, len(self.inputs), 0, axis=1)
         else:
             projector = {"params": params["projector"]}
             latents = self._projector.apply(projector, features["patches"])

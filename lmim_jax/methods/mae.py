@@ -13,16 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from lmim_jax.methods.base import Metrics, Params, Views, ViTMethod
+from lmim_jax.methods.base import Metrics, Params, Views
 from lmim_jax.methods.common import losses, masking
 from lmim_jax.methods.common.checks import check_heads, check_sampler
-from lmim_jax.models import normalization, vit
+from lmim_jax.methods.common.several_modalities import SeveralModalities
+from lmim_jax.models import vit
 from lmim_jax.models.decoders import TokenDecoder
-from lmim_jax.models.layers import patchify, replace_patches, sincos_positions
+from lmim_jax.models.layers import sincos_positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(ViTMethod):
+class Method(SeveralModalities):
     """MAE; the fields are `config.method`, explained key by key in configs/mae_vit_b.py."""
 
     decoder_heads: int
@@ -57,19 +58,26 @@ class Method(ViTMethod):
     def init(self, rng: Key[Array, ""]) -> Params:
         """Create fresh float32 parameters: encoder and decoder."""
         keys = jax.random.split(rng)
-        patches = jnp.zeros((1, 1, self.patch_dim))
-        tokens = jnp.zeros((1, 1, self.width))
-        positions = jnp.zeros((1, 1, self.decoder_width))
+        count = len(self.inputs)
+        patches = jnp.zeros((1, count, self.patch_dim))
+        tokens = jnp.zeros((1, count, self.width))
+        positions = jnp.zeros((1, count, self.decoder_width))
         return {
             "encoder": self._encoder.init(keys[0], patches, tokens)["params"],
             "decoder": self._decoder.init(keys[1], tokens, positions, positions)["params"],
+            **self.init_modalities(rng, self.decoder_width),
         }
 
     def sample(self, rng: Key[Array, ""], keys: Key[Array, " B"]) -> Views:
-        """Draw visible [B, V] and masked [B, M] patch ids; the batch shares nothing."""
+        """Draw the ids of visible [B, V] and masked [B, M] patches of all modalities.
+
+        The batch shares nothing.
+        """
         del rng
         split = masking.SAMPLERS[self.sampler]
-        visible, masked = jax.vmap(lambda key: split(key, self.grid, self.mask_ratio))(keys)
+        visible, masked = self.split_tokens(
+            keys, lambda key: split(key, self.grid, self.mask_ratio)
+        )
         return {"visible": visible, "masked": masked}
 
     def target_of(self, params: Params) -> Params:
@@ -99,11 +107,10 @@ class Method(ViTMethod):
         """
         del step
         predictions = self._predict_masked(params, target, images, views)
-        pixels = masking.take(patchify(images, self.grid, self.patch_size), views["masked"])
-        if self.norm_pix:
-            loss = losses.norm_l2(predictions, pixels)
-        else:
-            loss = losses.mse(predictions, pixels)
+        pixels = masking.take(self.patches_of(images, self.grid), views["masked"])
+        error = losses.norm_l2 if self.norm_pix else losses.mse
+        parts = self.losses_of(error, predictions, pixels)
+        loss = sum(parts[1:], parts[0]) / len(parts)
         return loss, {"loss": loss, "pixel_loss": loss}
 
     def forward(
@@ -117,12 +124,14 @@ class Method(ViTMethod):
         del target
         visible = views["visible"]
         masked = views["masked"]
-        patches = masking.take(patchify(images, self.grid, self.patch_size), visible)
-        positions = sincos_positions(self.grid, self.width, integer=True)[None]
+        patches = masking.take(self.patches_of(images, self.grid), visible)
+        positions = self.for_all_modalities(sincos_positions(self.grid, self.width, integer=True))
         tokens, _ = self._encoder.apply(
             {"params": params["encoder"]}, patches, masking.take(positions, visible)
         )
-        positions = sincos_positions(self.grid, self.decoder_width, integer=True)[None]
+        positions = self.decoder_positions(
+            params, sincos_positions(self.grid, self.decoder_width, integer=True)
+        )
         # The position of CLS is zero.
         visible_positions = jnp.pad(masking.take(positions, visible), ((0, 0), (1, 0), (0, 0)))
         predictions = self._decoder.apply(
@@ -147,13 +156,13 @@ class Method(ViTMethod):
         masked = views["masked"]
         pixels = self._predict_masked(params, {}, images, views).astype(jnp.float32)
         if self.norm_pix:
-            patches = patchify(images, self.grid, self.patch_size)
-            mean, stddev = normalization.token_moments(masking.take(patches, masked))
+            patches = self.patches_of(images, self.grid)
+            mean, stddev = self.pixel_moments(masking.take(patches, masked))
             pixels = pixels * stddev + mean
-        return replace_patches(images, masked, pixels, self.grid, self.patch_size)
+        return self.paint(images, masked, pixels)
 
     def positions_of(self, params: Params, grid: tuple[int, int]) -> Float[Array, "1 N D"]:
         """Positions of an image of any grid span the range of the training grid."""
         del params
         positions = sincos_positions(grid, self.width, self.grid, integer=True)
-        return jnp.asarray(positions)[None]
+        return jnp.asarray(self.for_all_modalities(positions))

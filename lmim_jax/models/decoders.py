@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from lmim_jax.models.blocks import Block, CrossBlock, QkvBias, QueryBlock
 from lmim_jax.models.layer_stack import run_blocks
 from lmim_jax.models.layers import Dense, Dtype, layer_norm, matmul, norm
+from lmim_jax.models.modalities import predict_patches
 from lmim_jax.models.rope import make_rope
 
 
@@ -204,6 +205,63 @@ class TokenDecoder(nn.Module, kw_only=True):
         if self.final_norm:
             x = layer_norm(self.norm_eps, self.dtype, "norm")(x)
         return Dense(self.out_width, self.dtype, name="head")(x)
+
+
+class QueryDecoder(nn.Module, kw_only=True):
+    """Predicts every masked patch from the encoder's tokens alone, not from other masked ones.
+
+    Mask token + position of each masked patch pass through blocks of cross-attention to the
+    embedded tokens, and MLP.
+
+    Attributes:
+      width: d.
+      depth: number of blocks.
+      heads: attention heads of a block.
+      out_width: O.
+      mlp_ratio: hidden width of an MLP / d.
+      norm_eps: epsilon of the LayerNorms.
+      dtype: of the computation.
+      attention: implementation of attention, see `attention.attend`.
+      modalities: (name, values to predict) of each, with a last layer of its own; (): one layer.
+
+    Source: Interactive MIM (arXiv 2409.08885): masked tokens are queries, the unmasked tokens of
+    all modalities keys and values.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    out_width: int
+    mlp_ratio: float
+    norm_eps: float
+    dtype: Dtype
+    attention: str
+    modalities: tuple[tuple[str, int], ...] = ()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "B T D"],
+        positions: Float[Array, "#B T d"],
+        masked_positions: Float[Array, "B M d"],
+    ) -> Float[Array, "B M O"]:
+        """Predict the masked patches; arguments as in `TokenDecoder`."""
+        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
+        context = Dense(self.width, self.dtype, name="embed")(tokens)
+        context = context + positions.astype(self.dtype)
+        context = layer_norm(self.norm_eps, self.dtype, "context_norm")(context)
+        x = mask_token.astype(self.dtype) + masked_positions.astype(self.dtype)
+        make_block = functools.partial(
+            QueryBlock,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+            attention=self.attention,
+        )
+        x = run_blocks(self, make_block, self.depth, x, context=context)
+        x = layer_norm(self.norm_eps, self.dtype, "norm")(x)
+        return predict_patches(x, self.modalities, self.out_width, self.dtype)
 
 
 class TargetAwareDecoder(nn.Module, kw_only=True):

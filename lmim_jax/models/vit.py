@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from lmim_jax.models.blocks import Block, PostNormBlock, QkvBias
 from lmim_jax.models.layer_stack import run_blocks
 from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm, norm
+from lmim_jax.models.modalities import embed_patches, mean_over_modalities, merge_attention
 from lmim_jax.models.rope import make_rope, register_coordinates
 
 # Sizes by their usual names ("An Image is Worth 16x16 Words", table 1; DeiT for Ti and S).
@@ -52,6 +53,7 @@ class ViT(nn.Module, kw_only=True):
       rope_frequencies: see `rope.make_rope`.
       post_norm: blocks are `PostNormBlock`, and all tokens are normed in front of the first block
         (parameters: stem_norm) instead of after the last one (data2vec 2.0).
+      modalities: (name, values of a patch) of each, see modalities.py; (): one, without a name.
     """
 
     width: int
@@ -71,6 +73,7 @@ class ViT(nn.Module, kw_only=True):
     rope: str = "none"
     rope_frequencies: tuple[float, float] = (1.0, 1.0)
     post_norm: bool = False
+    modalities: tuple[tuple[str, int], ...] = ()
 
     @nn.compact
     def __call__(
@@ -85,7 +88,7 @@ class ViT(nn.Module, kw_only=True):
         """Encode patches.
 
         Args:
-          patches: pixel values of the visible patches.
+          patches: pixel values of the visible patches; of several modalities, as many of each.
           positions: their position embeddings [#B, N, D], for every image or for all alike; with
             rope, their coordinates [#B, N, 2].
           mask: True where a patch may be attended to; None: all may.
@@ -100,7 +103,7 @@ class ViT(nn.Module, kw_only=True):
           ValueError: rope and a CLS token, which has no coordinates.
         """
         inputs: dict[str, Any] = {}
-        x = Dense(self.width, self.dtype, name="patch_embed")(patches)
+        x = embed_patches(self, patches, self.modalities, self.width, self.dtype)
         if self.rope == "none":
             x = x + positions.astype(self.dtype)
         else:
@@ -206,12 +209,20 @@ def features(
       block00/attention [B, A, 1 + N, 1 + N] (A heads) of every block; of post-norm blocks also
       block00/mlp [B, 1 + N, D], the output of their MLP. An encoder without CLS token gives no cls,
       and one row less. Registers are left out of all of these, so that rows of attention no longer
-      sum to 1; they are registers [B, R, D], after the final norm.
+      sum to 1; they are registers [B, R, D], after the final norm. Of several modalities, patches
+      and tokens are means over those of a position, and attention is that between positions.
     """
     (tokens, prenorm), state = encoder.apply(
         {"params": params}, patches, positions, mask, mutable=["intermediates"]
     )
     first_patch = int(encoder.cls)
+    count = max(1, len(encoder.modalities))
+
+    def merge(x: Array) -> Array:
+        return mean_over_modalities(x, count, first_patch, axis=1)
+
+    tokens = merge(tokens)
+    prenorm = merge(prenorm)
     named = {"patches": tokens[:, first_patch:], "patches_prenorm": prenorm[:, first_patch:]}
     if encoder.cls:
         named["cls"] = tokens[:, 0]
@@ -223,14 +234,15 @@ def features(
     norm_params = {"params": params.get("norm", {})}
     for name, block in intermediates.items():
         block_tokens = encoder.without_registers(block["tokens"][0])
-        named[f"{name}/tokens"] = block_tokens
+        named[f"{name}/tokens"] = merge(block_tokens)
         if encoder.post_norm:
-            named[f"{name}/normed"] = block_tokens
-            named[f"{name}/mlp"] = encoder.without_registers(block["mlp_output"][0])
+            named[f"{name}/normed"] = merge(block_tokens)
+            named[f"{name}/mlp"] = merge(encoder.without_registers(block["mlp_output"][0]))
         else:
-            named[f"{name}/normed"] = final_norm.apply(norm_params, block_tokens)
+            named[f"{name}/normed"] = merge(final_norm.apply(norm_params, block_tokens))
         rows = encoder.without_registers(block["attn"]["attention"][0], axis=2)
-        named[f"{name}/attention"] = encoder.without_registers(rows, axis=3)
+        weights = encoder.without_registers(rows, axis=3)
+        named[f"{name}/attention"] = merge_attention(weights, count, first_patch)
     return named
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lmim_jax.data import decode, loader, prefetch, sources
+from lmim_jax.data import decode, loader, modalities, prefetch, sources
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.augment.host import FILTERS, HostCrop
 from lmim_jax.data.image_options import ImageOptions
@@ -108,7 +108,9 @@ def measure(config: ConfigDict, images: int, repeats: int) -> dict[str, Any]:
 
 def _build_pipeline(config: ConfigDict, images: int) -> Pipeline:
     source = sources.from_config(config.data, "train")
-    method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    method = methods.from_config(
+        modalities.method_options(config), total_steps=1, steps_per_epoch=1
+    )
     augmentation = Augment.from_config(
         config.augment, image_size=method.image_size, eval_size=method.feature_size
     )

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
+from lmim_jax.data import modalities
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.augment.host import HostCrop, make_host_crop
 from lmim_jax.distributed import sharding
@@ -154,9 +155,11 @@ def complete(
     config = config.copy_and_resolve_references()
     for key in method.SHARES:
         config.method[key] = getattr(method, key)
-    if frozen:
-        with config.unlocked():
+    with config.unlocked():
+        if frozen:
             config.method.frozen = frozen
+        if method.modalities:
+            config.method.modalities = tuple(map(tuple, method.modalities))
     config.augment.eval_resize = augmentation.eval_resize
     evaluators.fill_in(config.evaluators, config.representation)
     return config
@@ -226,7 +229,7 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
     span = extension.span(config, total_steps)
     frozen = frozen_teacher.method_of(config)
     method = methods.from_config(
-        {**config.method, "frozen": frozen},
+        {**modalities.method_options(config), "frozen": frozen},
         total_steps=span.steps,
         steps_per_epoch=steps_per_epoch,
     )

@@ -80,7 +80,7 @@ class TargetMethod(ViTMethod):
             raise UserError("config.method.target=frozen needs a run: give frozen:RUN")
         if not isinstance(self.frozen, ViTMethod):
             raise UserError("config.method.target: the frozen run has no encoder of patches")
-        for key in ("patch_size", "channels"):
+        for key in ("patch_size", "channels", "modalities"):
             theirs = getattr(self.frozen, key)
             ours = getattr(self, key)
             if theirs != ours:
