@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
     from lmim_jax.train.inference import Model
 
@@ -33,7 +34,11 @@ def _find_recipes_of_checkout() -> None:
 _find_recipes_of_checkout()
 
 
-def load(folder: "str | os.PathLike[str]", weights: "str | None" = None) -> "Model":
+def load(
+    folder: "str | os.PathLike[str]",
+    weights: "str | None" = None,
+    modalities: "Sequence[str]" = (),
+) -> "Model":
     """Load a trained encoder: a run, or a folder made by `lmim export --format=flax`.
 
         model = lmim_jax.load("runs/vit_b")
@@ -45,6 +50,7 @@ def load(folder: "str | os.PathLike[str]", weights: "str | None" = None) -> "Mod
         folder.
       weights: "online", or "target" for the teacher's encoder. None: the choice of the recipe,
         `config.representation.weights`; of an exported folder, those that it holds.
+      modalities: of a run on several, those that images have; (): all, as arrays of all channels.
 
     Returns:
       A model with `preprocess`, `encode`, `method` and `params`; see `train.inference.Model`.
@@ -54,4 +60,4 @@ def load(folder: "str | os.PathLike[str]", weights: "str | None" = None) -> "Mod
     """
     from lmim_jax.train import inference  # imports jax
 
-    return inference.load(folder, weights)
+    return inference.load(folder, weights, modalities)

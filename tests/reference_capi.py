@@ -18,6 +18,7 @@ def method(c):
     if np.ndim(grid) == 0:
         grid = (grid, grid)
     return Method(
+        modalities=(),
         grid=tuple(grid),
         patch_size=c["patch"],
         channels=3,

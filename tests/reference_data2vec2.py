@@ -22,6 +22,7 @@ def method(c):
         grid = (grid, grid)
     depth = c["prenet_depth"] + c["depth"]
     return Method(
+        modalities=(),
         grid=tuple(grid),
         patch_size=c["patch"],
         channels=3,

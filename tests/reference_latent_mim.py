@@ -14,6 +14,7 @@ LOSSES = {"infonce_patches": "patch_infonce", "norm_l2": "norm_l2"}
 def method(c):
     """The method with the sizes and options of a case's config_json."""
     return Method(
+        modalities=(),
         grid=(c["grid"], c["grid"]),
         patch_size=c["patch"],
         gap=c["gap"],

@@ -10,6 +10,7 @@ from lmim_jax.methods.mae import Method
 def method(c):
     """The method with the sizes and options of a case's config_json."""
     return Method(
+        modalities=(),
         grid=(c["image"] // c["patch"],) * 2,
         patch_size=c["patch"],
         channels=3,

@@ -15,6 +15,7 @@ CHANNELS = 3
 def method(c):
     """The method with the sizes and options of a case's config_json."""
     return Method(
+        modalities=(),
         grid=(c["image"] // c["patch"],) * 2,
         patch_size=c["patch"],
         channels=CHANNELS,

@@ -49,6 +49,7 @@ OPTIONS = [  # each value of each option at least once
         marks=pytest.mark.slow,
     ),
     {"name": "symmim", "dtype": "bfloat16", "registers": 2, "cell": 2, "momentum_cell": 1},
+    {"name": "interactive_mim", "predict": "latents", "modality_masks": "joint"},
     {"name": "symmim", "contrast_weight": 0.0, "decoder_depth": 2, "predictor_depth": 1},
 ]
 
@@ -111,6 +112,7 @@ def test_only_methods_with_schedules_take_the_length_of_the_run():
         "capi": (10, 0),
         "data2vec2": (10, 0),
         "ijepa": (10, 0),
+        "interactive_mim": (10, 0),
         "latent_mim": (10, 0),
         "mae": (0, 0),
         "pilamim": (10, 0),

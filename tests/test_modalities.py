@@ -1,18 +1,24 @@
 """Several modalities: pairs of files, one image of all their channels, ranges of their own."""
 
+import dataclasses
 import pathlib
 import shutil
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lmim_jax.configs import vit_b
-from lmim_jax.data import decode, inventory, pixel_range, records, sources
+from lmim_jax.configs import interactive_mim_vit_s, small, vit_b
+from lmim_jax.data import decode, inventory, modalities, pixel_range, records, sources
 from lmim_jax.data.image_options import BadImage, ImageOptions
 from lmim_jax.data.loader import BatchDecoder
+from lmim_jax.methods import base
+from lmim_jax.train import loop, modality_subset, runs
 from lmim_jax.utils.errors import UserError
 
 ROADSCENE = pathlib.Path("/work/shared/data/roadscene_small.zip")
@@ -174,3 +180,206 @@ def test_real_pairs(tmp_path):
     options = ImageOptions.from_config(config)
     for index in (0, 110, 220):
         assert decode.decode(source.record(index)[0], 64, 4, options).shape[-1] == 4
+
+
+PAIR = (("rgb", 3, 4), ("thermal", 1, 2))  # name, channels, patch size
+
+
+def build(name="interactive_mim", modalities=PAIR, **change):
+    section = {**tiny.method(name), **change, "modalities": modalities}
+    if modalities:
+        section["channels"] = sum(channels for _, channels, _ in modalities)
+    return base.from_config(section, total_steps=10, steps_per_epoch=5)
+
+
+def images_of(method, count=2):
+    shape = (count, *method.image_size, method.channels)
+    return jax.random.normal(jax.random.key(1), shape)
+
+
+def views_of(method, count=2):
+    return method.sample(jax.random.key(2), jax.random.split(jax.random.key(3), count))
+
+
+@pytest.fixture(scope="module")
+def interactive():
+    method = build()
+    return method, method.init(jax.random.key(0))
+
+
+def test_patches_of_all_modalities_are_on_one_grid():
+    method = build()
+    images = images_of(method)
+    patches = method.patches_of(images, method.grid)
+    assert patches.shape == (2, 2 * 16, 48)
+    pixels = images[:, 4:8, 8:12]  # row 1, column 2
+    np.testing.assert_array_equal(patches[:, 6], pixels[..., :3].reshape(2, -1))
+    thermal = pixels[..., 3].reshape(2, 2, 2, 2, 2).mean((2, 4))  # averages of 2 x 2 pixels
+    np.testing.assert_allclose(patches[:, 16 + 6, :4], thermal.reshape(2, -1), atol=1e-6)
+    assert not patches[:, 16:, 4:].any()
+    tokens = jnp.broadcast_to(jnp.arange(32), (2, 32))
+    painted = method.paint(jnp.zeros_like(images), tokens, patches)
+    np.testing.assert_array_equal(painted[..., :3], images[..., :3])
+    np.testing.assert_allclose(
+        painted[:, 4:6, 8:10, 3], thermal[:, :1, :1].repeat(2, 1).repeat(2, 2), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("masks", ["independent", "joint"])
+def test_every_modality_has_as_many_masked_patches(masks):
+    method = build(modality_masks=masks)
+    views = views_of(method)
+    for name, count in (("visible", 4), ("masked", 12)):
+        tokens = np.asarray(views[name])
+        assert tokens.shape == (2, 2 * count)
+        assert (tokens[:, :count] < 16).all() and (tokens[:, count:] >= 16).all()
+        same = (tokens[:, :count] == tokens[:, count:] - 16).all()
+        assert same == (masks == "joint")
+
+
+def test_what_is_visible_in_one_modality_influences_what_is_hidden_in_the_other(interactive):
+    method, params = interactive
+    images = images_of(method)
+    order = jnp.arange(16)
+    # Position 5 is hidden in RGB and visible in thermal
+    rgb_visible = jnp.array([0, 1, 2, 3])
+    thermal_visible = jnp.array([5, 8, 9, 10])
+    hidden = [jnp.setdiff1d(order, rgb_visible), jnp.setdiff1d(order, thermal_visible)]
+    views = {
+        "visible": jnp.concatenate([rgb_visible, thermal_visible + 16])[None].repeat(2, 0),
+        "masked": jnp.concatenate([hidden[0], hidden[1] + 16])[None].repeat(2, 0),
+    }
+
+    def predictions(pixels):
+        return method.forward(params, {}, pixels, views)["predictions"]
+
+    before = predictions(images)
+    place = int(jnp.argwhere(hidden[0] == 5)[0, 0])
+    row_and_column = (slice(None), slice(4, 8), slice(4, 8))
+    thermal = images.at[(*row_and_column, 3)].add(1.0)
+    assert jnp.abs(predictions(thermal) - before)[:, place, :48].max() > 1e-4
+    # Its own pixels are hidden: no prediction sees them
+    rgb = images.at[(*row_and_column, slice(0, 3))].add(1.0)
+    np.testing.assert_array_equal(predictions(rgb), before)
+
+
+def test_the_gradient_of_one_modality_reaches_the_patches_of_the_other(interactive):
+    method, params = interactive
+    images = images_of(method)
+    views = views_of(method)
+
+    def rgb_loss(params):
+        return method.loss_fn(params, {}, images, views, 0)[1]["rgb_loss"]
+
+    encoder = jax.grad(rgb_loss)(params)["encoder"]
+    assert jnp.abs(encoder["patch_embed_thermal"]["kernel"]).max() > 0
+    assert jnp.abs(encoder["modality_embed_thermal"]).max() > 0
+
+
+def test_with_one_modality_and_without_cross_attention_it_is_mae():
+    mae = build("mae", modalities=())
+    section = {key: value for key, value in tiny.method("mae").items() if key != "name"}
+    method = build("interactive_mim", modalities=(), **section, decoder="self")
+    params = mae.init(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, params, method.init(jax.random.key(0)))
+    images = images_of(mae)
+    views = views_of(mae)
+    jax.tree.map(np.testing.assert_array_equal, views, views_of(method))
+    assert method.target_of(params) == {} and method.ema_rate(3) == 0
+    found = []
+    for one in (mae, method):
+        gradient = jax.value_and_grad(one.loss_fn, has_aux=True)
+        found.append(gradient(params, {}, images, views, 0))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    painted = [one.reconstruct(params, images, views) for one in (mae, method)]
+    np.testing.assert_array_equal(*painted)
+
+
+@pytest.mark.parametrize("name", ["mae", "latent_mim"])
+def test_other_methods_take_several_modalities(name):
+    method = build(name)
+    params = method.init(jax.random.key(0))
+    views = views_of(method)
+    gradient = jax.grad(method.loss_fn, has_aux=True)
+    grads, metrics = gradient(params, method.target_of(params), images_of(method), views, 0)
+    assert jnp.isfinite(metrics["loss"])
+    for tree in (grads["encoder"], grads["modalities"]):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if "embed" in jax.tree_util.keystr(path):
+                assert jnp.abs(leaf).max() > 0, path
+
+
+def test_features_are_means_over_the_modalities_of_a_position(interactive):
+    method, params = interactive
+    images = images_of(method)
+    patches = method.patches_of(images, method.grid)
+    positions = method.positions_of(params, method.grid)
+    tokens, _ = method._encoder.apply({"params": params["encoder"]}, patches, positions)
+    features = method.features(params, images)
+    expected = (tokens[:, 1:17] + tokens[:, 17:]) / 2
+    np.testing.assert_allclose(features["patches"], expected, atol=1e-6)
+    weights = features["block00/attention"]
+    assert weights.shape == (2, 2, 17, 17)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rgb", "thermal"])
+def test_one_modality_of_several_becomes_an_ordinary_encoder(interactive, name):
+    method, params = interactive
+    (modality,) = (part for part in method.modalities if part.name == name)
+    images = images_of(method)
+    channels = slice(0, 3) if name == "rgb" else slice(3, 4)
+    alone = dataclasses.replace(method, modalities=(modality,), channels=modality.channels)
+    folded = modality_subset.fold(params, modality, method.patch_size)
+    plain = dataclasses.replace(method, modalities=(), channels=modality.channels)
+    expected = alone.features(params, images[..., channels])
+    found = plain.features(folded, images[..., channels])
+    assert "patch_embed" in folded["encoder"] and "modalities" not in folded
+    np.testing.assert_allclose(found["patches"], expected["patches"], atol=2e-5)
+
+
+def test_mistakes_of_a_recipe_are_named():
+    with pytest.raises(UserError, match="takes images of one modality; interactive_mim, latent_m"):
+        build("ijepa")
+    with pytest.raises(UserError, match=r"thermal\.patch_size=3 must divide"):
+        build(modalities=(("rgb", 3, 4), ("thermal", 1, 3)))
+    with pytest.raises(UserError, match="context_weight=1"):
+        build("latent_mim", context_weight=1.0)
+    config = interactive_mim_vit_s.get_config()
+    config.data.modalities.thermal.channels = 2
+    assert config.method.channels == 5
+    with pytest.raises(UserError, match=r"thermal\.mean=\(0\.5,\) must have 2 numbers"):
+        modalities.method_options(config)
+    config.data.modalities.thermal.update(mean=(0.5, 0.5), std=(0.2, 0.2))
+    assert len(config.augment.mean) == 5
+    assert modalities.method_options(config)["modalities"] == (("rgb", 3, 16), ("thermal", 2, 16))
+    config.data.channels = 3
+    with pytest.raises(UserError, match=r"data\.channels=3 must be 5"):
+        modalities.method_options(config)
+
+
+def test_a_run_on_pairs_trains_and_is_read_for_one_modality(tmp_path):
+    folder = write_pairs(tmp_path / "pairs", [f"{i:02}" for i in range(16)], (16, 16))
+    config = small.get_config("interactive_mim,rgb_thermal")
+    config.method.update({k: v for k, v in tiny.SIZES.items() if k in config.method})
+    for modality in config.data.modalities.values():
+        modality.patch_size = 4
+    config.update(total_steps=2, batch_size=8, micro_batches=1, gauge_images=8)
+    config.data.update(path=str(folder), canvas=16, threads=1)
+    config.augment.eval_resize = 16
+    config.evaluators.clear()
+    config.evaluators.strict = True
+    loop.train(config, tmp_path / "run")
+    run = runs.open_run(tmp_path / "run")
+    assert run.config.data.modalities.thermal.range != "auto"
+    assert [modality.name for modality in run.method.modalities] == ["rgb", "thermal"]
+    chosen = modality_subset.choose(run, ["thermal"])
+    assert chosen.method.channels == 1 and chosen.method.modalities == ()
+    assert chosen.config.data.path == str(folder / "thermal")
+    batch, _ = chosen.data.sample("train", 4)
+    features = chosen.method.features(chosen.params, batch["images"])
+    assert features["patches"].shape == (4, 16, 16)
+    with pytest.raises(UserError, match=r"no modality 'infrared'.*rgb, thermal"):
+        modality_subset.choose(run, ["infrared"])
+    resumed = dict(loop.train(config, tmp_path / "run"))
+    assert resumed["step"] == 2

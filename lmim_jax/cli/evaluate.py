@@ -36,7 +36,7 @@ from lmim_jax.evaluators.common import image_features, kept_classifier
 from lmim_jax.evaluators.common.feature_cache import FeatureCache
 from lmim_jax.evaluators.common.outcome import Outcome
 from lmim_jax.report.eval_table import line, table
-from lmim_jax.train import runs
+from lmim_jax.train import modality_subset, runs
 from lmim_jax.train.metric_writer import write_picture
 from lmim_jax.utils import atomic_io, buckets, commands, progress
 from lmim_jax.utils.errors import UserError, did_you_mean
@@ -376,7 +376,7 @@ def main(arguments: list[str]) -> None:
     log_to_console()
     workdir = app.run_folder(arguments)
     out = buckets.path(given.out) if given.out else None
-    run = runs.open_run(workdir)
+    run = modality_subset.choose(runs.open_run(workdir), given.modalities)
     folder = buckets.path(workdir, "evaluations")
     changes = config_flags.get_override_values(given["data"])
     data_config = run.data_config(given.data.to_dict(), changes)
@@ -456,6 +456,12 @@ def _show(
 def define_flags() -> None:
     """Define the flags of the command."""
     app.define_workdir()
+    flags.DEFINE_list(
+        "modalities",
+        [],
+        "Of a run on several modalities: those that the images have; by default all. "
+        "Example: --modalities=thermal",
+    )
     flags.DEFINE_list(
         "evaluators",
         DEFAULT,

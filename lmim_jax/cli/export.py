@@ -48,7 +48,7 @@ from lmim_jax.convert import (
 )
 from lmim_jax.convert.official import base as official
 from lmim_jax.data import sources
-from lmim_jax.train import runs
+from lmim_jax.train import modality_subset, runs
 from lmim_jax.utils import array_io, atomic_io, buckets
 from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.logging import log_to_console
@@ -190,7 +190,7 @@ def main(arguments: list[str]) -> None:
     log_to_console()
     workdir, _ = app.run_and_arguments(arguments)
     _check_flags()
-    run = runs.open_run(workdir)
+    run = modality_subset.choose(runs.open_run(workdir), given.modalities)
     which = "both"
     if given.format != "safetensors":
         which = run.choose_weights(given.weights)
@@ -279,6 +279,12 @@ def define_flags() -> None:
     """Define the flags of the command."""
     app.define_workdir(
         "The folder of a run, or an exported folder; may be given without --workdir."
+    )
+    flags.DEFINE_list(
+        "modalities",
+        [],
+        "Of a run on several modalities: those that the exported encoder takes; by default all. "
+        "Example: --modalities=thermal",
     )
     flags.DEFINE_string(
         "format",

@@ -52,7 +52,7 @@ from lmim_jax.evaluators.common.feature_extraction import (
     extract_from_files,
     feature_shapes,
 )
-from lmim_jax.train import runs
+from lmim_jax.train import modality_subset, runs
 from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
@@ -145,8 +145,16 @@ def main(arguments: list[str]) -> None:
     if not given.out:
         raise UserError("give the file to write, such as --out=features.npz")
     write = feature_io.make_writer(given.out)
-    run = runs.open_run(workdir)  # its config: weights are read when they are needed
+    run = modality_subset.choose(
+        runs.open_run(workdir), given.modalities
+    )  # its config: weights are read when they are needed
     method = run.method
+    if method.modalities:
+        names = " | ".join(modality.name for modality in method.modalities)
+        raise UserError(
+            f"a file is an image of one modality, and {workdir} was trained on several: give "
+            f"--modalities={names}"
+        )
     size = given.size or min(method.feature_size)
     if size < method.patch_size:
         raise UserError(f"--size={size} is less than one patch of {method.patch_size} pixels")
@@ -192,6 +200,12 @@ def define_flags() -> None:
     """Define the flags of the command."""
     app.define_workdir(
         "The folder of a run, or an exported folder; may be given without --workdir."
+    )
+    flags.DEFINE_list(
+        "modalities",
+        [],
+        "Of a run on several modalities: those that the images have; by default all. "
+        "Example: --modalities=thermal",
     )
     flags.DEFINE_string(
         "out",

@@ -25,7 +25,7 @@ from lmim_jax.data import folder_listing, sources
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.report import elements, image_sections, patch_sections, run_features
 from lmim_jax.report.script import SCRIPT
-from lmim_jax.train import runs
+from lmim_jax.train import modality_subset, runs
 from lmim_jax.utils import atomic_io, buckets, html
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--out={out} is in the folder of the images; give another folder")
         if not out.parent.is_dir():
             raise UserError(f"--out={out}: no folder {out.parent}")
-    run = runs.open_run(workdir)
+    run = modality_subset.choose(runs.open_run(workdir), given.modalities)
     which = run.choose_weights(given.weights)
     run = with_images(run, folder)
     name = buckets.local_path(folder).resolve().name
@@ -121,6 +121,12 @@ def define_flags() -> None:
     """Define the flags of the command."""
     app.define_workdir(
         "The folder of a run, or an exported folder; may be given without --workdir."
+    )
+    flags.DEFINE_list(
+        "modalities",
+        [],
+        "Of a run on several modalities: those that the images have; by default all. "
+        "Example: --modalities=thermal",
     )
     flags.DEFINE_string("out", "pca.html", "The file to write. Example: --out=photos.html")
     flags.DEFINE_integer(

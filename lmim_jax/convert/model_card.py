@@ -171,6 +171,8 @@ def public_config(config: Any) -> dict[str, Any]:
     for key in MACHINE_KEYS:
         if key in plain["data"]:
             plain["data"][key] = ""
+    for modality in plain["data"].get("modalities", {}).values():
+        modality["path"] = ""
     return plain
 
 

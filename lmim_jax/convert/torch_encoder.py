@@ -108,6 +108,7 @@ def _check_blocks(vit: ViT) -> None:
         f"rope={vit.rope}": vit.rope != "none",
         f"norm={vit.norm}": vit.norm != "layer",
         "post-norm blocks": vit.post_norm,
+        "several modalities (--modalities=NAME chooses one)": bool(vit.modalities),
     }
     listed = ", ".join(name for name, found in problems.items() if found)
     if listed:

@@ -176,7 +176,7 @@ class BaseMethod:
     decoder_depth: int
     dtype: str
     attention: str
-    modalities: tuple[Modality, ...] = ()
+    modalities: tuple[Modality, ...]
 
     # Options that follow the grid where they are None: {name: share of the patches}
     SHARES: ClassVar[Mapping[str, float]] = {}

@@ -10,7 +10,7 @@ Letters: B images, H image height, W image width, C channels, N patches, D width
 import functools
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -23,6 +23,7 @@ from PIL import Image
 from lmim_jax.data import decode
 from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.evaluators.common import image_features
+from lmim_jax.train import modality_subset
 from lmim_jax.train.runs import Run, open_run
 from lmim_jax.utils.errors import UserError
 
@@ -206,7 +207,9 @@ class Model:
             )
 
 
-def load(folder: str | os.PathLike[str], weights: str | None = None) -> Model:
+def load(
+    folder: str | os.PathLike[str], weights: str | None = None, modalities: Sequence[str] = ()
+) -> Model:
     """Load a trained encoder.
 
     Args:
@@ -214,11 +217,12 @@ def load(folder: str | os.PathLike[str], weights: str | None = None) -> Model:
         by `lmim export --format=flax`.
       weights: "online", or "target" for the teacher's encoder. None: the choice of the recipe,
         `config.representation.weights`; of an exported folder, those that it holds.
+      modalities: of a run on several, those that images have; (): all, as arrays of all channels.
 
     Raises:
       UserError: there is no run or no good checkpoint, or it has no such weights.
     """
-    run = open_run(folder)
+    run = modality_subset.choose(open_run(folder), modalities)
     return Model(run, run.choose_weights(weights))
 
 

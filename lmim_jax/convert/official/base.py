@@ -138,6 +138,11 @@ def describe(method: Method) -> StateDictSpec:
         raise UserError(
             f"the names in {name}'s official code are not known (known: {', '.join(names())})"
         )
+    if getattr(method, "modalities", ()):
+        raise UserError(
+            f"{name}'s official code has no images of several modalities; give --format=flax, or "
+            "--modalities=NAME and the format of another library"
+        )
     if isinstance(method, TargetMethod):
         check_supported("target", method.target, ("ema", "random"))
         check_supported("target_layers", method.target_layers, ((),))
