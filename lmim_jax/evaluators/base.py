@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, UInt8
 
 from lmim_jax.data.eval.eval_data import EvaluationData, known_labels, targets_of
 from lmim_jax.data.label_file import CLASSES, MULTILABEL, REGRESSION, Targets
+from lmim_jax.models.modalities import Modality
 from lmim_jax.utils.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,10 @@ class EvaluatedMethod(Protocol):
     @property
     def channels(self) -> int:
         """Channels of images."""
+
+    @property
+    def inputs(self) -> tuple[Modality, ...]:
+        """The modalities of images, one at least."""
 
     @property
     def width(self) -> int:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import Batch, EvaluationData
@@ -54,9 +54,15 @@ class Evaluator(base.Evaluator):
         """Crops, windows and masks, drawn as in training; the same draw at every evaluation."""
         draw = jit_training_views(method, data.augment, data.mesh)
         crops, views = jax.device_get(draw(canvases))
-        count = min(self.images, available)
-        windows = [training_windows(method, views, k) for k in range(count)]
-        return plotting.plot_masking(whole_images(data, canvases)[:count], crops[:count], windows)
+        wholes = []
+        parts = []
+        windows = []
+        for k, whole in enumerate(whole_images(data, canvases)[: min(self.images, available)]):
+            wholes += split_modalities(method, whole)
+            parts += split_modalities(method, crops[k])
+            for number in range(len(method.inputs)):
+                windows.append(training_windows(method, views, k, number))
+        return plotting.plot_masking(wholes, parts, windows)
 
     def _plot_features(
         self,
@@ -80,7 +86,7 @@ class Evaluator(base.Evaluator):
             cuts = clustering.nested_clusters(image_tokens, (self.clusters,))
             clusters.append(cuts[self.clusters])
         return plotting.plot_features(
-            inputs[: len(tokens)],
+            np.stack([split_modalities(method, image)[0] for image in inputs[: len(tokens)]]),
             pca_rgb(tokens).reshape(*shape, 3),
             np.stack(clusters).reshape(shape),
             object_pixels(data, indices[: self.images], augment),
@@ -150,8 +156,16 @@ def pca_rgb(tokens: Float[np.ndarray, "K N D"]) -> Float[np.ndarray, "K N 3"]:
     return colors.reshape(images, patches, 3)
 
 
+def split_modalities(
+    method: EvaluatedMethod, image: Shaped[np.ndarray, "H W C"]
+) -> list[Shaped[np.ndarray, "H W _"]]:
+    """The channels of each modality of an image; of a single one, the image."""
+    ends = np.cumsum([modality.channels for modality in method.inputs])
+    return np.split(image, ends[:-1], axis=-1)
+
+
 def training_windows(
-    method: EvaluatedMethod, views: dict[str, Any], k: int
+    method: EvaluatedMethod, views: dict[str, Any], k: int, number: int = 0
 ) -> list[tuple[int, int, int, bool]]:
     """The patches of a training image.
 
@@ -159,6 +173,7 @@ def training_windows(
       method: the pretraining method.
       views: what its `sample` returned, numpy.
       k: index of the image.
+      number: of the modality.
 
     Returns:
       (top, left, side, visible) of each patch, in pixels of the crop.
@@ -169,7 +184,7 @@ def training_windows(
         offsets = views["offsets"][k].reshape(-1, 2)
     else:
         offsets = np.zeros((rows * columns, 2), int)
-    visible = set(_visible_patches(views, k).tolist())
+    visible = set((_visible_patches(views, k) - number * rows * columns).tolist())
     windows = []
     for i, (top, left) in enumerate(offsets.tolist()):
         row, column = divmod(i, columns)

@@ -74,7 +74,7 @@ class EncodedImages:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingViews:
-    """What the model is given in training, for K images.
+    """What the model is given in training, for a few images; each modality is one of its own.
 
     Attributes:
       whole_images: without augmentation, each uint8 [H, W, C] of its own size.
@@ -84,9 +84,9 @@ class TrainingViews:
     """
 
     whole_images: list[UInt8[np.ndarray, "_ _ C"]]
-    crops: UInt8[np.ndarray, "K H W C"]
+    crops: list[UInt8[np.ndarray, "H W _"]]
     windows: list[Windows]
-    reconstructions: UInt8[np.ndarray, "K H W C"] | None
+    reconstructions: list[UInt8[np.ndarray, "H W _"]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,21 +303,23 @@ def training_views(run: Run, count: int) -> TrainingViews:
     whole_images = []
     for canvas, (height, width) in zip(batch["image"], batch["size"], strict=True):
         whole_images.append(canvas[:height, :width])
-    reconstructions = None
+    painted = None
     if hasattr(method, "reconstruct"):
 
         @jax.jit
         def reconstruct(params, crops, views):
             return augment.denormalize(method.reconstruct(params, augment.normalize(crops), views))
 
-        painted = jax.device_get(reconstruct(run.placed_weights.params, crops, views))
-        reconstructions = _to_uint8(painted)
-    return TrainingViews(
-        whole_images=whole_images,
-        crops=_to_uint8(crops),
-        windows=[visualization.training_windows(method, views, k) for k in range(len(crops))],
-        reconstructions=reconstructions,
-    )
+        painted = _to_uint8(jax.device_get(reconstruct(run.placed_weights.params, crops, views)))
+    found = TrainingViews([], [], [], None if painted is None else [])
+    for k, crop in enumerate(_to_uint8(crops)):
+        found.whole_images += visualization.split_modalities(method, whole_images[k])
+        found.crops += visualization.split_modalities(method, crop)
+        for number in range(len(method.inputs)):
+            found.windows.append(visualization.training_windows(method, views, k, number))
+        if found.reconstructions is not None and painted is not None:
+            found.reconstructions += visualization.split_modalities(method, painted[k])
+    return found
 
 
 def nearest_neighbors(

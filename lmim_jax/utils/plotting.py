@@ -88,7 +88,7 @@ def split_crop(
 
 def plot_masking(
     inputs: Sequence[Shaped[np.ndarray, "H W C"]],
-    crops: Shaped[np.ndarray, "K H W C"],
+    crops: Sequence[Shaped[np.ndarray, "H W C"]],
     windows: Sequence[Sequence[Window]],
 ) -> Picture:
     """Plot training inputs: image, crop with the sampled windows, visible part, hidden part.
