@@ -146,7 +146,7 @@ def test_prepared_pairs_are_the_same_images(tmp_path):
     from lmim_jax.data.prepare import tfds_writer
 
     config = data_config(write_pairs(tmp_path / "images"))
-    folder = sources.open_pairs(config.path, ("rgb", "thermal"), "train", {})
+    folder = sources.open_pairs(config.path, {"rgb": "rgb", "thermal": "thermal"}, "train", {})
     target = tmp_path / "pairs/1.0.0"
     (target / tfds_writer.UNFINISHED).mkdir(parents=True)
     tasks = list(tfds_writer.plan_shards(target, "pairs", "train", folder, 0))

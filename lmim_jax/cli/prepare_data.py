@@ -5,7 +5,7 @@
     lmim prepare --tfrecord=DIR/NAME/VERSION [--processes=8]
     lmim prepare --verify=DIR/NAME/VERSION
     lmim prepare SOURCE --statistics [--channels=13] [--range=auto]
-    lmim prepare FOLDER --modalities=rgb,infrared --out=DIR --name=NAME
+    lmim prepare FOLDER --modalities=rgb,thermal=infrared --out=DIR --name=NAME
 
 SOURCE: a folder of images, WebDataset shards (.tar, .tar.gz), Hugging Face parquet files, a zip
 file, or a list of images (.csv, .txt); a folder of shards or parquet files, or several of them. It
@@ -53,6 +53,7 @@ VERSION = "1.0.0"
 CLAIM = "prepare.json"  # in the folder of a dataset: what is being written there
 STATISTICS = 1024  # images that mean and std are measured on
 LEAST_STD = 1e-3  # of a constant channel
+GRAY_MODES = ("L", "LA", "1", "I;16", "I", "F")  # of Pillow
 SPLITS = ("train", "test", "val", "validation")
 SHARD_MB = tfds_writer.SHARD_BYTES >> 20  # a shard, by default
 REPORT_SECONDS = 10.0  # between two states of the progress bar in a log
@@ -187,16 +188,17 @@ def convert(
 
 
 def _open_splits(
-    folder: pathlib.Path, modalities: Sequence[str] = ()
+    folder: pathlib.Path, modalities: Mapping[str, str] | None = None
 ) -> dict[str, tfds_writer.Images]:
     """The splits of a folder of images, its subfolders or all images as "train"; prints them.
 
     Args:
       folder: of the images, or of a folder for each modality.
-      modalities: the names of these; (): there is one.
+      modalities: {name: its folder}; None: there is one.
     """
     splits: Sequence[str] = ("train",)
-    if folder.joinpath(*modalities[:1], "train").is_dir():
+    first = next(iter(modalities.values())) if modalities else ""
+    if (folder / first / "train").is_dir():
         splits = SPLITS
     found: dict[str, tfds_writer.Images] = {}
     listings: sources.Listings = {}
@@ -357,13 +359,18 @@ def main(arguments: list[str]) -> None:
     else:
         source, found = open_source(arguments)
         if given.statistics:
-            print(commands.line("train", "--config=own", *measure_statistics(source, found)))
+            recipe = "interactive_mim_vit_s" if given.modalities else "own"
+            options = measure_statistics(source, found)
+            print(commands.line("train", f"--config={recipe}", *options))
             return
         target = convert(
             found, given.out, given.name, given.shrink, given.processes, given.shard_mb
         )
         _report_bad_files(target / tfds_writer.BAD)
-    print("ready:", commands.line("train", target.parent))
+    arguments = [str(target.parent)]
+    if given.modalities:
+        arguments.append("--config=interactive_mim_vit_s")
+    print("ready:", commands.line("train", *arguments))
 
 
 def open_source(arguments: Sequence[str]) -> tuple[inputs.Given, dict[str, tfds_writer.Images]]:
@@ -380,9 +387,9 @@ def open_source(arguments: Sequence[str]) -> tuple[inputs.Given, dict[str, tfds_
         source = inputs.Given(inputs.FOLDER, (given.folder,), (given.folder,))
     else:
         source = inputs.recognize(arguments, given.kind or "")
-    modalities: Sequence[str] = ()
+    modalities: dict[str, str] = {}
     if given.modalities:
-        modalities = paired_source.several(given.modalities)
+        modalities = paired_source.parse(given.modalities)
     if source.kind == inputs.FOLDER:
         return source, _open_splits(pathlib.Path(source.paths[0]).expanduser(), modalities)
     if modalities:
@@ -431,13 +438,15 @@ def measure_statistics(source: inputs.Given, found: Mapping[str, tfds_writer.Ima
         config = vit_b.data()
         config.update(path=path, range=given.range, channels=given.channels)
         if not given.channels:
-            config.channels = _find_channels(part)
+            config.channels = _find_channels(part, gray=bool(name))
         for line in pixel_range.resolve(config, part):
             print(line)
         mean, std, count = pixel_range.statistics(part, config, STATISTICS)
         print(f"mean and std of {config.channels} channels of {count:,} images {name}".rstrip())
         data = f"data.modalities.{name}" if name else "data"
         augment = data if name else "augment"
+        if name and source.kind == inputs.FOLDER:
+            options[f"{data}.path"] = paired_source.parse(given.modalities)[name]
         options |= {
             f"{data}.channels": config.channels,
             f"{data}.range": config.range,
@@ -447,13 +456,22 @@ def measure_statistics(source: inputs.Given, found: Mapping[str, tfds_writer.Ima
     return [f"--config.{key}={value}" for key, value in options.items()]
 
 
-def _find_channels(source: sources.Source) -> int:
-    """The number of bands of the first image that can be read; 3 for gray and colors."""
+def _find_channels(source: sources.Source, *, gray: bool = False) -> int:
+    """The number of bands of the first image that can be read; 3 for gray and colors.
+
+    Args:
+      source: the images.
+      gray: images in gray have 1 band.
+    """
     for index in range(min(len(source), pixel_range.SAMPLED)):
         try:
-            found = samples.read(source.record(index)[0], 3, decode.DEFAULTS)
+            data = source.record(index)[0]
+            found = samples.read(data, 3, decode.DEFAULTS)
+            mode = samples.read_header(data).mode
         except (OSError, ValueError):
             continue
+        if gray and (mode in GRAY_MODES or (found is not None and found.bands == 1)):
+            return 1
         if found is not None and not found.colors:
             return found.bands
     return 3
@@ -503,8 +521,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "modalities",
         [],
-        "With a folder as SOURCE: the folders in it that hold one modality each. "
-        "Example: --modalities=rgb,infrared",
+        "With a folder as SOURCE: the folders in it that hold one modality each, NAME or "
+        "NAME=FOLDER. Examples: --modalities=rgb,thermal, --modalities=rgb,thermal=infrared",
     )
     flags.DEFINE_string(
         "root",

@@ -6,7 +6,7 @@ visible/train/010001.jpg belongs to infrared/train/010001.png.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -195,13 +195,22 @@ def folders_of(path: str, modalities: Mapping[str, str]) -> dict[str, pathlib.Pa
     return folders
 
 
-def several(names: Iterable[str]) -> Sequence[str]:
-    """Names of modalities, at least two.
+def parse(texts: Iterable[str]) -> dict[str, str]:
+    """{modality: folder} of texts such as "rgb", a folder of that name, and "thermal=infrared".
 
     Raises:
-      UserError: there are fewer, or one occurs twice.
+      UserError: there are fewer than two, one occurs twice, or a name is none of Python's.
     """
-    given = [name for name in names if name]
-    if len(given) < 2 or len(set(given)) < len(given):
-        raise UserError(f"modalities {','.join(given)}: give at least two different ones")
-    return given
+    folders: dict[str, str] = {}
+    given = list(texts)
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not name.isidentifier() or name in folders:
+            raise UserError(
+                f"--modalities={','.join(given)}: give different names of letters, digits and "
+                "underscores, such as rgb,thermal=infrared (NAME=FOLDER where they differ)"
+            )
+        folders[name] = folder or name
+    if len(folders) < 2:
+        raise UserError(f"--modalities={','.join(given)}: give at least two, such as rgb,thermal")
+    return folders

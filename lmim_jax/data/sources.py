@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -194,21 +194,21 @@ def _pairs_from_config(
 
 
 def open_pairs(
-    path: str | os.PathLike, modalities: Sequence[str], split: str, listings: Listings
+    path: str | os.PathLike, modalities: Mapping[str, str], split: str, listings: Listings
 ) -> paired_source.PairedSource | None:
     """The images of several modalities in folders.
 
     Args:
       path: the folder that holds one folder for each modality.
-      modalities: the names of these folders.
+      modalities: {name: folder}.
       split: see `open_folder`.
       listings: see `open_folder`.
 
     Raises:
       UserError: see `open_folder` and `paired_source.pair`.
     """
-    folders = paired_source.folders_of(str(path), {name: name for name in modalities})
-    first = open_folder(folders[modalities[0]], split, listings=listings)
+    folders = paired_source.folders_of(str(path), modalities)
+    first = open_folder(next(iter(folders.values())), split, listings=listings)
     if first is None:
         return None
     return paired_source.pair(first, folders, listings)
