@@ -150,10 +150,10 @@ def main(arguments: list[str]) -> None:
     )  # its config: weights are read when they are needed
     method = run.method
     if method.modalities:
-        names = " | ".join(modality.name for modality in method.modalities)
+        listed = "|".join(modality.name for modality in method.modalities)
         raise UserError(
             f"a file is an image of one modality, and {workdir} was trained on several: give "
-            f"--modalities={names}"
+            f"--modalities={listed}"
         )
     size = given.size or min(method.feature_size)
     if size < method.patch_size:

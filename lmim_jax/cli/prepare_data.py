@@ -434,7 +434,7 @@ def measure_statistics(source: inputs.Given, found: Mapping[str, tfds_writer.Ima
     names = getattr(images, "modalities", ())
     options = {"data.path": path}
     for place, name in enumerate(names or ("",)):
-        part = pixel_range.OneModality(images, place)
+        part: Any = pixel_range.OneModality(images, place)
         config = vit_b.data()
         config.update(path=path, range=given.range, channels=given.channels)
         if not given.channels:

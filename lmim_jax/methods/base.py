@@ -74,6 +74,14 @@ class Method(Protocol):
         """Channels of an image."""
 
     @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """Those of images; (): one, without a name."""
+
+    @property
+    def inputs(self) -> tuple[Modality, ...]:
+        """The modalities of images, one at least."""
+
+    @property
     def width(self) -> int:
         """D, size of a feature vector."""
 

@@ -313,12 +313,12 @@ def training_views(run: Run, count: int) -> TrainingViews:
         painted = _to_uint8(jax.device_get(reconstruct(run.placed_weights.params, crops, views)))
     found = TrainingViews([], [], [], None if painted is None else [])
     for k, crop in enumerate(_to_uint8(crops)):
-        found.whole_images += visualization.split_modalities(method, whole_images[k])
-        found.crops += visualization.split_modalities(method, crop)
+        found.whole_images.extend(visualization.split_modalities(method, whole_images[k]))
+        found.crops.extend(visualization.split_modalities(method, crop))
         for number in range(len(method.inputs)):
             found.windows.append(visualization.training_windows(method, views, k, number))
         if found.reconstructions is not None and painted is not None:
-            found.reconstructions += visualization.split_modalities(method, painted[k])
+            found.reconstructions.extend(visualization.split_modalities(method, painted[k]))
     return found
 
 
