@@ -41,7 +41,8 @@ def get_config(which: str = "latent_mim,shapes") -> ConfigDict:
     del config.evaluators.logistic_regression
     config.evaluators.knn.baselines = False
     config.evaluators.visualization.every = 0.0
-    for name, choices in ((method, methods()), (dataset, DATASETS)):
+    known = {**_with_recipe("vit_s"), **methods()}  # also those for pairs alone
+    for name, choices in ((method, known), (dataset, DATASETS)):
         if name not in choices:
             listed = " | ".join(choices)
             raise UserError(f"configs/small.py:{which}: {name!r} must be one of: {listed}")
@@ -50,12 +51,19 @@ def get_config(which: str = "latent_mim,shapes") -> ConfigDict:
 
 
 def methods() -> dict[str, Change]:
-    """The methods: Latent MIM and all others that have a recipe NAME_vit_b or NAME_vit_s."""
+    """The methods for images in general: Latent MIM and all that have a recipe NAME_vit_b."""
     found: dict[str, Change] = {"latent_mim": latent_mim, "latent_mim_lite": latent_mim_lite}
+    found.update(_with_recipe("vit_b"))
+    return found
+
+
+def _with_recipe(size: str) -> dict[str, Change]:
+    """The methods that have a recipe NAME_SIZE."""
+    found: dict[str, Change] = {}
     for name in base.names():
-        for recipe in (f"{name}_vit_s", f"{name}_vit_b"):
-            if recipe in recipes.names():
-                found[name] = functools.partial(other_method, name=name, recipe=recipe)
+        recipe = f"{name}_{size}"
+        if recipe in recipes.names():
+            found[name] = functools.partial(other_method, name=name, recipe=recipe)
     return found
 
 

@@ -34,11 +34,20 @@ Set an option of `lmim evaluate` as `--config.EVALUATOR.KEY=VALUE`, for example
 RECIPES_INTRODUCTION = """
 The docstrings of the files in `configs/`. `--config=NAME` selects a recipe.
 """
-METHOD_RECIPES = tuple(
-    f"{path.stem}_vit_b"
-    for path in sorted((ROOT / "lmim_jax" / "methods").glob("*.py"))
-    if (ROOT / "configs" / f"{path.stem}_vit_b.py").exists()
-)
+
+
+def _method_recipes() -> tuple[str, ...]:
+    """The recipe NAME_vit_b of each method, or else NAME_vit_s, if there is one."""
+    found = []
+    for path in sorted((ROOT / "lmim_jax" / "methods").glob("*.py")):
+        for name in (f"{path.stem}_vit_b", f"{path.stem}_vit_s"):
+            if (ROOT / "configs" / f"{name}.py").exists():
+                found.append(name)
+                break
+    return tuple(found)
+
+
+METHOD_RECIPES = _method_recipes()
 API_PACKAGES = (
     "methods",
     "evaluators",

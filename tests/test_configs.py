@@ -38,12 +38,19 @@ FOLLOWERS = {
     "optimizer.weight_decay": ["optimizer.weight_decay_end"],
 }
 OWN_VALUES = {"ijepa_vit_b": ["optimizer.weight_decay_end"]}  # followers that a recipe has set
+MODALITY_FOLLOWERS = {  # in recipes with several modalities
+    "channels": ["data.channels", "method.channels"],
+    "mean": ["augment.mean"],
+    "std": ["augment.std"],
+}
 for _small in ("cifar10", "own", "quickstart", "small"):
     OWN_VALUES[_small] = ["optimizer.warmup_epochs"]
 
 
 def followers(name, key):
     """The other keys of a recipe that change with a key."""
+    if key.startswith("data.modalities."):
+        return set(MODALITY_FOLLOWERS.get(key.rpartition(".")[2], ()))
     return {other for other in FOLLOWERS.get(key, ()) if other not in OWN_VALUES.get(name, ())}
 
 
