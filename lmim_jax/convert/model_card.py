@@ -333,6 +333,13 @@ def _preprocessing(model: TrainedModel, kind: str) -> str:
         f"antialiased), crop the center of {height} x {width} pixels, scale channels to 0 .. 1, "
         f"subtract ({_join_numbers(augment.mean)}), and divide by ({_join_numbers(augment.std)})."
     )
+    modalities = [f"{part.name} ({part.channels})" for part in model.method.modalities]
+    if modalities:
+        text += (
+            f" The channels are those of the modalities {', '.join(modalities)} side by side, given "
+            "as an array [height, width, channels]. For files of one modality: "
+            f'`lmim_jax.load(".", modalities=["{model.method.modalities[0].name}"])`.'
+        )
     if kind == "hf":
         text += (
             " If the margin of the crop is odd, transformers rounds its half down and `lmim_jax` "

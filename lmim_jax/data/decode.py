@@ -123,8 +123,11 @@ def decode(
     files = records.unpack(data)
     parts = options.parts_of(channels)
     if len(files) != len(parts):
-        names = ", ".join(part.name for part in options.parts) or "none"
-        raise BadImage(f"{len(files)} files, but config.data.modalities: {names}")
+        names = ", ".join(part.name for part in options.parts) or "a single one"
+        count = "a file of one modality"
+        if len(files) > 1:
+            count = f"files of {len(files)} modalities"
+        raise BadImage(f"{count}, but config.data.modalities has {names}")
     if len(parts) == 1:
         return _decode_file(data, canvas, parts[0].channels, parts[0].options)
     decoded = []
