@@ -336,7 +336,7 @@ def _preprocessing(model: TrainedModel, kind: str) -> str:
     modalities = [f"{part.name} ({part.channels})" for part in model.method.modalities]
     if modalities:
         text += (
-            f" The channels are those of the modalities {', '.join(modalities)} side by side, given "
+            f" The channels are those of {', '.join(modalities)} side by side, given "
             "as an array [height, width, channels]. For files of one modality: "
             f'`lmim_jax.load(".", modalities=["{model.method.modalities[0].name}"])`.'
         )
