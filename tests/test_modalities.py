@@ -122,7 +122,7 @@ def test_modalities_of_unequal_size_are_named(tmp_path):
 def test_other_mistakes_are_named(tmp_path):
     config = data_config(write_pairs(tmp_path))
     options = ImageOptions.from_config(config)
-    with pytest.raises(BadImage, match="a file of one modality, but .* has rgb, thermal"):
+    with pytest.raises(BadImage, match=r"a file of one modality, but .* has rgb, thermal"):
         decode.decode((tmp_path / "rgb/a.png").read_bytes(), 16, 4, options)
     (tmp_path / "rgb/a.jpg").write_bytes((tmp_path / "rgb/a.png").read_bytes())
     with pytest.raises(UserError, match=r"a\.jpg and a\.png have the same name"):
