@@ -385,6 +385,6 @@ def test_a_run_on_pairs_trains_and_is_read_for_one_modality(tmp_path):
     batch, _ = chosen.data.sample("train", 8)
     features = chosen.method.features(chosen.params, batch["images"])
     assert features["patches"].shape == (8, 16, 16)
-    with pytest.raises(UserError, match=r"no modality 'infrared'.*rgb, thermal"):
+    with pytest.raises(UserError, match=r"no modality .infrared"):
         modality_subset.choose(run, ["infrared"])
     loop.train(config, tmp_path / "run")  # resumed: the range of the run is kept

@@ -80,8 +80,7 @@ def restrict(config: ConfigDict, names: Sequence[str]) -> ConfigDict:
     for name in names:
         if name not in known:
             raise UserError(
-                f"--modalities: this run has no modality {name!r}, but: {', '.join(known)}"
-                f"{did_you_mean(name, known)}"
+                f"--modalities: this run has no modality {name!r}{did_you_mean(name, known)}"
             )
     if not names:
         raise UserError(f"--modalities: give at least one of: {', '.join(known)}")
