@@ -19,7 +19,8 @@ import pytest
 import tiny
 
 from lmim_jax.cli import checkpoints as checkpoints_tool
-from lmim_jax.cli import export, extract_features, pca
+from lmim_jax.cli import export, image_files, pca
+from lmim_jax.configs import vit_b
 from lmim_jax.data import sources
 from lmim_jax.data.eval import segmentation_masks, video_clips
 from lmim_jax.distributed import sharding
@@ -65,7 +66,7 @@ def test_what_is_not_supported_is_one_line_and_writes_nothing(text, tmp_path, mo
 
 
 ONLY_LOCAL = {
-    "lmim features RUN IMAGES": extract_features.list_images,
+    "lmim features RUN IMAGES": lambda path: image_files.open_images(path, vit_b.data()),
     "lmim pca RUN IMAGES": lambda path: pca.with_images(None, path),
     "lmim import-weights FILE": array_io.read,
     "config.data.cache": lambda path: sources.open_shapes(path, "train"),

@@ -16,8 +16,10 @@ from absl import flags
 from PIL import Image
 
 import lmim_jax
-from lmim_jax.cli import extract_features
+from lmim_jax.cli import extract_features, image_files
+from lmim_jax.data import folder_listing
 from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.folder_source import FolderSource
 from lmim_jax.evaluators.common import feature_io, image_features
 from lmim_jax.evaluators.common.feature_extraction import Extractor, extract_from_files
 from lmim_jax.train import runs, workdir
@@ -36,6 +38,11 @@ def extractor(run):
 
 def ignore_progress(count):
     del count
+
+
+def extract(extractor, folder, names):
+    source = FolderSource(str(folder), folder_listing.share_names(names), None, ())
+    return extract_from_files(extractor, source, ignore_progress)
 
 
 def make(run, **options):
@@ -65,9 +72,9 @@ def folder(tmp_path_factory):
 
 
 def test_features_of_every_image_are_the_methods_own(extractor, folder):
-    root, names, lines = extract_features.list_images(folder)
+    source, lines = image_files.open_images(folder, tiny.get_config().data)
     assert "1 .txt: left out" in "".join(lines)
-    extracted = extract_from_files(extractor, root, names, ignore_progress)
+    extracted = extract_from_files(extractor, source, ignore_progress)
     found = extracted.features
     assert extracted.names == ["a.jpg", "d.jpg", "deep/b.jpg", "deep/er/c.jpg"]
     assert sorted(name for name, _ in extracted.unreadable) == ["deep/cut.jpg", "e.png"]
@@ -91,12 +98,12 @@ def test_images_of_all_aspect_ratios_share_a_program(run, folder):
     names = ["a.jpg", "d.jpg", "deep/b.jpg", "deep/er/c.jpg"]
     kinds = ("cls", "mean", "patches", "latents", "block00/tokens:both")
     extractor = make(run, kinds=kinds)
-    together = extract_from_files(extractor, folder, names, ignore_progress).features
+    together = extract(extractor, folder, names).features
     assert extractor.compiled == {(1, 32)}  # the squares have 16 patches, the others 32
     assert extractor._encode._cache_size() == 1
     plain = make(run, kinds=kinds)
     plain._pads = False  # as for a method without `patch_features`
-    alone = extract_from_files(plain, folder, names, ignore_progress).features
+    alone = extract(plain, folder, names).features
     assert plain.compiled == {(16, 16), (16, 32), (32, 16)}
     for kind in kinds:
         for one, other in zip(together[kind], alone[kind], strict=True):
@@ -105,14 +112,14 @@ def test_images_of_all_aspect_ratios_share_a_program(run, folder):
 
 def test_a_full_batch_of_squares_gets_its_own_program(run, folder):
     extractor = make(run, batch_size=2, kinds=("mean",))
-    extract_from_files(extractor, folder, ["a.jpg", "d.jpg", "deep/b.jpg"], ignore_progress)
+    extract(extractor, folder, ["a.jpg", "d.jpg", "deep/b.jpg"])
     assert extractor.compiled == {(1, 16), (1, 32)}
 
 
 def test_crops_are_those_of_evaluators(run, folder):
     extractor = make(run, canvas=40)
     names = ["a.jpg", "deep/b.jpg"]
-    extracted = extract_from_files(extractor, folder, names, ignore_progress)
+    extracted = extract(extractor, folder, names)
     assert extracted.grids.tolist() == [[4, 4], [4, 4]]
     assert len(extractor.compiled) == 1
     model = lmim_jax.load(run)
@@ -127,7 +134,7 @@ def test_blocks_have_the_names_and_vectors_of_evaluators(run, folder):
     kinds = ("block00/tokens:cls", "block00/tokens", "cls+block00/tokens:both")
     extractor = make(run, canvas=40, kinds=kinds)
     names = ["a.jpg", "deep/b.jpg"]
-    found = extract_from_files(extractor, folder, names, ignore_progress).features
+    found = extract(extractor, folder, names).features
     model = lmim_jax.load(run)
     images = model.preprocess([folder / name for name in names])
     expected = jax.jit(model.method.features)(model.params, images)
@@ -143,6 +150,7 @@ def test_mistakes_are_found_before_weights_are_read(tmp_path, folder, monkeypatc
     workdir.claim(tmp_path, config.to_dict(), None)
     defaults = {
         "workdir": str(tmp_path),
+        "modalities": [],
         "out": str(tmp_path / "f.npz"),
         "features": ["cls", "mean"],
         "weights": None,
@@ -171,8 +179,8 @@ def saved_params(extractor):
 def test_the_batch_changes_no_feature(run, extractor, folder):
     names = ["a.jpg", "d.jpg", "deep/b.jpg"]
     one_by_one = make(run, batch_size=1, kinds=("mean",))
-    together = extract_from_files(extractor, folder, names, ignore_progress).features
-    alone = extract_from_files(one_by_one, folder, names, ignore_progress).features
+    together = extract(extractor, folder, names).features
+    alone = extract(one_by_one, folder, names).features
     np.testing.assert_allclose(together["mean"], alone["mean"], atol=1e-6)
     assert alone.keys() == {"mean"}
 
@@ -240,10 +248,11 @@ def test_what_cannot_be_written_is_an_error_before_anything_is_computed(tmp_path
 
 def test_folders_without_images_and_too_many_images_are_refused(tmp_path, extractor):
     (tmp_path / "notes.txt").write_text("a text")
+    data = tiny.get_config().data
     with pytest.raises(UserError, match="no images in this folder, only 1 other files"):
-        extract_features.list_images(tmp_path)
+        image_files.open_images(tmp_path, data)
     with pytest.raises(UserError, match="no such folder"):
-        extract_features.list_images(tmp_path / "absent")
+        image_files.open_images(tmp_path / "absent", data)
     with pytest.raises(UserError, match=r"take at least .* GB"):
         extract_features.check_memory(10**10, {"cls": (16,)}, 1)
     with pytest.raises(UserError, match=r"take at least .* GB"):
@@ -258,7 +267,8 @@ def test_the_command(run, folder, tmp_path):
     script = f"""
 import contextlib, sys
 from lmim_jax.cli import app
-from lmim_jax.cli import extract_features
+from lmim_jax.cli import extract_features, image_files
+from lmim_jax.data import folder_listing
 for images in {str(folder)!r}, {str(tmp_path / "texts")!r}:
     argv = ["features", {str(run)!r}, images, *{words!r}]
     with contextlib.suppress(SystemExit):

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import zipfile
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +14,18 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
+from lmim_jax.cli import image_files
 from lmim_jax.configs import interactive_mim_vit_s, small, vit_b
 from lmim_jax.data import decode, inventory, modalities, pixel_range, records, sources
+from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.image_options import BadImage, ImageOptions
 from lmim_jax.data.loader import BatchDecoder
+from lmim_jax.evaluators.common.feature_extraction import Extractor, extract_from_files
 from lmim_jax.methods import base
 from lmim_jax.train import loop, modality_subset, runs
 from lmim_jax.utils.errors import UserError
 
-ROADSCENE = pathlib.Path("/work/shared/data/roadscene_small.zip")
+REAL = pathlib.Path(conftest.ROOT).parent / "shared" / "data" / "roadscene_small.zip"
 SIZE = (12, 10)  # width, height
 
 
@@ -168,9 +172,9 @@ def test_prepared_pairs_are_the_same_images(tmp_path):
         sources.from_config(prepared, "train")
 
 
-@pytest.mark.skipif(not ROADSCENE.exists(), reason="the real images are not here")
+@pytest.mark.skipif(not REAL.exists(), reason="needs shared/data/roadscene_small.zip")
 def test_real_pairs(tmp_path):
-    with zipfile.ZipFile(ROADSCENE) as file:
+    with zipfile.ZipFile(REAL) as file:
         file.extractall(tmp_path)
     config = data_config(tmp_path / "roadscene_small")
     config.modalities.thermal.path = "infrared"
@@ -325,6 +329,48 @@ def test_features_are_means_over_the_modalities_of_a_position(interactive):
     weights = features["block00/attention"]
     assert weights.shape == (2, 2, 17, 17)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("canvas", [None, 16])
+def test_features_of_pairs_of_files_are_the_methods_own(tmp_path, interactive, canvas):
+    method, params = interactive
+    folder = write_pairs(tmp_path, ("a", "deep/b", "alone"), (16, 16))
+    (folder / "thermal" / "alone.tif").unlink()
+    config = data_config(folder)
+    config.modalities.thermal.range = "7000,9000"
+    source, lines = image_files.open_images(folder, config)
+    assert "1 images have no partner in thermal: alone.png" in "".join(lines)
+    transform = augment_of(config)
+    options = ImageOptions.from_config(config)
+    extractor = Extractor(
+        method,
+        params,
+        transform,
+        size=16,
+        kinds=("mean", "patches"),
+        norm=True,
+        image="patches",
+        batch_size=2,
+        canvas=canvas,
+        options=options,
+    )
+    found = extract_from_files(extractor, source, lambda count: None)
+    assert found.names == ["a.png", "deep/b.png"] and found.grids.tolist() == [[4, 4]] * 2
+    for index in range(2):
+        pixels = decode.decode(source.record(index)[0], 16, 4, options).astype(np.float32)
+        expected = method.features(params, transform.normalize(pixels[None]))["patches"][0]
+        np.testing.assert_allclose(found.features["patches"][index], expected, atol=1e-5)
+    with pytest.raises(UserError, match=r"there is no folder rgb in it.*rgb/, thermal/"):
+        image_files.open_images(folder / "rgb", config)
+
+
+def augment_of(config):
+    """Crops of 16 pixels, the whole image, with the statistics of all modalities."""
+    section = vit_b.get_config().augment
+    for key in ("mean", "std"):
+        section[key] = sum((tuple(part[key]) for part in config.modalities.values()), ())
+    section.eval_resize = 16
+    return Augment.from_config(section, image_size=(16, 16), eval_size=(16, 16))
 
 
 @pytest.mark.parametrize("name", ["rgb", "thermal"])

@@ -4,7 +4,9 @@
     lmim features --workdir=RUN IMAGES --out=F.npz --features=image,mean --weights=target
 
 RUN: the --workdir of a run, or a folder made by `lmim export --format=flax`. IMAGES: a folder with
-images at any depth, or one image. --out: a .npz, .safetensors or .parquet file.
+images at any depth, or one image; of a run on several modalities, one that holds a folder for each,
+named as in training (--modalities=NAME: images of that one). --out: a .npz, .safetensors or
+.parquet file.
 
 The whole image is resized to a short side of --size pixels (default: the size at which the encoder
 was trained) and a long side that is the nearest multiple of the patch size, so its aspect ratio is
@@ -35,15 +37,13 @@ split very large folders, or use --features=image.
 
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tqdm
 from absl import flags
 
-from lmim_jax.cli import app
-from lmim_jax.data import folder_listing, inventory
+from lmim_jax.cli import app, image_files
 from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.evaluators.common import feature_io, image_features
 from lmim_jax.evaluators.common.feature_extraction import (
@@ -53,39 +53,11 @@ from lmim_jax.evaluators.common.feature_extraction import (
     feature_shapes,
 )
 from lmim_jax.train import modality_subset, runs
-from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
 
 RECIPES: dict[str, str | None] = {}
 MEMORY_SHARE = 0.8  # of the machine's memory that features may take
-
-
-def list_images(path: str | pathlib.Path) -> tuple[pathlib.Path, list[str], list[str]]:
-    """The images in a folder, or one image.
-
-    Args:
-      path: of the folder or the image.
-
-    Returns:
-      (root, names of images relative to it, lines on what was found).
-
-    Raises:
-      UserError: there are no images.
-    """
-    path = buckets.local_path(path)
-    if path.is_file():
-        return path.parent, [path.name], []
-
-    def read(name: str) -> bytes:
-        return (path / name).read_bytes()
-
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder")
-    found = folder_listing.list_folder(path)
-    if not found.images:
-        raise UserError(f"{path}: no images in this folder, only {len(found.others)} other files")
-    return path, list(found.images), inventory.describe_folder(found, read)
 
 
 def check_memory(count: int, shapes: Mapping[str, tuple[int, ...]], scale: float) -> None:
@@ -145,16 +117,9 @@ def main(arguments: list[str]) -> None:
     if not given.out:
         raise UserError("give the file to write, such as --out=features.npz")
     write = feature_io.make_writer(given.out)
-    run = modality_subset.choose(
-        runs.open_run(workdir), given.modalities
-    )  # its config: weights are read when they are needed
+    # Its config: weights are read when they are needed
+    run = modality_subset.choose(runs.open_run(workdir), given.modalities)
     method = run.method
-    if method.modalities:
-        listed = "|".join(modality.name for modality in method.modalities)
-        raise UserError(
-            f"a file is an image of one modality, and {workdir} was trained on several: give "
-            f"--modalities={listed}"
-        )
     size = given.size or min(method.feature_size)
     if size < method.patch_size:
         raise UserError(f"--size={size} is less than one patch of {method.patch_size} pixels")
@@ -163,10 +128,10 @@ def main(arguments: list[str]) -> None:
     which = run.choose_weights(given.weights)
     if which == "target" and not run.exported and not run.has_target:
         raise UserError(f"--weights=target: {run.config.method.name} has no target encoder")
-    root, names, lines = list_images(path)
+    source, lines = image_files.open_images(path, run.config.data)
     for line in lines:
         print(line)
-    check_memory(len(names), shapes, size / min(method.feature_size))
+    check_memory(len(source), shapes, size / min(method.feature_size))
     extractor = Extractor(
         method,
         run.encoder_params(which),
@@ -179,8 +144,8 @@ def main(arguments: list[str]) -> None:
         canvas=run.config.data.canvas if given.crop else None,
         options=ImageOptions.from_config(run.config.data),
     )
-    with tqdm.tqdm(total=len(names), unit=" images", mininterval=1.0) as bar:
-        names, grids, features, bad = extract_from_files(extractor, root, names, bar.update)
+    with tqdm.tqdm(total=len(source), unit=" images", mininterval=1.0) as bar:
+        names, grids, features, bad = extract_from_files(extractor, source, bar.update)
     for name, problem in bad:
         print(f"left out: {name}: {problem}")
     if not names:

@@ -4,7 +4,8 @@
     lmim predict RUN/evaluations/finetune IMAGES --out=predictions.csv
 
 RUN/evaluations/NAME: where linear_probe, attentive_probe, finetune, logistic_regression and
-ridge_regression leave what they trained. IMAGES: a folder with images at any depth, or one image.
+ridge_regression leave what they trained. IMAGES: a folder with images at any depth, or one image;
+of several modalities, one that holds a folder for each, named as in training.
 
 The CSV file has a row for each image: image, prediction, probability; of several 0/1 labels, the
 probability of each, and of numbers, each number. A fine-tuned classifier holds its encoder, so that
@@ -18,10 +19,10 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from lmim_jax.cli.extract_features import list_images
-from lmim_jax.data import folder_listing
+from lmim_jax.cli import image_files
+from lmim_jax.data.folder_source import FolderSource
 from lmim_jax.data.label_file import CLASSES
-from lmim_jax.data.sources import FolderSource
+from lmim_jax.data.paired_source import PairedSource
 from lmim_jax.train import saved_classifier
 from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError
@@ -32,7 +33,9 @@ SHOWN = 5  # rows that are printed
 
 
 def table(
-    classifier: saved_classifier.SavedClassifier, source: FolderSource, batch_size: int
+    classifier: saved_classifier.SavedClassifier,
+    source: FolderSource | PairedSource,
+    batch_size: int,
 ) -> list[list[str]]:
     """The header and a row for each readable image.
 
@@ -66,13 +69,12 @@ def main(arguments: list[str]) -> None:
         raise UserError("give a classifier and images: lmim predict RUN/evaluations/NAME IMAGES")
     folder, images = arguments
     classifier = saved_classifier.load(folder)
-    root, names, lines = list_images(images)
+    source, lines = image_files.open_images(images, classifier.run.config.data)
     for line in lines:
         print(line)
-    source = FolderSource(str(root), folder_listing.share_names(names), None, ())
     rows = table(classifier, source, given.batch_size)
     if len(rows) == 1:
-        raise UserError(f"{images}: not one of {len(names)} images can be read")
+        raise UserError(f"{images}: not one of {len(source)} images can be read")
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     content = text.getvalue().encode("utf-8", "surrogateescape")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from lmim_jax.data.eval.eval_data import EvaluationData, Subset, random_indices
-from lmim_jax.evaluators import base
+from lmim_jax.evaluators import base, visualization
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers, image_features
 from lmim_jax.utils import plotting
@@ -46,8 +46,9 @@ class Evaluator(base.Evaluator):
         pictures = [_look(data, data.held_out, np.asarray(asked)[queries.rows])]
         for rank in range(count):
             pictures.append(_look(data, "train", places[rank]))
+        shown_images = [[_beside(method, image) for image in row] for row in pictures]
         similarity = np.take_along_axis(cosines, nearest, axis=1).T
-        return {"neighbors": plotting.plot_neighbors(pictures, similarity)}
+        return {"neighbors": plotting.plot_neighbors(shown_images, similarity)}
 
     def _encode(
         self, method: EvaluatedMethod, params: Params, data: EvaluationData
@@ -81,6 +82,14 @@ def _only(data: EvaluationData, split: str, indices: tuple[int, ...]) -> Evaluat
     return EvaluationData(
         {"train": chosen, "test": None}, data.config, data.augment, data.mesh, check=data.check
     )
+
+
+def _beside(
+    method: EvaluatedMethod, image: UInt8[np.ndarray, "H W C"]
+) -> UInt8[np.ndarray, "H _ 3"]:
+    """The modalities of an image side by side."""
+    parts = visualization.split_modalities(method, image)
+    return np.concatenate([plotting.as_rgb(part) for part in parts], axis=1)
 
 
 def _look(

@@ -442,12 +442,16 @@ def _window_frame(window: Window) -> Rectangle:
     return Rectangle((left - 0.5, top - 0.5), side, side, fill=False, lw=line_width, ec=color)
 
 
-def _show(ax: Axes, image: Shaped[np.ndarray, "H W C"]) -> None:
-    """Show an image of levels 0 .. 255; of channels other than 3, the mean in gray."""
+def as_rgb(image: Shaped[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W 3"]:
+    """An image of levels 0 .. 255 in colors; of channels other than 3, the mean in gray."""
     image = np.asarray(image)
     if image.shape[-1] != 3:
         image = np.repeat(image.mean(-1, keepdims=True), 3, axis=-1)
-    ax.imshow(np.clip(image, 0, 255).astype(np.uint8), interpolation="nearest")
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def _show(ax: Axes, image: Shaped[np.ndarray, "H W C"]) -> None:
+    ax.imshow(as_rgb(image), interpolation="nearest")
 
 
 def _pixels(figure: Figure) -> Picture:

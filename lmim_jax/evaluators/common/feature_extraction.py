@@ -1,8 +1,9 @@
 """Frozen features of image files of any size, with few compiled programs.
 
 A whole image becomes a sequence of patches, which is padded to one of few lengths and masked, so
-that images of any aspect ratio are encoded together. A method without `patch_features` needs a
-program for each size of images. Square crops, as evaluators take them, all have one size.
+that images of any aspect ratio are encoded together. A method without `patch_features`, or with
+several modalities, needs a program for each size of images. Square crops, as evaluators take them,
+all have one size.
 
 Letters: B batch, I images, N patches, P pixel values of a patch, D width, H W image height and
 width, C channels, K canvas side.
@@ -10,7 +11,6 @@ width, C channels, K canvas side.
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -23,7 +23,9 @@ from PIL import Image
 
 from lmim_jax.data import decode
 from lmim_jax.data.augment.device import Augment
+from lmim_jax.data.folder_source import FolderSource
 from lmim_jax.data.image_options import ImageOptions
+from lmim_jax.data.paired_source import PairedSource
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import Params
 from lmim_jax.evaluators.common import image_features
@@ -174,7 +176,9 @@ class Extractor:
         self.compiled: set[Size] = set()
         self._norm = norm
         self._image = image
-        self._pads = canvas is None and hasattr(method, "patch_features")
+        # Padding at the end would not be that of each of several modalities
+        joins = hasattr(method, "patch_features") and not method.modalities
+        self._pads = canvas is None and joins
         self._resample = Image.Resampling[transform.interpolation.upper()]
         self._transform = transform
         self._options = options
@@ -368,37 +372,35 @@ class _Batches:
 
 def extract_from_files(
     extractor: Extractor,
-    root: str | pathlib.Path,
-    names: Sequence[str],
+    source: FolderSource | PairedSource,
     progress: Callable[[int], object],
 ) -> ExtractedFeatures:
     """Features of all images that can be read.
 
     Args:
       extractor: the encoder.
-      root: the folder.
-      names: paths of the images below it.
+      source: the images.
       progress: called with numbers of images that are done.
     """
 
-    def read(name: str) -> PreparedImage | Exception:
-        path = pathlib.Path(root, name)
+    def read(index: int) -> PreparedImage | Exception:
         try:
             return faults.retry(
-                lambda: extractor.prepare(path.read_bytes()),
-                lambda: str(path),
+                lambda: extractor.prepare(source.record(index)[0]),
+                lambda: source.name(index),
                 faults.RETRY_SECONDS,
             )
         except (decode.BadImage, OSError) as error:
             return error
 
+    names = source.files
     batches = _Batches(extractor)
     unreadable = []
     read_ahead = 2 * extractor.batch_size
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(names), read_ahead):
-            part = names[start : start + read_ahead]
-            for index, image in enumerate(pool.map(read, part), start):
+        for start in range(0, len(source), read_ahead):
+            part = range(start, min(start + read_ahead, len(source)))
+            for index, image in zip(part, pool.map(read, part), strict=True):
                 if isinstance(image, Exception):
                     unreadable.append((names[index], " ".join(str(image).split())))
                     progress(1)
