@@ -49,6 +49,7 @@ def method(c, blocks):
         target_norm="layer",
         frozen=None,
         masks_per_image=1,
+        modalities=(),
         position_noise=0.0,
         context_weight=0.0,
         context_warmup=0.15,

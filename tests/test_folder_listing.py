@@ -174,6 +174,7 @@ def test_both_splits_are_listed_once(tmp_path, monkeypatch):
     config = {"source": "folder", "path": str(tmp_path), "classes": ""}
     config |= {"train_split": "train", "test_split": "test"}
     config |= {"train_per_class": 0, "test_per_class": 0, "held_out": 0.0, "labels": ""}
+    config |= {"modalities": {}}
     splits = sources.open_splits(ConfigDict(config))
     assert [len(split) for split in splits.values()] == [1, 1]
     assert sorted(listed) == ["test", "train"]

@@ -130,7 +130,7 @@ class Records:
 def prepared(monkeypatch):
     """A dataset of four records in either split."""
 
-    def open_tfds(name, folder, split, stage, together):
+    def open_tfds(name, folder, split, *rest):
         files = Records([f"{split}/{i}.jpg" for i in range(4)])
         return tfds_source.TfdsSource(files, f"d/{split}", ("x",) * 9, "image", "label", None)
 

@@ -233,7 +233,9 @@ def shards(folder, count):
     for index in range(count):
         path = str(folder / f"a-{index}")
         writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
-        writer.write(tfds_writer._serialize_example(Drawn().record(index)[0], -1, str(index)))
+        data, _ = Drawn().record(index)
+        features = tfds_writer.features_of(Drawn())
+        writer.write(tfds_writer._serialize_example(data, -1, str(index), features))
         writer.close()
         instructions.append(Instruction(path))
     records = array_record_data_source.ArrayRecordDataSource(instructions)
