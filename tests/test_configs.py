@@ -1,6 +1,7 @@
 """Every recipe builds, without allocating anything."""
 
 import importlib
+import re
 import sys
 
 import jax
@@ -81,7 +82,16 @@ def counts(config):
     return {name: parameter_overview.count_parameters(tree) for name, tree in params.items()}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def with_slow_sizes():
+    """All recipes; those of other sizes of a method by --slow."""
+    parameters = []
+    for name in RECIPES:
+        is_other_size = re.fullmatch(r".+_vit_[sl]", name) and name != "interactive_mim_vit_s"
+        parameters.append(pytest.param(name, marks=[pytest.mark.slow] if is_other_size else []))
+    return parameters
+
+
+@pytest.mark.parametrize("name", with_slow_sizes())
 def test_recipe_builds(name):
     config = recipe(name)
     method = build(config)

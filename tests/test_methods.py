@@ -50,7 +50,10 @@ OPTIONS = [  # each value of each option at least once
     ),
     {"name": "symmim", "dtype": "bfloat16", "registers": 2, "cell": 2, "momentum_cell": 1},
     {"name": "interactive_mim", "predict": "latents", "modality_masks": "joint"},
-    {"name": "symmim", "contrast_weight": 0.0, "decoder_depth": 2, "predictor_depth": 1},
+    pytest.param(
+        {"name": "symmim", "contrast_weight": 0.0, "decoder_depth": 2, "predictor_depth": 1},
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
