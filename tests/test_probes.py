@@ -254,7 +254,7 @@ def test_heads_that_diverge_are_not_chosen():
     found = make("linear_probe", base_lr=(1e38, 80.0), held_out=0.25, batch_size=32)
     found = found.run(Method, PARAMS, Data(*data))
     assert found["base_lr"] == 80.0 and found["held_out"] == 100.0
-    assert found["grid"].splitlines()[1].endswith(",0.000")
+    assert found["grid"].splitlines()[1].endswith(",-inf")
     with pytest.raises(UserError, match="all heads are not finite"):
         make("linear_probe", base_lr=(1e38, 2e38), held_out=0.25).run(Method, PARAMS, Data(*data))
 

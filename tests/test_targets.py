@@ -15,6 +15,7 @@ from lmim_jax.data.shared_array import share
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.common import classifiers, lbfgs_logistic, outcome, target_metrics
+from lmim_jax.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
 NAMES = ("a", "b", "c")
@@ -158,10 +159,11 @@ class Probed(ProbeData):
 
     def training(self, batch_size, steps, seed):
         rng = np.random.default_rng(seed)
-        x, y = self.splits["train"]
+        x, y = self._images("train")
+        targets = self.sources["train"].targets.values
         for _ in range(steps):
             rows = rng.permutation(len(x))[:batch_size]
-            batch = {"image": x[rows], "label": y[rows], "target": self.targets.values[rows]}
+            batch = {"image": x[rows], "label": y[rows], "target": targets[rows]}
             yield sharding.to_global(batch, self.mesh)
 
 
@@ -193,6 +195,27 @@ def test_probes_learn_labels_that_are_no_classes(kind, name):
         assert found["mae"] < 0.7 * found["mean_mae"]
     assert kept[0].kind == kind
     assert kept[0].answers.predicted.shape == (90, 3)
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "regression"])
+def test_probes_choose_on_held_out_images_whatever_the_labels(kind):
+    """A head that does not learn is not chosen; the labels are those of the held-out images."""
+    noise = RNG.normal(size=(128, WIDTH))
+    y = labels_of(kind, noise)
+    x = np.repeat(noise[:, None, None], 2, axis=1).astype(np.float32)
+    unused = np.full(128, -1, np.int32)
+    data = with_targets(Probed((x, unused), (x, unused)), kind, y, y)
+    name = {"multilabel": "linear_probe", "regression": "attentive_probe"}[kind]
+    rate = {"multilabel": 80.0, "regression": 0.1}[kind]
+    probe = make_probe(name, base_lr=(1e-9, rate), held_out=0.25, batch_size=32)
+    found = probe.run(ProbeMethod, PROBE_PARAMS, data)
+    assert found["base_lr"] == rate
+    scores = [float(line.rpartition(",")[2]) for line in found["grid"].splitlines()[1:]]
+    assert scores[1] == pytest.approx(found["held_out"], abs=1e-3)
+    assert found["held_out"] > scores[0] + 25
+    constant = with_targets(Probed((x, unused), (x, unused)), kind, np.zeros_like(y), y)
+    with pytest.raises(UserError, match="no label has two values"):
+        probe.run(ProbeMethod, PROBE_PARAMS, constant)
 
 
 def test_evaluators_say_what_they_do_not_measure():

@@ -19,9 +19,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32
 
-from lmim_jax.data.shared_array import SharedArray
+from lmim_jax.data.shared_array import SharedArray, share
 from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 
@@ -57,6 +57,10 @@ class Targets:
     def values(self) -> Float32[np.ndarray, "N T"]:
         """The labels of all images."""
         return self.flat.array.reshape(-1, len(self.names))
+
+    def select(self, rows: Int[np.ndarray, " n"]) -> "Targets":
+        """The labels of some images."""
+        return dataclasses.replace(self, flat=share(self.values[rows].reshape(-1)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,11 +80,13 @@ class Subset:
       source: the source that the images come from.
       indices: places of the chosen images in `source`.
       classes: names of the classes; empty, so that evaluators treat a subset as unlabeled.
+      targets: labels of the chosen images that are no classes; likewise.
     """
 
     source: Source
     indices: tuple[int, ...]
     classes: tuple[str, ...] = ()
+    targets: Targets | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -421,8 +423,11 @@ def with_held_out(data: EvaluationData, share: float, seed: int) -> EvaluationDa
     order = np.random.default_rng(seed).permutation(len(source))
     count = max(1, round(share * len(source)))
     parts = []
+    targets = data.targets
     for part in (order[count:], order[:count]):
-        parts.append(Subset(source, tuple(np.sort(part).tolist()), data.classes))
+        rows = np.sort(part)
+        own = targets.select(rows) if targets else None
+        parts.append(Subset(source, tuple(rows.tolist()), data.classes, own))
     chosen = copy.copy(data)
     chosen.sources = {**data.sources, "train": parts[0], "held_out": parts[1]}
     return chosen

@@ -2,12 +2,13 @@
 
 All settings are trained at once on the same batches: heads that differ only in learning rate and
 weight decay in one `vmap`, so that the frozen features of a batch are computed once for all. A part
-of the training images is held out; the head that classifies most of them correctly is measured on
-the test images, and no other. With one setting, nothing is held out.
+of the training images is held out; the head that is best on them is measured on the test images,
+and no other: by the accuracy of classes, the mean average precision of 0/1 labels, or R^2 of
+numbers. With one setting, nothing is held out.
 
 Source: CAPI (Darcet et al. 2025), classification probes; DINOv2 (Oquab et al. 2024), linear ones.
 
-Letters: B batch, H heads.
+Letters: B batch, H heads, Q held-out images, T labels.
 """
 
 import abc
@@ -24,12 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
-from lmim_jax.data.eval.eval_data import Batch, EvaluationData, with_held_out
+from lmim_jax.data.eval.eval_data import Batch, EvaluationData, targets_of, with_held_out
+from lmim_jax.data.label_file import CLASSES, MULTILABEL
 from lmim_jax.distributed import sharding
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results, is_possible
-from lmim_jax.evaluators.common import probe_training
+from lmim_jax.evaluators.common import probe_training, target_metrics
 from lmim_jax.evaluators.common.probe_training import (
     Length,
     Probe,
@@ -90,9 +92,9 @@ class GridProbe(Probe, abc.ABC):
         """Train all settings on a part of the training images, and test the best one.
 
         Returns:
-          With one setting, see `Probe.run`. With several, also {"held_out": percent of the held-out
-          training images that the best head classifies correctly, its "base_lr" and
-          "weight_decay", "grid": a table of all settings in CSV}.
+          With one setting, see `Probe.run`. With several, also {"held_out": percent that the best
+          head reaches on the held-out training images, its "base_lr" and "weight_decay", "grid":
+          a table of all settings in CSV}.
 
         Raises:
           UserError: see `Probe.run`.
@@ -102,11 +104,6 @@ class GridProbe(Probe, abc.ABC):
             return Probe.run(settings[0], method, params, data)
         if not is_possible(self, data):
             return {}
-        if data.targets:
-            raise UserError(
-                f"evaluator {self.name}: with labels that are no classes, nothing can be chosen "
-                "among several values; give one of each"
-            )
         data = with_held_out(self.prepare(data), self.held_out, self.seed)
         length = self.length(data)
         task = task_of(method, self.augmentation(data.augment), data)
@@ -118,46 +115,65 @@ class GridProbe(Probe, abc.ABC):
             len(data.sources["held_out"]),
         )
         state = probe_training.train(self, grid, params, data, length)
-        accuracies = self._accuracies(grid, params, state, data)
-        best = int(accuracies.argmax())  # the first of equally good ones
+        scores = self._held_out_scores(grid, task, params, state, data)
+        best = int(scores.argmax())  # the first of equally good ones
         chosen = settings[best]
-        self._report(settings, accuracies, best)
+        self._report(settings, scores, best)
         programs = build_programs(chosen, task, data.mesh, length, data.config.channels)
         results = chosen.test(task, programs, params, grid.select(state, best), data)
-        results["held_out"] = float(accuracies[best])
+        results["held_out"] = float(scores[best])
         for field in RATES:
             results[field] = float(getattr(chosen, field))
-        results["grid"] = self._table(settings, accuracies)
+        results["grid"] = self._table(settings, scores)
         return results
 
-    def _accuracies(
-        self, grid: "GridPrograms", params: Params, state: Params, data: EvaluationData
+    def _held_out_scores(
+        self,
+        grid: "GridPrograms",
+        task: Task,
+        params: Params,
+        state: Params,
+        data: EvaluationData,
     ) -> Float[np.ndarray, " H"]:
-        """The percentage of held-out images that each head classifies correctly.
+        """The percentage that each head reaches on the held-out images, see the file.
 
-        A head whose outputs are not finite has classified nothing.
+        That of a head whose outputs are not finite is -inf.
 
         Raises:
           UserError: this holds for all of them.
         """
-        correct = []
+        targets = targets_of(data.sources["held_out"])
+        answers = []
+        truth = []
         finite = []
         for batch in data.batches("held_out", self.batch_size):
             found = jax.device_get(grid.score(state, params, batch))
-            counted = (found["index"] >= 0) & (found["label"] >= 0)
-            correct.append(found["correct"][:, counted])
+            counted = found["index"] >= 0
+            if not targets:
+                counted = counted & (found["label"] >= 0)
+            answers.append(found["answers"][:, counted])
             finite.append(found["finite"][:, counted])
+            own = found["label"] if not targets else targets.values[found["index"]]
+            truth.append(own[counted])
         is_finite = np.concatenate(finite, axis=1).all(axis=1)
         if not is_finite.any():
             raise UserError(
                 f"{self.name}: the outputs of all heads are not finite, so that nothing can be "
                 "measured; lower its base_lr"
             )
-        accuracies = 100 * np.concatenate(correct, axis=1).mean(axis=1)
-        return np.where(is_finite, accuracies, 0.0)
+        labels = np.concatenate(truth)
+        scores = []
+        for own, usable in zip(np.concatenate(answers, axis=1), np.asarray(is_finite), strict=True):
+            scores.append(_score(task.kind, own, labels) if usable else -np.inf)
+        if np.isnan(scores).any():
+            raise UserError(
+                f"{self.name}: no label has two values among the {len(labels)} held-out images, "
+                "so that nothing can be chosen on them; raise its held_out"
+            )
+        return np.array(scores)
 
     def _report(
-        self, settings: Sequence["GridProbe"], accuracies: Float[np.ndarray, " H"], best: int
+        self, settings: Sequence["GridProbe"], scores: Float[np.ndarray, " H"], best: int
     ) -> None:
         """Log the choice, and whether it lies at an end of what it was chosen from."""
         chosen = settings[best]
@@ -168,8 +184,8 @@ class GridProbe(Probe, abc.ABC):
             self.name,
             len(settings),
             listed,
-            accuracies[best],
-            accuracies.min(),
+            scores[best],
+            scores.min(),
         )
         for field in RATES:
             values = several.get(field, ())
@@ -181,16 +197,39 @@ class GridProbe(Probe, abc.ABC):
                     getattr(chosen, field),
                 )
 
-    def _table(self, settings: Sequence["GridProbe"], accuracies: Float[np.ndarray, " H"]) -> str:
-        """All settings with their accuracies on held-out images, in CSV."""
+    def _table(self, settings: Sequence["GridProbe"], scores: Float[np.ndarray, " H"]) -> str:
+        """All settings with their percentages on held-out images, in CSV."""
         text = io.StringIO()
         fields = list(self.choices())
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow([*fields, "held_out"])
-        for setting, accuracy in zip(settings, accuracies, strict=True):
+        for setting, score in zip(settings, scores, strict=True):
             values = [getattr(setting, field) for field in fields]
-            writer.writerow([*values, f"{accuracy:.3f}"])
+            writer.writerow([*values, f"{score:.3f}"])
         return text.getvalue()
+
+
+def _score(
+    kind: str, answers: Shaped[np.ndarray, "Q ..."], truth: Shaped[np.ndarray, "Q ..."]
+) -> float:
+    """The percentage by which heads are compared; NaN where the labels do not vary.
+
+    Args:
+      kind: of labels, see data/label_file.py.
+      answers: classes, probabilities of labels, or numbers.
+      truth: the labels.
+    """
+    if kind == CLASSES:
+        return 100 * float(np.mean(answers == truth))
+    if kind == MULTILABEL:
+        return 100 * _mean_of_known(target_metrics.average_precisions(answers, truth))
+    return 100 * _mean_of_known(target_metrics.determination(answers, truth))
+
+
+def _mean_of_known(values: Float[np.ndarray, " T"]) -> float:
+    """The mean of what is not NaN; NaN where all are."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
 
 
 def as_choices(value: Any) -> tuple[Any, ...]:
@@ -204,8 +243,8 @@ class GridPrograms(NamedTuple):
     Attributes:
       create: (params of the method) -> state.
       step: (state, params, batch of canvases) -> (state, losses [H]).
-      score: (state, params, batch of test images) -> {"correct", "finite": bool [H, B], "index" and
-        "label": as in the batch}.
+      score: (state, params, batch of test images) -> {"answers": classes [H, B] or labels
+        [H, B, T], "finite": bool [H, B], "index" and "label": as in the batch}.
       select: (state, number of a setting) -> the state of this setting alone, as that of
         `probe_training.Programs`.
     """
@@ -258,14 +297,16 @@ class _Group:
 
     def score(
         self, heads: Params, params: Params, batch: Batch
-    ) -> tuple[Bool[Array, "H B"], Bool[Array, "H B"]]:
-        """Whether images are classified correctly, and whether the outputs are finite."""
+    ) -> tuple[Shaped[Array, "H B ..."], Bool[Array, "H B"]]:
+        """The most likely classes, or labels [H, B, T]; and whether the outputs are finite."""
 
         def score_one(head: Params) -> tuple[Array, Array]:
             weights = Weights(params, head["trained"], head["buffers"])
             logits = self.probe.logits(self.task, weights, batch["images"])
-            correct = logits.argmax(axis=1) == batch["label"]
-            return correct, jnp.isfinite(logits).all(axis=1)
+            answers = self.task.answers(logits)
+            if self.task.kind == CLASSES:
+                answers = logits.argmax(axis=1)
+            return answers, jnp.isfinite(logits).all(axis=1)
 
         return jax.vmap(score_one)(heads)
 
@@ -334,14 +375,14 @@ def build_grid(
         return place(after), jnp.concatenate(losses)[order]
 
     def score(state: Params, params: Params, batch: Batch) -> Batch:
-        correct = []
+        answers = []
         finite = []
         for name, group in groups.items():
-            is_correct, is_finite = group.score(state[name], params, batch)
-            correct.append(is_correct)
+            found, is_finite = group.score(state[name], params, batch)
+            answers.append(found)
             finite.append(is_finite)
         return {
-            "correct": jnp.concatenate(correct)[order],
+            "answers": jnp.concatenate(answers)[order],
             "finite": jnp.concatenate(finite)[order],
             "index": batch["index"],
             "label": batch["label"],
