@@ -17,6 +17,11 @@ from ml_collections import ConfigDict
 from lmim_jax.configs import compare, small, tiny_imagenet
 
 SEEDS = (0, 1)
+# Raw pixels and color histograms are measured by the runs of the first method, for all
+NO_BASELINES = (
+    "evaluators.knn.baselines=False",
+    "evaluators.logistic_regression.baselines=False",
+)
 FACTORS = {"1/3": 1 / 3, "1": 1.0, "3": 3.0}  # of the learning rate
 
 
@@ -36,8 +41,10 @@ def get_config(which: str = "micro") -> ConfigDict:
         return config
     config.seeds = SEEDS
     runs = []
+    changes: tuple[str, ...] = ()
     for name in small.methods():
-        runs.append((name, description(name), _recipe(name, size), ()))
+        runs.append((name, description(name), _recipe(name, size), changes))
+        changes = NO_BASELINES
     config.runs = tuple(runs)
     config.groups = (("benchmark", "none", tuple(small.methods())),)
     return config
@@ -66,6 +73,6 @@ def _rates(size: str) -> tuple[tuple, tuple]:
             run = f"{name}, lr x {title}"
             names.append(run)
             change = f"optimizer.base_lr={factor * base_lr:.3g}"
-            runs.append((run, description(name), _recipe(name, size), (change,)))
+            runs.append((run, description(name), _recipe(name, size), (change, *NO_BASELINES)))
         groups.append((name, "none", tuple(names)))
     return tuple(runs), tuple(groups)

@@ -51,7 +51,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 CLASSES = 200
 LONGEST_AVERAGE = 1 / 20  # of the run
-EVALUATIONS = ("knn", "logistic_regression", "fewshot", "linear_probe", "attentive_probe")
+EVALUATIONS = ("knn", "logistic_regression", "fewshot")  # at the start and at the end
+PROBES = ("linear_probe", "attentive_probe")  # at the end
 
 
 def get_config(which: str = "latent_mim,micro") -> ConfigDict:
@@ -128,13 +129,14 @@ def _shorten(config: ConfigDict, published: ConfigDict, steps: int) -> None:
 
 
 def _evaluate(config: ConfigDict) -> None:
-    """Measure everything at the start and at the end, on the features that the recipe names."""
+    """Measure at the start and at the end, on the features that the recipe names."""
     config.representation.image = _scaled(config.representation.image, config.method.depth)
-    every = float(config.epochs)
     sections = evaluate.get_config()
-    for title in EVALUATIONS:
+    for title in (*EVALUATIONS, *PROBES):
         section = sections[title].to_dict()
-        section.update(every=every, params="", batch_size=100)
+        section.update(every=0.0, params="", batch_size=100)
+        if title in EVALUATIONS:
+            section["every"] = float(config.epochs)
         if "baselines" in section:
             section["baselines"] = True
         config.evaluators[title] = section

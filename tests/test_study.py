@@ -1,5 +1,6 @@
 """A study: processes over seeds, compared, resumed after an interruption; and its conclusions."""
 
+import functools
 import importlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import sys
 
 import conftest
 import pytest
+from ml_collections import ConfigDict
 
 from lmim_jax.cli import study
 from lmim_jax.methods import base as methods
@@ -66,15 +68,14 @@ def test_every_run_of_a_study_is_a_valid_recipe(name, tmp_path):
         assert names.issuperset(group.names)
     for run in runs:
         recipe = get_config(run.recipe.removeprefix("configs/").replace(".py", ""))
-        section = recipe.method
         for change in run.changes:
-            key, value = change.removeprefix("method.").split("=")
-            if key == "optimizer.base_lr":
-                assert float(value) > 0
-                continue
-            assert key in section, change
-            section[key] = parse_value(value, like=section[key])
-        methods.from_config(section, total_steps=1, steps_per_epoch=1)
+            key, value = change.split("=", 1)
+            *path, last = key.split(".")
+            section = functools.reduce(ConfigDict.__getitem__, path, recipe)
+            assert last in section, change
+            section[last] = parse_value(value, like=section[last])
+        assert recipe.optimizer.base_lr > 0
+        methods.from_config(recipe.method, total_steps=1, steps_per_epoch=1)
 
 
 def get_config(name):
