@@ -3,9 +3,10 @@
     lmim train --config=tiny_imagenet:latent_mim --config.data.path=TINY --workdir=RUN
     lmim train --config=tiny_imagenet:mae,small --config.data.path=TINY --workdir=RUN
 
-The argument is METHOD or METHOD,SIZE; micro is for two CPU cores, small for one GPU. TINY is a
-folder with train/CLASS/*.JPEG and test/CLASS/*.JPEG. Encoder, images, epochs, batch size and
-evaluation are the same for every method. Crops, masks, losses, and the shapes of the schedules are
+The argument is METHOD or METHOD,SIZE; micro is for two CPU cores, small for one GPU, and nano for
+searches with many short runs, which measure k-NN and logistic regression alone. TINY is a folder
+with train/CLASS/*.JPEG and test/CLASS/*.JPEG. Encoder, images, epochs, batch size and evaluation
+are the same for every method. Crops, masks, losses, and the shapes of the schedules are
 those of the method's recipe. What a paper fixes in relation to the length of its run is scaled by
 three rules:
 
@@ -30,6 +31,15 @@ from lmim_jax.utils.errors import UserError
 # `images` are the first of each class, and `decoder` the options of decoders and projectors, as far
 # as a method has them
 SIZES: dict[str, dict[str, Any]] = {
+    "nano": dict(
+        encoder=dict(width=96, depth=4, heads=4, dtype="float32"),
+        decoder=dict(decoder_width=64, decoder_depth=2, decoder_heads=4, projector_width=256),
+        images=50,
+        epochs=8,
+        batch_size=128,
+        micro_batches=4,
+        rate=16.0,
+    ),
     "micro": dict(
         encoder=dict(width=192, depth=4, heads=3, dtype="float32"),
         decoder=dict(decoder_width=128, decoder_depth=2, decoder_heads=4, projector_width=512),
@@ -53,6 +63,7 @@ CLASSES = 200
 LONGEST_AVERAGE = 1 / 20  # of the run
 EVALUATIONS = ("knn", "logistic_regression", "fewshot")  # at the start and at the end
 PROBES = ("linear_probe", "attentive_probe")  # at the end
+SEARCHED = ("knn", "logistic_regression")  # what searches compare
 
 
 def get_config(which: str = "latent_mim,micro") -> ConfigDict:
@@ -79,6 +90,11 @@ def get_config(which: str = "latent_mim,micro") -> ConfigDict:
     steps = CLASSES * options["images"] // options["batch_size"] * options["epochs"]
     _shorten(config, published, steps)
     _evaluate(config)
+    if size == "nano":
+        for title in {*EVALUATIONS, *PROBES} - set(SEARCHED):
+            del config.evaluators[title]
+        config.evaluators.logistic_regression.baselines = False
+        config.evaluators.knn.baselines = False
     config.update(log_every=50, checkpoint_every=500, gauge_images=256)
     return config
 

@@ -1,5 +1,6 @@
 """A study: processes over seeds, compared, resumed after an interruption; and its conclusions."""
 
+import ast
 import functools
 import importlib
 import itertools
@@ -15,6 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lmim_jax.cli import study
+from lmim_jax.configs import recipe_search
 from lmim_jax.methods import base as methods
 from lmim_jax.report import comparison
 from lmim_jax.report.comparison import Variant
@@ -58,6 +60,7 @@ def test_tables_have_mean_and_spread():
     [
         *("study", "study:cifar10", "compare", "compare:cifar10"),
         *("benchmark", "benchmark:small", "benchmark:micro,rates"),
+        pytest.param("recipe_search", marks=pytest.mark.slow),
     ],
 )
 def test_every_run_of_a_study_is_a_valid_recipe(name, tmp_path):
@@ -89,9 +92,19 @@ def get_config(name):
 
 def parse_value(text, like):
     """A value of the type of `like`, from its text in a flag."""
-    if isinstance(like, bool):
-        return {"True": True, "False": False}[text]
-    return type(like)(text)
+    return text if isinstance(like, str) else ast.literal_eval(text)
+
+
+@pytest.mark.slow
+def test_a_search_gives_every_candidate_the_same_compute():
+    recipe = recipe_search.published("shapes")
+    config = recipe_search.get_config("screen,shapes")
+    (_, _, _, (first,)), *others = config.runs
+    spent = int(first.removeprefix("total_steps=")) * recipe_search.gigaflops(recipe)
+    for candidate, (name, _, _, changes) in zip(recipe_search.CANDIDATES, others, strict=True):
+        own = recipe_search.changed(recipe, recipe_search.changes_of(candidate, recipe))
+        steps = int(changes[-1].removeprefix("total_steps="))
+        assert steps * recipe_search.gigaflops(own) == pytest.approx(spent, rel=0.01), name
 
 
 def test_the_ladder_changes_one_switch_a_rung():

@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from lmim_jax.data.eval.eval_data import EvaluationData, Subset, random_indices
-from lmim_jax.evaluators import base, visualization
+from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers, image_features
+from lmim_jax.models.modalities import split_channels
 from lmim_jax.utils import plotting
 
 
@@ -88,7 +89,7 @@ def _beside(
     method: EvaluatedMethod, image: UInt8[np.ndarray, "H W C"]
 ) -> UInt8[np.ndarray, "H _ 3"]:
     """The modalities of an image side by side."""
-    parts = visualization.split_modalities(method, image)
+    parts = split_channels(image, method.inputs)
     return np.concatenate([plotting.as_rgb(part) for part in parts], axis=1)
 
 

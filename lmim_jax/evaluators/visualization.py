@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import Batch, EvaluationData
@@ -22,6 +22,7 @@ from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Picture, Results
 from lmim_jax.evaluators.common import clustering, patch_features
 from lmim_jax.evaluators.common.finite import check_finite
+from lmim_jax.models.modalities import split_channels
 from lmim_jax.utils import plotting
 
 # Images whose mean feature at each position is subtracted: the rest depends on the image
@@ -58,8 +59,8 @@ class Evaluator(base.Evaluator):
         parts = []
         windows = []
         for k, whole in enumerate(whole_images(data, canvases)[: min(self.images, available)]):
-            wholes += split_modalities(method, whole)
-            parts += split_modalities(method, crops[k])
+            wholes += split_channels(whole, method.inputs)
+            parts += split_channels(crops[k], method.inputs)
             for number in range(len(method.inputs)):
                 windows.append(training_windows(method, views, k, number))
         return plotting.plot_masking(wholes, parts, windows)
@@ -86,7 +87,7 @@ class Evaluator(base.Evaluator):
             cuts = clustering.nested_clusters(image_tokens, (self.clusters,))
             clusters.append(cuts[self.clusters])
         return plotting.plot_features(
-            np.stack([split_modalities(method, image)[0] for image in inputs[: len(tokens)]]),
+            np.stack([split_channels(image, method.inputs)[0] for image in inputs[: len(tokens)]]),
             pca_rgb(tokens).reshape(*shape, 3),
             np.stack(clusters).reshape(shape),
             object_pixels(data, indices[: self.images], augment),
@@ -154,14 +155,6 @@ def pca_rgb(tokens: Float[np.ndarray, "K N D"]) -> Float[np.ndarray, "K N 3"]:
     low, high = np.percentile(components, (2, 98), axis=0)
     colors = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
     return colors.reshape(images, patches, 3)
-
-
-def split_modalities(
-    method: EvaluatedMethod, image: Shaped[np.ndarray, "H W C"]
-) -> list[Shaped[np.ndarray, "H W _"]]:
-    """The channels of each modality of an image; of a single one, the image."""
-    ends = np.cumsum([modality.channels for modality in method.inputs])
-    return np.split(image, ends[:-1], axis=-1)
 
 
 def training_windows(

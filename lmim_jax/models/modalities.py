@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
 
 from lmim_jax.models.layers import Dense, Dtype, patchify, replace_patches
 
@@ -39,6 +40,18 @@ class Modality(NamedTuple):
         return self.patch_size**2 * self.channels
 
 
+def split_channels(
+    images: Shaped[Array | np.ndarray, "... C"], modalities: Sequence[Modality]
+) -> list[Shaped[Array | np.ndarray, "... _"]]:
+    """The channels of each modality; of a single one, the images."""
+    parts = []
+    first = 0
+    for modality in modalities:
+        parts.append(images[..., first : first + modality.channels])
+        first += modality.channels
+    return parts
+
+
 def patchify_all(
     images: Float[Array, "B H W C"],
     modalities: Sequence[Modality],
@@ -61,10 +74,7 @@ def patchify_all(
         return _average(patchify(images, grid, patch_size, gap, offsets), modalities[0], patch_size)
     longest = max(modality.patch_dim for modality in modalities)
     parts = []
-    first = 0
-    for modality in modalities:
-        pixels = images[..., first : first + modality.channels]
-        first += modality.channels
+    for modality, pixels in zip(modalities, split_channels(images, modalities), strict=True):
         patches = patchify(pixels, grid, patch_size, gap, offsets)
         patches = _average(patches, modality, patch_size)
         padding = longest - modality.patch_dim
@@ -103,12 +113,13 @@ def replace_all(
     count = len(modalities)
     positions = jnp.split(tokens % (grid[0] * grid[1]), count, axis=1)
     parts = []
-    first = 0
-    for modality, ids, values in zip(
-        modalities, positions, jnp.split(patches, count, axis=1), strict=True
+    for modality, pixels, ids, values in zip(
+        modalities,
+        split_channels(images, modalities),
+        positions,
+        jnp.split(patches, count, axis=1),
+        strict=True,
     ):
-        pixels = images[..., first : first + modality.channels]
-        first += modality.channels
         values = _repeat(values[..., : modality.patch_dim], modality, patch_size)
         parts.append(replace_patches(pixels, ids, values, grid, patch_size))
     return jnp.concatenate(parts, axis=-1)

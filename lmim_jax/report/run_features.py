@@ -20,6 +20,7 @@ from lmim_jax.data.eval.eval_data import EvaluationData, Subset
 from lmim_jax.evaluators import visualization
 from lmim_jax.evaluators.common import classifiers
 from lmim_jax.evaluators.common.finite import check_finite
+from lmim_jax.models.modalities import split_channels
 from lmim_jax.train.runs import Run
 from lmim_jax.utils.errors import UserError
 
@@ -313,12 +314,12 @@ def training_views(run: Run, count: int) -> TrainingViews:
         painted = _to_uint8(jax.device_get(reconstruct(run.placed_weights.params, crops, views)))
     found = TrainingViews([], [], [], None if painted is None else [])
     for k, crop in enumerate(_to_uint8(crops)):
-        found.whole_images.extend(visualization.split_modalities(method, whole_images[k]))
-        found.crops.extend(visualization.split_modalities(method, crop))
+        found.whole_images.extend(split_channels(whole_images[k], method.inputs))
+        found.crops.extend(split_channels(crop, method.inputs))
         for number in range(len(method.inputs)):
             found.windows.append(visualization.training_windows(method, views, k, number))
         if found.reconstructions is not None and painted is not None:
-            found.reconstructions.extend(visualization.split_modalities(method, painted[k]))
+            found.reconstructions.extend(split_channels(painted[k], method.inputs))
     return found
 
 

@@ -1,0 +1,169 @@
+"""A search for a recipe of Latent MIM that beats the published one at equal compute.
+
+    lmim study --config=recipe_search --set=data.path=TINY --out=OUT --records=results/recipe_search
+    lmim study --config=recipe_search:screen,shapes --out=OUT
+
+The argument is ROUND or ROUND,DATASET. Each run changes the published recipe, at the size `nano` of
+configs/tiny_imagenet.py or at that of quickstart for `shapes`, and takes as many optimizer steps as
+cost the FLOPs of the published one: a cheaper step means more of them. Warm-up and schedules follow
+the length. `screen` is one seed of every single change; --hours=2 stops in time, and the command
+again goes on.
+"""
+
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from lmim_jax.configs import quickstart, tiny_imagenet
+from lmim_jax.data import modalities
+from lmim_jax.methods import base
+from lmim_jax.perf import flops
+from lmim_jax.utils.errors import UserError
+
+PUBLISHED = "published"
+RECIPES = {
+    "tiny_imagenet": "configs/tiny_imagenet.py:latent_mim,nano",
+    "shapes": "configs/quickstart.py",
+}
+IMAGES = {"tiny_imagenet": 200 * 50, "shapes": 8192}  # of training
+
+
+class Candidate(NamedTuple):
+    """A change of the recipe: values of options, numbers of options to multiply."""
+
+    name: str
+    options: dict[str, Any]
+    factors: Mapping[str, float] = types.MappingProxyType({})
+
+
+CANDIDATES = (
+    Candidate("no projector", {"method.projector_depth": 0}),
+    Candidate("projector of 1 layer", {"method.projector_depth": 1}),
+    Candidate("projector of 2 layers", {"method.projector_depth": 2}),
+    Candidate("no similarity goal", {"method.similarity_weight": 0.0}),
+    Candidate(
+        "similarity goal 0.5 to 0", {"method.similarity_start": 0.5, "method.similarity_end": 0.0}
+    ),
+    Candidate("similarity goal 0", {"method.similarity_start": 0.0, "method.similarity_end": 0.0}),
+    Candidate("10 of 64 visible", {"method.num_visible": 10}),
+    Candidate("16 of 64 visible", {"method.num_visible": 16}),
+    Candidate("24 of 64 visible", {"method.num_visible": 24}),
+    Candidate("no gap", {"method.gap": 0}),
+    Candidate("gap 1", {"method.gap": 1}),
+    Candidate("gap 4", {"method.gap": 4}),
+    Candidate("teacher sees all patches", {"method.target_patches": "all"}),
+    Candidate("2 masks an image", {"method.target_patches": "all", "method.masks_per_image": 2}),
+    Candidate("4 masks an image", {"method.target_patches": "all", "method.masks_per_image": 4}),
+    Candidate(
+        "no projector, targets: mean of 3 blocks",
+        {
+            "method.projector_depth": 0,
+            "method.target_layers": (1, 2, 3),
+            "method.target_combine": "mean",
+        },
+    ),
+    Candidate("targets: random projection", {"method.target": "random_projection"}),
+    Candidate(
+        "no projector, targets: first block",
+        {"method.projector_depth": 0, "method.target_layers": (0,)},
+    ),
+    Candidate("temperature 0.07", {"method.tau": 0.07}),
+    Candidate("temperature 0.1", {"method.tau": 0.1}),
+    Candidate("temperature 0.4", {"method.tau": 0.4}),
+    Candidate("momentum from 0.9", {"method.momentum_start": 0.9}),
+    Candidate("momentum from 0.99", {"method.momentum_start": 0.99}),
+    Candidate("half the learning rate", {}, {"optimizer.base_lr": 0.5}),
+    Candidate("twice the learning rate", {}, {"optimizer.base_lr": 2.0}),
+    Candidate("4 times the learning rate", {}, {"optimizer.base_lr": 4.0}),
+    Candidate("learning rate to 0", {"optimizer.floor": 0.0, "optimizer.warmup_start": 0.0}),
+    Candidate("weight decay 0.2", {"optimizer.weight_decay": 0.2}),
+    Candidate("decoder of 1 block", {"method.decoder_depth": 1}),
+    Candidate("decoder of 4 blocks", {"method.decoder_depth": 4}),
+    Candidate("twice the decoder's width", {}, {"method.decoder_width": 2}),
+    Candidate("larger crops", {"augment.scale": (0.5, 1.0)}),
+    Candidate("smaller crops", {"augment.scale": (0.08, 1.0)}),
+    Candidate("duplicates are no negatives", {"method.duplicate_cosine": 0.9}),
+    Candidate(
+        "loss on visible patches", {"method.target_patches": "all", "method.context_weight": 0.5}
+    ),
+    Candidate("noise on positions", {"method.position_noise": 0.25}),
+    Candidate("SIGReg", {"method.sigreg_weight": 0.02}),
+    Candidate("variance hinge", {"method.variance_weight": 1.0}),
+)
+ROUNDS = ("screen",)
+
+
+def get_config(which: str = "screen,tiny_imagenet") -> ConfigDict:
+    """What `lmim study` runs, see there.
+
+    Args:
+      which: ROUND or ROUND,DATASET.
+
+    Raises:
+      UserError: there is no such round or dataset.
+    """
+    name, _, dataset = which.partition(",")
+    dataset = dataset or "tiny_imagenet"
+    for given, known in ((name, ROUNDS), (dataset, RECIPES)):
+        if given not in known:
+            raise UserError(f"recipe_search:{which}: {given!r} must be one of: {' | '.join(known)}")
+    recipe = published(dataset)
+    config = ConfigDict()
+    config.seeds = (0,)
+    steps = IMAGES[dataset] // recipe.batch_size * recipe.epochs
+    runs = [(PUBLISHED, f"{steps} steps", RECIPES[dataset], (f"total_steps={steps}",))]
+    cost = gigaflops(recipe)
+    for candidate in CANDIDATES:
+        changes = changes_of(candidate, recipe)
+        own_steps = steps
+        if any(path.startswith("method.") for path in changes):
+            own_steps = round(steps * cost / gigaflops(changed(recipe, changes)))
+        flags = tuple(f"{key}={value}" for key, value in changes.items())
+        described = f"{own_steps} steps"
+        flags = (*flags, f"total_steps={own_steps}")
+        runs.append((candidate.name, described, RECIPES[dataset], flags))
+    config.runs = tuple(runs)
+    config.groups = ((name, "first", tuple(run[0] for run in runs)),)
+    config.cost = False
+    return config
+
+
+def published(dataset: str) -> ConfigDict:
+    """The published recipe at the size of the search."""
+    if dataset == "shapes":
+        return quickstart.get_config()
+    return tiny_imagenet.get_config("latent_mim,nano")
+
+
+def changes_of(candidate: Candidate, recipe: ConfigDict) -> dict[str, Any]:
+    """The values of all options that a candidate changes, by their paths."""
+    changes = dict(candidate.options)
+    for path, factor in candidate.factors.items():
+        value = value_of(recipe, path)
+        changes[path] = type(value)(value * factor)
+    return changes
+
+
+def changed(recipe: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """A copy of a recipe with other values of some options."""
+    other = recipe.copy_and_resolve_references()
+    for path, value in changes.items():
+        section, _, key = path.partition(".")
+        other[section][key] = value
+    return other
+
+
+def value_of(recipe: ConfigDict, path: str) -> Any:
+    """The value of an option of a section."""
+    section, _, key = path.partition(".")
+    return recipe[section][key]
+
+
+def gigaflops(recipe: ConfigDict) -> float:
+    """FLOPs of an image in a train step, in billions."""
+    method = base.from_config(
+        modalities.method_options(recipe), total_steps=1000, steps_per_epoch=100
+    )
+    return flops.count_method(method).total / 1e9
