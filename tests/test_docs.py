@@ -31,10 +31,17 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 sys.path.append(str(DOCS))
 import gen_reference  # noqa: E402
+import gen_results  # noqa: E402
 
 
 def relative(path):
     return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", gen_results.pages(), ids=relative)
+def test_tables_of_studies_are_those_of_their_records(page):
+    text = page.read_text()
+    assert gen_results.with_tables(text) == text, "run: python docs/gen_results.py"
 
 
 @pytest.fixture(scope="module")

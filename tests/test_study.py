@@ -14,6 +14,7 @@ import sys
 import conftest
 import pytest
 from ml_collections import ConfigDict
+from test_docs import gen_results
 
 from lmim_jax.cli import study
 from lmim_jax.configs import recipe_search
@@ -249,6 +250,20 @@ def test_pages_are_made_from_records_beside_baselines(recorded):
     assert (
         f"{name}: +15.5 k-NN 20 % over {name}, untrained; +17.5 k-NN 20 % over raw pixels." in table
     )
+
+
+def test_pages_have_the_tables_of_the_records(recorded, monkeypatch):
+    config, folder = recorded
+    monkeypatch.setattr(gen_results, "_config", lambda name: config)
+    name = config.runs[0][0]
+    page = "before\n<!-- study: benchmark records{} -->\nold\n<!-- end of study -->\nafter\n"
+    whole = gen_results.with_tables(page.format(""), folder)
+    assert f"| {name} | " in whole and "old" not in whole
+    assert f"- {name}: +15.5 k-NN 20 % over {name}, untrained" in whole
+    assert gen_results.with_tables(whole, folder) == whole
+    short = gen_results.with_tables(page.format(" knn/knn20"), folder)
+    assert "| run | description | k-NN 20 % |" in short and "+15.5" not in short
+    assert short.startswith("before\n") and short.endswith("-->\nafter\n")
 
 
 def test_a_study_stops_in_time(tmp_path):

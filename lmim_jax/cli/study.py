@@ -49,6 +49,7 @@ RECIPES: dict[str, str | None] = {"config": "study"}
 COMMAND_FILE = records.COMMAND_FILE
 PLACES = tuple(f"--config.{key}=" for key in records.PLACES)
 LOG_FILE = records.LOG_FILE
+COST_FILE = "cost.json"  # of training, see `measure_costs`
 POLL_SECONDS = 0.3
 EXIT_STOPPED = 75  # interrupted, and can be resumed
 GPU_MEMORY_SHARE = 0.9  # of an accelerator's memory, for all runs together
@@ -371,7 +372,7 @@ def measure_costs(runs: Iterable[Run], out: buckets.Path) -> dict[str, Values]:
     Raises:
       UserError: a benchmark failed.
     """
-    path = out / "cost.json"
+    path = out / COST_FILE
     costs: dict[str, Values] = {}
     if path.exists():
         costs = json.loads(path.read_text())
@@ -395,6 +396,34 @@ def _measure_cost(run: Run) -> Values:
         "gflop_per_image": [measured["gflop_per_image"]],
         "step_images_per_second": [measured["images_per_second"]],
     }
+
+
+def finished_folders(runs: Iterable[Run]) -> dict[str, dict[int, buckets.Path]]:
+    """{variant: {seed: folder of its results}} of the runs that are finished."""
+    folders: dict[str, dict[int, buckets.Path]] = collections.defaultdict(dict)
+    for run in runs:
+        if run.results is not None:
+            folders[run.name][run.seed] = run.results
+    return folders
+
+
+def recorded(config: ConfigDict, kept: buckets.Pathname) -> list[comparison.Compared]:
+    """The groups of a study, from its records alone.
+
+    Args:
+      config: of the study.
+      kept: the folder of its records.
+    """
+    groups, runs = plan(config, [], [], buckets.path(kept, "none"), kept)
+    path = buckets.path(kept, COST_FILE)
+    costs: dict[str, Values] = json.loads(path.read_text()) if path.exists() else {}
+    descriptions = {name: description for name, description, _, _ in config.runs}
+    folders = finished_folders(runs)
+    found = []
+    for group in groups:
+        with_baselines = config.get("baselines", False)
+        found.append(comparison.compare(group, descriptions, folders, costs, with_baselines))
+    return found
 
 
 class _Publisher:
@@ -430,17 +459,13 @@ class _Publisher:
 
     def publish(self, costs: Mapping[str, Values] | None = None) -> None:
         """Write the pages with the runs that are finished by now."""
-        folders: dict[str, dict[int, buckets.Path]] = collections.defaultdict(dict)
-        for run in self._runs:
-            if run.results is not None:
-                folders[run.name][run.seed] = run.results
         comparison.publish(
             self._out,
             self._title,
             self._command,
             self._groups,
             self._descriptions,
-            folders,
+            finished_folders(self._runs),
             costs or {},
             self._baselines,
         )

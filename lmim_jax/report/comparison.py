@@ -9,7 +9,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -86,6 +86,18 @@ class Group:
     names: Sequence[str]
 
 
+class Compared(NamedTuple):
+    """A group with its metrics.
+
+    Attributes:
+      variants: of the group, and its baselines: the rows of its table.
+      sentences: conclusions.
+    """
+
+    variants: list[Variant]
+    sentences: list[str]
+
+
 def last_values(folder: buckets.Pathname) -> dict[str, Any]:
     """The last value of every metric of a run."""
     values: dict[str, Any] = {}
@@ -135,10 +147,12 @@ def format_cell(values: Sequence[float], decimals: int) -> str:
     return f"{mean} ± {half_range:.{decimals}f}"
 
 
-def _table_cells(variants: Sequence[Variant]) -> tuple[list[str], list[list[str]]]:
+def _table_cells(
+    variants: Sequence[Variant], columns: Sequence[str] = tuple(COLUMNS)
+) -> tuple[list[str], list[list[str]]]:
     """The heading of each column, and the rows of cells; columns without any value are left out."""
     metrics = []
-    for metric in COLUMNS:
+    for metric in columns:
         if any(metric in variant.values for variant in variants):
             metrics.append(metric)
     head = ["run", "description"] + [COLUMNS[metric].heading for metric in metrics]
@@ -152,9 +166,9 @@ def _table_cells(variants: Sequence[Variant]) -> tuple[list[str], list[list[str]
     return head, rows
 
 
-def markdown_table(variants: Sequence[Variant]) -> str:
-    """The variants and their metrics as a Markdown table."""
-    head, rows = _table_cells(variants)
+def markdown_table(variants: Sequence[Variant], columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    """The variants and some metrics, of COLUMNS, as a Markdown table."""
+    head, rows = _table_cells(variants, columns)
     alignment = ["---", "---"] + ["---:"] * (len(head) - 2)
     lines = []
     for cells in [head, alignment] + rows:
@@ -396,6 +410,27 @@ def _mean_curve(metric: str, folders: SeedFolders) -> tuple[list[int], list[floa
     return common, means
 
 
+def compare(
+    group: Group,
+    descriptions: Mapping[str, str],
+    folders: Mapping[str, SeedFolders],
+    costs: Mapping[str, Values],
+    with_baselines: bool = False,
+) -> Compared:
+    """Collect the metrics of a group; see `publish` for the arguments."""
+    variants = []
+    for name in group.names:
+        values = {**collect_values(folders[name]), **costs.get(name, {})}
+        variants.append(Variant(name, descriptions[name], values))
+    sentences = [f"{text}." for text in conclusions(variants, group.reference)]
+    rows = list(variants)
+    if with_baselines:
+        compared = baselines(group.names, folders)
+        sentences += [f"{text}." for text in gains(variants, compared)]
+        rows += compared
+    return Compared(rows, sentences)
+
+
 def publish(
     out: buckets.Pathname,
     title: str,
@@ -424,16 +459,7 @@ def publish(
     sections = []
     results = {}
     for group in groups:
-        variants = []
-        for name in group.names:
-            values = {**collect_values(folders[name]), **costs.get(name, {})}
-            variants.append(Variant(name, descriptions[name], values))
-        sentences = [f"{text}." for text in conclusions(variants, group.reference)]
-        rows = list(variants)
-        if with_baselines:
-            compared = baselines(group.names, folders)
-            sentences += [f"{text}." for text in gains(variants, compared)]
-            rows += compared
+        rows, sentences = compare(group, descriptions, folders, costs, with_baselines)
         markdown.append(_group_markdown(group, rows, sentences))
         sections.append(_group_section(group, rows, sentences, folders, out))
         results[group.title] = _group_results(rows, folders)
