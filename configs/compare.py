@@ -2,6 +2,7 @@
 
     lmim study --config=compare --out=runs/compare
     lmim study --config=compare:cifar10 --set=data.path=CIFAR10 --out=runs/compare_c10
+    lmim study --config=compare:hit_uav --only=detection --set=data.path=HIT_UAV --out=runs/hit_uav
 
 The first command trains on `shapes` and takes about half an hour on two CPU cores. Besides quality,
 the cost of training is reported: FLOPs and images per second, measured after all runs. The results
@@ -31,7 +32,7 @@ def get_config(dataset: str = "shapes") -> ConfigDict:
     """What `lmim study` runs, see there.
 
     Args:
-      dataset: shapes | cifar10.
+      dataset: shapes | cifar10 | hit_uav, whose images have boxes instead of classes.
     """
     runs = []
     targets = dict(TARGETS)
@@ -54,5 +55,8 @@ def get_config(dataset: str = "shapes") -> ConfigDict:
         ("comparison", "none", tuple(targets)),
         ("what the released code of PiLaMIM does", "first", ("pilamim", "pilamim_shuffled")),
     )
+    if dataset == "hit_uav":
+        config.groups += (("detection", "none", ("latent_mim", "mae")),)
+        config.baselines = True  # rows of untrained encoders
     config.cost = True  # measure what training costs
     return config

@@ -1,8 +1,9 @@
-"""Every method at the size of a laptop, on `shapes`, CIFAR-10 or pairs: only the method differs.
+"""Every method at the size of a laptop, on small sets of images: only the method differs.
 
     lmim train --config=small:latent_mim,shapes --workdir=RUN
     lmim train --config=small:mae,cifar10 --config.data.path=CIFAR10 --workdir=RUN
     lmim train --config=small:interactive_mim,rgb_thermal --config.data.path=PAIRS --workdir=RUN
+    lmim train --config=small:latent_mim,hit_uav --config.data.path=HIT_UAV --workdir=RUN
 
 All have the same encoder (96 wide, 4 deep, 8 x 8 patches), optimizer, crops and evaluation;
 targets, masks, losses and schedules are those of each method's paper. A run takes 2 to 4 minutes on
@@ -15,7 +16,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict, FieldReference
 
-from lmim_jax.configs import interactive_mim_vit_s, quickstart
+from lmim_jax.configs import evaluate, interactive_mim_vit_s, quickstart
 from lmim_jax.methods import base
 from lmim_jax.utils import recipes
 from lmim_jax.utils.errors import UserError
@@ -112,8 +113,27 @@ def rgb_thermal(config: ConfigDict) -> None:
         modality.patch_size = config.method.patch_size
 
 
+def hit_uav(config: ConfigDict) -> None:
+    """Aerial thermal images of 640 x 512 pixels, see evaluate.py: detection at start and end.
+
+    The folder has train.json, test.json and their images in train/ and test/. Crops show as much of
+    the scene to a pixel as the input of the detector.
+    """
+    config.epochs = 200
+    config.batch_size = 32
+    config.micro_batches = 1
+    config.data.update(source="folder", canvas=640)
+    config.augment.scale = (0.03, 0.12)
+    del config.evaluators.knn  # there are no classes
+    config.evaluators.detection = evaluate.get_config("detection").hit_uav
+    config.evaluators.detection.every = float(config.epochs)
+    config.evaluators.detection.path = config.data.get_ref("path")
+    config.evaluators.detection.seed = config.get_ref("seed")
+
+
 DATASETS: dict[str, Change] = {
     "shapes": shapes,
     "cifar10": cifar10,
     "rgb_thermal": rgb_thermal,
+    "hit_uav": hit_uav,
 }

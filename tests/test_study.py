@@ -59,7 +59,7 @@ def test_tables_have_mean_and_spread():
 @pytest.mark.parametrize(
     "name",
     [
-        *("study", "study:cifar10", "compare", "compare:cifar10"),
+        *("study", "study:cifar10", "compare", "compare:cifar10", "compare:hit_uav"),
         *("benchmark", "benchmark:small", "benchmark:micro,rates"),
         pytest.param("recipe_search", marks=pytest.mark.slow),
     ],

@@ -41,6 +41,8 @@ COLUMNS = {
     "attentive_probe/top1": Column("attentive probe %", 1),
     "fewshot/labels1pct": Column("1 % of labels, %", 1),
     "fewshot/labels10pct": Column("10 % of labels, %", 1),
+    "detection/ap50": Column("AP50", 1),
+    "detection/ap": Column("AP", 1),
     "gflop_per_image": Column("GFLOP / image", 2),
     "step_images_per_second": Column("images/s", 0),
 }
