@@ -14,11 +14,12 @@ import conftest
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import processes
 import pytest
 import tiny
 
 import lmim_jax
-from lmim_jax.train import checkpoints, loop, metric_logger
+from lmim_jax.train import checkpoint_manifest, checkpoints, loop, metric_logger
 from lmim_jax.train.build import build
 from lmim_jax.train.metric_writer import read_metrics
 from lmim_jax.utils.errors import UserError
@@ -162,6 +163,25 @@ def test_a_finished_run_says_so_and_does_nothing(finished, caplog):
     assert "trained encoder" in caplog.text
     assert "Next steps" in caplog.text
     assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_with_a_damaged_last_checkpoint_is_mended(finished, tmp_path, caplog):
+    config, workdir, summary = finished
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    last = copy / "checkpoints" / "12"
+    path = max((path for path in last.rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    again = loop.train(config, copy)
+    assert "this run was finished, but its last checkpoint is damaged" in caplog.text
+    assert checkpoint_manifest.verify(last).state == "good"
+    assert processes.digest(copy, 12) == processes.digest(workdir, 12)
+    assert again["loss"] == summary["loss"]
+    assert (copy / "checkpoints" / "aside" / "12-damaged").is_dir()
+    shutil.rmtree(copy / "checkpoints")  # to save space
+    assert loop.train(config, copy) == again
 
 
 def test_a_run_killed_before_its_summary_is_evaluated_again(finished):

@@ -19,6 +19,7 @@ from lmim_jax.evaluators.common import kept_classifier
 from lmim_jax.evaluators.common.outcome import Outcome
 from lmim_jax.models import attention
 from lmim_jax.train import (
+    checkpoint_manifest,
     extension,
     frozen_teacher,
     gpu_kernels,
@@ -98,7 +99,7 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
     multihost.check_consistent(config=plain_config, data=identity)
     allowed = extension.KEYS if extended else ()
     multihost.decide(lambda: workdirs.check(workdir, plain_config, identity, allowed))
-    finished = multihost.decide(lambda: summaries.read_summary(workdir, parts.total_steps))
+    finished = multihost.decide(lambda: _read_finished(workdir, parts.total_steps))
     if finished:
         steps = parts.total_steps
         log.info("this run is finished: %d of %d steps, in %s", steps, steps, workdir)
@@ -135,6 +136,19 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
     log.info("finished %d steps in %s", parts.total_steps, duration(summary["wall_seconds"]))
     log.info(summaries.format_summary(summary, workdir))
     return summary
+
+
+def _read_finished(workdir: buckets.Pathname, total_steps: int) -> dict[str, Any] | None:
+    """The summary of a finished run; None if there is more to do, or its last state is damaged."""
+    summary = summaries.read_summary(workdir, total_steps)
+    last = checkpoint_manifest.steps(workdir).get(total_steps)
+    if summary is None or last is None:  # checkpoints of a finished run may have been deleted
+        return summary
+    status = checkpoint_manifest.verify(last)
+    if status.state == "good":
+        return summary
+    log.warning("this run was finished, but its last checkpoint is %s", status)
+    return None
 
 
 def _make_mesh(config: ConfigDict) -> Mesh:
