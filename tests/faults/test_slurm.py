@@ -88,7 +88,8 @@ def test_every_task_gets_its_share_of_the_cpus_and_its_gpus(tmp_path, full):
         pytest.skip("half a minute; ./launch/test.sh --faults")
     program = tmp_path / "python"
     program.write_text(
-        '#!/bin/sh\necho "task $SLURM_LOCALID: $SLURM_CPUS_PER_TASK $CUDA_VISIBLE_DEVICES."\n'
+        f'#!/bin/sh\n[ "$1" = main.py ] || exec {sys.executable} "$@"\n'  # launch/restart.py
+        'echo "task $SLURM_LOCALID: $SLURM_CPUS_PER_TASK $CUDA_VISIBLE_DEVICES."\n'
     )
     program.chmod(0o755)
     with cluster.Cluster(tmp_path / "slurm") as slurm:
