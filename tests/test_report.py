@@ -187,6 +187,7 @@ def test_unlabeled_images_have_neighbors_other_than_themselves(folder, images, t
     assert log_sections.evaluations_section(tmp_path, []) is None
 
 
+@pytest.mark.slow
 def test_pictures_are_of_the_features_that_the_recipe_chose(images, tmp_path):
     run = runs.open_run(make_run(tmp_path / "run", images, "latent_mim"))
     run.config.representation.update(weights="target", patches="patches")

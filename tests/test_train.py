@@ -165,6 +165,7 @@ def test_a_finished_run_says_so_and_does_nothing(finished, caplog):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_with_a_damaged_last_checkpoint_is_mended(finished, tmp_path, caplog):
     config, workdir, summary = finished
     copy = tmp_path / "run"
