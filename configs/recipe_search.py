@@ -31,7 +31,7 @@ IMAGES = {"tiny_imagenet": 200 * 50, "shapes": 8192}  # of training
 
 
 class Candidate(NamedTuple):
-    """A change of the recipe: values of options, numbers of options to multiply."""
+    """A change of the recipe: new values of options, and factors by which others are multiplied."""
 
     name: str
     options: dict[str, Any]

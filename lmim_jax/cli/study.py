@@ -414,7 +414,8 @@ def recorded(config: ConfigDict, kept: buckets.Pathname) -> list[comparison.Comp
       config: of the study.
       kept: the folder of its records.
     """
-    groups, runs = plan(config, [], [], buckets.path(kept, "none"), kept)
+    absent = buckets.path(kept, "none")  # the folder of the study is not needed
+    groups, runs = plan(config, [], [], absent, kept)
     path = buckets.path(kept, COST_FILE)
     costs: dict[str, Values] = json.loads(path.read_text()) if path.exists() else {}
     descriptions = {name: description for name, description, _, _ in config.runs}
