@@ -34,6 +34,18 @@ VARIANTS = {
     "no_xla_flags": ("xla_flags=none",),
     "deterministic": ("deterministic=true",),
 }
+# Flags of XLA, each added to those of a run, whose own values it replaces
+FLAGS = {
+    "triton_products": "--xla_gpu_enable_triton_gemm=true",
+    "no_cuda_graphs": "--xla_gpu_enable_command_buffer=",
+    "latency_hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "cublaslt": "--xla_gpu_enable_cublaslt=true",
+    "cudnn_layer_norm": "--xla_gpu_enable_cudnn_layer_norm=true",
+    "fusion_autotuner": "--xla_gpu_experimental_enable_fusion_autotuner=true",
+    "block_level_fusions": "--xla_gpu_experimental_enable_fusion_block_level_rewriter=true",
+    "triton_several_outputs": "--xla_gpu_unsupported_enable_triton_multi_output_fusion=true",
+    "triton_fusions": "--xla_gpu_experimental_all_fusions_with_triton=true",
+}
 COMPILE_SHARE = 0.65  # of the time limit, after which what is compiled is timed
 RESERVE = 5.0  # seconds that a part needs at least
 
@@ -88,6 +100,8 @@ def all_parts() -> list[Part]:
     for size in (256, 512):
         parts.append(Part(f"torch/{size}", ("torch", str(size)), "alone"))
     parts.append(Part("attention", ("attention",), "alone"))
+    for name, flag in FLAGS.items():
+        parts.append(Part(f"flags/{name}", ("flags", flag, "batch_size=256"), "compile"))
     return parts
 
 
@@ -289,7 +303,7 @@ def table(results: dict[str, Result]) -> list[str]:
 
 def _describe(kind: str, result: Result) -> str:
     """A result in one line."""
-    if kind in ("step", "profile", "loop"):
+    if kind in ("step", "profile", "loop", "flags") and "milliseconds" in result:
         utilization = "not known"
         if result["mfu"]:
             utilization = f"{result['mfu']:.1%}"

@@ -4,6 +4,7 @@
     gpu_measure.py parity CASE
     gpu_measure.py resume NAME [KEY=VALUE ...]
     gpu_measure.py step | profile | loop [KEY=VALUE ...]
+    gpu_measure.py flags FLAG [KEY=VALUE ...]
     gpu_measure.py torch BATCH_SIZE
 
 KEY=VALUE changes the recipe: quickstart for `resume`, and otherwise vit_b. Run from the root of the
@@ -39,6 +40,7 @@ from lmim_jax.data import sources
 from lmim_jax.models import attention
 from lmim_jax.perf import bench_step, bench_train, profile
 from lmim_jax.train import workdir
+from lmim_jax.utils import xla_flags
 
 TINY = bool(os.environ.get("GPU_CHECK_TINY"))
 OUT = pathlib.Path(os.environ.get("OUT", "runs/gpu_check"))
@@ -295,6 +297,19 @@ def step(changes: Sequence[str]) -> Result:
     return _summary(measured)
 
 
+def step_with_flag(flag: str, changes: Sequence[str]) -> Result:
+    """Time the step with another flag of XLA.
+
+    Args:
+      flag: such as "--xla_gpu_enable_cublaslt=true".
+      changes: KEY=VALUE.
+    """
+    if xla_flags.unknown_to_xla([flag]):
+        return {"unknown_to_xla": flag}
+    xla_flags.add("XLA_FLAGS", [flag])
+    return step(changes)
+
+
 def profile_step(changes: Sequence[str]) -> Result:
     """Time the step, and list the operations that take the longest."""
     made, measured = _measure_step(_vit(changes))
@@ -390,6 +405,8 @@ def main(arguments: Sequence[str]) -> None:
         result = with_changes[name](others)
     elif name in with_one:
         result = with_one[name](others[0])
+    elif name == "flags":
+        result = step_with_flag(others[0], others[1:])
     elif name == "resume":
         result = resume(others[0], others[1:])
     else:
