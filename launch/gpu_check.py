@@ -1,8 +1,10 @@
 """The order of a GPU check: what runs side by side, what alone; results, table. See gpu_check.sh.
 
 Programs take one to two minutes to compile, on a few cores each, and seconds to run. So everything
-that is not timed runs side by side: parity, resumed runs, and the compilation of all programs, each
-in a process of its own. These wait then, and use the GPU one after the other.
+that is not timed runs side by side: parity, resumed runs, and the compilation of programs, each in
+a process of its own. These wait then, and use the GPU one after the other. To choose kernels, a
+process that compiles takes several GB of the GPU's memory, and keeps them; so only a few live at a
+time, in rounds.
 """
 
 import contextlib
@@ -47,6 +49,7 @@ FLAGS = {
     "triton_fusions": "--xla_gpu_experimental_all_fusions_with_triton=true",
 }
 COMPILE_SHARE = 0.65  # of the time limit, after which what is compiled is timed
+SLOTS = 8  # processes at a time at most: each may take 10 GB of the GPU's memory
 RESERVE = 5.0  # seconds that a part needs at least
 
 Result = dict[str, Any]
@@ -147,45 +150,51 @@ class Check:
 
         Args:
           parts: in the order of their importance.
-          slots: how many processes may work side by side.
+          slots: how many processes may live side by side.
         """
         for part in parts:
             if part.name == "device":
                 self._run_alone(part)
-        share = self.ends - self.began
-        self._run_beside(
-            [part for part in parts if part.mode != "alone"],
-            slots,
-            until=self.began + COMPILE_SHARE * share,
-        )
-        for part in parts:
-            if part.mode == "compile" and self._is_waiting(part.name):
-                self._signal(part.name, "go").touch()
-                self._wait(part.name)
-            elif part.mode == "alone" and part.name != "device":
-                self._run_alone(part)
+        until = self.began + COMPILE_SHARE * (self.ends - self.began)
+        queue = [part for part in parts if part.mode != "alone"]
+        alone = [part for part in parts if part.mode == "alone" and part.name != "device"]
+        while queue and time.monotonic() < until:
+            self._run_beside(queue, slots, until)
+            for part in parts:
+                if part.mode == "compile" and self._is_waiting(part.name):
+                    self._signal(part.name, "go").touch()
+                    self._wait(part.name)
+            while alone:
+                self._run_alone(alone.pop(0))
+        for part in alone:
+            self._run_alone(part)
 
     def stop(self) -> None:
         """End all processes that still run."""
         for name in list(self._processes):
             self._stop(name)
 
-    def _run_beside(self, parts: Sequence[Part], slots: int, until: float) -> None:
-        """Run parts side by side until each has ended or waits for the GPU, or the time is up."""
-        queue = list(parts)
+    def _run_beside(self, queue: list[Part], slots: int, until: float) -> None:
+        """Run parts side by side until each has ended or waits for the GPU, or the time is up.
+
+        Args:
+          queue: the parts; those that are started are removed.
+          slots: how many processes may live.
+          until: the time (of time.monotonic) at which those that still work are ended.
+        """
         while time.monotonic() < until:
             for name in list(self._processes):
                 if self._processes[name].poll() is not None:
                     self._record(name)
             working = [name for name in self._processes if not self._is_waiting(name)]
             ready = [part for part in queue if not part.after or self._has_files(part, queue)]
-            if ready and len(working) < slots:
+            if ready and len(self._processes) < slots:
                 queue.remove(ready[0])
                 self._start(ready[0])
-            elif not working and not ready:
-                break
-            else:
+            elif working:
                 time.sleep(0.1)
+            else:
+                break
         for name in list(self._processes):
             if not self._is_waiting(name):
                 self._stop(name)
@@ -358,7 +367,7 @@ def main() -> None:
     os.environ["OUT"] = str(out)
     signal.signal(signal.SIGTERM, _exit)
     check = Check(out, float(os.environ.get("LIMIT", "470")))
-    slots = int(os.environ.get("SLOTS") or len(os.sched_getaffinity(0)))
+    slots = int(os.environ.get("SLOTS") or min(len(os.sched_getaffinity(0)), SLOTS))
     parts = select(all_parts(), os.environ.get("ONLY", ""), list(check.done()))
     try:
         check.run(parts, slots)

@@ -5,7 +5,7 @@
 #   ONLY=step,torch        only parts that begin like that     IMAGES=    a folder of images for the loop; else drawn ones
 #   PYTHON=python3         an interpreter that has jax for the GPU; NO_INSTALL=1: and all other packages
 #   WHEELS=folder          install the packages that it lacks from wheels in a folder, without a network
-#   GPU_CHECK_TINY=1       small sizes, to try it on a CPU     SLOTS=     processes at a time; by default as many as cores
+#   GPU_CHECK_TINY=1       small sizes, to try it on a CPU     SLOTS=     processes at a time; by default as many as cores, 8 at most
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"

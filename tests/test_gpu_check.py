@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 MEASURE = """
 import json, os, pathlib, sys, time
 kind, name, *rest = sys.argv[1:]
+born = time.monotonic()
 prefix = os.environ["GPU_CHECK_SIGNALS"]
 if kind == "compile":
     pathlib.Path(prefix + "ready").touch()
@@ -28,7 +29,7 @@ time.sleep(0.05)
 if kind == "fail":
     sys.exit("it broke")
 print("noise")
-print(json.dumps({"span": [began, time.monotonic()]}))
+print(json.dumps({"born": born, "span": [began, time.monotonic()]}))
 """
 
 
@@ -79,12 +80,22 @@ def test_timed_parts_follow_one_another_and_results_are_kept(check, tmp_path):
     assert set(results) == {"device", "a", "b", "c", "d", "e"}
     assert results["b"]["error"] == "exit code 1: it broke"
     assert set(first.done()) == {"device", "a", "c", "d", "e"}
-    timed = [results[name]["span"] for name in ("device", "c", "d", "e")]
+    timed = sorted(results[name]["span"] for name in ("device", "c", "d", "e"))
     for (_, end), (start, _) in itertools.pairwise(timed):
         assert end < start
     # A second call repeats what has failed
     again = check.select(parts, "", list(first.done()))
     assert [part.name for part in again] == ["b"]
+
+
+def test_few_processes_live_at_a_time_and_parts_follow_in_rounds(check, tmp_path):
+    parts = [check.Part(name, ("compile", name), "compile") for name in "abc"]
+    parts.insert(1, check.Part("alone", ("alone", "alone"), "alone"))
+    check.Check(tmp_path, limit=60).run(parts, slots=2)
+    results = check.read_results(tmp_path)
+    order = sorted(results, key=lambda name: results[name]["span"][0])
+    assert order == ["a", "b", "alone", "c"]
+    assert results["c"]["born"] > results["b"]["span"][1]
 
 
 def test_what_does_not_fit_into_the_time_is_stopped_and_has_no_result(check, tmp_path, capsys):

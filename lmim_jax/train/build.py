@@ -107,8 +107,13 @@ class TrainingParts:
         return sum(array.size * array.dtype.itemsize for array in arrays)
 
     def create_state(self, mesh: Mesh) -> tuple[state.TrainState, Any]:
-        """A fresh state on the devices, and its shardings; see `state.create_state`."""
-        return state.create_state(
+        """A fresh state on the devices, and its shardings; see `state.jit_init`."""
+        init, shardings = self.jit_init(mesh)
+        return init(), shardings
+
+    def jit_init(self, mesh: Mesh) -> tuple[Any, Any]:
+        """The jitted function that makes a fresh state, and its shardings; see `state.jit_init`."""
+        return state.jit_init(
             self.method,
             self.optimizer,
             self.config.seed,

@@ -54,7 +54,24 @@ def create_state(
     rules: tuple[tuple[str, str | int], ...] = ((".*", "largest"),),
     min_size: int = 1 << 16,
 ) -> tuple[TrainState, Any]:
-    """A fresh state on the devices.
+    """A fresh state on the devices; see `jit_init`.
+
+    Returns:
+      (state, its tree of NamedShardings).
+    """
+    init, shardings = jit_init(method, optimizer, seed, mesh, rules, min_size)
+    return init(), shardings
+
+
+def jit_init(
+    method: Any,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    rules: tuple[tuple[str, str | int], ...] = ((".*", "largest"),),
+    min_size: int = 1 << 16,
+) -> tuple[Any, Any]:
+    """The jitted function without arguments that makes a fresh state on the devices.
 
     The order is shapes, then shardings, then `jit(init)`, so that no device ever holds all of it.
 
@@ -67,7 +84,7 @@ def create_state(
       min_size: see `sharding.state_sharding`.
 
     Returns:
-      (state, its tree of NamedShardings).
+      (function, the tree of NamedShardings of its state).
     """
 
     def init() -> TrainState:
@@ -75,4 +92,4 @@ def create_state(
 
     abstract = jax.eval_shape(init)
     shardings = sharding.state_sharding(abstract, mesh, rules=rules, min_size=min_size)
-    return jax.jit(init, out_shardings=shardings)(), shardings
+    return jax.jit(init, out_shardings=shardings), shardings
