@@ -36,6 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
         decoder=dict(decoder_width=64, decoder_depth=2, decoder_heads=4, projector_width=256),
         images=50,
         epochs=8,
+        probe_epochs=0.0,  # none
         batch_size=128,
         micro_batches=4,
         rate=16.0,
@@ -44,9 +45,10 @@ SIZES: dict[str, dict[str, Any]] = {
         encoder=dict(width=192, depth=4, heads=3, dtype="float32"),
         decoder=dict(decoder_width=128, decoder_depth=2, decoder_heads=4, projector_width=512),
         images=50,
-        epochs=32,
+        epochs=16,
+        probe_epochs=5.0,
         batch_size=128,
-        micro_batches=4,
+        micro_batches=8,
         rate=8.0,
     ),
     "small": dict(
@@ -54,6 +56,7 @@ SIZES: dict[str, dict[str, Any]] = {
         decoder=dict(decoder_width=256, decoder_depth=4, decoder_heads=8, projector_width=1024),
         images=200,
         epochs=100,
+        probe_epochs=10.0,
         batch_size=512,
         micro_batches=1,
         rate=4.0,
@@ -89,7 +92,7 @@ def get_config(which: str = "latent_mim,micro") -> ConfigDict:
     config.optimizer.base_lr = config.optimizer.base_lr * options["rate"]
     steps = CLASSES * options["images"] // options["batch_size"] * options["epochs"]
     _shorten(config, published, steps)
-    _evaluate(config)
+    _evaluate(config, options["probe_epochs"])
     if size == "nano":
         for title in {*EVALUATIONS, *PROBES} - set(SEARCHED):
             del config.evaluators[title]
@@ -144,8 +147,13 @@ def _shorten(config: ConfigDict, published: ConfigDict, steps: int) -> None:
         )
 
 
-def _evaluate(config: ConfigDict) -> None:
-    """Measure at the start and at the end, on the features that the recipe names."""
+def _evaluate(config: ConfigDict, probe_epochs: float) -> None:
+    """Measure at the start and at the end, on the features that the recipe names.
+
+    Args:
+      config: is changed.
+      probe_epochs: how long linear and attentive probes train.
+    """
     config.representation.image = _scaled(config.representation.image, config.method.depth)
     sections = evaluate.get_config()
     for title in (*EVALUATIONS, *PROBES):
@@ -153,6 +161,8 @@ def _evaluate(config: ConfigDict) -> None:
         section.update(every=0.0, params="", batch_size=100)
         if title in EVALUATIONS:
             section["every"] = float(config.epochs)
+        else:
+            section["epochs"] = probe_epochs
         if "baselines" in section:
             section["baselines"] = True
         config.evaluators[title] = section
