@@ -102,6 +102,7 @@ def all_parts() -> list[Part]:
             parts.append(_step(size, variant))
     for size in (256, 512):
         parts.append(Part(f"torch/{size}", ("torch", str(size)), "alone"))
+    parts.append(Part("transfer", ("transfer",), "alone"))
     parts.append(Part("attention", ("attention",), "alone"))
     for name, flag in FLAGS.items():
         parts.append(Part(f"flags/{name}", ("flags", flag, "batch_size=256"), "compile"))

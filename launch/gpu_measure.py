@@ -1,6 +1,6 @@
 """A part of the GPU check in a process of its own: its result is one line of JSON on stdout.
 
-    gpu_measure.py device | shapes | jpeg | attention
+    gpu_measure.py device | shapes | jpeg | attention | transfer
     gpu_measure.py parity CASE
     gpu_measure.py resume NAME [KEY=VALUE ...]
     gpu_measure.py step | profile | loop [KEY=VALUE ...]
@@ -11,6 +11,7 @@ KEY=VALUE changes the recipe: quickstart for `resume`, and otherwise vit_b. Run 
 code by gpu_check.py, which sets the variables OUT and GPU_CHECK_SIGNALS.
 """
 
+import concurrent.futures
 import functools
 import hashlib
 import importlib.metadata
@@ -100,7 +101,7 @@ def device() -> Result:
     }
 
 
-def seconds(function: Callable[..., Any], *arguments: jax.Array) -> float:
+def seconds(function: Callable[..., Any], *arguments: Any) -> float:
     """Median time of a call, after three to warm up."""
     times = []
     for _ in range(6 if TINY else 23):
@@ -291,6 +292,30 @@ def _error(found: jax.Array, expected: jax.Array) -> float:
     return float(f"{float(difference / jnp.linalg.norm(expected)):.2e}")
 
 
+def transfer() -> Result:
+    """How fast the images of a batch reach the device: whole, in parts by threads, page-locked."""
+    canvas = vit_b.get_config().data.canvas
+    shape = (8 if TINY else 256, canvas, canvas, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    target = jax.devices()[0]
+    put = functools.partial(jax.device_put, device=jax.sharding.SingleDeviceSharding(target))
+    rows: list[Result] = []
+    for count in (1, 2, 4, 8):
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            parts = np.array_split(images, count)
+            elapsed = seconds(lambda pool, parts: list(pool.map(put, parts)), pool, parts)
+        rows.append({"parts": count, "gigabytes_per_second": images.nbytes / elapsed / 1e9})
+    for memory in target.addressable_memories():
+        if memory.kind == "pinned_host":
+            locked = jax.sharding.SingleDeviceSharding(target, memory_kind=memory.kind)
+            lock = functools.partial(jax.device_put, device=locked)
+            rate = images.nbytes / seconds(lock, images) / 1e9
+            rows.append({"from": "numpy", "to": memory.kind, "gigabytes_per_second": rate})
+            rate = images.nbytes / seconds(put, lock(images)) / 1e9
+            rows.append({"from": memory.kind, "to": "device", "gigabytes_per_second": rate})
+    return {"megabytes": images.nbytes / 1e6, "rows": rows}
+
+
 def step(changes: Sequence[str]) -> Result:
     """Time the step on random images."""
     _, measured = _measure_step(_vit(changes))
@@ -401,6 +426,7 @@ def main(arguments: Sequence[str]) -> None:
     with_changes = {"step": step, "profile": profile_step, "loop": loop}
     with_one = {"parity": parity, "torch": torch_step}
     alone = {"device": device, "shapes": shapes, "jpeg": jpeg, "attention": attention_variants}
+    alone["transfer"] = transfer
     if name in with_changes:
         result = with_changes[name](others)
     elif name in with_one:

@@ -100,6 +100,15 @@ def test_metrics_of_eight_devices():
     assert json.loads(json.dumps(found)) == found
 
 
+def test_steps_in_a_row_do_not_wait_for_the_state():
+    step = bench_step.BenchmarkStep(recipe("mae", depth=1))
+    batches = iter([bench_step.random_batch(step.parts, step.mesh) for _ in range(5)])
+    seconds = step.timed_in_a_row(3, lambda: next(batches), skip=2)
+    assert len(seconds) == 3 and min(seconds) > 0
+    assert next(batches, None) is None
+    assert len(step.timed_in_a_row(2)) == 2
+
+
 @pytest.mark.parametrize(
     ("device_kind", "flops_per_second"),
     [

@@ -4,6 +4,7 @@ It is the step of the training loop: same function, donated state, same placemen
 machine only comparisons are meaningful: `compare` runs two recipes in turn, step by step.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from lmim_jax.train.build import TrainingParts, build
 MATRIX_SIDE = 2048  # of the matrix product that a CPU's peak is measured with
 NO_LABEL = -1
 
+Batch = dict[str, jax.Array]
+
 
 def lower(
     config: ConfigDict, mesh: Mesh, steps_per_epoch: int = 1000
@@ -36,6 +39,10 @@ def lower(
     parts = build(config, steps_per_epoch)
     function, arguments = aot.abstract_step(parts, mesh)
     return parts, function.lower(*arguments)
+
+
+def _random_batch() -> None:
+    """In place of a batch: the step runs on its random one."""
 
 
 class BenchmarkStep:
@@ -82,7 +89,7 @@ class BenchmarkStep:
         self._state = compiled_init()
         self._batch = random_batch(self.parts, self.mesh)
 
-    def run(self, batch: dict[str, jax.Array] | None = None) -> dict[str, jax.Array]:
+    def run(self, batch: Batch | None = None) -> dict[str, jax.Array]:
         """Start one step.
 
         Args:
@@ -103,6 +110,34 @@ class BenchmarkStep:
         metrics = self.run()
         jax.block_until_ready((metrics, self._state))
         return time.perf_counter() - began
+
+    def timed_in_a_row(
+        self,
+        steps: int,
+        next_batch: Callable[[], Batch | None] = _random_batch,
+        skip: int = 1,
+    ) -> list[float]:
+        """Run steps as training does: one is in progress while the metrics of the one before come.
+
+        Args:
+          steps: number of steps to time.
+          next_batch: returns the images of a step; None: random ones.
+          skip: number of steps before the clock starts.
+
+        Returns:
+          Seconds from the metrics of one step to those of the next.
+        """
+        ends = []
+        pending = None
+        for _ in range(skip + steps):
+            metrics = self.run(next_batch())
+            if pending is not None:
+                jax.device_get(pending)
+                ends.append(time.perf_counter())
+            pending = metrics
+        jax.device_get(pending)
+        ends.append(time.perf_counter())
+        return [end - start for start, end in itertools.pairwise(ends[skip - 1 :])]
 
     def metrics(
         self, seconds: Sequence[float], matrix_seconds: Sequence[float | None]
@@ -218,7 +253,7 @@ def measure(config: ConfigDict, steps: int = 20, warmup: int = 3) -> dict[str, A
 
     Args:
       config: the recipe; its data are not read.
-      steps: number of steps to time, one by one.
+      steps: number of steps to time: on a CPU one by one, else in a row, as in training.
       warmup: number of steps to run before.
 
     Returns:
@@ -245,6 +280,8 @@ def measure_with_step(
     for _ in range(warmup):
         step.timed()
         time_matrix_product()
+    if jax.default_backend() != "cpu":
+        return step, step.metrics(step.timed_in_a_row(steps), [])
     seconds = []
     matrix_seconds = []
     for _ in range(steps):

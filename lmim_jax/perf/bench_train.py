@@ -1,13 +1,10 @@
 """Speed of the training loop with its input pipeline, compared with the train step by itself."""
 
 import functools
-import itertools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from lmim_jax.data import loader, sources
@@ -20,8 +17,6 @@ from lmim_jax.utils.prng import augment_keys
 # `loader.training_batches`.
 PREFETCHED = 12
 MATRIX_PRODUCTS = 3  # timed in each round
-
-Batch = dict[str, jax.Array]
 
 
 def measure_loop(
@@ -75,9 +70,9 @@ def measure_loop(
     for _ in range(rounds):
         for _ in range(MATRIX_PRODUCTS):
             matrix_seconds.append(time_matrix_product())
-        step_seconds += _time_loop(step, _no_batch, skip=1, steps=steps)
+        step_seconds += step.timed_in_a_row(steps)
         next_batch = functools.partial(next, batches)
-        loop_seconds += _time_loop(step, next_batch, skip=PREFETCHED, steps=steps)
+        loop_seconds += step.timed_in_a_row(steps, next_batch, skip=PREFETCHED)
     mean_loop_seconds = statistics.fmean(loop_seconds)
     measured = step.metrics(step_seconds, matrix_seconds)
     measured["train"] = {
@@ -86,35 +81,6 @@ def measure_loop(
         "ratio": statistics.fmean(step_seconds) / mean_loop_seconds,
     }
     return step, measured
-
-
-def _no_batch() -> None:
-    """In place of a batch: the step runs on its random one."""
-
-
-def _time_loop(
-    step: BenchmarkStep, next_batch: Callable[[], Batch | None], skip: int, steps: int
-) -> list[float]:
-    """Run a training loop; seconds per step, from the metrics of one step to those of the next.
-
-    Args:
-      step: the compiled step.
-      next_batch: returns the images of a step.
-      skip: number of steps before the clock starts.
-      steps: number of steps to time.
-    """
-    ends = []
-    pending = None
-    for _ in range(skip + steps):
-        metrics = step.run(next_batch())
-        if pending is not None:
-            jax.device_get(pending)
-            ends.append(time.perf_counter())
-        pending = metrics
-    jax.device_get(pending)
-    ends.append(time.perf_counter())
-    timed = ends[skip - 1 :]
-    return [end - start for start, end in itertools.pairwise(timed)]
 
 
 def table(measured: dict[str, Any]) -> list[str]:
