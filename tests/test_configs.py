@@ -274,6 +274,15 @@ def test_a_number_without_meaning_is_named(key, value):
         train_build.check_numbers(config)
 
 
+@pytest.mark.parametrize("key", train_build.SHARES)
+def test_a_share_above_1_is_refused(key):
+    config = recipe("capi_vit_b")
+    config.update_from_flattened_dict({key: 75.0})
+    message = f"config.{key}=75.0 is a share: it must be at most 1"
+    with pytest.raises(UserError, match=re.escape(message)):
+        train_build.check_numbers(config)
+
+
 def test_a_missing_key_is_named():
     config = recipe("vit_b").method.to_dict()
     del config["tau"]

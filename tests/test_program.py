@@ -141,7 +141,7 @@ def test_traffic_of_a_tpu_is_that_of_whole_tiles_outside_the_chip():
 
 def test_the_estimate_is_the_sum_of_the_model():
     chip = accelerators.CHIPS["h100"]
-    program = {"bytes": 3.7e12, "product_bytes": 1.5e12, "kernels": 500_000}
+    program = {"bytes": 3.7e12, "product_bytes": 2e12, "kernels": 500_000}
     seconds = traffic.estimate_seconds(chip, 650e12, program)
     assert seconds == pytest.approx({"products": 1, "traffic": 1, "kernel_starts": 1})
 

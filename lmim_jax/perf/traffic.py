@@ -41,7 +41,7 @@ LIBRARIES = {"__cublas": "cuBLAS", "__cudnn": "cuDNN", "tpu_custom_call": "Palla
 # What kernels reached on an H100 (docs/results/gpu.md), as shares of its data sheet
 PRODUCT_SHARE = 650e12 / 989e12  # large bfloat16 products
 BANDWIDTH_SHARE = 2.7e12 / 3.35e12  # a copy in memory
-PRODUCT_TRAFFIC = 1 / 3  # of the traffic of products, what their arithmetic does not hide
+PRODUCT_TRAFFIC = 1 / 2  # of the traffic of products, what their arithmetic does not hide
 KERNEL_SECONDS = 2e-6  # to start a kernel: an assumption
 NOT_ESTIMABLE = "none: the model is so small that starting kernels takes most of the time"
 
@@ -217,9 +217,9 @@ def estimate_seconds(
     """Estimate the time of a program on a GPU.
 
     The model: products at the rate of large bfloat16 products; then the traffic of other kernels,
-    and a third of that of products, at the bandwidth of a copy; then a constant for every kernel.
+    and half of that of products, at the bandwidth of a copy; then a constant for every kernel.
     Both rates were measured on an H100, and are taken to be the same shares of the data sheet on
-    other GPUs. The third is fitted to steps of an H100; how far they are from the model is in
+    other GPUs. The half is fitted to steps of an H100; how far they are from the model is in
     docs/results/gpu.md.
 
     Args:

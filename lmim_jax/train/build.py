@@ -43,7 +43,22 @@ LEAST = {  # options -> their least value
     "optimizer.base_lr": 0,
     "optimizer.warmup_epochs": 0,
     "optimizer.weight_decay": 0,
+    "optimizer.floor": 0,
+    "optimizer.warmup_start": 0,
+    "optimizer.cosine_share": 0,
+    "method.mask_ratio": 0,
+    "method.prediction_ratio": 0,
+    "method.drop_path": 0,
 }
+SHARES = (  # of something: at most 1
+    "data.max_bad_fraction",
+    "optimizer.floor",
+    "optimizer.warmup_start",
+    "optimizer.cosine_share",
+    "method.mask_ratio",
+    "method.prediction_ratio",
+    "method.drop_path",
+)
 NONFINITE_CHOICES = ("stop", "skip")
 
 
@@ -182,6 +197,8 @@ def check_numbers(config: ConfigDict) -> None:
         value = options.get(name)
         if value is not None and value < least:
             raise UserError(f"config.{key}={value} must be at least {least}")
+        if value is not None and key in SHARES and value > 1:
+            raise UserError(f"config.{key}={value} is a share: it must be at most 1")
     for key in ("method.grid", "augment.scale"):
         section, _, name = key.partition(".")
         values = config[section].get(name)
