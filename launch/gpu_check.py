@@ -325,7 +325,8 @@ def _describe(kind: str, result: Result) -> str:
         )
         if kind == "loop":
             text += f"; with input {result['loop_images_per_second']:.1f} images/s, "
-            text += f"{result['ratio']:.3f} of it"
+            text += f"{result['ratio']:.3f} of it; input by itself "
+            text += f"{result['input_images_per_second']:.1f} images/s"
         return text
     hidden = ("part", "ok", "seconds", "rows")
     return _join({key: value for key, value in result.items() if key not in hidden})

@@ -357,7 +357,11 @@ def loop(changes: Sequence[str]) -> Result:
             config, steps=2 if TINY else 10, rounds=2, on_compiled=wait_for_the_device
         )
     train = measured["train"]
-    speed = {"loop_images_per_second": train["images_per_second"], "ratio": train["ratio"]}
+    speed = {
+        "loop_images_per_second": train["images_per_second"],
+        "ratio": train["ratio"],
+        "input_images_per_second": train["input_images_per_second"],
+    }
     return {**_summary(measured), **speed}
 
 

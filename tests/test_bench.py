@@ -323,3 +323,4 @@ def test_the_whole_loop(images):
     assert found["ratio"] > 0
     assert found["images_per_second"] > 0
     assert "whole loop" in log
+    assert re.search(r"input +[\d.e+]+ images/s by itself", log)
