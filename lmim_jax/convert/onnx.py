@@ -63,7 +63,7 @@ class _Graph:
         encoder = self._encoder
         height, width = encoder.image_size
         num_patches = math.prod(encoder.image_size) // encoder.patch_size**2
-        shapes = {MEAN: ["batch", encoder.width]}
+        shapes: dict[str, list[str | int | None]] = {MEAN: ["batch", encoder.width]}
         if encoder.cls:
             shapes[CLS] = ["batch", encoder.width]
         shapes[PATCHES] = ["batch", num_patches, encoder.width]
@@ -71,7 +71,7 @@ class _Graph:
         outputs = []
         for name, shape in shapes.items():
             outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-        image_shape = ["batch", encoder.channels, height, width]
+        image_shape: list[str | int | None] = ["batch", encoder.channels, height, width]
         graph = helper.make_graph(
             self._nodes,
             "encoder",

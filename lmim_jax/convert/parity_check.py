@@ -153,7 +153,7 @@ def open_timm(folder: str | pathlib.Path) -> ForeignModel:
     """Open a folder of --format=timm; it needs the packages torch and timm."""
     import timm
 
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 
     def preprocess(image: Image.Image) -> np.ndarray:

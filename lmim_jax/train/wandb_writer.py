@@ -59,14 +59,14 @@ class WandbWriter:
 
         path = workdir / RUN_FILE
         known = json.loads(path.read_text()) if path.is_file() else {}
-        local = isinstance(workdir, pathlib.Path)
+        local = workdir if isinstance(workdir, pathlib.Path) else None
         run = wandb.init(
             project=known.get("project", options.project),
             entity=known.get("entity", options.entity) or None,
             name=options.name or workdir.name,
             id=known.get("id"),
             resume="allow",
-            dir=workdir if local else None,
+            dir=local,
             settings=wandb.Settings(
                 login_timeout=TIMEOUT,
                 init_timeout=TIMEOUT,
