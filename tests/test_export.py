@@ -19,6 +19,7 @@ from lmim_jax.convert import hf, model_card, parity_check, timm, torch_encoder
 from lmim_jax.methods import base
 from lmim_jax.models.layers import sincos_positions
 from lmim_jax.train import runs
+from lmim_jax.train.build import build
 from lmim_jax.utils import array_io
 from lmim_jax.utils.errors import UserError
 
@@ -260,9 +261,8 @@ def test_published_sizes_agree_on_photographs(size, library, tmp_path):
     from lmim_jax.configs import vit_b, vit_ti
 
     archive = SHARED / "imagenet_jpegs_125.zip"
-    config = {"Ti/16": vit_ti, "B/16": vit_b}[size].get_config()
-    method = base.from_config(config.method, total_steps=1, steps_per_epoch=1)
-    params = jax.jit(method.init)(jax.random.key(0))
+    parts = build({"Ti/16": vit_ti, "B/16": vit_b}[size].get_config(), steps_per_epoch=1)
+    params = jax.jit(parts.method.init)(jax.random.key(0))
     if archive.exists():
         with zipfile.ZipFile(archive) as file:
             names = [
@@ -271,7 +271,7 @@ def test_published_sizes_agree_on_photographs(size, library, tmp_path):
             jpegs = [file.read(name) for name in names]
     else:
         jpegs = [interop.jpeg(300, 400, 0), interop.jpeg(500, 333, 1)]
-    model = in_memory(tmp_path, config, method, params)
+    model = in_memory(tmp_path, parts.config, parts.method, params)
     export.export(model, library, "online", tmp_path / "out")
     found = parity_check.compare(library, tmp_path / "out", model, params, jpegs)
     assert found["features"] <= 1e-4, found
