@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from lmim_jax.configs import compare, small, tiny_imagenet
 
+TRAINS = False  # it is a study
 SEEDS = (0, 1)
 # Raw pixels and color histograms are measured by the runs of the first method, for all
 NO_BASELINES = (

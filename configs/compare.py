@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from lmim_jax.configs import small
 
+TRAINS = False  # it is a study
 TARGETS = {  # what a method predicts; of other methods, their recipe's title
     "latent_mim": "latents, patch discrimination",
     "latent_mim_lite": "a random projection of patches, patch discrimination",

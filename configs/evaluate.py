@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from lmim_jax.configs import vit_b
 from lmim_jax.utils.errors import UserError, did_you_mean
 
+TRAINS = False  # it has the options of evaluators
 SIZES = ("B", "L", "H")
 
 

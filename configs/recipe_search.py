@@ -22,6 +22,7 @@ from lmim_jax.methods import base
 from lmim_jax.perf import flops
 from lmim_jax.utils.errors import UserError
 
+TRAINS = False  # it is a study
 PUBLISHED = "published"
 RECIPES = {
     "tiny_imagenet": "configs/tiny_imagenet.py:latent_mim,nano",

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+TRAINS = False  # it is a study
+
 # Start of the ladder: one network, regression, a quarter of the patches visible, no gap, no
 # constraint, plain decoder
 NAIVE = {

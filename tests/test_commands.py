@@ -259,7 +259,7 @@ STYLES = "html.py"  # whose names begin in the same way
 def config_keys():
     """The keys of all recipes, joined by dots, and those that hold others."""
     keys = {"json"}  # config.json, a file
-    for name in recipes.names():
+    for name in [*recipes.training_names(), "study", "evaluate"]:
         argument = ["latent_mim,shapes"] if name == "small" else []
         config = importlib.import_module(f"lmim_jax.configs.{name}").get_config(*argument)
         for path in flatten_dict(config.to_dict(), keep_empty_nodes=True):

@@ -29,7 +29,7 @@ def recipe(name):
 
 
 # The others are studies (tests/test_study.py) or options of evaluators
-RECIPES = [name for name in NAMES if "method" in recipe(name)]
+RECIPES = recipes.training_names()
 # Keys whose values are derived from another key, until they are set themselves
 FOLLOWERS = {
     "batch_size": ["optimizer.lr"],

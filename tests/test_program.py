@@ -279,7 +279,7 @@ def test_a_plan_for_gpus_is_compiled(fsdp, tmp_path):
     assert sum(sizes) == pytest.approx(gradients, rel=0.05)
 
 
-RECIPES = [name for name in recipes.names() if "method" in recipe(name)]
+RECIPES = recipes.training_names()
 
 
 def shallow(name):

@@ -58,8 +58,8 @@ def nearest_recipe(config: dict[str, Any]) -> RecipeMatch | None:
 
 
 def _all_recipes() -> Iterator[tuple[str, ConfigDict]]:
-    """Yield (name as for --config, config) of every recipe that trains, which has a method."""
-    for name in recipes.names():
+    """Yield (name as for --config, config) of every recipe that trains."""
+    for name in recipes.training_names():
         module = importlib.import_module(f"lmim_jax.configs.{name}")
         if name == "small":
             for method in module.methods():
@@ -67,9 +67,7 @@ def _all_recipes() -> Iterator[tuple[str, ConfigDict]]:
                     variant = f"{method},{dataset}"
                     yield f"small:{variant}", module.get_config(variant)
             continue
-        recipe = module.get_config()
-        if "method" in recipe:
-            yield name, recipe
+        yield name, module.get_config()
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:

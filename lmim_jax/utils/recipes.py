@@ -1,5 +1,6 @@
 """Recipes are found by name or by path: where they are, and what `--config` means."""
 
+import importlib
 import importlib.util
 import pathlib
 
@@ -17,6 +18,18 @@ def folder() -> pathlib.Path:
 def names() -> list[str]:
     """The names of all recipes, sorted: "cifar10", "quickstart", "vit_b", ..."""
     return sorted(path.stem for path in folder().glob("[a-z]*.py"))
+
+
+def training_names() -> list[str]:
+    """The names of recipes that train. Others say `TRAINS = False`: studies, evaluators' options.
+
+    What a study consists of can take long to compute.
+    """
+    found = []
+    for name in names():
+        if getattr(importlib.import_module(f"lmim_jax.configs.{name}"), "TRAINS", True):
+            found.append(name)
+    return found
 
 
 def locate(recipe: str) -> str:
