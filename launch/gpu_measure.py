@@ -429,8 +429,13 @@ def main(arguments: Sequence[str]) -> None:
     name, *others = arguments
     with_changes = {"step": step, "profile": profile_step, "loop": loop}
     with_one = {"parity": parity, "torch": torch_step}
-    alone = {"device": device, "shapes": shapes, "jpeg": jpeg, "attention": attention_variants}
-    alone["transfer"] = transfer
+    alone = {
+        "device": device,
+        "shapes": shapes,
+        "jpeg": jpeg,
+        "attention": attention_variants,
+        "transfer": transfer,
+    }
     if name in with_changes:
         result = with_changes[name](others)
     elif name in with_one:

@@ -100,13 +100,23 @@ def test_metrics_of_eight_devices():
     assert json.loads(json.dumps(found)) == found
 
 
-def test_steps_in_a_row_do_not_wait_for_the_state():
+def test_steps_in_a_row_take_a_batch_each():
     step = bench_step.BenchmarkStep(recipe("mae", depth=1))
     batches = iter([bench_step.random_batch(step.parts, step.mesh) for _ in range(5)])
     seconds = step.timed_in_a_row(3, lambda: next(batches), skip=2)
     assert len(seconds) == 3 and min(seconds) > 0
     assert next(batches, None) is None
     assert len(step.timed_in_a_row(2)) == 2
+
+
+def test_an_accelerator_is_timed_in_a_row(monkeypatch):
+    monkeypatch.setattr(
+        bench_step.BenchmarkStep, "timed_in_a_row", lambda step, steps: [0.5] * steps
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = bench_step.measure(recipe("mae", depth=1), steps=4, warmup=1)
+    assert found["seconds_per_step"]["median"] == 0.5
+    assert found["seconds_per_step"]["steps"] == 4
 
 
 @pytest.mark.parametrize(

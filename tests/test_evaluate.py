@@ -28,7 +28,7 @@ from lmim_jax.optim import adamw
 from lmim_jax.report import eval_table
 from lmim_jax.train import runs, workdir
 from lmim_jax.train.checkpoints import Checkpoints
-from lmim_jax.train.state import create_state
+from lmim_jax.train.state import jit_init
 
 ROOT = pathlib.Path(conftest.ROOT)
 MESH = sharding.make_mesh(devices=jax.devices()[:1])  # compiles faster
@@ -45,7 +45,7 @@ def saved(images, tmp_path_factory):
     optimizer, _ = adamw.from_config(
         config.optimizer, warmup_steps=1, total_steps=10, steps_per_epoch=1
     )
-    state, _ = create_state(method, optimizer, config.seed, MESH)
+    state = jit_init(method, optimizer, config.seed, MESH)[0]()
     state = state.replace(params=jax.tree.map(lambda x: 0.9 * x + 0.01, state.params))
     with Checkpoints(folder, config) as checkpoints:
         checkpoints.save(state, 3)

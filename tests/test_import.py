@@ -21,7 +21,7 @@ from lmim_jax.data import sources
 from lmim_jax.distributed import sharding
 from lmim_jax.train import runs, workdir
 from lmim_jax.train.checkpoints import Checkpoints
-from lmim_jax.train.state import create_state
+from lmim_jax.train.state import jit_init
 from lmim_jax.utils import array_io
 from lmim_jax.utils.errors import UserError
 
@@ -122,7 +122,8 @@ def test_an_imported_run_resumes_training(file, images, tmp_path):
     optimizer, _ = import_weights.adamw.from_config(
         config.optimizer, warmup_steps=1, total_steps=9, steps_per_epoch=1
     )
-    state, shardings = create_state(method_of(config), optimizer, config.seed, sharding.make_mesh())
+    init, shardings = jit_init(method_of(config), optimizer, config.seed, sharding.make_mesh())
+    state = init()
     with Checkpoints(tmp_path / "run", config) as checkpoints:
         restored = checkpoints.restore(state, shardings)
     assert int(restored.step) == 0

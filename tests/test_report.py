@@ -24,7 +24,7 @@ from lmim_jax.optim import adamw
 from lmim_jax.report import config_diff, log_sections, run_features
 from lmim_jax.train import provenance, runs, summary, workdir
 from lmim_jax.train.checkpoints import Checkpoints
-from lmim_jax.train.state import create_state
+from lmim_jax.train.state import jit_init
 from lmim_jax.utils import html as page
 from lmim_jax.utils.errors import UserError
 
@@ -53,9 +53,9 @@ def make_run(folder, images, name="mae"):
     optimizer, _ = adamw.from_config(
         config.optimizer, warmup_steps=1, total_steps=10, steps_per_epoch=1
     )
-    state, _ = create_state(
-        method, optimizer, 0, sharding.make_mesh(), rules=config.mesh.rules, min_size=1
-    )
+    mesh = sharding.make_mesh()
+    init, _ = jit_init(method, optimizer, 0, mesh, rules=config.mesh.rules, min_size=1)
+    state = init()
     workdir.claim(folder, config.to_dict(), {})
     provenance.record_start(folder, [])
     with Checkpoints(folder, config) as checkpoints:

@@ -46,7 +46,7 @@ def run(devices, micro_batches, similarity_weight=0.1):
     """
     method, images, optimizer = setup(similarity_weight=similarity_weight)
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    current, _ = state.create_state(method, optimizer, 0, mesh)
+    current = state.jit_init(method, optimizer, 0, mesh)[0]()
     train_step = jax.jit(step.make_train_step(method, images, optimizer, mesh, micro_batches))
     rng = np.random.default_rng(0)
     losses = []
@@ -244,7 +244,7 @@ def sick_step(method, augmentation, optimizer, skip):
     def poisoned(keys, batch):
         return augmentation(keys, batch) * batch["poison"].reshape(-1, 1, 1, 1)
 
-    current, _ = state.create_state(method, optimizer, 0, mesh)
+    current = state.jit_init(method, optimizer, 0, mesh)[0]()
     train_step = jax.jit(
         step.make_train_step(method, poisoned, optimizer, mesh, 2, skip_nonfinite=skip)
     )

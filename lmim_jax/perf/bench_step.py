@@ -41,7 +41,7 @@ def lower(
     return parts, function.lower(*arguments)
 
 
-def _random_batch() -> None:
+def _no_batch() -> None:
     """In place of a batch: the step runs on its random one."""
 
 
@@ -114,7 +114,7 @@ class BenchmarkStep:
     def timed_in_a_row(
         self,
         steps: int,
-        next_batch: Callable[[], Batch | None] = _random_batch,
+        next_batch: Callable[[], Batch | None] = _no_batch,
         skip: int = 1,
     ) -> list[float]:
         """Run steps as training does: one is in progress while the metrics of the one before come.

@@ -46,23 +46,6 @@ def initial_params(method: Any, seed: int) -> Any:
     return method.init(init_rng)
 
 
-def create_state(
-    method: Any,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    mesh: jax.sharding.Mesh,
-    rules: tuple[tuple[str, str | int], ...] = ((".*", "largest"),),
-    min_size: int = 1 << 16,
-) -> tuple[TrainState, Any]:
-    """A fresh state on the devices; see `jit_init`.
-
-    Returns:
-      (state, its tree of NamedShardings).
-    """
-    init, shardings = jit_init(method, optimizer, seed, mesh, rules, min_size)
-    return init(), shardings
-
-
 def jit_init(
     method: Any,
     optimizer: optax.GradientTransformation,
