@@ -209,17 +209,21 @@ def test_padding_changes_no_feature_by_a_bit(run):
     np.testing.assert_array_equal(with_padding.labels, without.labels[:11])
 
 
-def test_baselines_need_no_encoder_and_are_computed_once(run):
+def test_baselines_need_no_encoder(run):
     method, params, data = run
-    evaluator = make(baselines=True)
-    found = evaluator.run(method, params, data)
+    found = make(baselines=True).run(method, params, data)
     assert {"pixels_knn5", "histogram_knn5", "pixels_nn1", "histogram_nn1"} <= found.keys()
     assert found["histogram_knn5"] == 100  # the two classes of these images differ in color
-    data.batches = None
-    try:
-        assert knn._baseline(evaluator, method, data, "pixels")["knn5"] == found["pixels_knn5"]
-    finally:
-        del data.batches
+
+
+def test_baselines_that_a_run_has_are_not_computed_again():
+    scheduled = base.Scheduled("near", 1, "online", make(baselines=True))
+    for known in (set(), {"loss", "near/knn5"}, {"nearer/pixels_knn5"}):
+        assert scheduled.without_known_baselines(known) is scheduled
+    found = scheduled.without_known_baselines({"near/knn5", "near/histogram_knn5"})
+    assert found == dataclasses.replace(scheduled, evaluator=make(baselines=False))
+    other = dataclasses.replace(scheduled, evaluator=make("fewshot"))
+    assert other.without_known_baselines({"near/pixels_knn5"}) is other
 
 
 def test_baselines_of_logistic_regression_stand_beside_its_accuracy(run):

@@ -124,6 +124,17 @@ def test_an_unknown_group_is_named(tmp_path):
         study.plan(get_config("study"), ["lader"], (), tmp_path)
 
 
+def test_later_seeds_measure_no_baselines_again(tmp_path):
+    config = get_config("benchmark")
+    _, runs = study.plan(config, [], ("epochs=1",), tmp_path)
+    off = "evaluators.knn.baselines=False"
+    first, *others = runs
+    assert off not in first.changes
+    for run in others:
+        assert run.changes.count(off) == 1
+        assert run.changes[-1] == "epochs=1"  # the user's come last
+
+
 CONFIG = """
 'One thread or two.'
 from ml_collections import ConfigDict

@@ -32,7 +32,7 @@ from lmim_jax.data.eval import extra_tests
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost, sharding
 from lmim_jax.evaluators import base as evaluators
-from lmim_jax.evaluators.common import image_features, kept_classifier
+from lmim_jax.evaluators.common import kept_classifier
 from lmim_jax.evaluators.common.feature_cache import FeatureCache
 from lmim_jax.evaluators.common.outcome import Outcome
 from lmim_jax.report.eval_table import line, table
@@ -198,7 +198,7 @@ def measure(
       run: the run.
       scheduled: the evaluators.
       data: the images.
-      columns: {column of the table: weights}; the columns in `image_features.ENCODER_FREE` need no
+      columns: {column of the table: weights}; the columns in `evaluators.ENCODER_FREE` need no
         weights.
       skip: leave out an evaluator that lacks something, with a warning.
       keep: what classifiers of the trained encoder are given to; None: they are not kept.
@@ -250,7 +250,7 @@ def _list_jobs(
     jobs = []
     for one in scheduled:
         for column in columns:
-            if column not in image_features.ENCODER_FREE:
+            if column not in evaluators.ENCODER_FREE:
                 jobs.append((one, column))
             elif one.evaluator.supports_pixel_baselines:
                 jobs.append((_with_feature(one, column), column))
@@ -293,7 +293,7 @@ def open_inputs(
     multihost.check_consistent(config=run.config.to_dict(), data=identities)
     columns = {}
     if baselines:
-        columns.update(dict.fromkeys(image_features.ENCODER_FREE, trained))
+        columns.update(dict.fromkeys(evaluators.ENCODER_FREE, trained))
         columns["untrained"] = run.initial_weights(mesh)
     columns[TRAINED] = trained
     description = {

@@ -6,9 +6,9 @@
 The config of a study has `seeds`, `runs` (name, description, recipe, changes to the recipe),
 `groups` (title, what each row is compared with, names of runs), `cost` (whether to measure the
 cost of training) and, if it likes, `baselines` (whether tables have rows for raw pixels and the
-untrained encoders). Every run is a process of its own in OUT/NAME/seedS, with its own log. Re-run
-the command to resume. OUT/index.html, OUT/table.md and OUT/results.json are updated after every
-run.
+untrained encoders) and `later_seeds` (changes to the recipes for all seeds but the first). Every
+run is a process of its own in OUT/NAME/seedS, with its own log. Re-run the command to resume.
+OUT/index.html, OUT/table.md and OUT/results.json are updated after every run.
 
 With --records=DIR, the small files of every run that has finished are copied to DIR: its command,
 versions, metrics and log. A run with records is not trained again, so that the pages can be made
@@ -223,10 +223,11 @@ def plan(
         wanted.update(group.names)
     runs = []
     for seed in config.seeds:
+        of_seed = () if seed == config.seeds[0] else config.get("later_seeds", ())
         for name, _, recipe, run_changes in config.runs:
             if name in wanted:
                 inner = (_folder_name(name), f"seed{seed}")
-                all_changes = tuple(run_changes) + tuple(changes)
+                all_changes = (*dict.fromkeys((*run_changes, *of_seed)), *changes)
                 run_records = None
                 if kept is not None:
                     run_records = buckets.path(kept, *inner)

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import logging
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -36,6 +36,7 @@ FORMER_NAMES = {
     "pictures": "visualization",
 }
 WEIGHTS = ("online", "target")
+ENCODER_FREE = ("pixels", "histogram")  # features that need no encoder
 STRICT = "strict"  # key of the config beside the sections: whether a failure stops the run
 
 
@@ -84,7 +85,7 @@ class Evaluator(Protocol):
       label_kinds: what labels may be, see data/label_file.py.
       takes: what an empty `feature` stands for: "image" or "patches" of `config.representation`.
       supports_pixel_baselines: the field `feature` may also be one of
-        `image_features.ENCODER_FREE`, so that raw pixels can be measured for comparison.
+        `ENCODER_FREE`, so that raw pixels can be measured for comparison.
       trains: it trains for many epochs on the images.
       cost: its time in comparison with others, roughly; for the order and the ETA of several.
     """
@@ -226,6 +227,22 @@ class Scheduled:
         if total_steps < self.every:
             return step == total_steps
         return step % self.every == 0 or step == total_steps
+
+    def without_known_baselines(self, metrics: Set[str]) -> "Scheduled":
+        """Itself, but without the features of `ENCODER_FREE` if their metrics are among these.
+
+        They never change: a run measures them once.
+
+        Args:
+          metrics: names of the metrics that the run has already.
+        """
+        evaluator: Any = self.evaluator
+        known = tuple(f"{self.title}/{feature}_" for feature in ENCODER_FREE)
+        if not getattr(evaluator, "baselines", False) or not any(
+            name.startswith(known) for name in metrics
+        ):
+            return self
+        return dataclasses.replace(self, evaluator=dataclasses.replace(evaluator, baselines=False))
 
     def run(
         self, method: EvaluatedMethod, state: Any, data: EvaluationData

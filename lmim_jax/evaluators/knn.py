@@ -15,7 +15,6 @@ On request, the first two for features that need no encoder: pixels_nn1, histogr
 """
 
 import dataclasses
-import functools
 import logging
 
 import numpy as np
@@ -25,9 +24,9 @@ from jaxtyping import Float, Int
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.data.label_file import CLASSES, MULTILABEL, REGRESSION
 from lmim_jax.evaluators import base
-from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
+from lmim_jax.evaluators.base import ENCODER_FREE, EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers, image_features, target_metrics
-from lmim_jax.evaluators.common.image_features import ENCODER_FREE, Labeled, labeled_features
+from lmim_jax.evaluators.common.image_features import Labeled, labeled_features
 from lmim_jax.utils.logging import log_once
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ class Evaluator(base.Evaluator):
         results.update(self.evaluate_feature(method, params, data, self.feature))
         if self.baselines:
             for feature in ENCODER_FREE:
-                for metric, value in _baseline(self, method, data, feature).items():
+                for metric, value in self.evaluate_feature(method, {}, data, feature).items():
                     if metric not in ("loo1", "majority", "prevalence_map", "mean_mae"):
                         results[f"{feature}_{metric}"] = value
         return results
@@ -103,14 +102,6 @@ class Evaluator(base.Evaluator):
             for name, value in target_metrics.summarize(targets.kind, predicted, truth).items():
                 metrics[f"knn{k}_{name}"] = value
         return {**metrics, **target_metrics.baselines(targets.kind, values, truth)}
-
-
-@functools.lru_cache(maxsize=8)
-def _baseline(
-    evaluator: Evaluator, method: EvaluatedMethod, data: EvaluationData, feature: str
-) -> dict[str, float]:
-    """The metrics of a feature without an encoder, which never change: computed once."""
-    return evaluator.evaluate_feature(method, {}, data, feature)
 
 
 def accuracies(

@@ -550,6 +550,7 @@ class TrainingLoop:
             self._data.keep = functools.partial(self._keep, evaluator)
         try:
             with progress.working(evaluator.title):
+                evaluator = evaluator.without_known_baselines(self._writer.names)
                 metrics, pictures = evaluator.run(self._parts.method, self._state, self._data)
         except preemption.Interrupted:
             raise

@@ -18,12 +18,11 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import Batch, EvaluationData, targets_of
 from lmim_jax.distributed import sharding
-from lmim_jax.evaluators.base import EvaluatedMethod, Params
+from lmim_jax.evaluators.base import ENCODER_FREE, EvaluatedMethod, Params
 from lmim_jax.evaluators.common.finite import check_finite
 from lmim_jax.utils import array_memory
 from lmim_jax.utils.errors import UserError, did_you_mean
 
-ENCODER_FREE = ("pixels", "histogram")
 POOLS = ("mean", "cls", "both")
 HISTOGRAM_LEVELS = 6  # per channel
 JOINT_CHANNELS = 4  # of more channels, each has a histogram of its own

@@ -10,7 +10,6 @@ Letters: N training images, Q test images, D width of a feature, K classes or la
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -22,10 +21,10 @@ from jaxtyping import Array, Float, Shaped
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.data.label_file import CLASSES, MULTILABEL, REGRESSION
 from lmim_jax.evaluators import base
-from lmim_jax.evaluators.base import EvaluatedMethod, Params, Results
+from lmim_jax.evaluators.base import ENCODER_FREE, EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers, image_features, lbfgs_logistic, outcome
 from lmim_jax.evaluators.common.classifiers import LinearModel
-from lmim_jax.evaluators.common.image_features import ENCODER_FREE, Labeled, labeled_features
+from lmim_jax.evaluators.common.image_features import Labeled, labeled_features
 from lmim_jax.evaluators.common.outcome import Answers, Outcome
 from lmim_jax.evaluators.common.probe_training import Task
 from lmim_jax.utils.errors import UserError
@@ -77,7 +76,7 @@ class LinearEvaluator(base.Evaluator):
         results.update(found.metrics)
         if self.baselines:
             for feature in ENCODER_FREE:
-                for name, value in _baseline(self, method, data, feature).items():
+                for name, value in self.evaluate_feature(method, {}, data, feature).items():
                     if name in ("accuracy", "map", "r2", "mae"):
                         results[f"{feature}_{name}"] = value
         return results
@@ -214,11 +213,3 @@ def _weights(
         kernel = (kernel * np.array(deviation)).astype(np.float32)
         bias = (bias * np.array(deviation) + np.array(mean)).astype(np.float32)
     return {"kernel": kernel, "bias": bias, "mean": model.mean, "deviation": model.deviation}
-
-
-@functools.lru_cache(maxsize=8)
-def _baseline(
-    evaluator: LinearEvaluator, method: EvaluatedMethod, data: EvaluationData, feature: str
-) -> dict[str, float]:
-    """The metrics of a feature without an encoder, which never change: computed once."""
-    return evaluator.evaluate_feature(method, {}, data, feature)

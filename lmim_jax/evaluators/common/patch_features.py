@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
-from lmim_jax.evaluators.base import EvaluatedMethod, Params
+from lmim_jax.evaluators.base import ENCODER_FREE, EvaluatedMethod, Params
 from lmim_jax.evaluators.common import image_features
 from lmim_jax.evaluators.common.finite import check_finite
 from lmim_jax.models.layers import patchify
@@ -48,7 +48,7 @@ def patch_vectors(
       params: weights of the method.
       images: normalized images.
       feature: one of the method's features with a vector per patch ("patches", "patches_prenorm"),
-        or one of `image_features.ENCODER_FREE`.
+        or one of `ENCODER_FREE`.
 
     Returns:
       float32 [B, N, D].
@@ -60,7 +60,7 @@ def patch_vectors(
     side = method.patch_size
     grid = (height // side, width // side)
     number_of_patches = grid[0] * grid[1]
-    if feature in image_features.ENCODER_FREE:
+    if feature in ENCODER_FREE:
 
         def cut(x: Array) -> Array:
             """[B, H, W, C] -> patches as small images [B N, side, side, C]."""
@@ -76,7 +76,7 @@ def patch_vectors(
         if value.ndim == 3 and value.shape[1] == number_of_patches:
             suitable.append(name)
     if feature not in suitable:
-        choices = ", ".join([*suitable, *image_features.ENCODER_FREE])
+        choices = ", ".join([*suitable, *ENCODER_FREE])
         raise UserError(f"feature={feature!r} has no vector per patch; choices: {choices}")
     return features[feature].astype(jnp.float32)
 
