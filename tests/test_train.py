@@ -45,7 +45,7 @@ def lines(workdir):
 def finished(images, tmp_path_factory):
     """A finished run in this process: (config, workdir, summary)."""
     workdir = tmp_path_factory.mktemp("finished")
-    config = recipe(images)
+    config = recipe(images, **{"evaluators.knn.baselines": True})
     return config, workdir, loop.train(config, workdir)
 
 
@@ -81,8 +81,11 @@ def test_a_run_logs_what_it_did(finished):
         "wall_seconds",
         "collapse_index",
     } <= summary.keys()
+    assert [line["step"] for line in logged if "knn/pixels_knn5" in line] == [0]
     assert summary["knn5"] == {
         "majority": 50.0,
+        "pixels": logged[0]["knn/pixels_knn5"],
+        "histogram": logged[0]["knn/histogram_knn5"],
         "untrained": logged[0]["knn/knn5"],
         "trained": summary["knn/knn5"],
     }
@@ -188,9 +191,14 @@ def test_a_finished_run_with_a_damaged_last_checkpoint_is_mended(finished, tmp_p
 def test_a_run_killed_before_its_summary_is_evaluated_again(finished):
     config, workdir, summary = finished
     (workdir / "summary.json").unlink()
+    path = workdir / "metrics.jsonl"
+    before = path.read_text().splitlines()
+    assert before[-1].startswith('{"step": 12, "knn/')
+    path.write_text("\n".join(before[:-1]) + "\n")
     again = loop.train(config, workdir)
-    accuracies = {name: value for name, value in summary.items() if "knn/" in name}
-    assert {name: value for name, value in again.items() if "knn/" in name} == accuracies
+    assert path.read_text().splitlines() == before  # without the baselines again
+    accuracies = {name: value for name, value in summary.items() if "knn" in name}
+    assert {name: value for name, value in again.items() if "knn" in name} == accuracies
     (workdir / "summary.json").write_text(json.dumps(summary))
 
 
