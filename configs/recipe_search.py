@@ -6,10 +6,12 @@
 The argument is ROUND or ROUND,DATASET. Each run changes the published recipe, at the size `nano` of
 configs/tiny_imagenet.py or at that of quickstart for `shapes`, and takes as many optimizer steps as
 cost the FLOPs of the published one: a cheaper step means more of them. Warm-up and schedules follow
-the length. `screen` is one seed of every single change; --hours=2 stops in time, and the command
-again goes on.
+the length. `screen` is one seed of every single change; `switches` is another seed of what later
+papers add (docs/methods.md), and needs no new run of the first. --hours=2 stops in time, and the
+command again goes on.
 """
 
+import functools
 import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -39,6 +41,25 @@ class Candidate(NamedTuple):
     factors: Mapping[str, float] = types.MappingProxyType({})
 
 
+JOINT = {"method.target": "joint"}
+SIGREG = {"method.sigreg_weight": 0.05}
+SWITCHES = (  # of later papers
+    Candidate("teacher sees all patches", {"method.target_patches": "all"}),
+    Candidate("2 masks an image", {"method.target_patches": "all", "method.masks_per_image": 2}),
+    Candidate("4 masks an image", {"method.target_patches": "all", "method.masks_per_image": 4}),
+    Candidate("duplicates are no negatives", {"method.duplicate_cosine": 0.9}),
+    Candidate(
+        "loss on visible patches", {"method.target_patches": "all", "method.context_weight": 0.5}
+    ),
+    Candidate("noise on positions", {"method.position_noise": 0.25}),
+    Candidate("SIGReg", SIGREG),
+    Candidate("variance hinge", {"method.variance_weight": 1.0}),
+    Candidate("joint training", JOINT),
+    Candidate("joint training with SIGReg", {**JOINT, **SIGREG}),
+    Candidate(
+        "joint training with SIGReg and hinge", {**JOINT, **SIGREG, "method.variance_weight": 1.0}
+    ),
+)
 CANDIDATES = (
     Candidate("no projector", {"method.projector_depth": 0}),
     Candidate("projector of 1 layer", {"method.projector_depth": 1}),
@@ -54,9 +75,6 @@ CANDIDATES = (
     Candidate("no gap", {"method.gap": 0}),
     Candidate("gap 1", {"method.gap": 1}),
     Candidate("gap 4", {"method.gap": 4}),
-    Candidate("teacher sees all patches", {"method.target_patches": "all"}),
-    Candidate("2 masks an image", {"method.target_patches": "all", "method.masks_per_image": 2}),
-    Candidate("4 masks an image", {"method.target_patches": "all", "method.masks_per_image": 4}),
     Candidate(
         "no projector, targets: mean of 3 blocks",
         {
@@ -85,15 +103,12 @@ CANDIDATES = (
     Candidate("twice the decoder's width", {}, {"method.decoder_width": 2}),
     Candidate("larger crops", {"augment.scale": (0.5, 1.0)}),
     Candidate("smaller crops", {"augment.scale": (0.08, 1.0)}),
-    Candidate("duplicates are no negatives", {"method.duplicate_cosine": 0.9}),
-    Candidate(
-        "loss on visible patches", {"method.target_patches": "all", "method.context_weight": 0.5}
-    ),
-    Candidate("noise on positions", {"method.position_noise": 0.25}),
-    Candidate("SIGReg", {"method.sigreg_weight": 0.02}),
-    Candidate("variance hinge", {"method.variance_weight": 1.0}),
+    *SWITCHES,
 )
-ROUNDS = ("screen",)
+ROUNDS = {  # candidates and seeds
+    "screen": (CANDIDATES, (0,)),
+    "switches": (SWITCHES, (0, 1)),
+}
 
 
 def get_config(which: str = "screen,tiny_imagenet") -> ConfigDict:
@@ -112,11 +127,11 @@ def get_config(which: str = "screen,tiny_imagenet") -> ConfigDict:
             raise UserError(f"recipe_search:{which}: {given!r} must be one of: {' | '.join(known)}")
     recipe = published(dataset)
     config = ConfigDict()
-    config.seeds = (0,)
+    candidates, config.seeds = ROUNDS[name]
     steps = IMAGES[dataset] // recipe.batch_size * recipe.epochs
     runs = [(PUBLISHED, f"{steps} steps", RECIPES[dataset], (f"total_steps={steps}",))]
     cost = gigaflops(recipe)
-    for candidate in CANDIDATES:
+    for candidate in candidates:
         changes = changes_of(candidate, recipe)
         own_steps = steps
         if any(path.startswith("method.") for path in changes):
@@ -167,4 +182,9 @@ def gigaflops(recipe: ConfigDict) -> float:
     method = base.from_config(
         modalities.method_options(recipe), total_steps=1000, steps_per_epoch=100
     )
+    return _gigaflops(method)
+
+
+@functools.cache
+def _gigaflops(method: Any) -> float:
     return flops.count_method(method).total / 1e9

@@ -62,6 +62,7 @@ def test_tables_have_mean_and_spread():
         *("study", "study:cifar10", "compare", "compare:cifar10", "compare:hit_uav"),
         *("benchmark", "benchmark:small", "benchmark:micro,rates"),
         pytest.param("recipe_search", marks=pytest.mark.slow),
+        pytest.param("recipe_search:switches", marks=pytest.mark.slow),
     ],
 )
 def test_every_run_of_a_study_is_a_valid_recipe(name, tmp_path):
