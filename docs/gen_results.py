@@ -8,7 +8,8 @@ The place of a table is between two comments:
     <!-- end of study -->
 
 The first names the recipe of the study, as for lmim study --config, and the folder of its records
-(--records); after these, names of metrics choose columns. The tests compare pages with records.
+(--records); after these, names of metrics choose columns, or `accuracies` a short table. The tests
+compare pages with records.
 """
 
 import importlib
@@ -42,6 +43,9 @@ def with_tables(text: str, root: pathlib.Path = ROOT) -> str:
         name, folder, *columns = words.split()
         tables = []
         for group in study.recorded(_config(name), root / folder):
+            if columns == ["accuracies"]:
+                tables.append(comparison.accuracy_table(group.variants))
+                continue
             chosen = columns or tuple(comparison.COLUMNS)
             tables.append(comparison.markdown_table(group.variants, chosen))
             if not columns:

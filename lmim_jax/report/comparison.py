@@ -170,7 +170,34 @@ def _table_cells(
 
 def markdown_table(variants: Sequence[Variant], columns: Sequence[str] = tuple(COLUMNS)) -> str:
     """The variants and some metrics, of COLUMNS, as a Markdown table."""
-    head, rows = _table_cells(variants, columns)
+    return _markdown(*_table_cells(variants, columns))
+
+
+def accuracy_table(variants: Sequence[Variant]) -> str:
+    """The ACCURACIES of trained encoders beside those of untrained ones, as a Markdown table.
+
+    Args:
+      variants: of a group with `baselines`.
+    """
+    known = {variant.name: variant.values for variant in variants}
+    head = ["run", "description"]
+    for metric in ACCURACIES:
+        head += [f"{COLUMNS[metric].heading}, untrained", "trained"]
+    rows = []
+    for variant in variants:
+        untrained = known.get(_untrained(variant.name), {})
+        if not untrained and variant.name != PIXELS:
+            continue
+        row = [variant.name, variant.description]
+        for metric in ACCURACIES:
+            for values in (untrained, variant.values):
+                row.append(format_cell(values.get(metric, []), COLUMNS[metric].decimals))
+        rows.append(row)
+    return _markdown(head, rows)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table of two columns of words and others of numbers."""
     alignment = ["---", "---"] + ["---:"] * (len(head) - 2)
     lines = []
     for cells in [head, alignment] + rows:
@@ -273,7 +300,8 @@ def baselines(names: Sequence[str], folders: Mapping[str, SeedFolders]) -> list[
     """
     found: list[Variant] = []
     for name in names:
-        values = collect_values(folders[name], _pixel_values)
+        measured = {seed: folder for seed, folder in folders[name].items() if _pixel_values(folder)}
+        values = collect_values(measured, _pixel_values)
         if values and not found:  # those of other variants are the same
             found.append(Variant(PIXELS, "no encoder", values))
     for name in names:
