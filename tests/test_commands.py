@@ -7,6 +7,7 @@ import html
 import importlib
 import os
 import pathlib
+import platform
 import re
 import shlex
 import shutil
@@ -530,3 +531,35 @@ def test_the_command_of_a_prepared_dataset_trains(shell):
     given = ["prepare", "--folder=my photos", "--out=my data", "--name=photos", "--processes=1"]
     (command,) = printed(shell.type(f"{first_line()} {shlex.join(given)}"))
     shell.type(f"{command} {shlex.join(options(SHORT | {'report': False}))}")
+
+
+FAULTS = """
+import resource
+import numpy as np
+from lmim_jax.utils import array_memory
+
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(1 << 25, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+kept = array_memory.keep_freed()
+pages()
+print(kept, pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize("tunables", [None, "glibc.malloc.check=0"])
+def test_freed_memory_is_kept_unless_the_user_decides(tunables):
+    environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    if tunables:
+        environment["GLIBC_TUNABLES"] = tunables
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(
+        command, cwd=conftest.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    kept, faults = done.stdout.split()
+    assert kept == str(not tunables)
+    if not tunables:
+        assert int(faults) < 100  # of 8,192 pages

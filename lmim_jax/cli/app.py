@@ -15,7 +15,8 @@ import absl.app
 from absl import flags
 from ml_collections import config_flags
 
-from lmim_jax.utils import descriptors, recipes
+from lmim_jax.distributed import multihost
+from lmim_jax.utils import array_memory, descriptors, recipes
 from lmim_jax.utils.buckets import BucketError, BucketUnreachable
 from lmim_jax.utils.errors import DataLoaderTimeout, UserError, fail
 
@@ -63,6 +64,8 @@ def run(command: Command, argv: Sequence[str]) -> None:
 
     def call(positional: list[str]) -> None:
         descriptors.raise_limit()
+        if not (multihost.visible_gpus() or multihost.visible_tpu_chips()):
+            array_memory.keep_freed()
         try:
             command.main(positional[1:])
         except BucketUnreachable as error:
