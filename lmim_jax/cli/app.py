@@ -64,8 +64,6 @@ def run(command: Command, argv: Sequence[str]) -> None:
 
     def call(positional: list[str]) -> None:
         descriptors.raise_limit()
-        if not (multihost.visible_gpus() or multihost.visible_tpu_chips()):
-            array_memory.keep_freed()
         try:
             command.main(positional[1:])
         except BucketUnreachable as error:
@@ -79,6 +77,12 @@ def run(command: Command, argv: Sequence[str]) -> None:
     if has_arguments(argv):
         recipes_of = getattr(command, "RECIPES_OF_ARGUMENTS", recipes_of)
     absl.app.run(call, argv=list(argv), flags_parser=functools.partial(parse_flags, recipes_of))
+
+
+def keep_freed_memory() -> None:
+    """See `array_memory.keep_freed`, for commands that compute on a CPU more than they decode."""
+    if not (multihost.visible_gpus() or multihost.visible_tpu_chips()):
+        array_memory.keep_freed()
 
 
 def with_own_flags(command: Command, message: str) -> str:

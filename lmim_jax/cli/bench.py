@@ -28,6 +28,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from lmim_jax.cli import app
 from lmim_jax.perf import (
     bench_checkpoint,
     bench_input,
@@ -89,7 +90,8 @@ def bench_devices(given: Any) -> None:
             "--compare is for --what=step without --profile: it times two recipes in turn"
         )
     with tempfile.TemporaryDirectory() as folder:
-        flags_of_xla = workdir.set_xla_flags(given.config, folder)  # as training does
+        app.keep_freed_memory()  # as training does
+        flags_of_xla = workdir.set_xla_flags(given.config, folder)
         log_to_console()
         for line in flags_of_xla:
             log.info(line)

@@ -370,6 +370,7 @@ def file_name(step: int, titles: Sequence[str]) -> str:
 def main(arguments: list[str]) -> None:
     """Evaluate, print the table and write the files."""
     given = flags.FLAGS
+    app.keep_freed_memory()
     multihost.initialize(
         given.coordinator, given.num_processes, given.process_id, device_ids=app.device_ids()
     )

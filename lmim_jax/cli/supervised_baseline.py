@@ -212,6 +212,7 @@ def _accuracy(
 def main(arguments: list[str]) -> None:
     """Train and print the accuracy."""
     app.no_arguments(arguments, "--epochs=20")
+    app.keep_freed_memory()
     log_to_console()
     given = flags.FLAGS
     accuracy, guessing = train(given.config, given.epochs, given.learning_rate)

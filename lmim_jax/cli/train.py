@@ -66,6 +66,7 @@ def run(config: ConfigDict, folder: str, schedule: str = "") -> None:
       schedule: "continue" or "restart": extend the run, see train/extension.py.
     """
     given = flags.FLAGS
+    app.keep_freed_memory()
     workdir.check_outside_images(folder, config.data)
     workdir.check_compilation_cache(os.environ)
     process = multihost.process_number(given.coordinator, given.process_id)
