@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import conftest
 import pytest
@@ -24,9 +25,10 @@ from flax.traverse_util import flatten_dict
 from lmim_jax.cli import app, import_weights, study
 from lmim_jax.cli.__main__ import COMMANDS
 from lmim_jax.convert import model_card
+from lmim_jax.distributed import multihost
 from lmim_jax.report import config_diff, log_sections
 from lmim_jax.train import metric_writer, provenance, summary
-from lmim_jax.utils import buckets, commands, recipes
+from lmim_jax.utils import array_memory, buckets, commands, recipes
 
 PACKAGE = conftest.ROOT / "lmim_jax"
 SUMMARY = {"steps": 8, "images_per_second": 200.0, "wall_seconds": 1.0}
@@ -563,3 +565,33 @@ def test_freed_memory_is_kept_unless_the_user_decides(tunables):
     assert kept == str(not tunables)
     if not tunables:
         assert int(faults) < 100  # of 8,192 pages
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_memory_is_kept_on_cpus_only(gpus, monkeypatch):
+    monkeypatch.setattr(multihost, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(multihost, "visible_tpu_chips", lambda: 0)
+    calls = []
+    monkeypatch.setattr(array_memory, "keep_freed", lambda: calls.append(1))
+    app.keep_freed_memory()
+    assert len(calls) == 1 - gpus
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "supervised_baseline", "bench"])
+def test_commands_that_compute_keep_memory(name, monkeypatch):
+    class Kept(Exception):
+        """Ends the command."""
+
+    def keep():
+        raise Kept
+
+    monkeypatch.setattr(app, "keep_freed_memory", keep)
+    module = importlib.import_module(f"lmim_jax.cli.{name}")
+    given = types.SimpleNamespace(compare=None, what="step", profile=None, config=None)
+    monkeypatch.setattr(flags, "FLAGS", given)
+    call = {
+        "train": lambda: module.run(None, ""),
+        "bench": lambda: module.bench_devices(given),
+    }.get(name, lambda: module.main([]))
+    with pytest.raises(Kept):
+        call()

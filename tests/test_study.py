@@ -212,7 +212,7 @@ def finished_run(folder, run, knn):
     for step, value in ((0, 5.0), (8, knn)):
         values = {"step": step, "knn/knn20": value}
         if not run.seed and not step:
-            values["knn/pixels_knn20"] = 3.0
+            values |= {"knn/pixels_knn20": 3.0, "knn/histogram_knn20": 4.0}
         lines.append(json.dumps(values))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "summary.json").write_text(json.dumps({"steps": 8}))
@@ -260,6 +260,7 @@ def test_pages_are_made_from_records_beside_baselines(recorded):
     table = (folder / "out" / "table.md").read_text()
     assert f"| {name} | what | 20.5 ± 0.5 |" in table
     assert "| raw pixels | no encoder | 3.0 |" in table
+    assert "| color histograms | no encoder | 4.0 |" in table
     assert f"| {name}, untrained | at step 0 | 5.0 ± 0.0 |" in table
     assert (
         f"{name}: +15.5 k-NN 20 % over {name}, untrained; +17.5 k-NN 20 % over raw pixels." in table

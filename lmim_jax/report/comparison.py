@@ -4,6 +4,7 @@ Nothing here depends on the method: a metric that a run has not logged is left o
 """
 
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -47,6 +48,7 @@ COLUMNS = {
     "step_images_per_second": Column("images/s", 0),
 }
 PIXELS = "raw pixels"
+NO_ENCODER = {"pixels": PIXELS, "histogram": "color histograms"}  # names of features: their rows
 PICTURE = "*_seen_*.png"  # of patch features, by the evaluator `visualization`
 MAX_PICTURE_SIDE = 800  # pixels
 KNN = "knn/knn20"  # the metric that variants are ranked by
@@ -186,7 +188,7 @@ def accuracy_table(variants: Sequence[Variant]) -> str:
     rows = []
     for variant in variants:
         untrained = known.get(_untrained(variant.name), {})
-        if not untrained and variant.name != PIXELS:
+        if not untrained and variant.name not in NO_ENCODER.values():
             continue
         row = [variant.name, variant.description]
         for metric in ACCURACIES:
@@ -296,14 +298,18 @@ def baselines(names: Sequence[str], folders: Mapping[str, SeedFolders]) -> list[
       folders: {name: {seed: folder}}.
 
     Returns:
-      Raw pixels, as far as they were measured, and the encoder of each variant before training.
+      Raw pixels and color histograms, as far as they were measured, and the encoder of each variant
+      before training.
     """
     found: list[Variant] = []
-    for name in names:
-        measured = {seed: folder for seed, folder in folders[name].items() if _pixel_values(folder)}
-        values = collect_values(measured, _pixel_values)
-        if values and not found:  # those of other variants are the same
-            found.append(Variant(PIXELS, "no encoder", values))
+    for feature, title in NO_ENCODER.items():
+        values: Values = {}
+        for name in names:
+            read = functools.partial(_values_without_encoder, feature=feature)
+            measured = {seed: folder for seed, folder in folders[name].items() if read(folder)}
+            values = values or collect_values(measured, read)  # those of others are the same
+        if values:
+            found.append(Variant(title, "no encoder", values))
     for name in names:
         values = collect_values(folders[name], _first_values)
         if values:
@@ -324,12 +330,12 @@ def _first_values(folder: buckets.Pathname) -> dict[str, Any]:
     return values
 
 
-def _pixel_values(folder: buckets.Pathname) -> dict[str, Any]:
-    """The evaluations of raw pixels, under the names of those of the encoder."""
+def _values_without_encoder(folder: buckets.Pathname, feature: str) -> dict[str, Any]:
+    """The evaluations of a feature of NO_ENCODER, under the names of those of the encoder."""
     values = {}
     for name, value in last_values(folder).items():
-        if "/pixels_" in name:
-            values[name.replace("/pixels_", "/")] = value
+        if f"/{feature}_" in name:
+            values[name.replace(f"/{feature}_", "/")] = value
     return values
 
 
