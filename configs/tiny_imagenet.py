@@ -25,6 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lmim_jax.configs import evaluate, small, vit_b
+from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base
 from lmim_jax.utils.errors import UserError
 
@@ -94,7 +95,7 @@ def get_config(which: str = "latent_mim,micro") -> ConfigDict:
     _shorten(config, published, steps)
     _evaluate(config, options["probe_epochs"])
     if size == "nano":
-        for title in {*EVALUATIONS, *PROBES} - set(SEARCHED):
+        for title in set(config.evaluators) - {evaluators.STRICT, *SEARCHED}:
             del config.evaluators[title]
         config.evaluators.logistic_regression.baselines = False
         config.evaluators.knn.baselines = False

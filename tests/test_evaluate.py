@@ -1,5 +1,6 @@
 """`lmim evaluate`: opening a run, the cache of features, the table, the JSON file and bad input."""
 
+import collections
 import dataclasses
 import json
 import logging
@@ -21,7 +22,8 @@ import lmim_jax
 from lmim_jax.cli import evaluate
 from lmim_jax.configs import evaluate as recipe
 from lmim_jax.distributed import sharding
-from lmim_jax.evaluators.common import image_features
+from lmim_jax.evaluators import base as evaluators
+from lmim_jax.evaluators.common import feature_cache, image_features
 from lmim_jax.evaluators.common.feature_cache import FeatureCache
 from lmim_jax.methods import base as methods
 from lmim_jax.optim import adamw
@@ -111,6 +113,45 @@ def test_features_come_from_the_cache_bit_by_bit(saved, tmp_path, caplog):
     np.testing.assert_array_equal(repaired[0], first[0])
     assert features(weights.params)[0].tobytes() == first[0].tobytes()
     assert (data.cache.hits, data.cache.misses) == (2, 4)
+
+
+def test_evaluators_of_a_step_compute_a_feature_once(saved, tmp_path):
+    run, _, data = opened(saved[0])
+    state = saved[1].replace(target=jax.tree.map(lambda x: x**2, saved[1].target))
+    sections = {
+        "online": tiny.evaluator("knn"),
+        "linear": tiny.evaluator("logistic_regression"),
+        "target": tiny.evaluator("knn") | {"params": "target"},
+    }
+    due = evaluators.from_config(sections, steps_per_epoch=1, has_target=True)
+    read = collections.Counter()
+    batches = data.batches
+
+    def counted(split, batch_size):
+        read[split] += 1
+        return batches(split, batch_size)
+
+    data.batches = counted
+
+    def results():
+        return [one.run(run.method, state, data) for one in due]
+
+    anew = results()
+    assert read == {"train": 3, "test": 3}
+    folder = tmp_path / "features"
+    folder.mkdir()
+    (folder / "of a process that was killed").touch()
+    with feature_cache.compute_once(data, due, folder):
+        assert results() == anew
+        assert len(list(folder.iterdir())) == 4  # of two splits and encoders
+        assert results() == anew
+    assert read == {"train": 5, "test": 5}
+    assert anew[0] != anew[2]
+    assert not folder.exists()
+    assert data.cache is None
+    for alone in (due[:1], due[1:], [due[0], due[2]]):
+        with feature_cache.compute_once(data, alone, folder):
+            assert data.cache is None, "nothing is needed twice"
 
 
 def test_other_images_of_the_same_names_have_another_identity(saved, images, tmp_path):

@@ -15,7 +15,7 @@ from lmim_jax.data import inventory, loader, pixel_range, prefetch, sources
 from lmim_jax.data.eval.eval_data import EvaluationData, batch_bytes
 from lmim_jax.distributed import multihost, preemption, sharding
 from lmim_jax.evaluators import base as evaluators
-from lmim_jax.evaluators.common import kept_classifier
+from lmim_jax.evaluators.common import feature_cache, kept_classifier
 from lmim_jax.evaluators.common.outcome import Outcome
 from lmim_jax.models import attention
 from lmim_jax.train import (
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 Sources = dict[str, Any]  # {"train": source, "test": source or None}
 
+FEATURES = "features_of_step"  # folder in that of the run, while a step is evaluated
 RESULTS_TIMEOUT = (
     30.0  # seconds without an image, after which a user who stops a run has no results
 )
@@ -517,13 +518,15 @@ class TrainingLoop:
         Raises:
           Interrupted: a signal was received.
         """
+        due = []
         for evaluator in self._scheduled:
-            if not evaluator.due(step, self._total_steps):
-                continue
-            if step == self._start and self._writer.has_evaluation(evaluator.title):
-                continue
-            self._run_evaluator(evaluator, step)
-            self._handler.check()
+            measured = step == self._start and self._writer.has_evaluation(evaluator.title)
+            if evaluator.due(step, self._total_steps) and not measured:
+                due.append(evaluator)
+        with feature_cache.compute_once(self._data, due, self._workdir / FEATURES):
+            for evaluator in due:
+                self._run_evaluator(evaluator, step)
+                self._handler.check()
 
     def _keep(self, evaluator: evaluators.Scheduled, outcome: Outcome) -> None:
         """Write what an evaluator learned from the last step into the run."""

@@ -4,12 +4,13 @@ A file is identified by everything that its features depend on: weights, method,
 are read, the feature, this code and its libraries. So a file can never be out of date.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import pathlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import jax
@@ -20,7 +21,7 @@ from lmim_jax.data.decode import BadImage
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.distributed import multihost
-from lmim_jax.evaluators.base import EvaluatedMethod, Params
+from lmim_jax.evaluators.base import EvaluatedMethod, Params, Scheduled
 from lmim_jax.evaluators.common.image_features import Labeled
 from lmim_jax.utils import array_memory, atomic_io, buckets
 
@@ -46,7 +47,7 @@ class FeatureCache:
         self.misses = 0
         self._folder = buckets.path(folder)
         # By id; the objects are kept as well, as an id is only unique while its object exists
-        self._checksums: dict[int, tuple[str, Params]] = {}
+        self._weights: dict[Any, tuple[str, Params]] = {}
         self._identities: dict[int, tuple[dict[str, Any], Any]] = {}
 
     def get(
@@ -89,7 +90,7 @@ class FeatureCache:
     ) -> dict[str, Any]:
         """Everything that features depend on, as JSON values."""
         return {
-            "weights": self._checksum(params),
+            "weights": self._weights_identity(params),
             "method": repr(method),
             "images": self._identity(data, split),
             "read": {
@@ -102,17 +103,17 @@ class FeatureCache:
             "version": multihost.versions(),
         }
 
-    def _checksum(self, params: Params) -> str:
+    def _weights_identity(self, params: Params) -> str:
         """SHA-256 of all names and values of a parameter tree."""
-        if id(params) not in self._checksums:
+        if id(params) not in self._weights:
             digest = hashlib.sha256()
             for path, leaf in jax.tree_util.tree_leaves_with_path(params):
                 leaf = np.ascontiguousarray(jax.device_get(leaf))
                 name = jax.tree_util.keystr(path)
                 digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
                 digest.update(leaf.tobytes())
-            self._checksums[id(params)] = (digest.hexdigest(), params)
-        return self._checksums[id(params)][0]
+            self._weights[id(params)] = (digest.hexdigest(), params)
+        return self._weights[id(params)][0]
 
     def _identity(self, data: EvaluationData, split: str) -> dict[str, Any]:
         """What distinguishes images and labels: names, classes, and the bytes of a sample."""
@@ -130,6 +131,49 @@ class FeatureCache:
             identity = {**source.identity(), "sample": digest.hexdigest()}
             self._identities[id(source)] = (identity, source)
         return self._identities[id(source)][0]
+
+
+class _StepCache(FeatureCache):
+    """Of the weights of one optimizer step, which may be divided over processes."""
+
+    def _weights_identity(self, params: Params) -> str:
+        """Which of the parameter trees so far has the same arrays: the same on all processes."""
+        arrays = tuple(id(leaf) for leaf in jax.tree.leaves(params))
+        return self._weights.setdefault(arrays, (f"tree {len(self._weights)}", params))[0]
+
+
+@contextlib.contextmanager
+def compute_once(
+    data: EvaluationData, due: Sequence[Scheduled], folder: buckets.Pathname
+) -> Iterator[None]:
+    """Within the context, evaluators of one optimizer step compute a feature once.
+
+    In a bucket, each evaluator computes it anew.
+
+    Args:
+      data: whose `cache` is set, if several evaluators have the same feature.
+      due: the evaluators.
+      folder: of the features, which exists only as long as the context: what a process that was
+        killed left in it is removed first.
+    """
+    wanted: list[tuple[str, str]] = []
+    for one in due:
+        evaluator: Any = one.evaluator
+        if evaluator.supports_pixel_baselines and evaluator.takes == "image":
+            wanted.append((one.weights, evaluator.feature))
+    path = buckets.path(folder)
+    if isinstance(path, buckets.BucketPath) or len(set(wanted)) == len(wanted):
+        yield
+        return
+    if jax.process_index() == 0:
+        buckets.remove_tree(path)
+    data.cache = _StepCache(path)
+    try:
+        yield
+    finally:
+        data.cache = None
+        if jax.process_index() == 0:
+            buckets.remove_tree(path)
 
 
 def _read(path: buckets.Path, key: str) -> Labeled | None:
