@@ -35,7 +35,10 @@ IMAGES = {"tiny_imagenet": 200 * 50, "shapes": 8192}  # of training
 
 
 class Candidate(NamedTuple):
-    """A change of the recipe: new values of options, and factors by which others are multiplied."""
+    """A change of the recipe: new values of options, and factors by which others are multiplied.
+
+    Options are named by their paths in the config, such as method.gap.
+    """
 
     name: str
     options: dict[str, Any]
@@ -61,7 +64,23 @@ SWITCHES = (  # of later papers
         "joint training with SIGReg and hinge", {**JOINT, **SIGREG, "method.variance_weight": 1.0}
     ),
 )
+OTHER_IMAGES = {"method.negatives": "batch", "micro_batches": 1}
+HALF_BATCH = {"batch_size": 0.5, "micro_batches": 0.5}
+QUARTER_BATCH = {"batch_size": 0.25, "micro_batches": 0.25}
 CANDIDATES = (
+    Candidate("negatives of other images", OTHER_IMAGES),
+    Candidate(
+        "negatives of other images, predictions not standardized",
+        {**OTHER_IMAGES, "method.standardize": False},
+    ),
+    Candidate("predictions not standardized", {"method.standardize": False}),
+    Candidate("half the batch", {}, HALF_BATCH),
+    Candidate("half the batch, the same learning rate", {}, {**HALF_BATCH, "optimizer.base_lr": 2}),
+    Candidate(
+        "a quarter of the batch, half the learning rate",
+        {},
+        {**QUARTER_BATCH, "optimizer.base_lr": 2},
+    ),
     Candidate("no projector", {"method.projector_depth": 0}),
     Candidate("projector of 1 layer", {"method.projector_depth": 1}),
     Candidate("projector of 2 layers", {"method.projector_depth": 2}),
@@ -131,13 +150,13 @@ def get_config(which: str = "screen,tiny_imagenet") -> ConfigDict:
     candidates, config.seeds = ROUNDS[name]
     steps = IMAGES[dataset] // recipe.batch_size * recipe.epochs
     runs = [(PUBLISHED, f"{steps} steps", RECIPES[dataset], (f"total_steps={steps}",))]
-    cost = gigaflops(recipe)
+    cost = step_gigaflops(recipe)
     at_the_end = [f"evaluators.{title}.every=0.0" for title in MEASURED]
     for candidate in candidates:
         changes = changes_of(candidate, recipe)
         own_steps = steps
-        if any(path.startswith("method.") for path in changes):
-            own_steps = round(steps * cost / gigaflops(changed(recipe, changes)))
+        if any(path.startswith(("method.", "batch_size")) for path in changes):
+            own_steps = round(steps * cost / step_gigaflops(changed(recipe, changes)))
         flags = [f"{key}={value}" for key, value in changes.items()]
         described = f"{own_steps} steps"
         flags += [f"total_steps={own_steps}", *at_the_end]
@@ -159,34 +178,26 @@ def changes_of(candidate: Candidate, recipe: ConfigDict) -> dict[str, Any]:
     """The values of all options that a candidate changes, by their paths."""
     changes = dict(candidate.options)
     for path, factor in candidate.factors.items():
-        value = value_of(recipe, path)
-        changes[path] = type(value)(value * factor)
+        value = functools.reduce(getattr, path.split("."), recipe)
+        changes[path] = max(1, round(value * factor)) if isinstance(value, int) else value * factor
     return changes
 
 
 def changed(recipe: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     """A copy of a recipe with other values of some options."""
     other = recipe.copy_and_resolve_references()
-    for path, value in changes.items():
-        section, _, key = path.partition(".")
-        other[section][key] = value
+    other.update_from_flattened_dict(changes)
     return other
 
 
-def value_of(recipe: ConfigDict, path: str) -> Any:
-    """The value of an option of a section."""
-    section, _, key = path.partition(".")
-    return recipe[section][key]
-
-
-def gigaflops(recipe: ConfigDict) -> float:
-    """FLOPs of an image in a train step, in billions."""
+def step_gigaflops(recipe: ConfigDict) -> float:
+    """FLOPs of a train step, in billions."""
     method = base.from_config(
         modalities.method_options(recipe), total_steps=1000, steps_per_epoch=100
     )
-    return _gigaflops(method)
+    return _step_gigaflops(method, recipe.batch_size)
 
 
 @functools.cache
-def _gigaflops(method: Any) -> float:
-    return flops.count_method(method).total / 1e9
+def _step_gigaflops(method: Any, batch_size: int) -> float:
+    return flops.count_method(method, batch_size).total * batch_size / 1e9

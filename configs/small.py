@@ -85,7 +85,7 @@ def other_method(config: ConfigDict, name: str, recipe: str) -> None:
     config.method.update({key: value for key, value in SIZES.items() if key in config.method})
     config.method.update(getattr(module, "SMALL", {}))
     config.optimizer.lr_rules = module.get_config().optimizer.lr_rules
-    if base.method_class(name).WHOLE_BATCH:
+    if base.method_class(name).needs_whole_batch(config.method):
         config.micro_batches = 1
 
 

@@ -84,7 +84,7 @@ def get_config(which: str = "latent_mim,micro") -> ConfigDict:
         raise UserError(f"tiny_imagenet:{which}: {size!r} must be one of: {' | '.join(SIZES)}")
     published = config.copy_and_resolve_references()
     config.batch_size = options["batch_size"]
-    if not base.method_class(config.method.name).WHOLE_BATCH:
+    if not base.method_class(config.method.name).needs_whole_batch(config.method):
         config.micro_batches = options["micro_batches"]
     config.epochs = options["epochs"]
     config.data.update(source="folder", canvas=64, train_per_class=options["images"])

@@ -283,6 +283,10 @@ def latent_mim(channels: FieldReference) -> ConfigDict:
     # made here, the paper's value is not known)
     method.context_weight = 0.0
     method.context_warmup = 0.15  # share of the steps in which it rises on a line from 0
+    # What each prediction must tell its own target from, in patch_infonce: image (the other targets
+    # of the image) | batch (also the targets in the same place of the list, of all other images of
+    # the batch; takes micro_batches=1)
+    method.negatives = "image"
     # Targets of an image with a higher cosine are no negatives of each other in patch_infonce; 0:
     # off (OlmoEarth's released code: 0.999)
     method.duplicate_cosine = 0.0

@@ -102,12 +102,12 @@ def test_a_search_gives_every_candidate_the_same_compute():
     recipe = recipe_search.published("shapes")
     config = recipe_search.get_config("screen,shapes")
     (_, _, _, (first,)), *others = config.runs
-    spent = int(first.removeprefix("total_steps=")) * recipe_search.gigaflops(recipe)
+    spent = int(first.removeprefix("total_steps=")) * recipe_search.step_gigaflops(recipe)
     for candidate, (name, _, _, changes) in zip(recipe_search.CANDIDATES, others, strict=True):
         own = recipe_search.changed(recipe, recipe_search.changes_of(candidate, recipe))
         options = dict(change.split("=", 1) for change in changes)
         steps = int(options["total_steps"])
-        assert steps * recipe_search.gigaflops(own) == pytest.approx(spent, rel=0.01), name
+        assert steps * recipe_search.step_gigaflops(own) == pytest.approx(spent, rel=0.01), name
 
 
 def test_the_ladder_changes_one_switch_a_rung():

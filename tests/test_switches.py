@@ -18,6 +18,7 @@ from lmim_jax.methods import base
 from lmim_jax.methods.common import context_loss, losses, sigreg
 from lmim_jax.models import decoders
 from lmim_jax.perf import flops
+from lmim_jax.train import build
 from lmim_jax.utils.errors import UserError
 
 SLOW = pytest.mark.slow
@@ -440,6 +441,87 @@ def test_a_flat_image_has_no_negatives_and_its_gradient_is_finite():
     assert float(found_values[2]["reconstruction"]) == 0  # there is nothing to tell apart
 
 
+# Negatives of other images
+
+
+def other_images(predictions, targets, tau, rows_per_image):
+    """`other_image_logits`, one by one."""
+    rows, count = predictions.shape[:2]
+    expected = np.full((rows, count, rows), -np.inf)
+    for row in range(rows):
+        for other in range(rows):
+            if row // rows_per_image == other // rows_per_image:
+                continue
+            for i in range(count):
+                p, t = predictions[row, i], targets[other, i]
+                cosine = p @ t / np.linalg.norm(p) / np.linalg.norm(t)
+                expected[row, i, other] = cosine / tau
+    return expected
+
+
+@pytest.mark.parametrize("rows_per_image", [1, 2])
+def test_negatives_of_other_images_are_those_of_all_devices(rows_per_image):
+    predictions, targets = np.float32(RNG.normal(size=(2, 16, 5, 3)))
+    expected = other_images(predictions, targets, 0.2, rows_per_image)
+
+    def logits(predictions, targets):
+        return losses.other_image_logits(predictions, targets, 0.2, rows_per_image)
+
+    alone = jax.jit(logits)(predictions, targets)
+    mesh = sharding.make_mesh()
+    assert mesh.size == 8
+    split = jax.shard_map(
+        logits,
+        mesh=mesh,
+        in_specs=(sharding.BATCH, sharding.BATCH),
+        out_specs=sharding.BATCH,
+        check_vma=False,
+    )
+    for found in (alone, jax.jit(split)(predictions, targets)):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["ema", pytest.param("joint", marks=SLOW)])
+def test_a_loss_with_negatives_of_other_images_is_that_of_all_devices(target):
+    found = method("latent_mim", negatives="batch", target=target)
+    params = jitted(found, "init")(jax.random.key(0))
+    images, views = batch(found, 8)
+
+    def gradient(params, images, views):
+        of_loss = jax.grad(found.loss_fn, has_aux=True)
+        grads, metrics = of_loss(params, found.target_of(params), images, views, 0)
+        return jax.lax.pmean((grads, metrics), sharding.AXES)
+
+    results = []
+    for count in (1, 8):
+        split = jax.shard_map(
+            gradient,
+            mesh=sharding.make_mesh(devices=jax.devices()[:count]),
+            in_specs=(PartitionSpec(), sharding.BATCH, sharding.BATCH),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        results.append(jax.jit(split)(params, images, views))
+    for one, eight in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(eight, one, rtol=1e-4, atol=1e-5)
+    count = views["masked"].shape[1]
+    metrics = results[0][1]
+    assert float(metrics["patch_chance"]) == pytest.approx(1 / (count + 7))
+    plain = method("latent_mim", target=target)
+    _, of_image = evaluate(plain, params, images, views, 0)
+    assert float(metrics["reconstruction"]) > float(of_image["reconstruction"]) + 0.05
+
+
+def test_negatives_of_other_images_take_the_whole_batch():
+    config = vit_b.get_config()
+    config.method.negatives = "batch"
+    config.micro_batches = 2
+    with pytest.raises(UserError, match=r"micro_batches=2: latent_mim compares the images of a"):
+        build.build(config, 10)
+    config.micro_batches = 1
+    assert build.build(config, 10).method.negatives == "batch"
+
+
 # What does not fit
 
 
@@ -460,6 +542,8 @@ def test_a_flat_image_has_no_negatives_and_its_gradient_is_finite():
             "targets of the visible patches too; give target_patches=all",
         ),
         ("latent_mim", {"duplicate_cosine": 0.9, "loss": "mse"}, "loss=mse has no negatives"),
+        ("latent_mim", {"negatives": "batch", "loss": "mse"}, "loss=mse has no negatives"),
+        ("latent_mim", {"negatives": "all"}, "negatives='all' must be one of: image | batch"),
     ],
 )
 def test_what_does_not_fit_is_named(name, change, message):

@@ -158,7 +158,8 @@ def _memory_savers(config: ConfigDict) -> list[tuple[str, Any]]:
     rows = config.batch_size // jax.device_count()
     more = [parts for parts in range(2, rows + 1) if rows % parts == 0]
     larger = [parts for parts in more if parts > config.micro_batches]
-    if larger and not methods.method_class(config.method.name).WHOLE_BATCH:
+    whole = methods.method_class(config.method.name).needs_whole_batch(config.method)
+    if larger and not whole:
         savers.append(("micro_batches", larger[0]))
     if config.remat != "full":
         savers.append(("remat", "full"))

@@ -188,10 +188,18 @@ class BaseMethod:
 
     # Options that follow the grid where they are None: {name: share of the patches}
     SHARES: ClassVar[Mapping[str, float]] = {}
-    # Whether the loss is no mean over images, so that gradient accumulation would change it
-    WHOLE_BATCH: ClassVar[bool] = False
     # Whether images may have several modalities, see common/several_modalities.py
     SEVERAL_MODALITIES: ClassVar[bool] = False
+
+    @classmethod
+    def needs_whole_batch(cls, options: Mapping[str, Any]) -> bool:
+        """Whether the loss is no mean over images, so that gradient accumulation would change it.
+
+        Args:
+          options: `config.method`.
+        """
+        del options
+        return False
 
     def __post_init__(self) -> None:
         """Check the fields; sub-classes extend this."""

@@ -20,7 +20,8 @@ predict, R registers, K clusters, P pixels of a patch, D encoder width, d predic
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,11 @@ class Method(ViTMethod):
     momentum_share: float
     total_steps: int
 
-    WHOLE_BATCH: ClassVar[bool] = True
+    @classmethod
+    def needs_whole_batch(cls, options: Mapping[str, Any]) -> bool:
+        """Whether gradient accumulation would change the loss: always."""
+        del options
+        return True
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -7,7 +7,8 @@ own target among those of the same image.
 The paper discusses four challenges; these options control the remedy of each:
 
   joint optimization     target, see common/targets.py
-  direct regression      loss: patch_infonce | norm_l2 | mse | l1 | smooth_l1; tau; standardize
+  direct regression      loss: patch_infonce | norm_l2 | mse | l1 | smooth_l1; tau; standardize;
+                         negatives
   correlated patches     num_visible, gap, target_patches, similarity_weight
   weak conditioning      decoder: cross | self; visual_cues; projector_depth, projector_width
 
@@ -17,7 +18,7 @@ tokens, h w rows and columns of the grid, P pixels of a patch, D width.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,7 @@ class Method(SeveralModalities, LatentPrediction):
     loss: str
     tau: float
     standardize: bool
+    negatives: str
     duplicate_cosine: float
     similarity_weight: float
     similarity_start: float
@@ -61,11 +63,17 @@ class Method(SeveralModalities, LatentPrediction):
     SHARES: ClassVar[Mapping[str, float]] = {"num_visible": 20 / 196}
     TEACHER: ClassVar[tuple[str, ...]] = ("encoder", "projector")
 
+    @classmethod
+    def needs_whole_batch(cls, options: Mapping[str, Any]) -> bool:
+        """Whether targets of other images are negatives."""
+        return options["negatives"] == "batch"
+
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
         check_choice("target_patches", self.target_patches, ("masked", "all"))
         check_choice("loss", self.loss, LOSSES)
+        check_choice("negatives", self.negatives, ("image", "batch"))
         check_choice("decoder", self.decoder, ("cross", "self"))
         check_range("gap", self.gap, 0)
         check_range("tau", self.tau, 1e-6)
@@ -76,6 +84,11 @@ class Method(SeveralModalities, LatentPrediction):
             raise UserError(
                 f"config.method.duplicate_cosine={self.duplicate_cosine:g}: loss={self.loss} "
                 "has no negatives; give 0"
+            )
+        if self.negatives != "image" and self.loss != "patch_infonce":
+            raise UserError(
+                f"config.method.negatives={self.negatives!r}: loss={self.loss} has no negatives; "
+                "give 'image'"
             )
         self._check_target_patches()
         if self.projector_depth and (self.target_layers or self.target == "frozen"):
@@ -226,7 +239,11 @@ class Method(SeveralModalities, LatentPrediction):
         if self.duplicate_cosine:
             duplicates = losses.near_duplicates(targets, self.duplicate_cosine)
             logits = jnp.where(duplicates, -jnp.inf, logits)
-            chance = jnp.mean(1 / jnp.sum(~duplicates, axis=-1))
+        if self.negatives == "batch":
+            others = losses.other_image_logits(compared, targets, self.tau, self.masks_per_image)
+            logits = jnp.concatenate([logits, others], axis=-1)
+        if self.duplicate_cosine or self.negatives == "batch":
+            chance = jnp.mean(1 / jnp.sum(logits > -jnp.inf, axis=-1))
         if self.loss == "patch_infonce":
             reconstruction = losses.patch_infonce(logits, self.tau)
         else:

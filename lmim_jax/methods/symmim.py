@@ -21,7 +21,8 @@ grid, V visible, M masked, P pixels of a patch, D width, O width of projections.
 """
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,11 @@ class Method(ViTMethod):
     momentum_end: float
     total_steps: int
 
-    WHOLE_BATCH: ClassVar[bool] = True
+    @classmethod
+    def needs_whole_batch(cls, options: Mapping[str, Any]) -> bool:
+        """Whether gradient accumulation would change the loss: always."""
+        del options
+        return True
 
     def __post_init__(self) -> None:
         """Check the fields."""

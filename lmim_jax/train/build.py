@@ -255,11 +255,12 @@ def build(config: ConfigDict, steps_per_epoch: int) -> TrainingParts:
         total_steps=span.steps,
         steps_per_epoch=steps_per_epoch,
     )
-    if methods.method_class(config.method.name).WHOLE_BATCH and config.micro_batches > 1:
+    method_class = methods.method_class(config.method.name)
+    if config.micro_batches > 1 and method_class.needs_whole_batch(config.method):
         raise UserError(
             f"config.micro_batches={config.micro_batches}: {config.method.name} compares the "
-            "images of a whole batch, which gradient accumulation would divide; to save memory, "
-            "give --config.remat=full, --config.mesh.fsdp=-1 or a smaller --config.batch_size"
+            "images of a whole batch, which gradient accumulation would divide: give 1; to save "
+            "memory, --config.remat=full, --config.mesh.fsdp=-1 or a smaller --config.batch_size"
         )
     augmentation = Augment.from_config(
         config.augment, image_size=method.image_size, eval_size=method.feature_size

@@ -60,6 +60,7 @@ FORMER: dict[str, Any] = {
     "method.sigreg_directions": 512,
     "method.variance_weight": 0.0,
     "method.regularized": "images",
+    "method.negatives": "image",
     "method.duplicate_cosine": 0.0,
     "method.modality_masks": "independent",
     "optimizer.clip_norm": 0.0,

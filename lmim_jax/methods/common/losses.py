@@ -145,6 +145,38 @@ def discrimination_logits(
     return cosines / tau
 
 
+def other_image_logits(
+    predictions: Float[Array, "R M D"],
+    targets: Float[Array, "R M D"],
+    tau: float,
+    rows_per_image: int = 1,
+) -> Float[Array, "R M G"]:
+    """Compute the cosine of every prediction with one target of every other image, divided by tau.
+
+    It is the target in the same place of the list of masked patches; the images are those of the
+    whole batch on all devices.
+
+    Args:
+      predictions: of the images on this device.
+      targets: of the same images.
+      tau: temperature.
+      rows_per_image: successive rows that are of one image.
+
+    Returns:
+      The logits with the G rows of the batch, -inf for those of the own image.
+    """
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    targets = l2_normalize(targets)
+    own = jnp.arange(len(targets))
+    if axes:
+        own = own + len(targets) * jax.lax.axis_index(axes)
+        targets = jax.lax.all_gather(targets, axes, tiled=True)
+    cosines = jnp.einsum("rid,gid->rig", l2_normalize(predictions), targets, precision="highest")
+    image = own[:, None, None] // rows_per_image
+    is_own = image == jnp.arange(len(targets))[None, None] // rows_per_image
+    return jnp.where(is_own, -jnp.inf, cosines / tau)
+
+
 def near_duplicates(targets: Float[Array, "B M D"], threshold: float) -> Bool[Array, "B M M"]:
     """Find targets of an image that are nearly the same: uniform sky, sea, padding.
 
@@ -158,13 +190,14 @@ def near_duplicates(targets: Float[Array, "B M D"], threshold: float) -> Bool[Ar
     return (cosines > threshold) & ~jnp.eye(targets.shape[1], dtype=bool)[None]
 
 
-def patch_infonce(logits: Float[Array, "B M M"], tau: float) -> Scalar:
+def patch_infonce(logits: Float[Array, "B M N"], tau: float) -> Scalar:
     """Patch discrimination: each prediction must pick its own target, the diagonal of the logits.
 
-    This is 2 tau times the cross-entropy, averaged over images and patches; chance is 2 tau ln M.
+    This is 2 tau times the cross-entropy, averaged over images and patches; chance is 2 tau ln N.
 
     Args:
-      logits: as returned by `discrimination_logits`; -inf for targets that are no negatives.
+      logits: as returned by `discrimination_logits`, perhaps with those of `other_image_logits`
+        after them; -inf for targets that are no negatives.
       tau: temperature of these logits.
 
     Source: Latent MIM, section 3.2; official `infonce_patches`.
@@ -173,8 +206,8 @@ def patch_infonce(logits: Float[Array, "B M M"], tau: float) -> Scalar:
     return 2 * tau * jnp.mean(jax.nn.logsumexp(logits, axis=-1) - own)
 
 
-def patch_accuracy(logits: Float[Array, "B M M"]) -> Scalar:
-    """Compute the share of predictions that are closest to their own target; chance is 1 / M."""
+def patch_accuracy(logits: Float[Array, "B M N"]) -> Scalar:
+    """Compute the share of predictions that are closest to their own target; chance is 1 / N."""
     own = jnp.diagonal(logits, axis1=1, axis2=2)
     return jnp.mean(own >= logits.max(axis=-1))
 
