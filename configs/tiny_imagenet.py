@@ -97,7 +97,7 @@ def get_config(which: str = "latent_mim,micro") -> ConfigDict:
     if size == "nano":
         for title in set(config.evaluators) - {evaluators.STRICT, *SEARCHED}:
             del config.evaluators[title]
-        config.evaluators.logistic_regression.baselines = False
+        config.evaluators.logistic_regression.update(baselines=False, l2=(1e-5, 1e-4, 1e-3, 1e-2))
         config.evaluators.knn.baselines = False
     config.update(log_every=50, checkpoint_every=500, gauge_images=256)
     return config
