@@ -10,6 +10,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import conftest
 import pytest
@@ -290,3 +291,24 @@ def test_a_study_stops_in_time(tmp_path):
     with pytest.raises(KeyboardInterrupt, match="after --hours=1e-12"):
         study.execute(runs, 1, 1e-12, print)
     assert list(tmp_path.iterdir()) == []  # none was started
+
+
+def test_an_interrupt_while_costs_are_measured_is_one_line(recorded, monkeypatch):
+    config, folder = recorded
+    given = types.SimpleNamespace(
+        config=config, only=[], set=(), out=str(folder / "out"), parallel=1, hours=0.0
+    )
+    given.records = str(folder / "records")
+
+    def interrupted(runs, out):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study.flags, "FLAGS", given)
+    monkeypatch.setattr(study, "measure_costs", interrupted)
+    for name in ("_title", "_command_line"):
+        monkeypatch.setattr(study, name, lambda given: "text")
+    config.cost = True
+    with pytest.raises(SystemExit) as stopped:
+        study.main([])
+    assert stopped.value.code == study.EXIT_STOPPED
+    assert (folder / "out" / "table.md").exists()

@@ -521,8 +521,11 @@ def main(arguments: list[str]) -> None:
         descriptions,
         given.config.get("baselines", False),
     )
+    costs = None
     try:
         failed = execute(missing, given.parallel, given.hours, publisher.publish)
+        if given.config.cost and not failed:
+            costs = measure_costs(runs, kept or out)
     except KeyboardInterrupt as interrupt:
         publisher.publish()
         fail(
@@ -530,9 +533,6 @@ def main(arguments: list[str]) -> None:
             + "; the states of the runs are saved: re-run the command to resume",
             EXIT_STOPPED,
         )
-    costs = None
-    if given.config.cost and not failed:
-        costs = measure_costs(runs, kept or out)
     publisher.publish(costs)
     log.info("\n%s", (out / "table.md").read_text())
     if failed:
