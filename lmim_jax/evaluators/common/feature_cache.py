@@ -72,13 +72,16 @@ class FeatureCache:
         # Other hosts may not see the folder of process 0
         if all(multihost.gather_json(found is not None)) and found is not None:
             self.hits += 1
-            log.info("%s of %s: from %s", feature, split, path)
+            self._log_hit(feature, split, path)
             return found
         self.misses += 1
         computed = compute()
         if jax.process_index() == 0:
             _write(path, key, computed)
         return computed
+
+    def _log_hit(self, feature: str, split: str, path: buckets.Path) -> None:
+        log.info("%s of %s: from %s", feature, split, path)
 
     def _key(
         self,
@@ -140,6 +143,9 @@ class _StepCache(FeatureCache):
         """Which of the parameter trees so far has the same arrays: the same on all processes."""
         arrays = tuple(id(leaf) for leaf in jax.tree.leaves(params))
         return self._weights.setdefault(arrays, (f"tree {len(self._weights)}", params))[0]
+
+    def _log_hit(self, feature: str, split: str, path: buckets.Path) -> None:
+        log.debug("%s of %s: from %s", feature, split, path)  # which is about to be deleted
 
 
 @contextlib.contextmanager
