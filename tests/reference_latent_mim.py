@@ -56,6 +56,7 @@ def method(c):
         sigreg_directions=512,
         variance_weight=0.0,
         regularized="images",
+        negatives="image",
         duplicate_cosine=0.0,
         dtype="float32",
         attention="xla",
