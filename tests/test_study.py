@@ -303,8 +303,12 @@ def test_an_interrupt_while_costs_are_measured_is_one_line(recorded, monkeypatch
     def interrupted(runs, out):
         raise KeyboardInterrupt
 
+    def failed(message, code):  # the real one ends the process, sooner or later
+        raise SystemExit(code)
+
     monkeypatch.setattr(study.flags, "FLAGS", given)
     monkeypatch.setattr(study, "measure_costs", interrupted)
+    monkeypatch.setattr(study, "fail", failed)
     for name in ("_title", "_command_line"):
         monkeypatch.setattr(study, name, lambda given: "text")
     config.cost = True
