@@ -30,7 +30,6 @@ RECIPES = {
     "tiny_imagenet": "configs/tiny_imagenet.py:latent_mim,nano",
     "shapes": "configs/quickstart.py",
 }
-MEASURED = ("knn", "logistic_regression")
 IMAGES = {"tiny_imagenet": 200 * 50, "shapes": 8192}  # of training
 
 
@@ -151,7 +150,7 @@ def get_config(which: str = "screen,tiny_imagenet") -> ConfigDict:
     steps = IMAGES[dataset] // recipe.batch_size * recipe.epochs
     runs = [(PUBLISHED, f"{steps} steps", RECIPES[dataset], (f"total_steps={steps}",))]
     cost = step_gigaflops(recipe)
-    at_the_end = [f"evaluators.{title}.every=0.0" for title in MEASURED]
+    at_the_end = [f"evaluators.{title}.every=0.0" for title in tiny_imagenet.SEARCHED]
     for candidate in candidates:
         changes = changes_of(candidate, recipe)
         own_steps = steps

@@ -190,10 +190,13 @@ def data() -> ConfigDict:
     data.max_pixels = 50_000_000  # of an image; larger ones count as bad
     data.exif_orientation = False  # True: turn images upright as their EXIF data say
     data.transparency = "ignore"  # ignore (colors below it count) | white | black: the background
-    data.workers = 0  # decoding processes per host; 0: threads. The stream does not depend on it
+    # Decoding processes per host; 0: threads; -1: on a GPU or TPU host of 8 cores or more, one for
+    # every two cores, 16 at most; else threads. The stream does not depend on it
+    data.workers = -1
     data.threads = 0  # decoding threads per process; 0: as many as there are cores
-    # Seconds without a single decoded image after which the run gives up, and for which an image is
-    # tried again after faults of the storage or the machine (I/O errors, too many open files)
+    # Seconds without a single decoded image after which the run gives up; for 9/10 of them, an
+    # image is tried again after faults of the storage or the machine (I/O errors, too many open
+    # files)
     data.timeout = 900.0
     data.resize_on = "device"  # device | host: where training images are cropped; the same boxes
     data.max_bad_fraction = 0.01  # stop when more than this share of the files are not usable
@@ -205,7 +208,7 @@ def devices() -> ConfigDict:
     config = ConfigDict()
     # GPUs: a run keeps XLA's choice of kernels, so that it resumes with the same ones. True: only
     # kernels whose sums do not depend on timing, so that it repeats bit by bit; slower, and without
-    # fused attention
+    # cuDNN's attention
     config.deterministic = False
     config.xla_flags = "auto"  # auto: those of lmim_jax/utils/xla_flags.py | none; yours win
     config.remat = "none"  # memory for time: none | dots (keep products) | full (keep block inputs)
@@ -285,7 +288,7 @@ def latent_mim(channels: FieldReference) -> ConfigDict:
     method.context_warmup = 0.15  # share of the steps in which it rises on a line from 0
     # What each prediction must tell its own target from, in patch_infonce: image (the other targets
     # of the image) | batch (also the targets in the same place of the list, of all other images of
-    # the batch; takes micro_batches=1)
+    # the batch, which is ours; takes micro_batches=1)
     method.negatives = "image"
     # Targets of an image with a higher cosine are no negatives of each other in patch_infonce; 0:
     # off (OlmoEarth's released code: 0.999)
@@ -301,5 +304,6 @@ def latent_mim(channels: FieldReference) -> ConfigDict:
     method.regularized = "images"  # images | patches: means over visible patches, or each of them
     # precision and kernels
     method.dtype = "bfloat16"  # of activations; parameters, norms, softmax, losses, EMA are float32
-    method.attention = "auto"  # auto | xla (anywhere) | cudnn (fused, NVIDIA GPUs, bfloat16)
+    # auto: the fastest there is | xla: plain products | cudnn: its fused kernel (NVIDIA, bfloat16)
+    method.attention = "auto"
     return method

@@ -28,13 +28,20 @@ CASES = (  # of tests/reference
     "mae",
     "ijepa",
 )
-BATCH_SIZES = (256, 512, 1024)
-# What differs from the defaults, attention=auto and xla_flags=auto
+BATCH_SIZES = (256, 512, 1024, 2048)
+# What differs from the defaults, attention=auto (this package's kernels) and xla_flags=auto
 VARIANTS = {
     "default": (),
+    "cudnn_attention": ("method.attention=cudnn",),
     "plain_attention": ("method.attention=xla",),
     "no_xla_flags": ("xla_flags=none",),
     "deterministic": ("deterministic=true",),
+}
+# The training loop with its input, which is cropped on the GPU and decoded in processes by default
+LOOPS = {
+    "default": (),
+    "decoded_in_threads": ("data.workers=0",),
+    "cropped_on_the_host": ("data.resize_on=host",),
 }
 # Flags of XLA, each added to those of a run, whose own values it replaces
 FLAGS = {
@@ -86,21 +93,24 @@ def all_parts() -> list[Part]:
     parts.append(_resume("pinned"))
     parts.append(_resume("deterministic", "deterministic=true"))
     fused = "auto" if TINY else "cudnn"  # which a CPU does not have
-    parts.append(_resume("fused", "method.dtype=bfloat16", f"method.attention={fused}"))
-    for variant in VARIANTS:
-        parts.append(_step(256, variant))
+    parts.append(_resume("bfloat16", "method.dtype=bfloat16"))
+    parts.append(_resume("cudnn", "method.dtype=bfloat16", f"method.attention={fused}"))
+    for variant, changes in VARIANTS.items():
+        parts.append(_step(256, variant, changes))
     for size in BATCH_SIZES[1:]:
-        parts.append(_step(size, "default"))
-    parts.append(Part("loop/256", ("loop", "batch_size=256"), "compile", "images/jpeg"))
+        parts.append(_step(size, "default", ()))
+    for name, changes in LOOPS.items():
+        arguments = ("loop", "batch_size=256", *changes)
+        parts.append(Part(f"loop/256_{name}", arguments, "compile", "images/jpeg"))
     parts.insert(2, Part("images/jpeg", ("jpeg",), "beside"))
     # Kernels in CUDA graphs do not say in a trace which operation they belong to
     no_graphs = (("XLA_FLAGS", "--xla_gpu_enable_command_buffer="),)
     profile = ("profile", "batch_size=256")
     parts.append(Part("profile/256", profile, "compile", environment=no_graphs))
-    for size in BATCH_SIZES[1:]:
-        for variant in list(VARIANTS)[1:]:
-            parts.append(_step(size, variant))
-    for size in (256, 512):
+    for size in BATCH_SIZES[1:3]:
+        for variant, changes in list(VARIANTS.items())[1:]:
+            parts.append(_step(size, variant, changes))
+    for size in BATCH_SIZES:
         parts.append(Part(f"torch/{size}", ("torch", str(size)), "alone"))
     parts.append(Part("transfer", ("transfer",), "alone"))
     parts.append(Part("attention", ("attention",), "alone"))
@@ -113,8 +123,10 @@ def _resume(name: str, *changes: str) -> Part:
     return Part(f"resume/{name}", ("resume", name, *changes), "beside", after="images/shapes")
 
 
-def _step(batch_size: int, variant: str) -> Part:
-    arguments = ("step", f"batch_size={batch_size}", *VARIANTS[variant])
+def _step(batch_size: int, variant: str, changes: tuple[str, ...]) -> Part:
+    if TINY:  # a CPU does not have the kernel
+        changes = tuple(change for change in changes if change != "method.attention=cudnn")
+    arguments = ("step", f"batch_size={batch_size}", *changes)
     return Part(f"step/{batch_size}_{variant}", arguments, "compile")
 
 

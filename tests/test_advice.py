@@ -84,6 +84,30 @@ def test_small_shared_memory_is_found_before_workers_start(monkeypatch, tmp_path
         prefetch.check_shared_memory(10 << 20, workers, evaluation_bytes=22 << 20)
 
 
+@pytest.mark.parametrize(
+    ("workers", "platform", "cores", "free", "expected"),
+    [
+        (3, "cpu", 2, 0, 3),
+        (-1, "cpu", 16, 60, 0),
+        (-1, "gpu", 16, 60, 8),
+        (-1, "gpu", 96, 60, 16),
+        (-1, "tpu", 7, 60, 0),
+        (-1, "gpu", 16, 59, 0),
+    ],
+)
+def test_number_of_workers(monkeypatch, tmp_path, workers, platform, cores, free, expected, caplog):
+    monkeypatch.setattr(prefetch, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(64 << 20, 4 << 20, free << 20))
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(prefetch, "_cores", lambda: cores)
+    config = tiny.get_config().data
+    config.workers = workers
+    assert prefetch.num_workers(config, 20 << 20, 10 << 20) == expected
+    assert ("59 MiB free, these need 60" in caplog.text) == (free == 59)
+    config.threads = 0
+    assert prefetch.num_threads(config, expected) == max(1, cores // max(1, expected))
+
+
 def test_shared_memory_holds_the_batches_of_evaluations_too(images, monkeypatch, tmp_path):
     monkeypatch.setattr(prefetch, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(1 << 20, 0, 1 << 20))

@@ -256,7 +256,7 @@ def test_a_bad_method_is_named(change, message):
         ("checkpoint_every", -1),
         ("data.canvas", 0),
         ("data.threads", -2),
-        ("data.workers", -1),
+        ("data.workers", -2),
         ("method.patch_size", 0),
         ("method.depth", 0),
         ("evaluators.knn.k", (0,)),

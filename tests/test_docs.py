@@ -38,7 +38,15 @@ def relative(path):
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", gen_results.pages(), ids=relative)
+SEARCHES = ("docs/results/switches.md",)  # whose plans count many FLOPs
+
+
+def _page(page):
+    slow = [pytest.mark.slow] if relative(page) in SEARCHES else []
+    return pytest.param(page, marks=slow, id=relative(page))
+
+
+@pytest.mark.parametrize("page", [_page(page) for page in gen_results.pages()])
 def test_tables_of_studies_are_those_of_their_records(page):
     text = page.read_text()
     assert gen_results.with_tables(text) == text, "run: python docs/gen_results.py"

@@ -59,7 +59,13 @@ def test_parts_have_names_of_their_own_and_the_most_important_come_first(check):
 def test_only_some_parts_and_what_they_need(check):
     parts = check.all_parts()
     chosen = check.select(parts, "resume/pinned,torch", done=["torch/256"])
-    assert [part.name for part in chosen] == ["images/shapes", "resume/pinned", "torch/512"]
+    assert [part.name for part in chosen] == [
+        "images/shapes",
+        "resume/pinned",
+        "torch/512",
+        "torch/1024",
+        "torch/2048",
+    ]
     chosen = check.select(parts, "resume/pinned", done=["images/shapes"])
     assert [part.name for part in chosen] == ["resume/pinned"]
     assert check.select(parts, "", [part.name for part in parts]) == []

@@ -156,7 +156,7 @@ def test_a_fault_that_lasts_ends_the_run_by_name():
             raise os_error(errno.EIO)
 
     with pytest.raises(faults.ReadFailed, match=r"image 5 could not be read for .*Input/output"):
-        colors(Drawn(fault), timeout=0.5)
+        colors(Drawn(fault), timeout=3.0)  # the loader itself gives up 0.3 s later
 
 
 def test_a_vanished_folder_is_not_a_folder_of_missing_images(images, tmp_path):

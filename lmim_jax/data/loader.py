@@ -34,6 +34,9 @@ from lmim_jax.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 CHUNK = 4  # rows that a thread decodes at a time
+# Of `config.timeout`, for which an image is tried again: its fault is named before the loader gives
+# up on whatever reads it
+RETRY_SHARE = 0.9
 LISTED = 10  # bad images listed in the error message
 
 
@@ -342,22 +345,24 @@ def training_batches(
     Raises:
       UserError: too many bad images.
       DataLoaderTimeout: a worker died, or no image was decoded for `config.timeout` seconds.
-      ReadFailed: an image could not be read for `config.timeout` seconds.
+      ReadFailed: an image could not be read for RETRY_SHARE of these seconds.
     """
     if start == steps:  # Grain does not accept empty datasets
         return iter(())
+    first_row, rows = process_rows(batch_size)
+    height, width = (config.canvas, config.canvas) if crop is None else crop.size
+    workers = prefetch.num_workers(config, rows * height * width * config.channels)
     images = BatchDecoder(
         source=source,
         canvas=config.canvas,
         channels=config.channels,
-        threads=prefetch.num_threads(config),
+        threads=prefetch.num_threads(config, workers),
         replace=True,
         crop=crop,
-        retry_seconds=config.timeout,
-        activity=Activity(config.workers),
+        retry_seconds=RETRY_SHARE * config.timeout,
+        activity=Activity(workers),
         options=ImageOptions.from_config(config),
     )
-    first_row, rows = process_rows(batch_size)
     order = TrainingOrder(
         images=images,
         seed=seed,
@@ -365,10 +370,10 @@ def training_batches(
         steps=steps,
         first_row=first_row,
         rows=rows,
-        parts=prefetch.num_parts(config.workers, rows),
+        parts=prefetch.num_parts(workers, rows),
     )
     prefetcher = prefetch.Prefetcher(
-        pool=prefetch.WorkerPool(order, start, config.workers),
+        pool=prefetch.WorkerPool(order, start, workers),
         place=_placement(images, config.max_bad_fraction, mesh, targets),
         timeout=config.timeout,
         activity=images.activity,

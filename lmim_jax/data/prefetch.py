@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -44,6 +44,11 @@ SHARED_MEMORY = pathlib.Path("/dev/shm")  # through which worker processes pass 
 STARTUP_SECONDS = 90.0  # added to the times of the first batch: workers import their libraries
 WARNING_SECONDS = 30.0  # without an image, after which the files being read are logged
 POLL_SECONDS = 0.5  # between two looks at what the decoding processes are doing
+
+COPY_THREADS = 4  # that assemble a batch from the parts of worker processes
+LARGE = 1 << 20  # bytes of an array that is worth threads
+FEWEST_CORES = 8  # of a host where worker processes are the default
+MOST_WORKERS = 16  # by default
 
 in_worker = False  # whether this process is a data worker, whose arrays go through shared memory
 
@@ -99,15 +104,50 @@ def thread_pool(threads: int) -> futures.ThreadPoolExecutor:
     return futures.ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
 
-def num_threads(config: ConfigDict) -> int:
+def num_workers(config: ConfigDict, batch_bytes: int, evaluation_bytes: int = 0) -> int:
+    """Number of decoding processes: `config.data.workers`, or -1: as cores and memory allow.
+
+    The threads of one process hinder each other on many cores: see docs/results/gpu.md.
+
+    Args:
+      config: `config.data`.
+      batch_bytes: see `check_shared_memory`.
+      evaluation_bytes: likewise.
+    """
+    if config.workers >= 0:
+        return config.workers
+    cores = _cores()
+    if jax.default_backend() == "cpu" or cores < FEWEST_CORES or not SHARED_MEMORY.is_dir():
+        return 0
+    needed = _shared_memory(batch_bytes, evaluation_bytes)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        log.warning(
+            "images are decoded in threads, which is slower than in processes: %s has %d MiB free, "
+            "these need %d (docker run --shm-size=8g)",
+            SHARED_MEMORY,
+            free >> 20,
+            -(-needed >> 20),
+        )
+        return 0
+    return min(cores // 2, MOST_WORKERS)
+
+
+def num_threads(config: ConfigDict, workers: int) -> int:
     """Number of decoding threads per process: `config.data.threads`, or as the cores allow."""
-    if config.threads:
-        return config.threads
+    return config.threads or max(1, _cores() // max(1, workers))
+
+
+def _cores() -> int:
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:  # macOS
-        cores = os.cpu_count() or 1
-    return max(1, cores // max(1, config.workers))
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
+
+
+def _shared_memory(batch_bytes: int, evaluation_bytes: int) -> int:
+    """Bytes of shared memory for the batches that are decoded and those that wait."""
+    return 2 * (batch_bytes + evaluation_bytes)
 
 
 def check_shared_memory(batch_bytes: int, workers: int, evaluation_bytes: int = 0) -> None:
@@ -125,7 +165,7 @@ def check_shared_memory(batch_bytes: int, workers: int, evaluation_bytes: int = 
     if not workers or not SHARED_MEMORY.is_dir():
         return
     usage = shutil.disk_usage(SHARED_MEMORY)
-    needed = 2 * (batch_bytes + evaluation_bytes)
+    needed = _shared_memory(batch_bytes, evaluation_bytes)
     if usage.free >= needed:
         return
     use = "two batches"
@@ -222,7 +262,7 @@ class WorkerPool:
             parts.append(self._next_part())
         if len(parts) == 1:
             return parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {name: _concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _next_part(self) -> Batch:
         """The next element of the order, without its "pid".
@@ -275,6 +315,24 @@ class WorkerPool:
         pid = self._pid_of_worker.get(self._pending_worker)
         if pid:
             os.kill(pid, signal.SIGKILL)
+
+
+def _concatenate(arrays: Sequence[Shaped[np.ndarray, "..."]]) -> Shaped[np.ndarray, "..."]:
+    """Concatenate along the first axis; large arrays by threads, into memory that was used before.
+
+    For the images of a batch of 200 MB, fresh memory and one thread would take longer than a train
+    step on a GPU.
+    """
+    if sum(array.nbytes for array in arrays) < LARGE:
+        return np.concatenate(arrays)
+    ends = np.cumsum([len(array) for array in arrays])
+    whole = recycled_array((int(ends[-1]), *arrays[0].shape[1:]), arrays[0].dtype)
+
+    def copy(array: np.ndarray, end: int) -> None:
+        whole[end - len(array) : end] = array
+
+    list(thread_pool(COPY_THREADS).map(copy, arrays, ends))
+    return whole
 
 
 @dataclasses.dataclass

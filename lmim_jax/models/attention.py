@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lmim_jax.models import cudnn_attention, tpu_attention
+from lmim_jax.models import cudnn_attention
 from lmim_jax.utils import xla_flags
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.platform import current_platform
@@ -43,6 +43,7 @@ def attend(
       value: values of every head.
       implementation: "xla": plain matrix products, on any device; "cudnn": the fused kernel, which
         needs bfloat16 and an NVIDIA GPU; "auto": the fused kernel where it is possible and faster.
+        In a train step on GPUs and TPUs, packed_attention.py comes before that.
       mask: True where a key may be attended to; None: every key may.
     """
     if implementation == "auto":
@@ -106,37 +107,6 @@ def _fused_is_faster(query: Array, key: Array, mask: Array | None) -> bool:
         cudnn_attention.warn_unavailable()
         return False
     return faster
-
-
-def uses_tpu_kernel(
-    implementation: str,
-    dtype: Any,
-    tokens: int,
-    context: int,
-    width: int,
-    mask: Array | None = None,
-) -> bool:
-    """Whether attention is the kernel for TPUs, see tpu_attention.py, in place of `attend`.
-
-    XLA cannot split such a kernel over devices: it is used inside a `shard_map` only, as in the
-    train step.
-
-    Args:
-      implementation: see `attend`; "auto": the kernel where it is possible.
-      dtype: of the computation.
-      tokens: T.
-      context: S.
-      width: A K.
-      mask: see `attend`.
-    """
-    return (
-        implementation == "auto"
-        and current_platform() == "tpu"
-        and mask is None
-        and dtype == jnp.bfloat16
-        and tpu_attention.fits(tokens, context, width)
-        and bool(jax.sharding.get_abstract_mesh().manual_axes)
-    )
 
 
 def attention_weights(

@@ -9,8 +9,8 @@ import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from lmim_jax.models import tpu_attention
-from lmim_jax.models.attention import attend, attention_weights, uses_tpu_kernel
+from lmim_jax.models import packed_attention
+from lmim_jax.models.attention import attend, attention_weights
 from lmim_jax.models.layers import Dense, Dtype, gelu, layer_norm, norm
 from lmim_jax.models.rope import Rope
 
@@ -55,9 +55,9 @@ class Attention(nn.Module, kw_only=True):
         project = Dense(3 * self.heads * head_width, self.dtype, self.qkv_bias, name="qkv")
         finish = Dense(width, self.dtype, self.bias, name="proj")
         plain = rope is None and not self.is_mutable_collection("intermediates")
-        sizes = (tokens, tokens, self.heads * head_width)
-        if plain and uses_tpu_kernel(self.implementation, self.dtype, *sizes, mask):
-            return finish(tpu_attention.attend_self(project(x), self.heads))
+        sizes = packed_attention.Sizes(tokens, tokens, self.heads, head_width)
+        if plain and packed_attention.is_used(self.implementation, self.dtype, sizes, mask):
+            return finish(packed_attention.attend_self(project(x), self.heads))
         query, key, value = project.by_head(x, 3, self.heads)
         if rope is not None:
             query = rope(query)
@@ -110,9 +110,10 @@ class CrossAttention(nn.Module, kw_only=True):
         query = Dense(self.heads * head_width, self.dtype, query_bias, name="q")(x)
         kv_bias = (key_bias, value_bias)
         project = Dense(2 * self.heads * head_width, self.dtype, kv_bias, name="kv")
-        sizes = (tokens, context.shape[1], self.heads * head_width)
-        if rope is None and uses_tpu_kernel(self.implementation, self.dtype, *sizes, mask):
-            return finish(tpu_attention.attend_cross(query, project(context), self.heads))
+        plain = rope is None and context_rope is None
+        sizes = packed_attention.Sizes(tokens, context.shape[1], self.heads, head_width)
+        if plain and packed_attention.is_used(self.implementation, self.dtype, sizes, mask):
+            return finish(packed_attention.attend_cross(query, project(context), self.heads))
         query = query.reshape(batch, tokens, -1, head_width)
         key, value = project.by_head(context, 2, self.heads)
         if rope is not None:

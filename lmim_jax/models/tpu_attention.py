@@ -18,25 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-Places = tuple[tuple[int, int], ...]  # of query, key and value: (array, first column)
+from lmim_jax.models.packed_arrays import Places, costs, width_of
+
 ROWS = 256  # tokens of one program, if one image has fewer
 # Of 16 MiB that a kernel may use of the memory on the chip, what is reckoned with
 MEMORY = 15e6  # bytes
 SCORES = 9  # float32 arrays of a head's scores that are there at once, at most (seen in programs)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def attend(
-    arrays: tuple[Float[Array, "B T C"], ...], places: Places, heads: int
-) -> Float[Array, "B T D"]:
-    """Compute softmax(q k^T / sqrt(K)) v with a float32 softmax.
-
-    Args:
-      arrays: that contain queries, keys and values, each D columns of all heads.
-      places: where; the queries are in the first array.
-      heads: A.
-    """
-    return _forward(arrays, places, heads)[0]
 
 
 def fits(tokens: int, context: int, width: int) -> bool:
@@ -55,48 +42,38 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def attend_self(qkv: Float[Array, "B T 3*D"], heads: int) -> Float[Array, "B T D"]:
-    """Attend inside a sequence; columns are those of queries, keys, values."""
-    width = qkv.shape[-1] // 3
-    return attend((qkv,), ((0, 0), (0, width), (0, 2 * width)), heads)
-
-
-def attend_cross(
-    query: Float[Array, "B T D"], key_value: Float[Array, "B S 2*D"], heads: int
-) -> Float[Array, "B T D"]:
-    """Attend from a sequence to another; columns of the latter are those of keys, values."""
-    return attend((query, key_value), ((0, 0), (1, 0), (1, query.shape[-1])), heads)
-
-
-def _forward(
-    arrays: tuple[Array, ...], places: Places, heads: int
-) -> tuple[Array, tuple[tuple[Array, ...], Array]]:
-    width = arrays[-1].shape[-1] // sum(index == len(arrays) - 1 for index, _ in places)
+def forward(arrays: Sequence[Array], places: Places, heads: int) -> Float[Array, "B T D"]:
+    """The output; see `packed_attention.attend`."""
+    width = width_of(arrays, places)
     output = jax.ShapeDtypeStruct((*arrays[0].shape[:2], width), arrays[0].dtype)
     kernel = functools.partial(_forward_kernel, places, heads, width // heads)
-    costs = _costs(arrays, width, heads, products=2)
-    (y,) = _call(kernel, arrays, (output,), costs, name="attention_forward")
-    return y, (arrays, y)
+    cost = costs(arrays, width, heads, products=2)
+    return _call(kernel, arrays, (output,), cost, name="attention_forward")[0]
 
 
-def _backward(
-    places: Places, heads: int, residuals: tuple[tuple[Array, ...], Array], dy: Array
-) -> tuple[tuple[Array, ...]]:
-    arrays, y = residuals
+def forward_with_residuals(
+    arrays: Sequence[Array], places: Places, heads: int
+) -> tuple[Array, Array]:
+    """The output, and what `backward` needs: the same."""
+    y = forward(arrays, places, heads)
+    return y, y
+
+
+def backward(
+    arrays: Sequence[Array], y: Array, dy: Array, places: Places, heads: int
+) -> tuple[Array, ...]:
+    """The gradients of the arrays."""
     gradients = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
     kernel = functools.partial(_backward_kernel, places, heads, y.shape[-1] // heads)
-    costs = _costs(arrays, y.shape[-1], heads, products=5)
-    return (_call(kernel, (*arrays, y, dy), gradients, costs, name="attention_backward"),)
-
-
-attend.defvjp(_forward, _backward)
+    cost = costs(arrays, y.shape[-1], heads, products=5)
+    return _call(kernel, (*arrays, y, dy), gradients, cost, name="attention_backward")
 
 
 def _call(
     kernel: Any,
     inputs: Sequence[Array],
     outputs: Sequence[Any],
-    costs: tuple[int, int],
+    cost: tuple[int, int],
     name: str,
 ) -> Any:
     """Run a kernel with some whole images in every program.
@@ -105,13 +82,13 @@ def _call(
       kernel: function of references to blocks of inputs and outputs.
       inputs: arrays of all images.
       outputs: their shapes and dtypes.
-      costs: see `_costs`.
+      cost: see `packed_arrays.costs`.
       name: of the kernel in programs and profiles.
     """
     batch = len(inputs[0])
     images = _images_of_a_program(batch, max(x.shape[1] for x in inputs))
     size = sum(x.size * x.dtype.itemsize for x in (*inputs, *outputs))
-    flops, exponentials = costs
+    flops, exponentials = cost
 
     def block(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec((images, *x.shape[1:]), lambda i: (i, 0, 0))
@@ -128,12 +105,6 @@ def _call(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         name=name,
     )(*inputs)
-
-
-def _costs(arrays: Sequence[Array], width: int, heads: int, products: int) -> tuple[int, int]:
-    """FLOPs and exponentials of a kernel with some products of queries and keys of D = `width`."""
-    scores = len(arrays[0]) * arrays[0].shape[1] * arrays[-1].shape[1]
-    return 2 * products * scores * width, heads * scores
 
 
 def _images_of_a_program(batch: int, tokens: int) -> int:

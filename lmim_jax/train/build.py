@@ -34,7 +34,7 @@ LEAST = {  # options -> their least value
     "data.canvas": 1,
     "data.channels": 1,
     "data.threads": 0,
-    "data.workers": 0,
+    "data.workers": -1,
     "data.max_bad_fraction": 0,
     "method.patch_size": 1,
     "method.width": 1,

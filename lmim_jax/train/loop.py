@@ -91,11 +91,12 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
     extended = len(config.extensions) > len(history)
     parts = build(config, per_epoch)
     scheduled = _schedule_evaluators(parts, splits)
-    _check_shared_memory(parts, scheduled)
+    workers = _num_workers(parts, scheduled)
 
     # The whole config has been checked: from here on, files are written
     config = parts.config
     plain_config = config.to_dict()
+    config.data.workers = workers  # which is this host's alone
     identity = splits["train"].identity()
     multihost.check_consistent(config=plain_config, data=identity)
     allowed = extension.KEYS if extended else ()
@@ -209,14 +210,19 @@ def _schedule_evaluators(parts: TrainingParts, splits: Sources) -> list[evaluato
     return evaluators.only_possible(scheduled, splits["train"].classes, splits)
 
 
-def _check_shared_memory(parts: TrainingParts, scheduled: list[evaluators.Scheduled]) -> None:
-    """Raise a UserError if /dev/shm cannot hold the batches of training and evaluations."""
+def _num_workers(parts: TrainingParts, scheduled: list[evaluators.Scheduled]) -> int:
+    """The number of decoding processes of this host, in training and evaluations.
+
+    Raises:
+      UserError: /dev/shm cannot hold the batches of so many.
+    """
     config = parts.config
     _, rows = loader.process_rows(config.batch_size)
     largest = max([getattr(one.evaluator, "batch_size", 0) for one in scheduled], default=0)
-    prefetch.check_shared_memory(
-        parts.batch_bytes(rows), config.data.workers, batch_bytes(config.data, largest)
-    )
+    needed = (parts.batch_bytes(rows), batch_bytes(config.data, largest))
+    workers = prefetch.num_workers(config.data, *needed)
+    prefetch.check_shared_memory(needed[0], workers, needed[1])
+    return workers
 
 
 class TrainingLoop:

@@ -238,16 +238,18 @@ class EvaluationData:
           over all devices. The index is -1 for padding and for images that cannot be read:
           ignore these rows.
         """
-        images = self._decoded(self.sources[split], self.config.workers)
+        needed = batch_bytes(self.config, batch_size)
+        workers = prefetch.num_workers(self.config, needed)
+        images = self._decoded(self.sources[split], workers)
         if split not in self._bad:
-            prefetch.check_shared_memory(batch_bytes(self.config, batch_size), self.config.workers)
+            prefetch.check_shared_memory(needed, workers)
             self._bad[split] = loader.BadImageMonitor(images, self.config.max_bad_fraction)
 
         def place(batch: Batch) -> Batch:
             self._bad[split].record(batch["bad"])
             return self._placed(batch)
 
-        pool = self._worker_pool(images, batch_size, self.config.workers)
+        pool = self._worker_pool(images, batch_size, workers)
         batches = prefetch.Prefetcher(
             pool,
             place,
@@ -342,9 +344,9 @@ class EvaluationData:
             source,
             self.config.canvas,
             self.config.channels,
-            prefetch.num_threads(self.config),
+            prefetch.num_threads(self.config, workers),
             replace=False,
-            retry_seconds=self.config.timeout,
+            retry_seconds=loader.RETRY_SHARE * self.config.timeout,
             activity=Activity(workers),
             options=ImageOptions.from_config(self.config),
         )
