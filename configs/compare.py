@@ -42,7 +42,10 @@ def get_config(dataset: str = "shapes") -> ConfigDict:
             recipe = importlib.import_module(f"lmim_jax.configs.{name}_vit_b")
             targets[name] = (recipe.__doc__ or "").partition("\n")[0]
     for name, target in targets.items():
-        runs.append((name, target, f"configs/small.py:{name},{dataset}", ()))
+        flags: tuple[str, ...] = ()
+        if dataset == "hit_uav" and name != "latent_mim":  # untrained encoders are alike
+            flags = ("evaluators.detection.every=0.0",)
+        runs.append((name, target, f"configs/small.py:{name},{dataset}", flags))
     shuffled = (
         "pilamim_shuffled",
         "the same, targets shuffled",

@@ -47,7 +47,9 @@ def may_be_float32(where):
     return any(re.fullmatch(f"{allowed}/dot_general", where) for allowed in FLOAT32)
 
 
-@pytest.mark.parametrize("name", ["vit_b", *base.names()])
+@pytest.mark.parametrize(
+    "name", ["vit_b", *(pytest.param(name, marks=pytest.mark.slow) for name in base.names())]
+)
 def test_a_bfloat16_step_multiplies_float32_only_where_it_must_and_needs_no_host(name):
     vit_b = importlib.import_module("lmim_jax.configs.vit_b").get_config()
     config = vit_b if name == "vit_b" else recipe(name, dtype="bfloat16")

@@ -162,9 +162,9 @@ def small(images, tmp_path_factory):
 
 
 def contract_cases():
-    """All evaluators; the convolutions of a detector take half a minute to compile."""
+    """All evaluators; what trains on images takes longer to compile."""
     for name in base.names():
-        marks = [pytest.mark.slow] if name == "detection" else []
+        marks = [pytest.mark.slow] if name in ("detection", "finetune", "attentive_probe") else []
         yield pytest.param(name, marks=marks)
 
 

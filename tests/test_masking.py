@@ -83,7 +83,9 @@ def coverage(index, mask):
 
 
 # Published simulation of the released sampler on a 14 x 14 grid: images per group -> mean context
-@pytest.mark.parametrize(("group", "expected"), [(1, 81), (16, 59), (128, 50)])
+@pytest.mark.parametrize(
+    ("group", "expected"), [(1, 81), (16, 59), pytest.param(128, 50, marks=pytest.mark.slow)]
+)
 def test_multiblock_contexts_are_as_long_as_the_official_ones(group, expected):
     lengths = draws(group)["visible_mask"].sum(axis=1)
     assert (
@@ -133,6 +135,7 @@ def test_unbiased_multiblock_reaches_every_patch_and_varies_per_image():
     assert len(np.unique(view["target_mask"][:32].sum(axis=2)[:, 0])) > 3
 
 
+@pytest.mark.slow
 def test_the_default_capacity_is_hardly_ever_short():
     lengths = draws(128, batches=150, images=4)["visible_mask"].sum(axis=1)
     assert lengths.max() <= 72

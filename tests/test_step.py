@@ -90,6 +90,7 @@ def test_norms_are_those_of_the_gradient_and_of_the_new_state(devices):
     assert len({round(reported, 6) for reported, _ in norms.values()}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "micro_batches"), [pytest.param(1, 4, marks=pytest.mark.slow), (4, 2)]
 )

@@ -194,7 +194,9 @@ def test_where_to_crop_is_checked():
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (signal.SIGKILL, r"data worker \d of 2 \(pid \d+\) died"),
+        pytest.param(
+            signal.SIGKILL, r"data worker \d of 2 \(pid \d+\) died", marks=pytest.mark.slow
+        ),
         (
             signal.SIGSTOP,
             r"no image decoded for 4 s: data worker \d of 2 \(pid \d+\) does not respond",

@@ -81,7 +81,14 @@ def standardize(tokens, axis):
     return centered / np.sqrt(tokens.var(axis, keepdims=True) + 1e-5)
 
 
-@pytest.mark.parametrize(("norm", "axis"), [("layer", 2), ("instance", 1), ("none", None)])
+@pytest.mark.parametrize(
+    ("norm", "axis"),
+    [
+        ("instance", 1),
+        pytest.param("layer", 2, marks=pytest.mark.slow),
+        pytest.param("none", None, marks=pytest.mark.slow),
+    ],
+)
 def test_layers_are_standardized_and_joined(norm, axis):
     layers = (0, 1)
     joined = {}

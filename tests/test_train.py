@@ -325,11 +325,13 @@ def test_training_lowers_the_loss_below_chance(images, tmp_path):
     assert np.mean(losses[-5:]) < min(0.95 * chance, np.mean(losses[:3]) - 0.05)
 
 
+@pytest.mark.slow
 def test_total_steps_replaces_epochs(images, tmp_path):
     loop.train(recipe(images, total_steps=2, **SMALL), tmp_path)
     assert lines(tmp_path)[-1]["step"] == 2
 
 
+@pytest.mark.slow
 def test_images_without_classes_train_without_knn(images, tmp_path):
     config = recipe(images / "train" / "cat", total_steps=2)
     summary = loop.train(config, tmp_path)
@@ -354,8 +356,8 @@ def command(images, workdir, *flags):
     [
         ([], "quickstart"),
         (["--config", "configs/vit_b.py"], "vit_b"),
-        (["--config=configs/vit_s.py"], "vit_s"),
-        (["--config=vit_l"], "vit_l"),
+        pytest.param(["--config=configs/vit_s.py"], "vit_s", marks=pytest.mark.slow),
+        pytest.param(["--config=vit_l"], "vit_l", marks=pytest.mark.slow),
     ],
 )
 def test_the_recipe_is_chosen_by_flag(flags, recipe):

@@ -96,7 +96,6 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
     # The whole config has been checked: from here on, files are written
     config = parts.config
     plain_config = config.to_dict()
-    config.data.workers = workers  # which is this host's alone
     identity = splits["train"].identity()
     multihost.check_consistent(config=plain_config, data=identity)
     allowed = extension.KEYS if extended else ()
@@ -131,6 +130,7 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
             process_start=process_start,
         )
         del initial  # its memory
+        config.data.workers = workers  # of this host alone, and no part of the recipe
         loop.run()
         summary = multihost.decide(
             lambda: _write_summary(workdir, parts.total_steps, loop.wall_seconds)
