@@ -1,6 +1,7 @@
 """Several modalities: pairs of files, one image of all their channels, ranges of their own."""
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 import zipfile
@@ -22,6 +23,7 @@ from lmim_jax.data.image_options import BadImage, ImageOptions
 from lmim_jax.data.loader import BatchDecoder
 from lmim_jax.evaluators.common.feature_extraction import Extractor, extract_from_files
 from lmim_jax.methods import base
+from lmim_jax.report import run_features
 from lmim_jax.train import loop, modality_subset, runs
 from lmim_jax.utils.errors import UserError
 
@@ -315,6 +317,30 @@ def test_other_methods_take_several_modalities(name):
         for path, leaf in jax.tree.leaves_with_path(tree):
             if "embed" in jax.tree_util.keystr(path):
                 assert jnp.abs(leaf).max() > 0, path
+
+
+def test_a_modality_is_painted_from_what_is_visible_in_the_other_alone(interactive):
+    method, params = interactive
+    method = dataclasses.replace(method, norm_pix=False)
+    crops = np.random.default_rng(0).integers(0, 256, (2, *method.image_size, 4), np.uint8)
+
+    def reconstruct(views, crops=crops):
+        pixels = jax.jit(method.reconstruct)(params, jnp.float32(crops) / 256, views)
+        return np.asarray(256 * pixels)
+
+    found = run_features._translations(method, crops, reconstruct)
+    assert [(one.given, one.predicted) for one in found] == [("rgb", "thermal"), ("thermal", "rgb")]
+    other = crops.copy()
+    other[..., 3] = 255 - other[::-1, ::-1, :, 3]  # the thermal image is another one
+    changed = run_features._translations(method, other, functools.partial(reconstruct, crops=other))
+    for scene, (given, predicted, true) in enumerate(found[0].images):
+        np.testing.assert_array_equal(given, crops[scene, ..., :3])
+        np.testing.assert_array_equal(true, crops[scene, ..., 3:])
+        assert predicted.shape == true.shape
+        # The prediction does not know it
+        np.testing.assert_allclose(changed[0].images[scene][1], predicted, atol=1e-3)
+    assert np.abs(changed[1].images[0][1] - found[1].images[0][1]).max() > 1e-2
+    assert not run_features._translations(build("mae", modalities=()), crops, reconstruct)
 
 
 def test_features_are_means_over_the_modalities_of_a_position(interactive):

@@ -61,6 +61,7 @@ def report(run: Run, bank: int) -> str:
             segmentation_section.section(run.folder),
             image_sections.input_section(views),
             image_sections.reconstructions_section(views),
+            image_sections.translations_section(views),
             image_sections.features_section(encoded),
             patch_sections.segmentation_section(encoded, SEGMENTED),
             patch_sections.attention_section(encoded, IMAGES),

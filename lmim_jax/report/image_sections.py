@@ -110,6 +110,35 @@ def reconstructions_section(views: TrainingViews) -> Section | None:
     return html.explained_section("reconstructions", "Reconstructions", look, collapsed, cards)
 
 
+def translations_section(views: TrainingViews) -> Section | None:
+    """A modality as given, another as predicted, and as it is; None if there are no such."""
+    if not views.translations:
+        return None
+    rows = []
+    for translation in views.translations:
+        for k, (given, predicted, true) in enumerate(translation.images):
+            name = f"{translation.predicted} from {translation.given}, scene {k + 1}"
+            row = [
+                html.figure(given, f"{name}: what is given", translation.given),
+                html.figure(
+                    predicted, f"{name}: as predicted", f"{translation.predicted}, predicted"
+                ),
+                html.figure(true, f"{name}: as it is", f"{translation.predicted}, true"),
+            ]
+            rows.append(row)
+    look = (
+        "One modality is visible as a whole, and nothing of the other, whose pixels the model "
+        "predicts. Look for objects that are bright in the predicted modality although they are "
+        "dark in the given one. Where each patch is normalized by itself (norm_pix), its mean and "
+        "contrast are taken from the true patch: train with norm_pix=False to judge these, too."
+    )
+    collapsed = "the prediction is the same for all scenes, or a copy of the given modality."
+    cards = html.cards(rows, 3, 20)
+    return html.explained_section(
+        "translations", "One modality from another", look, collapsed, cards
+    )
+
+
 def features_section(encoded: EncodedImages) -> Section:
     """Principal components of patch features as colors, trained and untrained, and true masks."""
     trained = _pca_images(encoded.tokens)

@@ -7,7 +7,7 @@ H W C rows, columns and channels of an image.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from lmim_jax.data.eval.eval_data import EvaluationData, Subset
 from lmim_jax.evaluators import visualization
 from lmim_jax.evaluators.common import classifiers
 from lmim_jax.evaluators.common.finite import check_finite
+from lmim_jax.methods.base import Views
 from lmim_jax.models.modalities import split_channels
 from lmim_jax.train.runs import Run
 from lmim_jax.utils.errors import UserError
@@ -74,6 +75,21 @@ class EncodedImages:
 
 
 @dataclasses.dataclass(frozen=True)
+class Translation:
+    """Pixels of one modality, predicted from another that is visible as a whole.
+
+    Attributes:
+      given: name of the modality that is visible.
+      predicted: name of the one that is not.
+      images: of each scene: what is given, the prediction, and the truth.
+    """
+
+    given: str
+    predicted: str
+    images: Sequence[tuple[UInt8[np.ndarray, "H W _"], ...]]
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingViews:
     """What the model is given in training, for a few images; each modality is one of its own.
 
@@ -82,12 +98,14 @@ class TrainingViews:
       crops: the augmented crops.
       windows: of each crop.
       reconstructions: the crops with predicted pixels; None if the method predicts no pixels.
+      translations: every modality from every other; empty with one modality or without pixels.
     """
 
     whole_images: list[UInt8[np.ndarray, "_ _ C"]]
     crops: list[UInt8[np.ndarray, "H W _"]]
     windows: list[Windows]
     reconstructions: list[UInt8[np.ndarray, "H W _"]] | None
+    translations: list[Translation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,14 +323,20 @@ def training_views(run: Run, count: int) -> TrainingViews:
     for canvas, (height, width) in zip(batch["image"], batch["size"], strict=True):
         whole_images.append(canvas[:height, :width])
     painted = None
+    translations: list[Translation] = []
     if hasattr(method, "reconstruct"):
 
         @jax.jit
-        def reconstruct(params, crops, views):
+        def jit_reconstruct(params, crops, views):
             return augment.denormalize(method.reconstruct(params, augment.normalize(crops), views))
 
-        painted = _to_uint8(jax.device_get(reconstruct(run.placed_weights.params, crops, views)))
-    found = TrainingViews([], [], [], None if painted is None else [])
+        def reconstruct(views):
+            pixels = jit_reconstruct(run.placed_weights.params, crops, views)
+            return _to_uint8(jax.device_get(pixels))
+
+        painted = reconstruct(views)
+        translations = _translations(method, _to_uint8(crops), reconstruct)
+    found = TrainingViews([], [], [], None if painted is None else [], translations)
     for k, crop in enumerate(_to_uint8(crops)):
         found.whole_images.extend(split_channels(whole_images[k], method.inputs))
         found.crops.extend(split_channels(crop, method.inputs))
@@ -320,6 +344,34 @@ def training_views(run: Run, count: int) -> TrainingViews:
             found.windows.append(visualization.training_windows(method, views, k, number))
         if found.reconstructions is not None and painted is not None:
             found.reconstructions.extend(split_channels(painted[k], method.inputs))
+    return found
+
+
+def _translations(
+    method: Any,
+    crops: UInt8[np.ndarray, "B H W C"],
+    reconstruct: Callable[[Views], UInt8[np.ndarray, "B H W C"]],
+) -> list[Translation]:
+    """Every modality, predicted from every other."""
+    if not method.modalities:
+        return []
+    names = [modality.name for modality in method.modalities]
+    count = method.num_patches
+    tokens = np.arange(count * len(names), dtype=np.int32)
+    found = []
+    for number, name in enumerate(names):
+        # Methods want as many masked patches of every modality: those that are given, too
+        given = tokens[number * count : (number + 1) * count]
+        views = {
+            "visible": np.tile(given, (len(crops), 1)),
+            "masked": np.tile(tokens, (len(crops), 1)),
+        }
+        painted = split_channels(reconstruct(views), method.inputs)
+        true = split_channels(crops, method.inputs)
+        for other, other_name in enumerate(names):
+            if other != number:
+                rows = list(zip(true[number], painted[other], true[other], strict=True))
+                found.append(Translation(name, other_name, rows))
     return found
 
 
