@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config.report = False  # at the end, write the page report.html into the run, as lmim report
     config.wandb = wandb()
     config.log_every = 50  # steps between lines of metrics
-    config.gauge_images = 512  # held-out images on which collapse metrics are measured
+    config.gauge_images = 512  # held-out images on which collapse metrics are measured; 0: none
     config.checkpoint_every = 1000  # steps; also before evaluations and at the end
     config.checkpoint_minutes = 30.0  # also when the last save is so long ago; 0: never
     config.checkpoint_keep = 3  # how many of the newest are kept; 0: all

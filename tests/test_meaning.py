@@ -274,6 +274,7 @@ def test_one_image_has_no_collapse(opened, tmp_path):
     draw(tmp_path / "train" / "0.png", 0)
     alone = other_images(data, tmp_path)
     assert make_collapse_metrics(method, alone, 16)(params, {}) == {}
+    assert make_collapse_metrics(method, data, 0)(params, {}) == {}
     assert np.isfinite(evaluate("visualization", method, params, alone)["seen"]).all()
 
 

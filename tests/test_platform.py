@@ -335,29 +335,30 @@ def test_the_kernels_for_gpus_equal_plain_attention(tokens, context, head_width)
 
 
 @pytest.mark.parametrize(
-    ("context", "head_width", "fits"),
+    ("platform", "capability", "context", "head_width", "fits"),
     [
-        (177, 64, True),
-        (256, 64, True),
-        (257, 64, False),  # ViT-H/14
-        (21, 80, False),  # no power of 2
-        (21, 8, False),  # narrower than the matrix units
-        (128, 128, True),
-        (129, 128, False),
+        ("gpu", "9.0", 177, 64, True),
+        ("gpu", "9.0", 256, 64, True),
+        ("gpu", "9.0", 257, 32, False),
+        ("gpu", "9.0", 21, 80, False),  # no power of 2
+        ("gpu", "9.0", 21, 8, False),  # narrower than the matrix units
+        ("gpu", "8.0", 128, 128, True),
+        ("gpu", "8.0", 129, 128, False),
+        ("gpu", "8.9", 177, 64, False),  # little shared memory
+        ("gpu", "8.9", 177, 32, True),
+        ("gpu", "7.5", 21, 64, False),
+        ("gpu", "gfx942", 21, 64, False),
+        ("cpu", None, 177, 64, True),  # compiled ahead of time
     ],
 )
-def test_the_kernels_for_gpus_are_used_where_keys_fit(context, head_width, fits):
+def test_the_kernels_for_gpus_are_used_where_keys_fit(
+    monkeypatch, platform, capability, context, head_width, fits
+):
+    gpu = mock.Mock(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    found = gpu_attention._compute_capability.__wrapped__()
+    monkeypatch.setattr(gpu_attention, "_compute_capability", lambda: found)
     assert gpu_attention.fits(context, head_width) == fits
-
-
-@pytest.mark.parametrize(
-    ("platform", "capability", "runs"),
-    [("cpu", None, True), ("gpu", "9.0", True), ("gpu", "7.5", False), ("gpu", "gfx942", False)],
-)
-def test_the_kernels_for_gpus_need_newer_ones_of_nvidia(monkeypatch, platform, capability, runs):
-    device = mock.Mock(platform=platform, compute_capability=capability)
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert gpu_attention.runs_here.__wrapped__() == runs
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,9 @@ def test_the_traffic_of_a_small_model():
     )
     found = json.loads(done.stdout)
     assert 20e6 < found["bytes_per_image"] < BYTES_PER_IMAGE
-    assert found["products"]["cuDNN"] == 5  # target, self- and cross-attention of the decoder
+    fused = [part for part in found["parts"] if part["where"].endswith("pallas_call")]
+    assert sum(part["kernels"] for part in fused) == 2 * 3 + 1  # target, encoder and decoder
+    assert set(found["products"]) == {"cuBLAS"}
     assert not any("attn" in where for where in found["float32_products"])
     memory = found["memory"]
     assert memory["needed"] >= memory["arguments"] > 64 * 512 * 512 * 3

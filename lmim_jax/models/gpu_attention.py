@@ -9,7 +9,6 @@ Letters: B batch, T query tokens, S key tokens, A attention heads, K width of a 
 
 import functools
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +21,13 @@ from jaxtyping import Array, Float
 from lmim_jax.models.packed_arrays import Places, costs, width_of
 
 HEAD_WIDTHS = (16, 32, 64, 128)
+MOST_KEYS = 256  # S: the scores of a program are in registers
 SIZE_OF_KEYS = 256 * 64  # S K at most: their gradients are sums in registers
 FEWEST_ROWS = 16  # of the matrix units
+# Compute capabilities
+FIRST_WITH_BFLOAT16 = (8, 0)
+# 160 kB and more for a program; others have 99 kB. Backward, 197 keys of 64 take 135 kB
+MUCH_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 
 
 class Tiles(NamedTuple):
@@ -50,18 +54,23 @@ Residuals = tuple[Array, Array]  # output, and logarithms to base 2 of the sums 
 
 
 def fits(context: int, head_width: int) -> bool:
-    """Whether the kernel can attend to S = `context` tokens with K = `head_width`."""
-    return head_width in HEAD_WIDTHS and context * head_width <= SIZE_OF_KEYS
+    """Whether the kernels can attend to S = `context` tokens with K = `head_width` on these GPUs."""
+    capability = _compute_capability()
+    most = SIZE_OF_KEYS if capability in MUCH_SHARED_MEMORY else LARGE - 1
+    fit = context <= MOST_KEYS and context * head_width <= most
+    return fit and head_width in HEAD_WIDTHS and capability >= FIRST_WITH_BFLOAT16
 
 
 @functools.cache
-def runs_here() -> bool:
-    """Whether the GPUs have matrix units for bfloat16: those from 2020 on, compute capability 8."""
+def _compute_capability() -> tuple[int, int]:
+    """That of the GPUs; (0, 0) if they are not NVIDIA's."""
     device = jax.devices()[0]
-    if device.platform != "gpu":  # compiled ahead of time, for others
-        return True
-    found = re.fullmatch(r"(\d+)\.\d+", device.compute_capability)  # other makers have names
-    return found is not None and int(found[1]) >= 8
+    if device.platform != "gpu":  # compiled ahead of time, for GPUs of data centers
+        return MUCH_SHARED_MEMORY[0]
+    major, _, minor = device.compute_capability.partition(".")
+    if not (major.isdecimal() and minor.isdecimal()):
+        return (0, 0)
+    return (int(major), int(minor))
 
 
 def forward(arrays: Sequence[Array], places: Places, heads: int) -> Float[Array, "B T D"]:

@@ -53,8 +53,7 @@ def is_used(implementation: str, dtype: Any, sizes: Sizes, mask: Array | None = 
     if platform == "tpu":
         return tpu_attention.fits(sizes.tokens, sizes.context, width)
     if platform == "gpu":
-        kernels = _kernels()
-        return kernels.runs_here() and kernels.fits(sizes.context, sizes.head_width)
+        return _kernels().fits(sizes.context, sizes.head_width)
     return False
 
 

@@ -90,7 +90,7 @@ def make_collapse_metrics(method: Any, data: EvaluationData, count: int) -> "Col
       (params, target) -> {name: float32 scalar on the device}; {} with fewer than two images, which
       have nothing to be compared with.
     """
-    batch, _ = data.sample(data.held_out, count)
+    batch, _ = data.sample(data.held_out, max(count, 1))
     weight = (batch["index"] >= 0).astype(jnp.float32)
     is_comparable = bool(weight.sum() > 1)
     if not is_comparable:
