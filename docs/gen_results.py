@@ -47,7 +47,8 @@ def with_tables(text: str, root: pathlib.Path = ROOT) -> str:
                 tables.append(comparison.accuracy_table(group.variants))
                 continue
             chosen = columns or tuple(comparison.COLUMNS)
-            tables.append(comparison.markdown_table(group.variants, chosen))
+            finished = [variant for variant in group.variants if variant.values]
+            tables.append(comparison.markdown_table(finished, chosen))
             if not columns:
                 tables.append("\n".join(f"- {sentence}" for sentence in group.sentences))
         return "\n".join([begin.rstrip(), "", "\n\n".join(tables), "", end])

@@ -54,7 +54,7 @@ Residuals = tuple[Array, Array]  # output, and logarithms to base 2 of the sums 
 
 
 def fits(context: int, head_width: int) -> bool:
-    """Whether the kernels can attend to S = `context` tokens with K = `head_width` on these GPUs."""
+    """Whether these GPUs can attend to S = `context` tokens of K = `head_width` by the kernels."""
     capability = _compute_capability()
     most = SIZE_OF_KEYS if capability in MUCH_SHARED_MEMORY else LARGE - 1
     fit = context <= MOST_KEYS and context * head_width <= most
