@@ -38,7 +38,10 @@ def relative(path):
     return path.relative_to(ROOT).as_posix()
 
 
-SEARCHES = ("docs/results/recipe_search.md", "docs/results/switches.md")  # whose plans count many FLOPs
+SEARCHES = (
+    "docs/results/recipe_search.md",
+    "docs/results/switches.md",
+)  # whose plans count many FLOPs
 
 
 def _page(page):
@@ -50,6 +53,17 @@ def _page(page):
 def test_tables_of_studies_are_those_of_their_records(page):
     text = page.read_text()
     assert gen_results.with_tables(text) == text, "run: python docs/gen_results.py"
+
+
+def test_figures_of_trained_heads_are_those_of_their_records():
+    page = (DOCS / "results" / "segmentation.md").read_text()
+    for line in (ROOT / "results" / "camvid" / "finetuned.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        cells = [f"{record['head']} head, {'frozen encoder' if record['frozen'] else 'fine-tuned'}"]
+        for metric in ("camvid/miou", "camvid/pixels"):
+            for encoder in ("untrained", "trained"):
+                cells.append(f"{record['metrics'][metric][encoder]:.1f}")
+        assert f"| {' | '.join(cells)} |" in page
 
 
 @pytest.fixture(scope="module")
