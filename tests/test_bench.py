@@ -80,6 +80,7 @@ def test_host_transfers_are_seen():
     assert program_stats.compiled_stats(lowered.compile())["host_transfers"] == 1
 
 
+@pytest.mark.slow
 def test_metrics_of_eight_devices():
     config = recipe("mae", depth=1)
     found = bench_step.measure(config, steps=5, warmup=1)

@@ -205,7 +205,8 @@ def test_config_keys_exist(path):
     keys = set()
     for name in ("vit_b", *gen_reference.METHOD_RECIPES, "evaluate"):
         keys |= gen_reference.read_recipe(name)[1].keys()
-    keys |= gen_reference.flatten(evaluate.get_config("segmentation")).keys()
+    for preset in ("segmentation", "segmentation_finetune"):
+        keys |= gen_reference.flatten(evaluate.get_config(preset)).keys()
     keys |= {"class_separation.batch_size"}
     for key in re.findall(r"--config\.([a-z0-9_.]+)=", path.read_text()):
         assert key in keys or any(known.startswith(f"{key}.") for known in keys), key

@@ -162,7 +162,13 @@ def test_interface(name):
     assert hash(method) == hash(dataclasses.replace(method))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("latent_mim", "symmim") else pytest.param(name, marks=pytest.mark.slow)
+        for name in NAMES
+    ],
+)
 def test_views_are_drawn_per_image(name):
     method = build(name)
     keys = jax.random.split(jax.random.key(2), 6)

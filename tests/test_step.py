@@ -74,6 +74,7 @@ def close(first, second, **tolerance):
         np.testing.assert_allclose(a, b, **tolerance)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     (one, first, *_), (eight, second, *_) = run(1, 1), run(8, 1)
     np.testing.assert_allclose(eight, one, rtol=1e-4)

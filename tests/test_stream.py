@@ -162,7 +162,7 @@ def crop_on_host():
     return make_host_crop(config_of(resize_on="host"), parts()[1], keys)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_crops_on_the_host_are_those_of_the_device(workers):
     method, augmentation = parts()
     crop = crop_on_host()

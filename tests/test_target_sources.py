@@ -56,7 +56,7 @@ def test_every_method_takes_every_source(name, source):
     assert ("target_embed" in params) == (source == "random_projection")
 
 
-@pytest.mark.parametrize("source", ["joint", "stop_gradient"])
+@pytest.mark.parametrize("source", ["joint", pytest.param("stop_gradient", marks=pytest.mark.slow)])
 def test_only_joint_targets_have_a_gradient(source):
     found = method("ijepa", target=source)
     params = found.init(jax.random.key(0))

@@ -372,6 +372,7 @@ def test_the_recipe_is_chosen_by_flag(flags, recipe):
     assert (ROOT / done.stdout.strip()).samefile(ROOT / "configs" / f"{recipe}.py")
 
 
+@pytest.mark.slow
 def test_skipping_stops_after_too_many_in_a_row(images, tmp_path, caplog):
     change = {"augment.std": 3 * (1e-45,), "on_nonfinite": "skip", "max_skipped": 3, **SMALL}
     with pytest.raises(metric_logger.NonFinite, match=r"step 4: input_mean = "):
