@@ -84,7 +84,12 @@ def coverage(index, mask):
 
 # Published simulation of the released sampler on a 14 x 14 grid: images per group -> mean context
 @pytest.mark.parametrize(
-    ("group", "expected"), [(1, 81), (16, 59), pytest.param(128, 50, marks=pytest.mark.slow)]
+    ("group", "expected"),
+    [
+        (1, 81),
+        pytest.param(16, 59, marks=pytest.mark.slow),
+        pytest.param(128, 50, marks=pytest.mark.slow),
+    ],
 )
 def test_multiblock_contexts_are_as_long_as_the_official_ones(group, expected):
     lengths = draws(group)["visible_mask"].sum(axis=1)

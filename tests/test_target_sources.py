@@ -81,6 +81,7 @@ def standardize(tokens, axis):
     return centered / np.sqrt(tokens.var(axis, keepdims=True) + 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "axis"),
     [

@@ -415,6 +415,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_2(images, tmp_path):
     running = {flags: command(images, tmp_path, *flags.split()) for flags in BAD}
     for flags, process in running.items():

@@ -141,6 +141,7 @@ def test_a_signal_saves_the_step_and_exits_with_75(
     equals(whole(number), tmp_path)
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_run(images, tmp_path):
     (process,) = running = processes.start(
         images, tmp_path, "--config.epochs=1000", "--config.data.workers=2"
@@ -150,6 +151,7 @@ def test_no_worker_outlives_a_killed_run(images, tmp_path):
     process.output()  # returns when the last process that holds the pipe has ended
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_and_a_dead_ones_lock_taken_over(images, tmp_path):
     (first,) = running = processes.start(images, tmp_path, "--config.epochs=1000")
     processes.wait_for(lambda: processes.step_of(tmp_path) >= 3, running)
