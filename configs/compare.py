@@ -43,7 +43,7 @@ def get_config(dataset: str = "shapes") -> ConfigDict:
             targets[name] = (recipe.__doc__ or "").partition("\n")[0]
     for name, target in targets.items():
         flags: tuple[str, ...] = ()
-        if dataset == "hit_uav" and name != "latent_mim":  # untrained encoders are alike
+        if dataset == "hit_uav" and name != "latent_mim":  # untrained encoders are equal
             flags = ("evaluators.detection.every=0.0",)
         runs.append((name, target, f"configs/small.py:{name},{dataset}", flags))
     shuffled = (

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from lmim_jax.configs import vit_b
-from lmim_jax.data import decode, kept_workers, loader, prefetch, sources
+from lmim_jax.data import decode, kept_workers, loader, sources
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
 from lmim_jax.utils.errors import DataLoaderTimeout, UserError
@@ -130,15 +130,6 @@ def test_processes_and_workers_share_each_global_batch(images, processes, parts)
             np.concatenate([part["index"] for part in made]).tolist()
             == order(images).indices(step).tolist()
         )
-
-
-@pytest.mark.parametrize("large", [0, 1 << 30])
-def test_a_batch_is_assembled_from_parts_of_unequal_size(monkeypatch, large):
-    monkeypatch.setattr(prefetch, "LARGE", large)
-    parts = [np.arange(n * 6, dtype=np.uint8).reshape(n, 2, 3) + n for n in (5, 3, 4)]
-    whole = prefetch._concatenate(parts)
-    np.testing.assert_array_equal(whole, np.concatenate(parts))
-    assert whole.dtype == np.uint8
 
 
 def test_the_stream_is_the_same_after_a_restart_and_with_workers(images):

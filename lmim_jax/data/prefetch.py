@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -45,8 +45,6 @@ STARTUP_SECONDS = 90.0  # added to the times of the first batch: workers import 
 WARNING_SECONDS = 30.0  # without an image, after which the files being read are logged
 POLL_SECONDS = 0.5  # between two looks at what the decoding processes are doing
 
-COPY_THREADS = 4  # that assemble a batch from the parts of worker processes
-LARGE = 1 << 20  # bytes of an array that is worth threads
 FEWEST_CORES = 8  # of a host where worker processes are the default
 MOST_WORKERS = 16  # by default
 
@@ -262,7 +260,7 @@ class WorkerPool:
             parts.append(self._next_part())
         if len(parts) == 1:
             return parts[0]
-        return {name: _concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _next_part(self) -> Batch:
         """The next element of the order, without its "pid".
@@ -315,24 +313,6 @@ class WorkerPool:
         pid = self._pid_of_worker.get(self._pending_worker)
         if pid:
             os.kill(pid, signal.SIGKILL)
-
-
-def _concatenate(arrays: Sequence[Shaped[np.ndarray, "..."]]) -> Shaped[np.ndarray, "..."]:
-    """Concatenate along the first axis; large arrays by threads, into memory that was used before.
-
-    For the images of a batch of 200 MB, fresh memory and one thread would take longer than a train
-    step on a GPU.
-    """
-    if sum(array.nbytes for array in arrays) < LARGE:
-        return np.concatenate(arrays)
-    ends = np.cumsum([len(array) for array in arrays])
-    whole = recycled_array((int(ends[-1]), *arrays[0].shape[1:]), arrays[0].dtype)
-
-    def copy(array: np.ndarray, end: int) -> None:
-        whole[end - len(array) : end] = array
-
-    list(thread_pool(COPY_THREADS).map(copy, arrays, ends))
-    return whole
 
 
 @dataclasses.dataclass

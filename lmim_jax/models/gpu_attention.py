@@ -159,8 +159,7 @@ def _call(
       kernel: function of references to inputs and outputs.
       inputs: its arrays.
       outputs: shapes and dtypes of its results.
-      grid: number of programs along each axis; those that follow each other along the first one
-        share their memory.
+      grid: number of programs along each axis, of which the first varies fastest.
       warps: of a program.
       cost: see `packed_arrays.costs`.
       name: of the kernel in programs and profiles.
@@ -190,7 +189,8 @@ def _blocks(context: int, most: int) -> tuple[tuple[int, int], ...]:
     first = 0
     while first < context:
         size = _size(context - first, most)
-        if size > 64 and context - first <= size * 3 // 4:  # two smaller ones waste less
+        # 69 keys are 64 and 5 (of 16), not 128: two smaller ones waste less
+        if size > 64 and context - first <= size * 3 // 4:
             size //= 2
         blocks.append((first, size))
         first += size
