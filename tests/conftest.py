@@ -15,7 +15,10 @@ import tempfile
 ROOT = pathlib.Path(__file__).parent.parent
 PLATFORM = os.environ.get("LMIM_TEST_PLATFORM", "cpu")
 # Most programs run once or twice: compile them quickly, and each only once over all processes.
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FAST = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
+)
 if PLATFORM == "cpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = (

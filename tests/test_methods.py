@@ -85,7 +85,7 @@ def inputs(method, batch=3):
     rng = np.random.default_rng(0)
     images = rng.normal(size=(batch, *method.image_size, method.channels)).astype(np.float32)
     params = jax.jit(method.init)(jax.random.key(0))
-    views = method.sample(jax.random.key(1), jax.random.split(jax.random.key(2), batch))
+    views = jax.jit(method.sample)(jax.random.key(1), jax.random.split(jax.random.key(2), batch))
     return params, method.target_of(params), images, views
 
 
@@ -98,7 +98,7 @@ def one_step(method):
 
 
 def size(tree):
-    return sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(tree))
+    return sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(jax.device_get(tree)))
 
 
 def test_files_are_registered_and_sub_packages_are_shared(tmp_path, monkeypatch):
