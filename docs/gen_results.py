@@ -8,8 +8,8 @@ The place of a table is between two comments:
     <!-- end of study -->
 
 The first names the recipe of the study, as for lmim study --config, and the folder of its records
-(--records); after these, names of metrics choose columns, or `accuracies` a short table. The tests
-compare pages with records.
+(--records); after these, only=TITLE chooses a group, and names of metrics choose columns, or
+`accuracies` a short table. The tests compare pages with records.
 """
 
 import importlib
@@ -41,8 +41,12 @@ def with_tables(text: str, root: pathlib.Path = ROOT) -> str:
     def fill(match: re.Match[str]) -> str:
         begin, words, end = match.groups()
         name, folder, *columns = words.split()
+        config = _config(name)
+        if columns and columns[0].startswith("only="):
+            groups = {group[0]: group for group in config.groups}
+            config.groups = (groups[columns.pop(0).removeprefix("only=")],)
         tables = []
-        for group in study.recorded(_config(name), root / folder):
+        for group in study.recorded(config, root / folder):
             if columns == ["accuracies"]:
                 tables.append(comparison.accuracy_table(group.variants))
                 continue
