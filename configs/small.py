@@ -7,7 +7,7 @@
 
 All have the same encoder (96 wide, 4 deep, 8 x 8 patches), optimizer, crops and evaluation;
 targets, masks, losses and schedules are those of each method's paper. A run takes 2 to 4 minutes on
-two CPU cores; RESULTS.md lists what the methods reach.
+two CPU cores, with hit_uav half an hour to an hour on one; RESULTS.md lists what the methods reach.
 """
 
 import functools
@@ -117,8 +117,8 @@ def hit_uav(config: ConfigDict) -> None:
     """Aerial thermal images of 640 x 512 pixels, see evaluate.py: detection at start and end.
 
     The folder has train.json, test.json and their images in train/ and test/. Crops show as much of
-    the scene to a pixel as the input of the detector. That is smaller than in evaluate.py and
-    learned for half as long, so that a run takes half an hour on one CPU core.
+    the scene to a pixel as the input of the detector, which is smaller than in evaluate.py and
+    learned for half as long.
     """
     config.epochs = 200
     config.batch_size = 32

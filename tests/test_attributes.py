@@ -129,7 +129,6 @@ def test_the_whole_image_is_seen(clevr):
     )
 
 
-@pytest.mark.slow
 def test_the_embedded_images(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds_source, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(shapes, "SEVERAL", {"train": 24, "test": 16})

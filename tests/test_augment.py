@@ -131,7 +131,6 @@ def test_flip_mirrors_half_of_the_images():
     assert ((flipped == plain).all((1, 2, 3)) | mirrored).all()
 
 
-@pytest.mark.slow
 def test_gray_images_work():
     canvas, _ = picture(40, 40, 1)
     batch = {"image": canvas[None], "size": np.array([[40, 40]], np.int32)}

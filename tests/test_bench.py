@@ -47,9 +47,7 @@ def may_be_float32(where):
     return any(re.fullmatch(f"{allowed}/dot_general", where) for allowed in FLOAT32)
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_b", *(pytest.param(name, marks=pytest.mark.slow) for name in base.names())]
-)
+@pytest.mark.parametrize("name", ["vit_b", *base.names()])
 def test_a_bfloat16_step_multiplies_float32_only_where_it_must_and_needs_no_host(name):
     vit_b = importlib.import_module("lmim_jax.configs.vit_b").get_config()
     config = vit_b if name == "vit_b" else recipe(name, dtype="bfloat16")
@@ -80,7 +78,6 @@ def test_host_transfers_are_seen():
     assert program_stats.compiled_stats(lowered.compile())["host_transfers"] == 1
 
 
-@pytest.mark.slow
 def test_metrics_of_eight_devices():
     config = recipe("mae", depth=1)
     found = bench_step.measure(config, steps=5, warmup=1)

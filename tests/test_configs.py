@@ -86,9 +86,7 @@ def with_slow_sizes():
     """All recipes; those of other sizes of a method by --slow."""
     parameters = []
     for name in RECIPES:
-        is_other_size = (
-            re.fullmatch(r"(.+_)?vit_(s|l|h|ti)", name) and name != "interactive_mim_vit_s"
-        )
+        is_other_size = re.fullmatch(r".+_vit_[sl]", name) and name != "interactive_mim_vit_s"
         parameters.append(pytest.param(name, marks=[pytest.mark.slow] if is_other_size else []))
     return parameters
 

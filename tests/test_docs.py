@@ -1,5 +1,7 @@
 """The documentation: examples run, links and commands exist, the reference is complete."""
 
+import collections
+import csv
 import json
 import os
 import pathlib
@@ -64,6 +66,17 @@ def test_figures_of_trained_heads_are_those_of_their_records():
             for encoder in ("untrained", "trained"):
                 cells.append(f"{record['metrics'][metric][encoder]:.1f}")
         assert f"| {' | '.join(cells)} |" in page
+
+
+def test_figures_of_classes_are_those_of_their_records():
+    page = " ".join((DOCS / "results" / "detection.md").read_text().split())
+    found = collections.defaultdict(list)
+    with (ROOT / "results" / "hit_uav" / "class_ap.csv").open() as file:
+        for row in csv.DictReader(file):
+            found[row["class"]].append(float(row["ap50"]))
+    for name in ("Person", "Bicycle", "Car"):
+        assert f"{min(found[name]):.0f} to {max(found[name]):.0f} for {name}" in page
+    assert max(found["OtherVehicle"]) == 0
 
 
 @pytest.fixture(scope="module")

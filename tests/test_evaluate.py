@@ -284,7 +284,6 @@ def test_the_command_prints_a_table_and_writes_json(saved, tmp_path):
     assert found["config"]["knn"]["k"] == [1, 3]
 
 
-@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_2(saved, images, tmp_path):
     texts = tmp_path / "texts"
     flat = tmp_path / "flat"

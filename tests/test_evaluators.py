@@ -162,9 +162,9 @@ def small(images, tmp_path_factory):
 
 
 def contract_cases():
-    """All evaluators; what trains on images takes longer to compile."""
+    """All evaluators; the convolutions of a detector take half a minute to compile."""
     for name in base.names():
-        marks = [pytest.mark.slow] if name in ("detection", "finetune", "attentive_probe") else []
+        marks = [pytest.mark.slow] if name == "detection" else []
         yield pytest.param(name, marks=marks)
 
 
@@ -325,8 +325,18 @@ def test_a_bank_in_blocks_has_the_same_neighbors(count, k, monkeypatch):
     np.testing.assert_array_equal(index, expected_index)
 
 
+@pytest.fixture
+def compiled_as_in_runs(monkeypatch):
+    """The solver adds float32 less exactly when it is compiled quickly, see conftest.FAST."""
+    options = {"xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
+    lbfgs_logistic._jit_solve.cache_clear()
+    yield
+    lbfgs_logistic._jit_solve.cache_clear()
+
+
 @pytest.mark.parametrize("more", [0, 200], ids=["more images than dimensions", "more dimensions"])
-def test_logistic_regression_is_that_of_scikit_learn(more):
+def test_logistic_regression_is_that_of_scikit_learn(more, compiled_as_in_runs):
     (x, y, _), (q, t, _) = blobs(0.9)
     noise = np.random.default_rng(1)
     x = np.hstack([x, noise.normal(size=(len(x), more)).astype(np.float32)])
@@ -337,30 +347,29 @@ def test_logistic_regression_is_that_of_scikit_learn(more):
     strengths = (1e-3, 1e-1)
     for mesh in (MESH, None):
         ours = lbfgs_logistic.fit(x, y, 3, strengths, 300, mesh)
-        # In units in which the curvature is 1. How far float32 gets depends on the order of sums
-        assert ours.gradient.max() < 3e-4
+        assert ours.gradient.max() < 1e-4  # in units in which the curvature is 1
         for i, l2 in enumerate(strengths):
             theirs = linear_model.LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=1000)
             theirs.fit(x, y)
             np.testing.assert_allclose(
-                ours.weights[i], theirs.coef_.T, atol=6e-3 * np.abs(theirs.coef_).max()
+                ours.weights[i], theirs.coef_.T, atol=2e-3 * np.abs(theirs.coef_).max()
             )
             # If classes can be separated, the loss hardly depends on the biases, so that they are
             # less exact in float32
             np.testing.assert_allclose(
-                ours.biases[i], theirs.intercept_, atol=2e-2 if more else 5e-3
+                ours.biases[i], theirs.intercept_, atol=1e-2 if more else 2e-3
             )
             assert np.mean(ours.predict(q)[i] == t) == theirs.score(q, t)
 
 
-def test_chunks_do_not_change_the_solution(monkeypatch):
+def test_chunks_do_not_change_the_solution(monkeypatch, compiled_as_in_runs):
     (x, y, _), (q, _, _) = blobs(0.9)
     whole = lbfgs_logistic.fit(x, y, 3, (1e-3, 1e-1), 300, MESH)
     monkeypatch.setattr(lbfgs_logistic, "CHUNK", 4)  # 32 images on 8 devices, and the other 28
     monkeypatch.setattr(lbfgs_logistic, "MAX_LOGITS", 3)  # one strength at a time
     parts = lbfgs_logistic.fit(x, y, 3, (1e-3, 1e-1), 300, MESH)
     np.testing.assert_allclose(
-        parts.weights, whole.weights, atol=4e-3 * np.abs(whole.weights).max()
+        parts.weights, whole.weights, atol=1e-3 * np.abs(whole.weights).max()
     )
     np.testing.assert_array_equal(parts.predict(q), whole.predict(q))
 

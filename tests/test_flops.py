@@ -68,7 +68,6 @@ def test_vit_b_is_the_closed_formula():
     assert "total" in count.table()[-1]
 
 
-@pytest.mark.slow
 def test_xla_counts_the_same_and_two_percent_of_element_wise_work():
     """Of the whole ViT-B program before it is optimized: nothing is compiled."""
     method = vit_b()

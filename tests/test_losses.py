@@ -73,7 +73,6 @@ def test_losses_are_float32_whatever_comes_in():
     )
 
 
-@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(patches=st.integers(3, 300), share=st.floats(0.01, 0.95), seed=st.integers(0, 2**31 - 1))
 def test_visible_and_masked_partition_the_grid(patches, share, seed):

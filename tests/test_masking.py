@@ -83,14 +83,7 @@ def coverage(index, mask):
 
 
 # Published simulation of the released sampler on a 14 x 14 grid: images per group -> mean context
-@pytest.mark.parametrize(
-    ("group", "expected"),
-    [
-        (1, 81),
-        pytest.param(16, 59, marks=pytest.mark.slow),
-        pytest.param(128, 50, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("group", "expected"), [(1, 81), (16, 59), (128, 50)])
 def test_multiblock_contexts_are_as_long_as_the_official_ones(group, expected):
     lengths = draws(group)["visible_mask"].sum(axis=1)
     assert (
@@ -140,7 +133,6 @@ def test_unbiased_multiblock_reaches_every_patch_and_varies_per_image():
     assert len(np.unique(view["target_mask"][:32].sum(axis=2)[:, 0])) > 3
 
 
-@pytest.mark.slow
 def test_the_default_capacity_is_hardly_ever_short():
     lengths = draws(128, batches=150, images=4)["visible_mask"].sum(axis=1)
     assert lengths.max() <= 72

@@ -18,14 +18,12 @@ from lmim_jax.models.layers import patchify
 NAMES = base.names()
 OPTIONS = [  # each value of each option at least once
     {"target": "joint", "loss": "mse"},
-    pytest.param({"target": "stop_gradient", "loss": "l1"}, marks=pytest.mark.slow),
-    pytest.param({"target": "random", "loss": "smooth_l1"}, marks=pytest.mark.slow),
+    {"target": "stop_gradient", "loss": "l1"},
+    {"target": "random", "loss": "smooth_l1"},
     {"target": "random_projection", "loss": "norm_l2"},
-    pytest.param({"target_patches": "all", "decoder": "self"}, marks=pytest.mark.slow),
+    {"target_patches": "all", "decoder": "self"},
     {"decoder": "self", "visual_cues": False, "gap": 0},
-    pytest.param(
-        {"visual_cues": False, "standardize": False, "projector_depth": 0}, marks=pytest.mark.slow
-    ),
+    {"visual_cues": False, "standardize": False, "projector_depth": 0},
     {"grid": (2, 5), "num_visible": 3, "channels": 5},
     {"dtype": "bfloat16"},
     {"name": "mae", "norm_pix": False, "sampler": "checkerboard", "mask_ratio": 0.5},
@@ -36,26 +34,11 @@ OPTIONS = [  # each value of each option at least once
         "sampler": "checkerboard2",
         "mask_ratio": 0.5,
     },
-    pytest.param({"name": "ijepa", "biased_masks": False, "loss": "mse"}, marks=pytest.mark.slow),
-    pytest.param({"name": "ijepa", "dtype": "bfloat16", "loss": "l1"}, marks=pytest.mark.slow),
-    pytest.param(
-        {
-            "name": "capi",
-            "rope": "capi",
-            "drop_path": 0.5,
-            "sampler": "block",
-            "positionwise": False,
-        },
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(
-        {"name": "capi", "dtype": "bfloat16", "sampler": "random", "roll": False, "registers": 0},
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(
-        {"name": "data2vec2", "dtype": "bfloat16", "registers": 2, "masks_per_image": 1},
-        marks=pytest.mark.slow,
-    ),
+    {"name": "ijepa", "biased_masks": False, "loss": "mse"},
+    {"name": "ijepa", "dtype": "bfloat16", "loss": "l1"},
+    {"name": "capi", "rope": "capi", "drop_path": 0.5, "sampler": "block", "positionwise": False},
+    {"name": "capi", "dtype": "bfloat16", "sampler": "random", "roll": False, "registers": 0},
+    {"name": "data2vec2", "dtype": "bfloat16", "registers": 2, "masks_per_image": 1},
     pytest.param(
         {
             "name": "data2vec2",
@@ -65,10 +48,7 @@ OPTIONS = [  # each value of each option at least once
         },
         marks=pytest.mark.slow,
     ),
-    pytest.param(
-        {"name": "symmim", "dtype": "bfloat16", "registers": 2, "cell": 2, "momentum_cell": 1},
-        marks=pytest.mark.slow,
-    ),
+    {"name": "symmim", "dtype": "bfloat16", "registers": 2, "cell": 2, "momentum_cell": 1},
     {"name": "interactive_mim", "predict": "latents", "modality_masks": "joint"},
     pytest.param(
         {"name": "symmim", "contrast_weight": 0.0, "decoder_depth": 2, "predictor_depth": 1},
@@ -162,13 +142,7 @@ def test_interface(name):
     assert hash(method) == hash(dataclasses.replace(method))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("latent_mim", "symmim") else pytest.param(name, marks=pytest.mark.slow)
-        for name in NAMES
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_views_are_drawn_per_image(name):
     method = build(name)
     keys = jax.random.split(jax.random.key(2), 6)
@@ -258,7 +232,6 @@ def test_predictions_depend_on_visible_patches_only(name):
     np.testing.assert_array_equal(influential, expected)
 
 
-@pytest.mark.slow
 def test_standardization_changes_infonce_only():
     losses = {
         loss: [one_step(build(loss=loss, standardize=on))[1] for on in (True, False)]

@@ -305,8 +305,7 @@ def test_with_one_modality_and_without_cross_attention_it_is_mae():
     np.testing.assert_array_equal(*painted)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["latent_mim", pytest.param("mae", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mae", "latent_mim"])
 def test_other_methods_take_several_modalities(name):
     method = build(name)
     params = jax.jit(method.init)(jax.random.key(0))

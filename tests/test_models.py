@@ -95,10 +95,7 @@ def test_attention_equals_the_textbook():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(jnp.float32, 1e-5), pytest.param(jnp.bfloat16, 0.03, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
 def test_attention_and_its_gradients_equal_those_of_jax(dtype, tolerance, masked):
     rng = np.random.default_rng(0)
     query = jnp.asarray(rng.normal(size=(2, 5, 2, 4)), dtype)
@@ -177,7 +174,6 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
         assert "xf32" not in arguments.split(" : ")[-1]
 
 
-@pytest.mark.slow
 def test_registers_take_part_and_are_left_out():
     patches = np.random.default_rng(0).normal(size=(2, 6, 12)).astype(np.float32)
     positions = np.ones((1, 6, 32), np.float32)

@@ -64,7 +64,6 @@ def test_gpus_are_planned_from_the_trace(planned):
     json.dumps(planned)
 
 
-@pytest.mark.slow
 def test_the_table_is_complete(planned):
     text = "\n".join(plan.table(planned))
     parts = (

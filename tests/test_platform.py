@@ -180,9 +180,7 @@ RECIPES = ("vit_b", "mae_vit_b", "pilamim_vit_b", "ijepa_vit_b", "bootmae_vit_b"
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize(
-    "name", [RECIPES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES[1:])]
-)
+@pytest.mark.parametrize("name", RECIPES)
 def test_float32_products_of_a_step_are_computed_in_float32(cudnn, name, platform):
     """The lowered program names the precision: default products of float32 are TF32 or bfloat16."""
     config = importlib.import_module(f"lmim_jax.configs.{name}").get_config()

@@ -190,7 +190,6 @@ def many(tmp_path_factory):
     return root
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_it_makes_the_same_bytes(many, tmp_path):
     whole = prepare_data.convert_folder(many, tmp_path / "whole", "many", 0, 1)
     out = tmp_path / "killed" / "many" / "1.0.0"

@@ -191,16 +191,8 @@ def state_alone(probe, data, steps):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        pytest.param(
-            "attentive_probe",
-            {"base_lr": (1e-3, 0.3), "weight_decay": (5e-2, 0.0)},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "linear_probe",
-            {"base_lr": (80.0, 1.0), "weight_decay": (0.0, 1e-2)},
-            marks=pytest.mark.slow,
-        ),
+        ("attentive_probe", {"base_lr": (1e-3, 0.3), "weight_decay": (5e-2, 0.0)}),
+        ("linear_probe", {"base_lr": (80.0, 1.0), "weight_decay": (0.0, 1e-2)}),
         (
             "linear_probe",
             {

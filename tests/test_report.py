@@ -283,10 +283,7 @@ def change(**settings):
     return {**json.loads(json.dumps(config.to_dict())), "training_images": {"images": 1}}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["pilamim", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mae", "bootmae"))],
-)
+@pytest.mark.parametrize("name", ["mae", "pilamim", "bootmae"])
 def test_reconstructions_keep_what_is_visible(name):
     method = methods.from_config(tiny.method(name), total_steps=10, steps_per_epoch=5)
     height, width = method.image_size

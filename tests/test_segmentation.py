@@ -69,7 +69,6 @@ def test_fewer_clusters_than_classes_lose_whole_classes(folders):
     assert run(folders, clusters=(2,))["miou2"] < 75
 
 
-@pytest.mark.slow
 def test_pixels_and_colors_serve_as_features(folders):
     assert run(folders, feature="histogram")["knn_accuracy"] == 100
     assert run(folders, feature="pixels")["linear_accuracy"] > 80

@@ -159,8 +159,7 @@ def network(name):
     return loss, jax.jit(module.init)(jax.random.key(0), *inputs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", pytest.param("cross", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["vit", "cross"])
 def test_rematerialization_and_loops_change_no_number(name):
     loss, params = network(name)
     expected = jax.jit(jax.value_and_grad(loss))(params)

@@ -74,7 +74,6 @@ def close(first, second, **tolerance):
         np.testing.assert_allclose(a, b, **tolerance)
 
 
-@pytest.mark.slow
 def test_eight_devices_equal_one():
     (one, first, *_), (eight, second, *_) = run(1, 1), run(8, 1)
     np.testing.assert_allclose(eight, one, rtol=1e-4)
@@ -91,7 +90,6 @@ def test_norms_are_those_of_the_gradient_and_of_the_new_state(devices):
     assert len({round(reported, 6) for reported, _ in norms.values()}) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "micro_batches"), [pytest.param(1, 4, marks=pytest.mark.slow), (4, 2)]
 )

@@ -162,7 +162,7 @@ def crop_on_host():
     return make_host_crop(config_of(resize_on="host"), parts()[1], keys)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_crops_on_the_host_are_those_of_the_device(workers):
     method, augmentation = parts()
     crop = crop_on_host()
@@ -194,9 +194,7 @@ def test_where_to_crop_is_checked():
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        pytest.param(
-            signal.SIGKILL, r"data worker \d of 2 \(pid \d+\) died", marks=pytest.mark.slow
-        ),
+        (signal.SIGKILL, r"data worker \d of 2 \(pid \d+\) died"),
         (
             signal.SIGSTOP,
             r"no image decoded for 4 s: data worker \d of 2 \(pid \d+\) does not respond",

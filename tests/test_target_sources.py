@@ -56,7 +56,7 @@ def test_every_method_takes_every_source(name, source):
     assert ("target_embed" in params) == (source == "random_projection")
 
 
-@pytest.mark.parametrize("source", ["joint", pytest.param("stop_gradient", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("source", ["joint", "stop_gradient"])
 def test_only_joint_targets_have_a_gradient(source):
     found = method("ijepa", target=source)
     params = found.init(jax.random.key(0))
@@ -81,15 +81,7 @@ def standardize(tokens, axis):
     return centered / np.sqrt(tokens.var(axis, keepdims=True) + 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("norm", "axis"),
-    [
-        ("instance", 1),
-        pytest.param("layer", 2, marks=pytest.mark.slow),
-        pytest.param("none", None, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("norm", "axis"), [("layer", 2), ("instance", 1), ("none", None)])
 def test_layers_are_standardized_and_joined(norm, axis):
     layers = (0, 1)
     joined = {}

@@ -197,7 +197,7 @@ def test_probes_learn_labels_that_are_no_classes(kind, name):
     assert kept[0].answers.predicted.shape == (90, 3)
 
 
-@pytest.mark.parametrize("kind", ["multilabel", pytest.param("regression", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["multilabel", "regression"])
 def test_probes_choose_on_held_out_images_whatever_the_labels(kind):
     """A head that does not learn is not chosen; the labels are those of the held-out images."""
     noise = RNG.normal(size=(128, WIDTH))

@@ -325,13 +325,11 @@ def test_training_lowers_the_loss_below_chance(images, tmp_path):
     assert np.mean(losses[-5:]) < min(0.95 * chance, np.mean(losses[:3]) - 0.05)
 
 
-@pytest.mark.slow
 def test_total_steps_replaces_epochs(images, tmp_path):
     loop.train(recipe(images, total_steps=2, **SMALL), tmp_path)
     assert lines(tmp_path)[-1]["step"] == 2
 
 
-@pytest.mark.slow
 def test_images_without_classes_train_without_knn(images, tmp_path):
     config = recipe(images / "train" / "cat", total_steps=2)
     summary = loop.train(config, tmp_path)
@@ -356,8 +354,8 @@ def command(images, workdir, *flags):
     [
         ([], "quickstart"),
         (["--config", "configs/vit_b.py"], "vit_b"),
-        pytest.param(["--config=configs/vit_s.py"], "vit_s", marks=pytest.mark.slow),
-        pytest.param(["--config=vit_l"], "vit_l", marks=pytest.mark.slow),
+        (["--config=configs/vit_s.py"], "vit_s"),
+        (["--config=vit_l"], "vit_l"),
     ],
 )
 def test_the_recipe_is_chosen_by_flag(flags, recipe):
@@ -372,7 +370,6 @@ def test_the_recipe_is_chosen_by_flag(flags, recipe):
     assert (ROOT / done.stdout.strip()).samefile(ROOT / "configs" / f"{recipe}.py")
 
 
-@pytest.mark.slow
 def test_skipping_stops_after_too_many_in_a_row(images, tmp_path, caplog):
     change = {"augment.std": 3 * (1e-45,), "on_nonfinite": "skip", "max_skipped": 3, **SMALL}
     with pytest.raises(metric_logger.NonFinite, match=r"step 4: input_mean = "):
@@ -415,7 +412,6 @@ BAD = {
 }
 
 
-@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_2(images, tmp_path):
     running = {flags: command(images, tmp_path, *flags.split()) for flags in BAD}
     for flags, process in running.items():

@@ -361,7 +361,6 @@ def evaluation(monkeypatch, run):
     monkeypatch.setattr(knn.Evaluator, "run", lambda *_: run())
 
 
-@pytest.mark.slow
 def test_an_evaluation_that_fails_is_skipped_and_the_summary_says_so(
     images, tmp_path, monkeypatch, caplog
 ):

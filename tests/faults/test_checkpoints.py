@@ -228,7 +228,6 @@ def test_a_checkpoint_of_another_model_is_refused_by_tensor(tmp_path):
         checkpoints.restore(other, shardings(other))
 
 
-@pytest.mark.slow
 def test_retention_keeps_the_newest_every_mth_and_the_best(root):
     lines = [
         {"step": step, "knn/knn5": value}
