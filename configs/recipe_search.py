@@ -2,35 +2,48 @@
 
     lmim study --config=recipe_search --set=data.path=TINY --out=OUT --records=results/recipe_search
     lmim study --config=recipe_search:screen,shapes --out=OUT
+    lmim study --config=recipe_search:final --set=data.path=TINY --records=results/benchmark
 
 The argument is ROUND or ROUND,DATASET. Each run changes the published recipe, at the size `nano` of
 configs/tiny_imagenet.py or at that of quickstart for `shapes`, and takes as many optimizer steps as
 cost the FLOPs of the published one: a cheaper step means more of them. Warm-up and schedules follow
-the length. `screen` is one seed of every single change; `switches` is another seed of what later
-papers add (docs/methods.md), and needs no new run of the first. --hours=2 stops in time, and the
-command again goes on.
+the length. --hours=2 stops in time, and the command again goes on. Rounds:
+
+- `screen`: one seed of every single change;
+- `combinations`: one seed of several changes at once;
+- `switches`: another seed of what later papers add (docs/methods.md), whose first is in `screen`;
+- `final`: the published recipe and the best one, PLUS, three seeds, at the size `micro`, with all
+  evaluations; its records may be kept beside those of the benchmark. `final,cifar10` is
+  configs/cifar10.py with PLUS, one seed, for which nothing was tuned.
 """
 
 import functools
+import importlib
+import pathlib
 import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lmim_jax.configs import quickstart, tiny_imagenet
+from lmim_jax.configs import benchmark
 from lmim_jax.data import modalities
+from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base
 from lmim_jax.perf import flops
 from lmim_jax.utils.errors import UserError
 
 TRAINS = False  # it is a study
 PUBLISHED = "published"
-RECIPES = {
-    "tiny_imagenet": "configs/tiny_imagenet.py:latent_mim,nano",
-    "shapes": "configs/quickstart.py",
+PLUS = "half the batch, first block"  # the best of all rounds
+NANO = "configs/tiny_imagenet.py:latent_mim,nano"
+MICRO = "configs/tiny_imagenet.py:latent_mim,micro"
+RECIPES = {  # the published one: in the search, and in the final comparison
+    "tiny_imagenet": (NANO, MICRO),
+    "shapes": ("configs/quickstart.py", "configs/quickstart.py"),
+    "cifar10": ("configs/cifar10.py", "configs/cifar10.py"),
 }
-IMAGES = {"tiny_imagenet": 200 * 50, "shapes": 8192}  # of training
+IMAGES = {"tiny_imagenet": 200 * 50, "shapes": 8192, "cifar10": 10 * 1000}  # of training
 
 
 class Candidate(NamedTuple):
@@ -124,9 +137,44 @@ CANDIDATES = (
     Candidate("smaller crops", {"augment.scale": (0.08, 1.0)}),
     *SWITCHES,
 )
+SMALL_BATCH = {**HALF_BATCH, "optimizer.base_lr": 2}  # half the batch, the same learning rate
+NO_PROJECTOR = {"method.projector_depth": 0}
+FIRST_BLOCK = {**NO_PROJECTOR, "method.target_layers": (0,)}
+GOAL_0 = {"method.similarity_start": 0.0, "method.similarity_end": 0.0}
+COLD = {"method.tau": 0.1}
+COMBINATIONS = (  # of what the screen found
+    Candidate("half the batch, temperature 0.1", COLD, SMALL_BATCH),
+    Candidate("half the batch, goal 0", GOAL_0, SMALL_BATCH),
+    Candidate("half the batch, no projector", NO_PROJECTOR, SMALL_BATCH),
+    Candidate("half the batch, first block", FIRST_BLOCK, SMALL_BATCH),
+    Candidate("half the batch, first block, temperature 0.1", {**FIRST_BLOCK, **COLD}, SMALL_BATCH),
+    Candidate("half the batch, first block, goal 0", {**FIRST_BLOCK, **GOAL_0}, SMALL_BATCH),
+    Candidate(
+        "half the batch, no projector, goal 0, temperature 0.1",
+        {**NO_PROJECTOR, **GOAL_0, **COLD},
+        SMALL_BATCH,
+    ),
+    Candidate(
+        "half the batch, first block, goal 0, temperature 0.1",
+        {**FIRST_BLOCK, **GOAL_0, **COLD},
+        SMALL_BATCH,
+    ),
+    Candidate(
+        "a quarter of the batch, 0.7 times the learning rate, first block, temperature 0.1",
+        {**FIRST_BLOCK, **COLD},
+        {**QUARTER_BATCH, "optimizer.base_lr": 2.8},
+    ),
+    Candidate(
+        "a quarter of the batch, 0.7 times the learning rate, no projector, temperature 0.1",
+        {**NO_PROJECTOR, **COLD},
+        {**QUARTER_BATCH, "optimizer.base_lr": 2.8},
+    ),
+)
 ROUNDS = {  # candidates and seeds
     "screen": (CANDIDATES, (0,)),
+    "combinations": (COMBINATIONS, (0,)),
     "switches": (SWITCHES, (0, 1)),
+    "final": ((), (0, 1, 2)),
 }
 
 
@@ -141,36 +189,84 @@ def get_config(which: str = "screen,tiny_imagenet") -> ConfigDict:
     """
     name, _, dataset = which.partition(",")
     dataset = dataset or "tiny_imagenet"
-    for given, known in ((name, ROUNDS), (dataset, RECIPES)):
+    for given, known in ((name, ROUNDS), (dataset, IMAGES)):
         if given not in known:
             raise UserError(f"recipe_search:{which}: {given!r} must be one of: {' | '.join(known)}")
-    recipe = published(dataset)
     config = ConfigDict()
     candidates, config.seeds = ROUNDS[name]
-    steps = IMAGES[dataset] // recipe.batch_size * recipe.epochs
-    runs = [(PUBLISHED, f"{steps} steps", RECIPES[dataset], (f"total_steps={steps}",))]
-    cost = step_gigaflops(recipe)
-    at_the_end = [f"evaluators.{title}.every=0.0" for title in tiny_imagenet.SEARCHED]
-    for candidate in candidates:
-        changes = changes_of(candidate, recipe)
-        own_steps = steps
-        if any(path.startswith(("method.", "batch_size")) for path in changes):
-            own_steps = round(steps * cost / step_gigaflops(changed(recipe, changes)))
-        flags = [f"{key}={value}" for key, value in changes.items()]
-        described = f"{own_steps} steps"
-        flags += [f"total_steps={own_steps}", *at_the_end]
-        runs.append((candidate.name, described, RECIPES[dataset], tuple(flags)))
-    config.runs = tuple(runs)
-    config.groups = ((name, "first", tuple(run[0] for run in runs)),)
+    if name == "final":
+        config.runs = _final(dataset)
+        if dataset == "tiny_imagenet":
+            config.later_seeds = benchmark.NO_BASELINES
+        if dataset == "cifar10":
+            config.seeds = config.seeds[:1]
+    else:
+        recipe, _ = RECIPES[dataset]
+        steps = published_steps(recipe, dataset)
+        runs = [(PUBLISHED, f"{steps} steps", recipe, (f"total_steps={steps}",))]
+        runs += [_run(candidate, candidate.name, recipe, dataset) for candidate in candidates]
+        config.runs = tuple(runs)
+    config.groups = ((name, "first", tuple(run[0] for run in config.runs)),)
     config.cost = False
     return config
 
 
-def published(dataset: str) -> ConfigDict:
-    """The published recipe at the size of the search."""
-    if dataset == "shapes":
-        return quickstart.get_config()
-    return tiny_imagenet.get_config("latent_mim,nano")
+def _final(dataset: str) -> tuple[tuple, ...]:
+    """The published recipe and PLUS."""
+    found = {candidate.name: candidate for candidate in (*CANDIDATES, *COMBINATIONS)}
+    _, recipe = RECIPES[dataset]
+    title, described, _, changes = _run(found[PLUS], "latent_mim_plus", recipe, dataset)
+    if dataset == "cifar10":  # parts of 32 images, as in docs/results/cifar10.md
+        options = dict(change.split("=", 1) for change in changes)
+        options["micro_batches"] = str(int(options.get("batch_size", "256")) // 32)
+        changes = tuple("=".join(option) for option in options.items())
+        return ((title, described, recipe, changes),)
+    if dataset == "tiny_imagenet":
+        changes += benchmark.NO_BASELINES
+    plus = (title, described, recipe, changes)
+    return (("latent_mim", f"{published_steps(recipe, dataset)} steps", recipe, ()), plus)
+
+
+def _run(
+    candidate: Candidate, title: str, recipe: str, dataset: str
+) -> tuple[str, str, str, tuple[str, ...]]:
+    """A run of a study, as long as costs the FLOPs of the published recipe.
+
+    Args:
+      candidate: what is changed.
+      title: of the run.
+      recipe: the published one.
+      dataset: a key of RECIPES.
+    """
+    config = published(recipe)
+    changes = changes_of(candidate, config)
+    steps = published_steps(recipe, dataset)
+    if any(path.startswith(("method.", "batch_size")) for path in changes):
+        steps = round(steps * step_gigaflops(config) / step_gigaflops(changed(config, changes)))
+    flags = [f"{key}={value}" for key, value in changes.items()]
+    flags.append(f"total_steps={steps}")
+    for name, section in config.evaluators.items():
+        if name != evaluators.STRICT and section.every:  # during training: at the end
+            flags.append(f"evaluators.{name}.every=0.0")
+    return title, f"{steps} steps", recipe, tuple(flags)
+
+
+def published_steps(recipe: str, dataset: str) -> int:
+    """Steps of the published recipe.
+
+    Args:
+      recipe: its name.
+      dataset: a key of RECIPES.
+    """
+    config = published(recipe)
+    return IMAGES[dataset] // config.batch_size * config.epochs
+
+
+def published(recipe: str) -> ConfigDict:
+    """The config of a published recipe, one of RECIPES."""
+    file, _, argument = recipe.partition(":")
+    module = importlib.import_module(f"lmim_jax.configs.{pathlib.Path(file).stem}")
+    return module.get_config(argument) if argument else module.get_config()
 
 
 def changes_of(candidate: Candidate, recipe: ConfigDict) -> dict[str, Any]:

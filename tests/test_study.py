@@ -64,6 +64,8 @@ def test_tables_have_mean_and_spread():
         *("benchmark", "benchmark:small", "benchmark:micro,rates"),
         pytest.param("recipe_search", marks=pytest.mark.slow),
         pytest.param("recipe_search:switches", marks=pytest.mark.slow),
+        pytest.param("recipe_search:combinations", marks=pytest.mark.slow),
+        *("recipe_search:final", "recipe_search:final,shapes", "recipe_search:final,cifar10"),
     ],
 )
 def test_every_run_of_a_study_is_a_valid_recipe(name, tmp_path):
@@ -100,7 +102,7 @@ def parse_value(text, like):
 
 @pytest.mark.slow
 def test_a_search_gives_every_candidate_the_same_compute():
-    recipe = recipe_search.published("shapes")
+    recipe = recipe_search.published("configs/quickstart.py")
     config = recipe_search.get_config("screen,shapes")
     (_, _, _, (first,)), *others = config.runs
     spent = int(first.removeprefix("total_steps=")) * recipe_search.step_gigaflops(recipe)
