@@ -43,6 +43,8 @@ LOOPS = {
     "decoded_in_threads": ("data.workers=0",),
     "cropped_on_the_host": ("data.resize_on=host",),
 }
+# The same images with short sides of 256 pixels, as lmim prepare --shrink=256 writes them
+PREPARED = ("data.source=tfds", "data.canvas=384")
 # Flags of XLA, each added to those of a run, whose own values it replaces
 FLAGS = {
     "triton_products": "--xla_gpu_enable_triton_gemm=true",
@@ -102,7 +104,10 @@ def all_parts() -> list[Part]:
     for name, changes in LOOPS.items():
         arguments = ("loop", "batch_size=256", *changes)
         parts.append(Part(f"loop/256_{name}", arguments, "compile", "images/jpeg"))
+    prepared = ("loop", "batch_size=256", *PREPARED)
+    parts.append(Part("loop/256_prepared", prepared, "compile", "images/prepared"))
     parts.insert(2, Part("images/jpeg", ("jpeg",), "beside"))
+    parts.insert(3, Part("images/prepared", ("prepared",), "beside", "images/jpeg"))
     # Kernels in CUDA graphs do not say in a trace which operation they belong to
     no_graphs = (("XLA_FLAGS", "--xla_gpu_enable_command_buffer="),)
     profile = ("profile", "batch_size=256")

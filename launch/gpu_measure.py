@@ -70,6 +70,7 @@ TINY_QUICKSTART = {"batch_size": 16, "method.width": 32, "method.depth": 1}
 STEPS, EVERY, KILLED = (12, 4, 6) if TINY else (60, 20, 24)
 PHOTOS = 64 if TINY else 4096  # drawn for the loop
 PHOTO_SIZE = (500, 375)  # about the mean size in ImageNet
+PREPARED = "photos256"  # name of the dataset with short sides of 256 pixels
 KILL_TIMEOUT = 300.0  # seconds until the step KILLED must have been reached
 
 Result = dict[str, Any]
@@ -129,6 +130,14 @@ def jpeg() -> Result:
         noise = Image.fromarray(generator.integers(0, 256, (24, 32, 3), np.uint8))
         noise.resize(PHOTO_SIZE, Image.Resampling.BICUBIC).save(folder / f"{index:05d}.jpg")
     return {"images": PHOTOS}
+
+
+def prepared() -> Result:
+    """Prepare the images of the loop with short sides of 256 pixels."""
+    images = os.environ.get("IMAGES") or str(FILES / "jpeg")
+    command = [sys.executable, "-m", "lmim_jax.cli", "prepare", images, f"--out={FILES}"]
+    _run([*command, f"--name={PREPARED}", "--shrink=256"])
+    return {"megabytes": sum(file.stat().st_size for file in (FILES / PREPARED).rglob("*")) / 1e6}
 
 
 def parity(case: str) -> Result:
@@ -359,7 +368,10 @@ def profile_step(changes: Sequence[str]) -> Result:
 def loop(changes: Sequence[str]) -> Result:
     """Time the training loop with its input, and the step alone, in turn."""
     config = _vit(changes)
-    config.data.path = os.environ.get("IMAGES") or str(FILES / "jpeg")
+    if config.data.source == "tfds":
+        config.data.update(name=PREPARED, dir=str(FILES), test_split="")
+    else:
+        config.data.path = os.environ.get("IMAGES") or str(FILES / "jpeg")
     with tempfile.TemporaryDirectory() as folder:
         _log(workdir.set_xla_flags(config, folder))
         _, measured = bench_train.measure_loop(
@@ -442,6 +454,7 @@ def main(arguments: Sequence[str]) -> None:
         "device": device,
         "shapes": shapes,
         "jpeg": jpeg,
+        "prepared": prepared,
         "attention": attention_variants,
         "transfer": transfer,
     }
