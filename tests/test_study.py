@@ -14,11 +14,12 @@ import types
 
 import conftest
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from test_docs import gen_results
 
 from lmim_jax.cli import study
-from lmim_jax.configs import recipe_search
+from lmim_jax.configs import latent_mim_plus_vit_b, recipe_search, vit_b
 from lmim_jax.methods import base as methods
 from lmim_jax.report import comparison
 from lmim_jax.report.comparison import Variant
@@ -111,6 +112,23 @@ def test_a_search_gives_every_candidate_the_same_compute():
         options = dict(change.split("=", 1) for change in changes)
         steps = int(options["total_steps"])
         assert steps * recipe_search.step_gigaflops(own) == pytest.approx(spent, rel=0.01), name
+
+
+def test_the_recipe_that_was_found_has_its_changes_and_costs_what_the_published_one_does():
+    published = vit_b.get_config()
+    plus = latent_mim_plus_vit_b.get_config()
+    changes = recipe_search.changes_of(recipe_search.plus_candidate(), published)
+    before, after = flatten_dict(published.to_dict()), flatten_dict(plus.to_dict())
+    changed = {".".join(key) for key, value in after.items() if value != before[key]}
+    followers = {"optimizer.lr", "optimizer.warmup_epochs"}
+    assert changed == ({*changes, "epochs"} | followers) - {"micro_batches"}
+    for path, value in changes.items():
+        assert functools.reduce(getattr, path.split("."), plus) == pytest.approx(value), path
+    cost, own_cost = (
+        recipe.epochs * recipe_search.step_gigaflops(recipe) / recipe.batch_size
+        for recipe in (published, plus)
+    )
+    assert own_cost == pytest.approx(cost, rel=0.001)
 
 
 def test_the_ladder_changes_one_switch_a_rung():
