@@ -2,7 +2,7 @@
 
     lmim study --config=recipe_search --set=data.path=TINY --out=OUT --records=results/recipe_search
     lmim study --config=recipe_search:screen,shapes --out=OUT
-    lmim study --config=recipe_search:final --set=data.path=TINY --records=results/benchmark
+    lmim study --config=recipe_search:final --set=data.path=TINY --out=OUT
 
 The argument is ROUND or ROUND,DATASET. Each run changes the published recipe, at the size `nano` of
 configs/tiny_imagenet.py or at that of quickstart for `shapes`, and takes as many optimizer steps as
@@ -79,7 +79,12 @@ SWITCHES = (  # of later papers
 )
 OTHER_IMAGES = {"method.negatives": "batch", "micro_batches": 1}
 HALF_BATCH = {"batch_size": 0.5, "micro_batches": 0.5}
+SMALL_BATCH = {**HALF_BATCH, "optimizer.base_lr": 2}  # half the batch, the same learning rate
 QUARTER_BATCH = {"batch_size": 0.25, "micro_batches": 0.25}
+NO_PROJECTOR = {"method.projector_depth": 0}
+FIRST_BLOCK = {**NO_PROJECTOR, "method.target_layers": (0,)}
+GOAL_0 = {"method.similarity_start": 0.0, "method.similarity_end": 0.0}
+COLD = {"method.tau": 0.1}
 CANDIDATES = (
     Candidate("negatives of other images", OTHER_IMAGES),
     Candidate(
@@ -88,20 +93,20 @@ CANDIDATES = (
     ),
     Candidate("predictions not standardized", {"method.standardize": False}),
     Candidate("half the batch", {}, HALF_BATCH),
-    Candidate("half the batch, the same learning rate", {}, {**HALF_BATCH, "optimizer.base_lr": 2}),
+    Candidate("half the batch, the same learning rate", {}, SMALL_BATCH),
     Candidate(
         "a quarter of the batch, half the learning rate",
         {},
         {**QUARTER_BATCH, "optimizer.base_lr": 2},
     ),
-    Candidate("no projector", {"method.projector_depth": 0}),
+    Candidate("no projector", NO_PROJECTOR),
     Candidate("projector of 1 layer", {"method.projector_depth": 1}),
     Candidate("projector of 2 layers", {"method.projector_depth": 2}),
     Candidate("no similarity goal", {"method.similarity_weight": 0.0}),
     Candidate(
         "similarity goal 0.5 to 0", {"method.similarity_start": 0.5, "method.similarity_end": 0.0}
     ),
-    Candidate("similarity goal 0", {"method.similarity_start": 0.0, "method.similarity_end": 0.0}),
+    Candidate("similarity goal 0", GOAL_0),
     Candidate("10 of 64 visible", {"method.num_visible": 10}),
     Candidate("16 of 64 visible", {"method.num_visible": 16}),
     Candidate("24 of 64 visible", {"method.num_visible": 24}),
@@ -110,19 +115,12 @@ CANDIDATES = (
     Candidate("gap 4", {"method.gap": 4}),
     Candidate(
         "no projector, targets: mean of 3 blocks",
-        {
-            "method.projector_depth": 0,
-            "method.target_layers": (1, 2, 3),
-            "method.target_combine": "mean",
-        },
+        {**NO_PROJECTOR, "method.target_layers": (1, 2, 3), "method.target_combine": "mean"},
     ),
     Candidate("targets: random projection", {"method.target": "random_projection"}),
-    Candidate(
-        "no projector, targets: first block",
-        {"method.projector_depth": 0, "method.target_layers": (0,)},
-    ),
+    Candidate("no projector, targets: first block", FIRST_BLOCK),
     Candidate("temperature 0.07", {"method.tau": 0.07}),
-    Candidate("temperature 0.1", {"method.tau": 0.1}),
+    Candidate("temperature 0.1", COLD),
     Candidate("temperature 0.4", {"method.tau": 0.4}),
     Candidate("momentum from 0.9", {"method.momentum_start": 0.9}),
     Candidate("momentum from 0.99", {"method.momentum_start": 0.99}),
@@ -138,11 +136,6 @@ CANDIDATES = (
     Candidate("smaller crops", {"augment.scale": (0.08, 1.0)}),
     *SWITCHES,
 )
-SMALL_BATCH = {**HALF_BATCH, "optimizer.base_lr": 2}  # half the batch, the same learning rate
-NO_PROJECTOR = {"method.projector_depth": 0}
-FIRST_BLOCK = {**NO_PROJECTOR, "method.target_layers": (0,)}
-GOAL_0 = {"method.similarity_start": 0.0, "method.similarity_end": 0.0}
-COLD = {"method.tau": 0.1}
 COMBINATIONS = (  # of what the screen found
     Candidate("half the batch, temperature 0.1", COLD, SMALL_BATCH),
     Candidate("half the batch, goal 0", GOAL_0, SMALL_BATCH),
@@ -218,7 +211,7 @@ def _final(dataset: str) -> tuple[tuple, ...]:
     title, described, _, changes = _run(plus_candidate(), "latent_mim_plus", recipe, dataset)
     if dataset == "cifar10":  # parts of 32 images, as in docs/results/cifar10.md
         options = dict(change.split("=", 1) for change in changes)
-        options["micro_batches"] = str(int(options.get("batch_size", "256")) // 32)
+        options["micro_batches"] = str(int(options["batch_size"]) // 32)
         changes = tuple("=".join(option) for option in options.items())
         return ((title, described, recipe, changes),)
     if dataset == "tiny_imagenet":
