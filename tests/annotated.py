@@ -51,11 +51,19 @@ def no_mask(index):
     return None
 
 
-def evaluation(sources=None, grid=(8, 8), patch_size=4):
+def turn(root):
+    """Say in the EXIF data of all images below a folder that they are stored upside down."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for path in root.rglob("*.png"):
+        Image.open(path).save(path, exif=exif)
+
+
+def evaluation(sources=None, grid=(8, 8), patch_size=4, **change):
     """An `EvaluationData` of images as large as the grid, whose levels are not normalized."""
     size = (grid[0] * patch_size, grid[1] * patch_size)
     config = vit_b.get_config()
-    config.data.update(canvas=max(size), threads=1)
+    config.data.update(canvas=max(size), threads=1, **change)
     config.augment.update(
         eval_resize=min(size), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear"
     )

@@ -99,7 +99,7 @@ def test_number_of_workers(monkeypatch, tmp_path, workers, platform, cores, free
     monkeypatch.setattr(prefetch, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(64 << 20, 4 << 20, free << 20))
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(prefetch, "_cores", lambda: cores)
+    monkeypatch.setattr(prefetch.cores, "available", lambda: list(range(cores)))
     config = tiny.get_config().data
     config.workers = workers
     assert prefetch.num_workers(config, 20 << 20, 10 << 20) == expected

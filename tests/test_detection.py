@@ -5,6 +5,7 @@ import csv
 import functools
 import io
 import json
+import shutil
 
 import annotated
 import jax
@@ -182,6 +183,26 @@ def test_perfect_boxes_score_100_also_among_regions_that_do_not_count(dataset):
 
 
 # -- annotations
+
+
+def test_boxes_lie_on_images_that_exif_data_would_turn(dataset, tmp_path, monkeypatch):
+    class Read(Exception):
+        """Ends the evaluation with what it would train on."""
+
+    def train(probe, task, params, data, table):
+        raise Read(next(data.batches("train", 4))["images"])
+
+    monkeypatch.setattr(detection, "train", train)
+    turned = tmp_path / "turned"
+    shutil.copytree(dataset, turned)
+    annotated.turn(turned)
+    data = annotated.evaluation(grid=(4, 4), patch_size=8, exif_orientation=True)
+    read = []
+    for path in (dataset, turned):
+        with pytest.raises(Read) as raised:
+            make(path).run(Linear(), weights(), data)
+        read.append(raised.value.args[0])
+    np.testing.assert_array_equal(read[0], read[1])
 
 
 def test_rotated_boxes_become_enclosing_ones():

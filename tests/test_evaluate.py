@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import conftest
 import jax
@@ -318,3 +319,19 @@ def test_bad_input_is_one_line_and_exit_code_2(saved, images, tmp_path):
         assert re.search(rf"^error: .*{words}", answer.splitlines()[-1]), answer
     assert not done.stdout
     assert not list((saved[0] / "evaluations").glob("*.json"))
+
+
+@pytest.mark.parametrize("name", evaluate.CHANGING)
+def test_the_file_of_an_evaluation_is_named_by_all_that_changes_it(name, monkeypatch):
+    given = {flag: types.SimpleNamespace(value=None) for flag in evaluate.CHANGING}
+    monkeypatch.setattr(evaluate.config_flags, "get_override_values", lambda _: {})
+    monkeypatch.setattr(
+        evaluate, "flags", types.SimpleNamespace(FLAGS={**given, "config": None, "data": None})
+    )
+    plain = evaluate.file_name(8, ["knn"])
+    assert plain == "8-knn.json"
+    names = {plain}
+    for value in (["rgb"], ["thermal"]):
+        given[name].value = value
+        names.add(evaluate.file_name(8, ["knn"]))
+    assert len(names) == 3

@@ -289,6 +289,24 @@ def test_knn_equals_a_plain_computation():
     assert knn_accuracies(train, test, (7, 1)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("temperature", [0.0114, 0.01, 1e-3])
+def test_low_temperatures_of_knn_do_not_overflow(temperature):
+    train, test = blobs(0.9)
+    cosine = (unit(test[0]) @ unit(train[0]).T).astype(np.float64)
+    votes = np.zeros((len(test[0]), 3))
+    for i, row in enumerate(cosine):
+        for j in np.argsort(-row)[:20]:
+            votes[i, train[1][j]] += np.exp((row[j] - row.max()) / temperature)
+    found = knn.accuracies(train, test, ks=(20,), temperature=temperature, num_classes=3, mesh=MESH)
+    assert found["knn20"] == pytest.approx(100 * np.mean(votes.argmax(1) == test[1]))
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.0}, {"k": (0, 5)}, {"k": ()}])
+def test_bad_options_of_knn_are_named(change):
+    with pytest.raises(UserError, match="must be above 0, and each of k="):
+        make(**change)
+
+
 def test_knn_predicts_as_scikit_learn_does():
     def votes(distances):
         return np.exp((1 - distances) / 0.07)

@@ -1,10 +1,13 @@
 """Labels and lists from CSV files, for folders and prepared datasets; what is said about them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from test_inventory import dataset, draw, found, labels, text
 
 from lmim_jax.data import tfds_source
+from lmim_jax.data.shared_array import share
 from lmim_jax.utils.errors import UserError
 
 
@@ -73,7 +76,7 @@ def test_a_list_keeps_the_classes_of_folders(tmp_path):
     assert labels(splits["test"]) == [0, 1]
     assert "list: 4 rows, images, without labels" in text(lines)
     only = tmp_path / "only.txt"
-    only.write_text("dog\n")
+    only.write_text("\n dog \n")
     splits = found(root, labels=write(root, *rows), classes=str(only))[0]
     assert names(splits["train"]) == ["train/dog/1.jpg"]
 
@@ -88,6 +91,14 @@ def test_a_list_keeps_the_classes_of_folders(tmp_path):
 def test_rows_without_an_image_are_named(flat, rows, message):
     with pytest.raises(UserError, match=message):
         found(flat, labels=write(flat, "image,label", *rows))
+
+
+@pytest.mark.parametrize("again", ["1.png", "{root}/1.png"])
+def test_an_image_in_two_splits_is_named(flat, again):
+    rows = ["0.png,a,train", "1.png,b,train", f"{again.format(root=flat)},b,test"]
+    message = r"line 4: '1.png' is already in .*line 3, of the split train"
+    with pytest.raises(UserError, match=message):
+        found(flat, labels=write(flat, "image,label,split", *rows))
 
 
 def test_few_rows_without_an_image_are_missing_files(flat):
@@ -108,15 +119,15 @@ def test_a_split_that_is_not_there_is_named(tmp_path, flat):
 class Records:
     """Records of a prepared dataset that know their file names."""
 
-    def __init__(self, files):
+    def __init__(self, files, labels=None):
         from tensorflow_datasets.proto import tf_example_pb2
 
         self.examples = []
-        for file in files:
+        for file, label in zip(files, labels or [7] * len(files), strict=True):
             example = tf_example_pb2.Example()
             example.features.feature["image"].bytes_list.value.append(file.encode())
             example.features.feature["file"].bytes_list.value.append(file.encode())
-            example.features.feature["label"].int64_list.value.append(7)
+            example.features.feature["label"].int64_list.value.append(label)
             self.examples.append(example.SerializeToString())
 
     def __len__(self):
@@ -158,3 +169,22 @@ def test_prepared_datasets_by_number_or_file_name(tmp_path, prepared, name):
     assert "train 2 images, 1 labels: age 1 .. 2.5" in text(lines)
     with pytest.raises(UserError, match=r"line 5: there is no record .* among the 4 of d/train"):
         found("", source="tfds", labels=rows("image,split,label", *given, (4, "train", "a")))
+
+
+def test_a_record_twice_is_named(tmp_path, prepared):
+    rows = ["image,label,split", "1,a,train", "2,b,train", "01,a,train"]
+    with pytest.raises(UserError, match=r"line 4: the same record as in .*line 2"):
+        found("", source="tfds", labels=write(tmp_path, *rows))
+
+
+def test_classes_are_chosen_among_the_images_of_a_list(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    records = Records([f"{i}.jpg" for i in range(6)], [0, 0, 1, -1, 1, 0])
+    stored = tfds_source.TfdsSource(records, "d/train", ("x", "y"), "image", "label", None)
+    listed = dataclasses.replace(stored, kept=share(np.array([2, 3, 4, 5])))
+    for source, places in ((stored, [0, 1, 2, 4, 5]), (listed, [2, 4, 5])):
+        chosen = tfds_source.select_classes(source, ("y", "x"))
+        assert [chosen.record(i)[0].decode() for i in range(len(chosen))] == [
+            f"{place}.jpg" for place in places
+        ]
+        assert labels(chosen) == [[1, 1, 0, None, 0, 1][place] for place in places]

@@ -24,7 +24,7 @@ from lmim_jax.data.loader import BatchDecoder
 from lmim_jax.evaluators.common.feature_extraction import Extractor, extract_from_files
 from lmim_jax.methods import base
 from lmim_jax.report import run_features
-from lmim_jax.train import loop, modality_subset, runs
+from lmim_jax.train import loop, modality_subset, runs, saved_classifier
 from lmim_jax.utils.errors import UserError
 
 REAL = pathlib.Path(conftest.ROOT).parent / "shared" / "data" / "roadscene_small.zip"
@@ -454,6 +454,11 @@ def test_a_run_on_pairs_trains_and_is_read_for_one_modality(tmp_path):
     chosen = modality_subset.choose(run, ["thermal"])
     assert chosen.method.channels == 1 and chosen.method.modalities == ()
     assert chosen.config.data.path == str(folder / "thermal")
+    for names, owner in ((["thermal"], chosen), ([], run)):  # what a classifier was trained on
+        origin = {"run": str(run.folder), "step": 2, "checkpoint": chosen.weights.checkpoint}
+        origin |= {"weights": "online", "modalities": names}
+        read = saved_classifier._encoder(run.folder / "evaluations" / "it", origin)
+        jax.tree.map(np.testing.assert_array_equal, read, owner.encoder_params("online"))
     batch, _ = chosen.data.sample("train", 8)
     features = chosen.method.features(chosen.params, batch["images"])
     assert features["patches"].shape == (8, 16, 16)

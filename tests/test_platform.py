@@ -387,6 +387,17 @@ def test_windows_of_patches_on_tpus_equal_gathered_ones():
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(20, 1e-3), (30, 1e-3), (100, 1e-2)])
+def test_the_gradient_of_layer_norm_is_finite_for_nearly_constant_tokens(mean, deviation):
+    x = mean + deviation * normal(64, 32)
+    params = {"params": {"scale": jnp.ones(32), "bias": jnp.zeros(32)}}
+    with tracing_for("gpu"):
+        norm = layers.layer_norm(1e-6, jnp.float32, "norm")
+        grads = jax.grad(lambda p, x: norm.apply(p, x).sum(), argnums=(0, 1))(params, x)
+    for leaf in jax.tree.leaves(grads):
+        assert jnp.isfinite(leaf).all()
+
+
 def test_layer_norm_on_accelerators_equals_flax():
     x = normal(3, 5, 32) + 1
     params = {"params": {"scale": normal(32), "bias": normal(32)}}

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import itertools
+import shutil
 
 import annotated
 import numpy as np
@@ -46,9 +47,9 @@ def folders(tmp_path_factory):
     return {"images": str(root / "images"), "masks": str(root / "masks")}
 
 
-def run(folders, method=None, **change):
+def run(folders, method=None, data=None, **change):
     evaluator = annotated.evaluator("segmentation", **{**SMALL, **folders, **change})
-    return evaluator.run(method or annotated.Sees(), {}, annotated.evaluation())
+    return evaluator.run(method or annotated.Sees(), {}, data or annotated.evaluation())
 
 
 def test_perfect_features_score_100_and_shuffled_ones_do_not(folders):
@@ -58,6 +59,15 @@ def test_perfect_features_score_100_and_shuffled_ones_do_not(folders):
     shuffled = run(folders, annotated.Sees(shuffled=True))
     assert shuffled["miou4"] < 35
     assert shuffled["linear_miou"] < 35
+
+
+def test_masks_lie_on_images_that_exif_data_would_turn(folders, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(folders["images"], images)
+    annotated.turn(images)
+    data = annotated.evaluation(exif_orientation=True)
+    found = run({**folders, "images": str(images)}, data=data)
+    assert found["linear_miou"] == pytest.approx(100)
 
 
 def test_padding_and_batch_size_change_no_metric(folders):

@@ -3,6 +3,7 @@
 import csv
 import io
 import pathlib
+import shutil
 import zipfile
 
 import annotated
@@ -65,9 +66,9 @@ def dataset(tmp_path_factory):
     return str(root)
 
 
-def run(path, method=None, **change):
+def run(path, method=None, data=None, **change):
     evaluator = annotated.evaluator("segmentation_probe", **{**SMALL, "path": path, **change})
-    return evaluator.run(method or annotated.Sees(), {}, annotated.evaluation())
+    return evaluator.run(method or annotated.Sees(), {}, data or annotated.evaluation())
 
 
 def figures(found):
@@ -87,6 +88,15 @@ def test_perfect_features_score_100_and_the_files_say_it(dataset):
     assert figures(run(dataset, batch_size=5, cells=4)) == figures(found)
     shuffled = run(dataset, annotated.Sees(shuffled=True))
     assert max(shuffled["knn_miou"], shuffled["linear_miou"]) < 35
+
+
+def test_masks_lie_on_images_that_exif_data_would_turn(dataset, tmp_path):
+    copy = tmp_path / "dataset"
+    shutil.copytree(dataset, copy)
+    for split in ("train", "test"):
+        annotated.turn(copy / split / "images")
+    found = run(str(copy), data=annotated.evaluation(exif_orientation=True))
+    assert figures(found) == {name: pytest.approx(100) for name in METRICS}
 
 
 def test_the_report_shows_the_last_probe(tmp_path):

@@ -8,8 +8,11 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import conftest
@@ -23,6 +26,7 @@ from lmim_jax.configs import latent_mim_plus_vit_b, recipe_search, vit_b
 from lmim_jax.methods import base as methods
 from lmim_jax.report import comparison
 from lmim_jax.report.comparison import Variant
+from lmim_jax.utils import cores
 from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -40,6 +44,14 @@ VARIANTS = [
     Variant("ema", "a copy", {"collapse_index": [0.7, 0.8], "knn/knn20": [20.5, 30.0]}),
     Variant("lost", "not run", {}),
 ]
+
+
+def test_a_variant_is_compared_with_its_reference_or_not_at_all():
+    lost, naive, ema = VARIANTS[2], VARIANTS[0], VARIANTS[1]
+    assert comparison.conclusions([lost, naive, ema], "first") == []
+    assert comparison.conclusions([naive, lost, ema], "previous") == []
+    (sentence,) = comparison.conclusions([naive, lost, ema], "first")
+    assert sentence.startswith("ema (a copy): collapse index falls")
 
 
 def test_conclusions_say_what_the_numbers_support():
@@ -177,9 +189,8 @@ def run(i, name):
 """
 
 
-def run_study(config, out, images):
-    """Run a study as a command; the finished process."""
-    command = [
+def study_command(config, out, images, *options):
+    return [
         sys.executable,
         "-m",
         "lmim_jax.cli",
@@ -188,10 +199,15 @@ def run_study(config, out, images):
         f"--out={out}",
         f"--parallel={min(2, len(os.sched_getaffinity(0)))}",
         f"--set=data.path={images}",
-        "--set=total_steps=4",
         "--set=evaluators.knn.every=0.0",
         "--set=evaluators.visualization.every=0.0",
+        *options,
     ]
+
+
+def run_study(config, out, images):
+    """Run a study as a command; the finished process."""
+    command = study_command(config, out, images, "--set=total_steps=4")
     environment = {**os.environ, "XLA_FLAGS": conftest.FAST}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -256,6 +272,102 @@ def recorded(tmp_path):
         run.keep_records()
     (tmp_path / "out").rename(tmp_path / "gone")
     return config, tmp_path
+
+
+def run_of(folder, *changes):
+    return study.Run("it", 0, "quickstart", changes, folder / "out", folder / "records")
+
+
+def test_a_run_that_was_stopped_is_not_finished(tmp_path):
+    run = run_of(tmp_path)
+    finished_run(run.folder, run, 20.0)
+    assert run.finished
+    summary = {"steps": 8, "total_steps": 16}
+    (run.folder / "summary.json").write_text(json.dumps(summary))
+    run.keep_records()
+    assert not run.finished and not run.records.exists()
+    run.check_folder()  # it can be resumed
+    (run.folder / "summary.json").write_text(json.dumps({**summary, "steps": 16}))
+    assert run.finished
+
+
+def test_results_of_other_options_are_not_those_of_a_run(tmp_path):
+    run = run_of(tmp_path)
+    finished_run(run.folder, run, 20.0)
+    run.check_folder()
+    other = run_of(tmp_path, "epochs=8")
+    with pytest.raises(UserError, match=r"out has the results of other options.*another --out"):
+        other.check_folder()
+    assert run.finished  # nothing has changed
+
+
+def test_records_are_found_whose_options_name_folders(tmp_path, monkeypatch):
+    change = f"data.labels={pathlib.Path.home()}/labels.csv"
+    run = run_of(tmp_path, change)
+    finished_run(run.folder, run, 20.0)
+    run.keep_records()
+    assert str(pathlib.Path.home()) not in (run.records / "command.txt").read_text()
+    shutil.rmtree(run.folder)
+    assert run.results == run.records
+    assert run_of(tmp_path, "data.labels=labels.csv").results is None
+
+
+def test_costs_are_measured_anew_for_other_options(tmp_path, monkeypatch):
+    measured = []
+
+    def bench(command, **_):
+        measured.append(command[-2:])
+        found = {"device": "cpu", "gflop_per_image": 2.0, "images_per_second": len(measured)}
+        return types.SimpleNamespace(returncode=0, stdout=json.dumps(found))
+
+    monkeypatch.setattr(study.subprocess, "run", bench)
+    first, second = run_of(tmp_path), run_of(tmp_path, "batch_size=8")
+    for run, speed in ((first, 1), (first, 1), (second, 2), (second, 2), (first, 3)):
+        costs = study.measure_costs([run, run], tmp_path)
+        assert costs == {"it": {"gflop_per_image": [2.0], "step_images_per_second": [speed]}}
+    assert measured[1] == ["--config.batch_size=8", "--config.seed=0"]
+
+
+def test_a_benchmark_that_is_killed_is_named(tmp_path, monkeypatch):
+    killed = types.SimpleNamespace(returncode=-9, stdout="", stderr="")
+    monkeypatch.setattr(study.subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(UserError, match="the cost of it failed: exit code -9"):
+        study.measure_costs([run_of(tmp_path)], tmp_path)
+
+
+def test_cores_where_the_system_cannot_bind_processes(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    assert cores.available() == list(range(os.cpu_count()))
+    with cores.bound_to([0]):
+        pass
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_study_whose_runs_go_on_later(tmp_path, images):
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG)
+    out = tmp_path / "out"
+    options = ("--set=epochs=100000", "--set=log_every=1", "--set=checkpoint_every=1000000")
+    process = subprocess.Popen(
+        study_command(config, out, images, *options),
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": conftest.FAST},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log = out / "one" / "seed0" / "log.txt"
+    while not log.exists() or " step 3/" not in log.read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of its processes
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == study.EXIT_STOPPED, said
+    assert "re-run the command to resume" in said
+    assert "evaluating it" not in log.read_text()  # what Ctrl-C means to a run of its own
+    assert not (out / "one" / "seed0" / "summary.json").exists()
+    assert list((out / "one" / "seed0" / "checkpoints").iterdir())
 
 
 def test_records_replace_runs_and_name_no_folder(recorded):

@@ -44,9 +44,10 @@ NEIGHBORS = {"pixels": 72.25, "histogram": 64.5, "untrained": 32.5, "trained": 5
 
 
 def test_the_summary_has_the_linear_accuracy_beside_the_neighbors():
-    found = summary.summarize(LINES, total_steps=8, seconds=12.5)
-    assert list(found)[:8] == [
+    found = summary.summarize(LINES, steps=8, total_steps=8, seconds=12.5)
+    assert list(found)[:9] == [
         "steps",
+        "total_steps",
         "images_per_second",
         "wall_seconds",
         "loss",
@@ -64,7 +65,7 @@ def test_the_summary_has_the_linear_accuracy_beside_the_neighbors():
 
 
 def test_the_table_shows_linear_first():
-    found = summary.summarize(LINES, total_steps=8, seconds=12.5)
+    found = summary.summarize(LINES, steps=8, total_steps=8, seconds=12.5)
     lines = summary.format_summary(found, "RUN").splitlines()
     start = lines.index("Accuracy on the test images, in percent:")
     assert lines[start + 2 : start + 7] == [

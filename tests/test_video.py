@@ -159,6 +159,17 @@ def test_a_list_names_the_sequences(folder):
     assert [clip.name for clip in video_clips.open_folder(folder, "ImageSets/val.txt")] == ["wide"]
 
 
+def test_low_temperatures_follow_the_most_similar_patch():
+    tokens = RNG.normal(size=(1, 12, 5)).astype(np.float32)
+    tokens /= np.linalg.norm(tokens, axis=-1, keepdims=True)
+    labels = RNG.uniform(size=(1, 12, 2)).astype(np.float32)
+    propagate = video_segmentation.jit_propagate(
+        grid=(3, 4), topk=3, radius=1, temperature=1e-3, context=1
+    )
+    found = propagate(tokens[0], tokens, labels, np.array([True]))
+    np.testing.assert_allclose(found, labels[0], rtol=1e-3)
+
+
 def test_propagation_equals_a_plain_computation():
     h, w = 3, 4
     frames = 3

@@ -47,6 +47,8 @@ FLAGS_OF_OPTIONS = {"data.": "--data."}
 ALL = "all"  # of --evaluators
 DEFAULT = ["knn", "logistic_regression", "fewshot"]  # for classes
 TRAINED = "trained"  # the column of the trained encoder
+# Flags besides those of recipes that change what is measured
+CHANGING = ("weights", "feature", "modalities", "baselines", "imagenet_v2", "imagenet_real")
 
 log = logging.getLogger(__name__)
 
@@ -358,7 +360,7 @@ def file_name(step: int, titles: Sequence[str]) -> str:
     changed: dict[str, Any] = {}
     for name in ("config", "data"):
         changed[name] = config_flags.get_override_values(given[name])
-    for name in ("weights", "feature", "baselines", "imagenet_v2", "imagenet_real"):
+    for name in CHANGING:
         changed[name] = given[name].value
     suffix = ""
     if any(changed.values()):
@@ -397,6 +399,7 @@ def main(arguments: list[str]) -> None:
     inputs = open_inputs(run, data_config, given.baselines, folder)
     scheduled = select_supported(scheduled, inputs.data, skip=everything)
     open_extra_tests(inputs, given.imagenet_v2, given.imagenet_real)
+    inputs.description["modalities"] = list(given.modalities)
     inputs.description["weights"] = {one.title: run.exported or one.weights for one in scheduled}
     titles = list(sections)
     if everything:
@@ -412,6 +415,7 @@ def main(arguments: list[str]) -> None:
                 "step": run.step,
                 "checkpoint": inputs.description["checkpoint"],
                 "weights": one.weights,
+                "modalities": list(given.modalities),
             }
             config = run.config.to_dict()
             kept_classifier.write(target, outcome, inputs.data.sources["test"], config, origin)

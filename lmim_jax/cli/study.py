@@ -38,9 +38,12 @@ from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.report import comparison, records
 from lmim_jax.report.comparison import Group, Values
+from lmim_jax.train import summary
 from lmim_jax.utils import atomic_io, buckets, commands
+from lmim_jax.utils import cores as usable_cores
 from lmim_jax.utils.errors import UserError, did_you_mean, fail
 from lmim_jax.utils.logging import duration, log_to_console
+from lmim_jax.utils.subprocess import STOP_SIGNALS
 
 log = logging.getLogger("lmim_jax.cli.study")
 
@@ -50,6 +53,7 @@ COMMAND_FILE = records.COMMAND_FILE
 PLACES = tuple(f"--config.{key}=" for key in records.PLACES)
 LOG_FILE = records.LOG_FILE
 COST_FILE = "cost.json"  # of training, see `measure_costs`
+COSTS = ("gflop_per_image", "step_images_per_second")
 POLL_SECONDS = 0.3
 EXIT_STOPPED = 75  # interrupted, and can be resumed
 GPU_MEMORY_SHARE = 0.9  # of an accelerator's memory, for all runs together
@@ -99,10 +103,30 @@ class Run:
         return None
 
     def _finished_in(self, folder: buckets.Path) -> bool:
-        path = folder / COMMAND_FILE
-        if not path.exists() or not (folder / "summary.json").exists():
+        if not self._has_results(folder):
             return False
-        return _without_places(path.read_text()) == self._recorded_command
+        found = _without_places((folder / COMMAND_FILE).read_text())
+        return records.hide_own_folders(found) == records.hide_own_folders(self.recorded_command)
+
+    @staticmethod
+    def _has_results(folder: buckets.Path) -> bool:
+        """Whether a folder has the results of a run, of whatever command, to its end."""
+        path = folder / "summary.json"
+        if not (folder / COMMAND_FILE).exists() or not path.exists():
+            return False
+        return summary.is_finished(json.loads(path.read_text()))
+
+    def check_folder(self) -> None:
+        """Check that the workdir is not that of another run.
+
+        Raises:
+          UserError: it has the results of another command.
+        """
+        if self._has_results(self.folder) and not self._finished_in(self.folder):
+            raise UserError(
+                f"{self.folder} has the results of other options, see its {COMMAND_FILE}: choose "
+                "another --out, or delete that folder"
+            )
 
     def keep_records(self) -> None:
         """Copy the small files of the finished run to its records, if these are wanted."""
@@ -110,7 +134,7 @@ class Run:
             records.keep(self.folder, self.records, self.changes)
 
     @property
-    def _recorded_command(self) -> str:
+    def recorded_command(self) -> str:
         """The content of COMMAND_FILE; without folders, as a study may be moved."""
         return _without_places("\n".join(["python", "main.py"] + self.config_flags) + "\n")
 
@@ -122,21 +146,17 @@ class Run:
           share: of an accelerator's memory that it may use.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_io.write(self.folder / COMMAND_FILE, self._recorded_command)
+        atomic_io.write(self.folder / COMMAND_FILE, self.recorded_command)
         command = [sys.executable, "-m", "lmim_jax.cli", "train"] + self.config_flags
         command.append(f"--workdir={self.folder.absolute()}")
-        own_cores = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cores)  # inherited by the child
-        try:
-            with self._local_log.open("ab") as output:
-                return subprocess.Popen(
-                    command,
-                    env=self._environment(share),
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-        finally:
-            os.sched_setaffinity(0, own_cores)
+        with usable_cores.bound_to(cores), self._local_log.open("ab") as output:
+            return subprocess.Popen(
+                command,
+                env=self._environment(share),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the study, which stops its runs
+            )
 
     @property
     def _local_log(self) -> pathlib.Path:
@@ -261,7 +281,7 @@ class _Scheduler:
         hours: float,
         on_finished: Callable[[], None],
     ) -> None:
-        self._cores = sorted(os.sched_getaffinity(0))
+        self._cores = usable_cores.available()
         if not 1 <= parallel <= len(self._cores):
             raise UserError(
                 f"--parallel={parallel} must be 1 .. {len(self._cores)}, the number of CPU cores"
@@ -354,18 +374,22 @@ def execute(
       The runs that failed.
 
     Raises:
-      KeyboardInterrupt: an interrupt, SIGTERM, or out of time; all runs were stopped, and their
-        states are saved.
+      KeyboardInterrupt: a signal to stop, or out of time; all runs were stopped, and their states
+        are saved.
       UserError: more runs at once than CPU cores.
     """
     scheduler = _Scheduler(runs, parallel, hours, on_finished)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)
     scheduler.execute()
     return scheduler.failed
 
 
 def measure_costs(runs: Iterable[Run], out: buckets.Path) -> dict[str, Values]:
     """Measure the cost of training each variant, one by one, and store it in cost.json of `out`.
+
+    A cost that was measured with other options is measured anew.
 
     Returns:
       {name: {"gflop_per_image": [value], "step_images_per_second": [value]}}.
@@ -374,28 +398,46 @@ def measure_costs(runs: Iterable[Run], out: buckets.Path) -> dict[str, Values]:
       UserError: a benchmark failed.
     """
     path = out / COST_FILE
-    costs: dict[str, Values] = {}
-    if path.exists():
-        costs = json.loads(path.read_text())
+    entries = _read_costs(path)
+    names = set()
     for run in runs:
-        if run.name not in costs:  # the first seed stands for all
-            costs[run.name] = _measure_cost(run)
-            atomic_io.write(path, json.dumps(costs, indent=2) + "\n")
-    return costs
+        if run.name in names:
+            continue  # the first seed stands for all
+        names.add(run.name)
+        if entries.get(run.name, {}).get("command") != run.recorded_command.splitlines():
+            entries[run.name] = _measure_cost(run)
+            atomic_io.write(path, json.dumps(entries, indent=2) + "\n")
+    return _cost_values({name: entries[name] for name in names})
 
 
-def _measure_cost(run: Run) -> Values:
-    """Benchmark the train step of a run."""
+def _read_costs(path: buckets.Path) -> dict[str, dict[str, Any]]:
+    """{name: what `_measure_cost` returned}; empty where nothing was measured."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _cost_values(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Values]:
+    """The metrics among what `_measure_cost` returned."""
+    return {name: {metric: [entry[metric]] for metric in COSTS} for name, entry in entries.items()}
+
+
+def _measure_cost(run: Run) -> dict[str, Any]:
+    """Benchmark the train step of a run.
+
+    Returns:
+      {"command": the words of its command, "device", and the COSTS}.
+    """
     log.info("measuring the cost of training %s", run.name)
     command = [sys.executable, "-m", "lmim_jax.cli", "bench", "--what=step"] + run.config_flags
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        reason = result.stderr.strip().splitlines()[-1]
-        raise UserError(f"measuring the cost of {run.name} failed: {reason}")
+        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        raise UserError(f"measuring the cost of {run.name} failed: {lines[-1]}")
     measured = json.loads(result.stdout)
     return {
-        "gflop_per_image": [measured["gflop_per_image"]],
-        "step_images_per_second": [measured["images_per_second"]],
+        "command": run.recorded_command.splitlines(),
+        "device": measured["device"],
+        "gflop_per_image": measured["gflop_per_image"],
+        "step_images_per_second": measured["images_per_second"],
     }
 
 
@@ -417,8 +459,7 @@ def recorded(config: ConfigDict, kept: buckets.Pathname) -> list[comparison.Comp
     """
     absent = buckets.path(kept, "none")  # the folder of the study is not needed
     groups, runs = plan(config, [], [], absent, kept)
-    path = buckets.path(kept, COST_FILE)
-    costs: dict[str, Values] = json.loads(path.read_text()) if path.exists() else {}
+    costs = _cost_values(_read_costs(buckets.path(kept, COST_FILE)))
     descriptions = {name: description for name, description, _, _ in config.runs}
     folders = finished_folders(runs)
     found = []
@@ -505,6 +546,8 @@ def main(arguments: list[str]) -> None:
     for run in runs:
         run.keep_records()  # of runs that finished without them
     missing = [run for run in runs if not run.finished]
+    for run in missing:
+        run.check_folder()
     log.info(
         "%d runs, %d of them finished; results in %s/index.html",
         len(runs),
@@ -525,6 +568,7 @@ def main(arguments: list[str]) -> None:
     try:
         failed = execute(missing, given.parallel, given.hours, publisher.publish)
         if given.config.cost and not failed:
+            publisher.publish()
             costs = measure_costs(runs, kept or out)
     except KeyboardInterrupt as interrupt:
         publisher.publish()

@@ -63,8 +63,8 @@ def match(config: ConfigDict, listings: Listings) -> Matched:
       listings: see `sources.open_folder`.
 
     Raises:
-      UserError: a row cannot be read or belongs to no split, or more than
-        `config.max_bad_fraction` of the rows have no image.
+      UserError: a row cannot be read or belongs to no split, two rows are of the same image, or
+        more than `config.max_bad_fraction` of the rows have no image.
     """
     root = pathlib.Path(config.path).expanduser()
     if not config.path or not root.is_dir():
@@ -75,10 +75,16 @@ def match(config: ConfigDict, listings: Listings) -> Matched:
     file = label_file.read(config.labels, config.labels_kind)
     splits, other_splits = _splits_of_rows(file, config, root)
     listing = folder_source.list_once(root, listings)
-    rows = {}
+    rows: dict[str, int] = {}
     for row, image in enumerate(file.images):
         if splits[row]:
-            rows[image.removeprefix(f"{root}/")] = row
+            name = image.removeprefix(f"{root}/")
+            if name in rows:
+                raise UserError(
+                    f"{file.where(row)}: {name!r} is already in {file.where(rows[name])}, of the "
+                    f"split {splits[rows[name]]}: an image can be used once"
+                )
+            rows[name] = row
     places = []
     chosen = []
     for place, name in enumerate(listing.images):

@@ -55,8 +55,11 @@ def open_split(source: TfdsSource, config: ConfigDict, split: str) -> TfdsSource
         )
     order = np.argsort(places, kind="stable")[len(missing) :]
     part = part.select(order.tolist())
-    kept = share(places[order])
-    checksum = hashlib.sha256(places[order].tobytes())
+    places = places[order]
+    for row in np.flatnonzero(places[1:] == places[:-1]).tolist():  # 5 and 05
+        raise UserError(f"{part.where(row + 1)}: the same record as in {part.where(row)}")
+    kept = share(places)
+    checksum = hashlib.sha256(places.tobytes())
     if part.values is not None:
         checksum.update(part.values.tobytes() + "\n".join(part.names).encode())
         targets = Targets(part.kind, part.names, share(part.values.reshape(-1)))

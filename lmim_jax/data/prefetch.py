@@ -33,7 +33,7 @@ from numpy.typing import DTypeLike
 from lmim_jax.data import activity as activities
 from lmim_jax.data import kept_workers
 from lmim_jax.data.activity import Activity
-from lmim_jax.utils import descriptors, subprocess
+from lmim_jax.utils import cores, descriptors, subprocess
 from lmim_jax.utils.errors import DataLoaderTimeout, UserError
 from lmim_jax.utils.faults import ReadFailed
 
@@ -114,8 +114,8 @@ def num_workers(config: ConfigDict, batch_bytes: int, evaluation_bytes: int = 0)
     """
     if config.workers >= 0:
         return config.workers
-    cores = _cores()
-    if jax.default_backend() == "cpu" or cores < FEWEST_CORES or not SHARED_MEMORY.is_dir():
+    usable = len(cores.available())
+    if jax.default_backend() == "cpu" or usable < FEWEST_CORES or not SHARED_MEMORY.is_dir():
         return 0
     needed = _shared_memory(batch_bytes, evaluation_bytes)
     free = shutil.disk_usage(SHARED_MEMORY).free
@@ -128,19 +128,12 @@ def num_workers(config: ConfigDict, batch_bytes: int, evaluation_bytes: int = 0)
             -(-needed >> 20),
         )
         return 0
-    return min(cores // 2, MOST_WORKERS)
+    return min(usable // 2, MOST_WORKERS)
 
 
 def num_threads(config: ConfigDict, workers: int) -> int:
     """Number of decoding threads per process: `config.data.threads`, or as the cores allow."""
-    return config.threads or max(1, _cores() // max(1, workers))
-
-
-def _cores() -> int:
-    """Number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS
+    return config.threads or max(1, len(cores.available()) // max(1, workers))
 
 
 def _shared_memory(batch_bytes: int, evaluation_bytes: int) -> int:

@@ -283,9 +283,10 @@ def _read_class_names(path: str) -> tuple[str, ...]:
     if not path:
         return ()
     try:
-        names = tuple(buckets.path(path).read_text().split())
+        lines = buckets.path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config.data.classes={path!r} cannot be read ({error})") from error
+    names = tuple(line.strip() for line in lines if line.strip())
     if not names or len(set(names)) < len(names):
         raise UserError(
             f"config.data.classes={path!r} must list distinct class names, one per line"

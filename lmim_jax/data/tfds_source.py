@@ -502,6 +502,8 @@ def select_classes(source: TfdsSource, names: Sequence[str]) -> TfdsSource:
         )
     kept = np.flatnonzero(~unknown_class & (new_label[labels] >= 0))
     new_labels = new_label[labels[kept]].astype(np.int32)
+    if source.kept is not None:
+        kept = source.kept.array[kept]
     return dataclasses.replace(
         source, classes=tuple(names), kept=share(kept), labels=share(new_labels)
     )
@@ -524,9 +526,11 @@ def _joined_file_names(source: TfdsSource, start: int) -> str:
 
 
 def _read_labels(source: TfdsSource) -> Int[np.ndarray, " N"]:
-    """The class of every record, int32; process 0 reads them from its cache or all records."""
+    """The class of every image, int32; process 0 reads them from its cache or all records."""
     # The repr of the records contains a hash of their paths
     key = f"{source.title} {source.records!r}".encode()
+    if source.kept is not None:
+        key += source.kept.array.tobytes()
     path = cache_folder() / "labels" / f"{hashlib.sha256(key).hexdigest()[:16]}.npy"
     cached = None
     if jax.process_index() == 0:

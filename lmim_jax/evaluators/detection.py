@@ -78,7 +78,7 @@ class Evaluator(DenseProbe):
         splits = self._open()
         sources = {name: split.source for name, split in splits.items()}
         augment = self.fit(method, data)
-        data = data.with_sources(sources, augment)
+        data = data.with_sources(sources, augment, as_stored=True)
         classes = len(splits["train"].classes)
         task = DenseTask(method, augment, classes, data.config.channels)
         table = splits["train"].padded(self.max_boxes)

@@ -27,6 +27,7 @@ from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import ENCODER_FREE, EvaluatedMethod, Params, Results
 from lmim_jax.evaluators.common import classifiers, image_features, target_metrics
 from lmim_jax.evaluators.common.image_features import Labeled, labeled_features
+from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_once
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,12 @@ class Evaluator(base.Evaluator):
     label_kinds = (CLASSES, MULTILABEL, REGRESSION)
     supports_pixel_baselines = True
     cost = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.k or min(self.k) < 1 or self.temperature <= 0:
+            raise UserError(
+                f"temperature={self.temperature} must be above 0, and each of k={self.k} at least 1"
+            )
 
     def run(self, method: EvaluatedMethod, params: Params, data: EvaluationData) -> Results:
         """{"nn1", "knn<k>", "loo1", "majority", ...} in percent; {} if labels have no meaning."""
@@ -95,7 +102,7 @@ class Evaluator(base.Evaluator):
         scores, index = classifiers.nearest_neighbors(
             test.features, train.features, ks[-1], data.mesh
         )
-        weights = np.exp(scores / self.temperature)
+        weights = _weights(scores, self.temperature)
         metrics = {}
         for k in ks:
             predicted = _weighted_mean(values, index[:, :k], weights[:, :k])
@@ -149,13 +156,23 @@ def votes(
         queries.features, train.features, ks_in_bank[-1], mesh
     )
     neighbor_labels = train.labels[index]
-    weights = np.exp(scores / temperature)
+    weights = _weights(scores, temperature)
     predicted = {"nn1": neighbor_labels[:, 0]}
     for k in ks_in_bank:
         predicted[f"knn{k}"] = classifiers.weighted_vote(
             neighbor_labels[:, :k], weights[:, :k], num_classes
         )
     return predicted
+
+
+def _weights(scores: Float[np.ndarray, "Q k"], temperature: float) -> Float[np.ndarray, "Q k"]:
+    """exp(score / temperature), over that of the nearest, as it may be too large for float32.
+
+    Args:
+      scores: the nearest neighbor's first.
+      temperature: of the votes.
+    """
+    return np.exp((scores - scores[:, :1]) / temperature)
 
 
 def _ks_in_bank(ks: tuple[int, ...], images: int) -> list[int]:

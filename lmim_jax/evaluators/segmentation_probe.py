@@ -183,7 +183,7 @@ class Evaluator(base.Evaluator):
             splits[name] = segmentation_sets.open_split(self.layout, self.path, split, most)
         for name, source in splits.items():
             log.info("%s: %d images with masks, such as %s", name, len(source), source.name(0))
-        return data.with_sources(splits, augment)
+        return data.with_sources(splits, augment, as_stored=True)
 
     def _labels(self, data: EvaluationData) -> Labels:
         """What the numbers in the masks mean."""

@@ -194,7 +194,9 @@ def jit_propagate(
     def propagate(frame: Array, tokens: Array, labels: Array, valid: Array) -> Array:
         cosine = jnp.einsum("nd,fmd->nfm", frame, tokens, precision=jax.lax.Precision.HIGHEST)
         allowed = near[:, None] & valid[None, :, None]
-        weight = jnp.where(allowed, jnp.exp(cosine / temperature), 0.0)
+        largest = jnp.max(cosine, axis=(1, 2), keepdims=True, where=allowed, initial=-jnp.inf)
+        # Over the largest, as exp may be too large for float32
+        weight = jnp.where(allowed, jnp.exp((cosine - largest) / temperature), 0.0)
         weight = weight.reshape(number_of_patches, -1)
         smallest = jax.lax.top_k(weight, topk)[0][:, -1:]
         weight = jnp.where(weight < smallest, 0.0, weight)

@@ -379,7 +379,8 @@ def _normalize_backward(
     for values in sums:
         means.append(values.mean(axis=-1, keepdims=True))
     mean, square, gradient, product = jax.lax.optimization_barrier(tuple(means))
-    factor = jax.lax.rsqrt(square - mean * mean + epsilon)
+    variance = jnp.maximum(square - mean * mean, 0)  # rounding may make it negative
+    factor = jax.lax.rsqrt(variance + epsilon)
     normalized = (x - mean) * factor
     common = gradient + normalized * (factor * (product - mean * gradient))
     tokens = tuple(range(x.ndim - 1))

@@ -240,13 +240,13 @@ def conclusions(variants: Sequence[Variant], reference: Reference) -> list[str]:
       variants: in the order of the study.
       reference: see `Group`.
     """
-    finished = [variant for variant in variants if variant.values]
     if reference == "none":
-        return _ranking(finished)
+        return _ranking(variants)
     sentences = []
-    for before, after in _pairs(finished, reference):
-        changes = _changes(before.values, after.values)
-        sentences.append(f"{after.name} ({after.description}): " + "; ".join(changes))
+    for before, after in _pairs(variants, reference):
+        if before.values and after.values:
+            changes = _changes(before.values, after.values)
+            sentences.append(f"{after.name} ({after.description}): " + "; ".join(changes))
     return sentences
 
 

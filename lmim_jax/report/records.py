@@ -35,19 +35,27 @@ def keep(run: buckets.Path, records: buckets.Path, changes: Iterable[str]) -> No
         if key in PLACES and value:
             hidden[str(pathlib.Path(value).expanduser().absolute())] = PLACES[key]
             hidden[value] = PLACES[key]
-    hidden[str(pathlib.Path.home())] = "~"
-    hidden[str(pathlib.Path.cwd())] = "."
-    names = {name: word for name, word in hidden.items() if name.count("/") > name.endswith("/")}
+    hidden |= _own_folders()
     records.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         source = run / name
         if source.exists():
-            atomic_io.write(records / name, _without(source.read_text(), names))
+            atomic_io.write(records / name, _without(source.read_text(), hidden))
+
+
+def hide_own_folders(text: str) -> str:
+    """A text with the names of the home and working folders replaced, as records have it."""
+    return _without(text, _own_folders())
+
+
+def _own_folders() -> dict[str, str]:
+    return {str(pathlib.Path.home()): "~", str(pathlib.Path.cwd()): "."}
 
 
 def _without(text: str, hidden: dict[str, str]) -> str:
-    """A text with folders replaced, long names first."""
+    """A text with folders replaced, long names first; not the root, which is in every name."""
     for folder in sorted(hidden, key=len, reverse=True):
-        escaped = json.dumps(folder)[1:-1]
-        text = text.replace(escaped, hidden[folder]).replace(folder, hidden[folder])
+        if folder.count("/") > folder.endswith("/"):
+            escaped = json.dumps(folder)[1:-1]
+            text = text.replace(escaped, hidden[folder]).replace(folder, hidden[folder])
     return text

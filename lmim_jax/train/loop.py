@@ -133,7 +133,7 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
         config.data.workers = workers  # of this host alone, and no part of the recipe
         loop.run()
         summary = multihost.decide(
-            lambda: _write_summary(workdir, parts.total_steps, loop.wall_seconds)
+            lambda: _write_summary(workdir, parts.total_steps, parts.total_steps, loop.wall_seconds)
         )
     log.info("finished %d steps in %s", parts.total_steps, duration(summary["wall_seconds"]))
     log.info(summaries.format_summary(summary, workdir))
@@ -498,7 +498,7 @@ class TrainingLoop:
             log.error("the evaluation failed: %s", faults.first_line(error))
         try:
             self._writer.flush()
-            summary = _write_summary(self._workdir, step, self.wall_seconds)
+            summary = _write_summary(self._workdir, step, self._total_steps, self.wall_seconds)
             log.info(summaries.format_summary(summary, self._workdir))
         except Exception as error:
             log.error("there is no summary: %s", faults.first_line(error))
@@ -543,6 +543,7 @@ class TrainingLoop:
             "step": self._total_steps,
             "checkpoint": "",  # it is written at the same time
             "weights": evaluator.weights,
+            "modalities": [],  # all of them
         }
         folder = self._workdir / "evaluations" / evaluator.title
         test = self._data.sources["test"]
@@ -599,11 +600,11 @@ def _log_parameter_counts(params: dict[str, Any]) -> None:
 
 
 def _write_summary(
-    workdir: buckets.Pathname, total_steps: int, wall_seconds: float
+    workdir: buckets.Pathname, steps: int, total_steps: int, wall_seconds: float
 ) -> dict[str, Any]:
     """Summarize the run in summary.json and curves.png."""
     lines = read_metrics(workdir)
-    summary = summaries.summarize(lines, total_steps=total_steps, seconds=wall_seconds)
+    summary = summaries.summarize(lines, steps=steps, total_steps=total_steps, seconds=wall_seconds)
     write_picture(workdir, "curves", summaries.draw_curves(lines, workdir))
     path = buckets.path(workdir, "summary.json")
     atomic_io.write(path, json.dumps(summary, indent=2) + "\n")

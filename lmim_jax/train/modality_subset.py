@@ -45,8 +45,7 @@ def choose(run: Run, names: Sequence[str]) -> Run:
         (modality,) = (part for part in run.method.modalities if part.name in names)
         params = fold(params, modality, method.patch_size)
         target = fold(target, modality, method.patch_size)
-    checkpoint = f"{weights.checkpoint} {','.join(names)}"
-    chosen = dataclasses.replace(weights, params=params, target=target, checkpoint=checkpoint)
+    chosen = dataclasses.replace(weights, params=params, target=target)
     return dataclasses.replace(run, config=config, method=method, loaded=chosen, opened=None)
 
 

@@ -20,7 +20,7 @@ from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.evaluators.common import kept_classifier
 from lmim_jax.evaluators.common.probe_training import Task
-from lmim_jax.train import checkpoint_manifest, checkpoints, runs
+from lmim_jax.train import checkpoint_manifest, checkpoints, modality_subset, runs
 from lmim_jax.utils import buckets
 from lmim_jax.utils.errors import UserError
 
@@ -113,7 +113,7 @@ def load(folder: buckets.Pathname) -> SavedClassifier:
         shapes = jax.eval_shape(run.method.init, jax.random.key(0))
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     else:
-        params = _encoder(folder, description["origin"], run)
+        params = _encoder(folder, description["origin"])
     replicated = sharding.replicated(run.mesh)
     placed = jax.device_put((params, weights), replicated)
     return SavedClassifier(description["kind"], names, evaluator, run, placed[0], placed[1], task)
@@ -128,7 +128,7 @@ def _evaluator(description: dict[str, Any]) -> Any:
     return evaluators.find(name, "classifier.json")(**fields)
 
 
-def _encoder(folder: buckets.Pathname, origin: dict[str, Any], run: runs.Run) -> Any:
+def _encoder(folder: buckets.Pathname, origin: dict[str, Any]) -> Any:
     """The parameters of the method at the step at which the classifier was trained.
 
     Raises:
@@ -138,9 +138,18 @@ def _encoder(folder: buckets.Pathname, origin: dict[str, Any], run: runs.Run) ->
     if not (home / "config.json").is_file():
         home = buckets.path(origin["run"])
     owner = runs.open_run(home)
+    if not owner.exported:
+        weights = _saved_weights(folder, origin, home, owner.method)
+        owner = dataclasses.replace(owner, loaded=weights)
+    chosen = modality_subset.choose(owner, origin.get("modalities", ()))
+    return chosen.encoder_params(origin["weights"])
+
+
+def _saved_weights(
+    folder: buckets.Pathname, origin: dict[str, Any], home: buckets.Path, method: Any
+) -> runs.Weights:
+    """The weights on whose features the classifier in `folder` was trained, those of a run."""
     step = origin["step"]
-    if owner.exported:
-        return owner.encoder_params(origin["weights"])
     found = checkpoint_manifest.steps(home).get(step)
     is_other = False
     if found is not None and origin["checkpoint"]:  # unknown where training left it
@@ -150,6 +159,5 @@ def _encoder(folder: buckets.Pathname, origin: dict[str, Any], run: runs.Run) ->
             f"{folder} was trained on features of step {step} of {home}, whose checkpoint is "
             "gone; evaluate the run again"
         )
-    params, target = checkpoints.read_weights(home, run.method, step)
-    weights = runs.Weights(params, target, step)
-    return dataclasses.replace(owner, loaded=weights).encoder_params(origin["weights"])
+    params, target = checkpoints.read_weights(home, method, step)
+    return runs.Weights(params, target, step)

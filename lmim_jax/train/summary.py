@@ -54,19 +54,26 @@ def read_summary(workdir: buckets.Pathname, total_steps: int) -> dict[str, Any] 
     return summary if summary.get("steps") == total_steps else None
 
 
-def summarize(lines: list[Line], *, total_steps: int, seconds: float) -> dict[str, Any]:
+def is_finished(summary: dict[str, Any]) -> bool:
+    """Whether a run had come to its end; one that its user stops has a summary, too."""
+    steps = summary["steps"]
+    return steps >= summary.get("total_steps", steps)  # earlier summaries: of finished runs
+
+
+def summarize(lines: list[Line], *, steps: int, total_steps: int, seconds: float) -> dict[str, Any]:
     """Summarize a run.
 
     Args:
       lines: see `metric_writer.read_metrics`.
-      total_steps: its length.
+      steps: how many it has done.
+      total_steps: how many it will have done in the end.
       seconds: its wall-clock time, over all restarts.
 
     Returns:
-      {"steps", "images_per_second" (median over lines, if any), "wall_seconds"}; the last value of
-      loss, collapse metrics and evaluations; and for logistic regression and every k of the k-NN,
-      percentages {"linear" or "knn20": {"majority", "pixels", "histogram", "untrained",
-      "trained"}}, as far as they were measured.
+      {"steps", "total_steps", "images_per_second" (median over lines, if any), "wall_seconds"}; the
+      last value of loss, collapse metrics and evaluations; and for logistic regression and every k
+      of the k-NN, percentages {"linear" or "knn20": {"majority", "pixels", "histogram",
+      "untrained", "trained"}}, as far as they were measured.
     """
     first: Line = {}  # at step 0
     last: Line = {}
@@ -74,7 +81,7 @@ def summarize(lines: list[Line], *, total_steps: int, seconds: float) -> dict[st
         last |= line
         if line["step"] == 0:
             first |= line
-    summary: dict[str, Any] = {"steps": total_steps}
+    summary: dict[str, Any] = {"steps": steps, "total_steps": total_steps}
     if any("images_per_second" in line for line in lines):
         summary["images_per_second"] = median_speed(lines)
     summary["wall_seconds"] = seconds

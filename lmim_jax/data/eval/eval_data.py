@@ -195,7 +195,9 @@ class EvaluationData:
         """The split for pictures and collapse metrics: "test", or "train" without a test split."""
         return "test" if self.sources["test"] else "train"
 
-    def with_sources(self, sources: dict[str, Any], augment: Augment) -> "EvaluationData":
+    def with_sources(
+        self, sources: dict[str, Any], augment: Augment, *, as_stored: bool = False
+    ) -> "EvaluationData":
         """Other images, read in the same way.
 
         The canvas is at least twice as large as the evaluation images: images that are not square
@@ -204,8 +206,12 @@ class EvaluationData:
         Args:
           sources: {"train": a source, "test": a source or None}.
           augment: gives the size of the evaluation images.
+          as_stored: never turn images by their EXIF orientation: for masks and boxes, which lie on
+            the pixels as they are stored.
         """
         config = ConfigDict(dict(self.config))
+        if as_stored:
+            config.exif_orientation = False
         config.canvas = max(config.canvas, 2 * max(augment.eval_size))
         return EvaluationData(
             sources,

@@ -193,7 +193,7 @@ def open_images_with_masks(
             f"{len(train)} image(s) with masks are too few: probes are trained on some of them and "
             "tested on others"
         )
-    return data.with_sources(chosen, augment)
+    return data.with_sources(chosen, augment, as_stored=True)
 
 
 def _read_mask(source: Any, index: int, retry_seconds: float) -> Int32[np.ndarray, "h w"]:

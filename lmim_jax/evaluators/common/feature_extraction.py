@@ -10,7 +10,6 @@ width, C channels, K canvas side.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from lmim_jax.evaluators.common import image_features
 from lmim_jax.evaluators.common.finite import check_finite
 from lmim_jax.methods.base import Method
 from lmim_jax.models.layers import patchify
-from lmim_jax.utils import faults
+from lmim_jax.utils import cores, faults
 
 # Features with a meaning of their own here; any other name is a vector for an image, as evaluators
 # understand it: see configs/evaluate.py
@@ -397,7 +396,7 @@ def extract_from_files(
     batches = _Batches(extractor)
     unreadable = []
     read_ahead = 2 * extractor.batch_size
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with futures.ThreadPoolExecutor(len(cores.available())) as pool:
         for start in range(0, len(source), read_ahead):
             part = range(start, min(start + read_ahead, len(source)))
             for index, image in zip(part, pool.map(read, part), strict=True):

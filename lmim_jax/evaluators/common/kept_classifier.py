@@ -53,7 +53,8 @@ def write(
       outcome: what is to be kept.
       source: the test images.
       config: of the run, plain values.
-      origin: {"run", "step", "checkpoint", "weights"}, of the encoder.
+      origin: {"run", "step", "checkpoint", "weights", "modalities"}, of the encoder; the last are
+        names of some of the run's, if the images had not all of them.
     """
     for name in (PREDICTIONS, PER_CLASS, PER_LABEL, CONFUSION, PICTURE):
         buckets.path(folder, name).unlink(missing_ok=True)
