@@ -27,6 +27,8 @@ CASES = (  # of tests/reference
     "pilamim",
     "mae",
     "ijepa",
+    "capi",
+    "data2vec2",
 )
 BATCH_SIZES = (256, 512, 1024, 2048)
 # What differs from the defaults, attention=auto (this package's kernels) and xla_flags=auto
