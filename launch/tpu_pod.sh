@@ -50,7 +50,7 @@ each() {  # FUNCTION ARGUMENTS...: FUNCTION SLICE ARGUMENTS... for all slices at
 
 workers() { each ssh_to all "$1"; }  # COMMAND, on all workers of all slices
 
-step() {  # NAME COMMAND...: run it, and exit with its exit code if it fails
+step() {  # NAME COMMAND...: run it, and exit if it fails, with its exit code or instead of 2 with 1
   local name="$1" code
   shift
   say "== $name"
@@ -59,6 +59,7 @@ step() {  # NAME COMMAND...: run it, and exit with its exit code if it fails
   [ "$code" = 0 ] && return
   echo "error: '$name' failed with exit code $code. Nothing was deleted; run the same command again to resume," >&2
   echo "  or delete the slice: $me delete" >&2
+  [ "$code" = 2 ] && code=1  # 2: a mistake of the user, which `watch` does not try again
   exit "$code"
 }
 

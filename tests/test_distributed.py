@@ -292,6 +292,8 @@ def process(host="a", used=1, visible=1, **facts):
             r"host a has 8 accelerators, of which this run uses 1: .*ntasks",
         ),
         ([process("a", 8, 8), process("b", 1, 8)], r"host b has 8"),
+        ([process("a", 0, 1)], r"host a has 1 accelerators that jax does not see: install"),
+        ([process("a", 0, 0)], None),
         (
             [process(x=1, y=2), process("b", x=2)],
             r"process 1 \(host b\) .* 0 \(host a\): x is 2, not 1; y is abs",

@@ -21,6 +21,7 @@ from lmim_jax.data import decode, inventory, modalities, pixel_range, records, s
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.data.image_options import BadImage, ImageOptions
 from lmim_jax.data.loader import BatchDecoder
+from lmim_jax.data.prepare import tfds_writer
 from lmim_jax.evaluators.common.feature_extraction import Extractor, extract_from_files
 from lmim_jax.methods import base
 from lmim_jax.report import run_features
@@ -113,6 +114,19 @@ def test_splits_and_classes_are_those_of_the_first_modality(tmp_path):
     assert [splits["train"].record(i)[1] for i in range(2)] == [0, 1]
     assert list(splits["test"].files) == ["dog/2.png"]
     assert splits["test"].sources[1].files[0] == "dog/2.tif"
+
+
+def test_pairs_are_shrunk_together_or_not_at_all(tmp_path):
+    folder = write_pairs(tmp_path / "pairs", size=(40, 30))  # thermal has 16 bits
+    source = sources.open_pairs(folder, {"rgb": "rgb", "thermal": "thermal"}, "train", {})
+    data, _, before = tfds_writer._read_image(source, 0, 20)
+    assert len(data) == before
+    for path in (folder / "thermal").iterdir():  # now of 8 bits
+        pixels = np.asarray(Image.open(path)) >> 8
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    data, _, _ = tfds_writer._read_image(source, 0, 20)
+    for file in records.unpack(data):
+        assert decode.decode(file, 0, 3).shape[:2] == (20, 27)
 
 
 def test_modalities_of_unequal_size_are_named(tmp_path):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import conftest
 import jax
@@ -18,6 +19,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from lmim_jax.cli import train
 from lmim_jax.configs import own, quickstart, vit_b
 from lmim_jax.data import sources
 from lmim_jax.data.augment.device import Augment
@@ -115,6 +117,49 @@ def test_a_path_means_a_folder_also_for_the_quickstart(photos, tmp_path):
     (tmp_path / "shapes/1.0.0").mkdir(parents=True)
     (tmp_path / "shapes/1.0.0/dataset_info.json").touch()
     assert sources.kind(data) == "shapes"
+
+
+def stored_run(folder, path):
+    """A run of the recipe own on images in `path`, as far as its config."""
+    config = own.get_config()
+    config.data.path = str(path)
+    with config.unlocked():
+        config.method.frozen = {"name": "mae"}  # as with method.target=frozen:RUN
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config.to_json_best_effort())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("argument", "overrides", "path"),
+    [
+        ("moved", {}, "moved"),  # lmim train moved
+        ("", {}, "photos"),  # lmim train --workdir=RUN
+        ("flag", {"data.path": "flag"}, "flag"),
+    ],
+)
+def test_a_run_goes_on_with_the_images_that_are_given(
+    tmp_path, monkeypatch, argument, overrides, path
+):
+    run = stored_run(tmp_path / "run", "photos")
+    config = own.get_config()
+    config.lock()
+    config.data.path = argument
+    monkeypatch.setattr(train, "flags", types.SimpleNamespace(FLAGS=Given()))
+    monkeypatch.setattr(train.config_flags, "get_override_values", lambda _: overrides)
+    train.fill_in(config, str(run))
+    assert config.data.path == path
+    assert "frozen" not in config.method  # it is read from the run of the teacher
+    assert config.is_locked
+
+
+class Given(dict):
+    """Flags of which none is given."""
+
+    hours = None
+
+    def __missing__(self, key):
+        return None
 
 
 def test_a_run_inside_its_images_is_refused_before_anything_is_written(photos, monkeypatch):

@@ -21,6 +21,7 @@ from PIL import Image
 from lmim_jax.cli import prepare_data
 from lmim_jax.configs import vit_b
 from lmim_jax.data import decode, loader, sources, tfds_source
+from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.data.prepare import tfds_writer
 from lmim_jax.distributed import sharding
 from lmim_jax.utils.errors import UserError
@@ -153,6 +154,45 @@ def test_a_folder_without_classes_and_with_bad_files(images, tmp_path):
         prepare_data.convert_folder(tmp_path / "any", tmp_path, "flat", 0, 1)
     with pytest.raises(UserError, match=r"has no split 'test'"):
         sources.from_config(config(dir=tmp_path, name="flat"), "test")
+
+
+def test_links_that_lead_nowhere_are_bad_images(images, tmp_path):
+    shutil.copytree(images / "train" / "cat", tmp_path / "any")
+    (tmp_path / "any" / "lost.jpg").symlink_to(tmp_path / "gone.jpg")
+    folder = prepare_data.convert_folder(tmp_path / "any", tmp_path, "links", 0, 1)
+    assert "lost.jpg: " in (folder / tfds_writer.BAD).read_text()
+    assert len(sources.from_config(config(dir=tmp_path, name="links"), "train")) == 24
+
+
+def test_a_dataset_that_is_there_stays_as_it_is_and_says_so(images, tmp_path, caplog):
+    shutil.copytree(images / "train" / "cat", tmp_path / "any")
+    (tmp_path / "any" / "05.jpg").write_bytes(b"broken")
+    for repaired in (False, True):
+        caplog.clear()
+        folder = prepare_data.convert_folder(tmp_path / "any", tmp_path, "again", 0, 1)
+        assert ("was made before, and stays as it is" in caplog.text) == repaired
+        shutil.copy(images / "train" / "cat" / "03.jpg", tmp_path / "any" / "05.jpg")
+    assert "05.jpg: " in (folder / tfds_writer.BAD).read_text()
+
+
+def test_what_is_shrunk_keeps_orientation_and_transparency(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (100, 80, 4), np.uint8)
+    pixels[:50, :, 3] = 0
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, image in (("a.jpg", pixels[..., :3]), ("b.png", pixels)):
+        Image.fromarray(image).save(tmp_path / name, exif=exif)
+        data = (tmp_path / name).read_bytes()
+        shrunk = tfds_writer._shrink_image(data, 40)
+        upright = decode.decode(shrunk, 0, 3, ImageOptions(exif_orientation=True))
+        assert upright.shape == (40, 50, 3)
+        plain = decode.decode(shrunk, 0, 3)
+        opaque = Image.fromarray(pixels[..., :3]).resize((40, 50), Image.Resampling.BICUBIC)
+        if name == "b.png":
+            np.testing.assert_array_equal(plain, np.asarray(opaque))
+            white = decode.decode(shrunk, 0, 3, ImageOptions(transparency="white"))
+            assert white[:20].min() == 255
+            assert white[-20:].min() < 200
 
 
 def test_damage_is_found(pets, tmp_path):

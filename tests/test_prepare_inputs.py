@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import random
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -21,7 +23,8 @@ from pyarrow import parquet
 from lmim_jax.cli import prepare_data
 from lmim_jax.configs import vit_b
 from lmim_jax.data import sources
-from lmim_jax.data.prepare import inputs, tfds_writer, webdataset
+from lmim_jax.data.prepare import inputs, packed, tfds_writer, webdataset
+from lmim_jax.utils import faults
 from lmim_jax.utils.errors import UserError
 
 CLASSES = ("cat", "dog")
@@ -603,6 +606,51 @@ def test_a_full_disk_is_found_before_anything_is_written(images, tmp_path, monke
     with pytest.raises(UserError, match=rf"needs about .* GB, and {tmp_path} has .* left"):
         prepare_data.convert(opened.splits, tmp_path / "out", "pets", 0, 1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "txt"])
+def test_an_archive_that_is_gone_is_not_a_folder_of_bad_images(kind, images, tmp_path, monkeypatch):
+    copied = tmp_path / "images"
+    shutil.copytree(images, copied)
+    arguments, options = make(kind, copied, tmp_path / "in")
+    opened = open_input(*arguments, **options)
+    for folder in (tmp_path / "in", copied):
+        folder.rename(folder.with_name(f"{folder.name}_unmounted"))
+    packed.opened.cache_clear()
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 0.0)
+    with pytest.raises(faults.ReadFailed, match="is gone; is its file system mounted"):
+        prepare_data.convert(opened.splits, tmp_path / "out", "pets", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("folder", ("jpg", "", ""), "--image=jpg: there is no such option for a folder"),
+        ("folder", ("", "cls", ""), "--label=cls: for a folder only --label=none"),
+        ("zip", ("", "cls", ""), "--label=cls: for a zip only --label=none"),
+        ("list", ("", "label", ""), "--label=label: for a list only --label=none"),
+        ("webdataset", ("", "", "x"), "--root=x is for lists of files, and this is a webdataset"),
+    ],
+)
+def test_options_of_other_kinds_are_refused(kind, options, message):
+    inputs.check_options(kind, "", "none", "")
+    with pytest.raises(UserError, match=re.escape(message)):
+        inputs.check_options(kind, *options)
+
+
+def test_a_label_that_no_sample_has_is_named(images, tmp_path):
+    folder = write_shards(tmp_path / "a", images)
+    assert open_input(folder, label="CLS").splits["train"].classes == CLASSES
+    with pytest.raises(UserError, match="--label=txt is in no sample"):
+        open_input(folder, label="txt")
+
+
+def test_classes_of_a_folder_can_be_left_out(images, tmp_path):
+    labeled = prepare_data._open_splits(images)["train"]
+    plain = prepare_data._open_splits(images, labeled=False)["train"]
+    assert labeled.classes == CLASSES
+    assert (plain.classes, plain.record(0)[1], len(plain)) == ((), -1, len(labeled))
+    assert plain.identity() != labeled.identity()
 
 
 def test_other_labels_are_another_dataset(images, tmp_path):

@@ -167,7 +167,7 @@ def test_rows_of_tables_are_described(text):
 def test_the_report_has_one_speed():
     lines = [{"step": i, "images_per_second": speed} for i, speed in enumerate((5, 100, 300))]
     (tile,) = log_sections._training_tiles(lines, width=8)
-    found = summary.summarize(lines, total_steps=2, seconds=1.0)
+    found = summary.summarize(lines, steps=2, total_steps=2, seconds=1.0)
     assert (tile.value, found["images_per_second"]) == ("100", 100)
 
 

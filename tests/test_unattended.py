@@ -511,7 +511,7 @@ def test_a_failed_evaluation_says_so_on_the_console():
         {"step": 6, "failed": {"knn": "no memory"}},
         {"step": 6, "knn/nn1": 50.0, "loss": 1.0},  # made after a restart
     ]
-    summary = summaries.summarize(lines, total_steps=6, seconds=1.0)
+    summary = summaries.summarize(lines, steps=6, total_steps=6, seconds=1.0)
     assert summary["failed_evaluations"] == [{"step": 3, "evaluator": "knn", "reason": "no memory"}]
     assert "FAILED: knn at step 3: no memory" in summaries.format_summary(summary, "run")
 

@@ -1,6 +1,7 @@
 """Whose lock counts, and the flags passed to XLA."""
 
 import concurrent.futures
+import errno
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import time
 import pytest
 
 from lmim_jax.configs import quickstart
-from lmim_jax.train import lock, metric_storage, workdir
+from lmim_jax.train import lock, metric_storage, provenance, workdir
 from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError
 
@@ -255,3 +256,18 @@ def test_failed_writes_leave_nothing_and_killed_ones_are_removed(tmp_path):
     os.utime(old, (0, 0))
     workdir.claim(tmp_path, {"seed": 0}, None)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", young.name}
+
+
+def test_starts_that_cannot_be_read_are_not_forgotten(tmp_path, monkeypatch, caplog):
+    provenance.record_start(tmp_path, [])
+    provenance.record_start(tmp_path, [])
+    read_text = pathlib.Path.read_text
+
+    def unreadable(path, *_):
+        raise OSError(errno.EIO, "input/output error", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "read_text", unreadable)
+    provenance.record_start(tmp_path, [])
+    assert "environment.json was not written" in caplog.text
+    monkeypatch.setattr(pathlib.Path, "read_text", read_text)
+    assert len(provenance.read_starts(tmp_path)) == 2

@@ -20,6 +20,7 @@ scenes; files of the same name belong together, and an example has all of them.
 
 import functools
 import json
+import logging
 import multiprocessing
 import pathlib
 import shutil
@@ -43,9 +44,11 @@ from lmim_jax.data import (
     sources,
     tfds_source,
 )
-from lmim_jax.data.prepare import inputs, tfds_writer, tfrecord
+from lmim_jax.data.prepare import inputs, packed, tfds_writer, tfrecord
 from lmim_jax.utils import atomic_io, buckets, commands, subprocess
 from lmim_jax.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 RECIPES: dict[str, str | None] = {}
 FLAGS_OF_OPTIONS = {"data.path": "--folder"}
@@ -172,7 +175,11 @@ def convert(
     if shard_mb != SHARD_MB:
         plan["shard_mb"] = shard_mb
     _check_claim(target, plan)
-    if not (target / tfds_writer.MANIFEST).exists():
+    if (target / tfds_writer.MANIFEST).exists():
+        log.warning(
+            "%s was made before, and stays as it is; to read the images again, remove it", target
+        )
+    else:
         tasks: list[tfds_writer.ShardTask] = []
         shard_bytes = None if shard_mb == SHARD_MB else shard_mb << 20
         for split, source in found.items():
@@ -188,13 +195,14 @@ def convert(
 
 
 def _open_splits(
-    folder: pathlib.Path, modalities: Mapping[str, str] | None = None
+    folder: pathlib.Path, modalities: Mapping[str, str] | None = None, *, labeled: bool = True
 ) -> dict[str, tfds_writer.Images]:
     """The splits of a folder of images, its subfolders or all images as "train"; prints them.
 
     Args:
       folder: of the images, or of a folder for each modality.
       modalities: {name: its folder}; None: there is one.
+      labeled: whether folders are classes.
     """
     splits: Sequence[str] = ("train",)
     first = next(iter(modalities.values())) if modalities else ""
@@ -209,7 +217,7 @@ def _open_splits(
         else:
             source = sources.open_folder(folder, split, listings=listings)
         if source:
-            found[split] = source
+            found[split] = source if labeled else source.without_labels()
     places = inventory.Places(str(folder), "train", "", flag="", canvas=0)
     for line in inventory.describe(found, listings, places):
         print(line)
@@ -387,11 +395,14 @@ def open_source(arguments: Sequence[str]) -> tuple[inputs.Given, dict[str, tfds_
         source = inputs.Given(inputs.FOLDER, (given.folder,), (given.folder,))
     else:
         source = inputs.recognize(arguments, given.kind or "")
+    inputs.check_options(source.kind, given.image, given.label, given.root)
     modalities: dict[str, str] = {}
     if given.modalities:
         modalities = paired_source.parse(given.modalities)
     if source.kind == inputs.FOLDER:
-        return source, _open_splits(pathlib.Path(source.paths[0]).expanduser(), modalities)
+        folder = pathlib.Path(source.paths[0]).expanduser()
+        found = _open_splits(folder, modalities, labeled=given.label != packed.NO_LABEL)
+        return source, found
     if modalities:
         raise UserError(
             f"--modalities: {source.paths[0]} is not a folder that holds a folder of images for "

@@ -28,6 +28,7 @@ from lmim_jax.cli import app
 from lmim_jax.distributed import multihost, preemption
 from lmim_jax.methods import base as methods
 from lmim_jax.train import (
+    build,
     checkpoints,
     extension,
     lock,
@@ -234,8 +235,15 @@ def fill_in(config: ConfigDict, folder: str) -> None:
     if buckets.path(folder, "config.json").exists():
         stored = runs.read_config(folder)
         if "hours" in stored:
+            images = {key: config.data[key] for key in ("path", "source")}
             known = {key: value for key, value in stored.items() if key in config}
-            config.update(runs.with_tuples(known))
+            with config.unlocked():
+                config.update(runs.with_tuples(known))
+                for key in build.DERIVED:
+                    if key in config.method:
+                        del config.method[key]
+            if images["path"] and "data.path" not in overrides:  # DIR: the images may have moved
+                config.data.update(images)
             config.update_from_flattened_dict(overrides)
             if given.hours is not None:
                 config.hours = given.hours

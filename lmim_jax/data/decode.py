@@ -166,7 +166,7 @@ def _decode_file(
     try:
         pixels = _decode_as_stored(data, canvas, channels, options)
         if options.exif_orientation:
-            return turn_upright(pixels, _orientation(data))
+            return turn_upright(pixels, orientation(data))
         return pixels
     except BadImage:
         raise
@@ -264,7 +264,18 @@ def turn_upright(
     return np.ascontiguousarray(np.rot90(pixels, turns.get(orientation, 0)))
 
 
-def _orientation(data: bytes) -> int:
+def alpha(data: bytes) -> Image.Image | None:
+    """The opacity of the pixels of a file of 8 bits; None where all are opaque."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if not image.has_transparency_data:
+                return None
+            opacity = image.convert("RGBA").getchannel("A")
+    return opacity if np.asarray(opacity).min() < 255 else None
+
+
+def orientation(data: bytes) -> int:
     """The EXIF orientation of a file; 1, upright, where there is none."""
     if data.startswith(samples.NPY):
         return 1

@@ -1,7 +1,7 @@
 """Image files below a folder as a source, and what modules that open folders share."""
 
+import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import pathlib
@@ -47,20 +47,17 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.files)
 
+    def without_labels(self) -> "FolderSource":
+        """The same images, of no classes."""
+        return dataclasses.replace(self, labels=None, classes=(), labels_checksum="none")
+
     def record(self, index: int) -> tuple[bytes, int]:
         """(encoded bytes, class) of an image; OSError if the file cannot be read."""
         try:
             data = pathlib.Path(self.root, self.files[index]).read_bytes()
-        except FileNotFoundError as error:
-            if not faults.has_vanished(self.root):
-                raise
-            message = "the folder is gone; is its file system mounted?"
-            raise OSError(errno.ESTALE, message, self.root) from error
-        except PermissionError as error:
-            if not faults.all_denied(self._others(index)):
-                raise
-            message = "other files may not be read either; has a login or a ticket expired?"
-            raise OSError(errno.ESTALE, message, self.name(index)) from error
+        except (FileNotFoundError, PermissionError) as error:
+            faults.check_file_system(error, self.root, self._others(index))
+            raise
         if self.labels is None:
             return data, NO_CLASS
         return data, int(self.labels.array[index])
@@ -79,8 +76,12 @@ class FolderSource:
         return str(pathlib.Path(self.root, self.files[index]))
 
     def num_bytes(self) -> int:
-        """The bytes of all files."""
-        return sum(pathlib.Path(self.root, file).stat().st_size for file in self.files)
+        """The bytes of all files that are there: links may lead nowhere."""
+        size = 0
+        for file in self.files:
+            with contextlib.suppress(FileNotFoundError):
+                size += pathlib.Path(self.root, file).stat().st_size
+        return size
 
     def identity(self) -> dict[str, Any]:
         """The number of images and a checksum of their names, and of labels from a file."""

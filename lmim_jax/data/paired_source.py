@@ -55,6 +55,11 @@ class PairedSource:
         """Labels that are no classes; None: there are none."""
         return self.sources[0].targets
 
+    def without_labels(self) -> "PairedSource":
+        """The same images, of no classes."""
+        first, *others = self.sources
+        return dataclasses.replace(self, sources=(first.without_labels(), *others))
+
     def record(self, index: int) -> tuple[bytes, int]:
         """(packed files, class) of an image; OSError if a file cannot be read."""
         files = []
@@ -83,6 +88,8 @@ class PairedSource:
         identity: dict[str, Any] = {"source": "folders", "images": len(self)}
         for name, source in zip(self.modalities, self.sources, strict=True):
             identity[name] = source.identity()["names"]
+        if self.sources[0].labels_checksum:
+            identity["labels"] = self.sources[0].labels_checksum
         return identity
 
 

@@ -308,7 +308,7 @@ def check_consistent(**facts: Any) -> None:
     flat = flatten_dict({**facts, "version": versions()}, sep=".")
     own = dict(
         host=socket.gethostname(),
-        used=jax.local_device_count(),
+        used=sum(device.platform != "cpu" for device in jax.local_devices()),
         visible=visible_accelerators(),
         facts=json.loads(json.dumps(flat)),
     )
@@ -346,6 +346,11 @@ def _check_used(processes: Sequence[Mapping[str, Any]]) -> None:
         used[host] += process["used"]
         visible[host] = max(visible[host], process["visible"])
     for host, count in visible.items():
+        if count and not used[host]:
+            raise UserError(
+                f"host {host} has {count} accelerators that jax does not see: install it for them "
+                "(docs/install.md), or set JAX_PLATFORMS=cpu to train on CPU cores"
+            )
         if used[host] < count:
             raise UserError(
                 f"host {host} has {count} accelerators, of which this run uses {used[host]}: start "

@@ -6,6 +6,7 @@ A file that is missing leaves its part out; a damaged file is listed by name ins
 import dataclasses
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from lmim_jax.train.summary import BASELINES, ROWS
 from lmim_jax.utils import buckets, commands, html, plotting
 from lmim_jax.utils.html import Html, Section
 from lmim_jax.utils.logging import duration
+
+log = logging.getLogger(__name__)
 
 # The main accuracy of an evaluator is the first of these that it has: (regular expression for the
 # name of the metric, title of the tile; "": that of the evaluator)
@@ -299,7 +302,11 @@ def provenance_section(run: Run) -> Section:
     """Configuration, environment and commands of a run."""
     config = json.loads((run.folder / "config.json").read_text())
     match = config_diff.nearest_recipe(config)
-    starts = environment.read_starts(run.folder)
+    try:
+        starts = environment.read_starts(run.folder)
+    except OSError as error:
+        log.warning("%s cannot be read: %s", environment.NAME, error)
+        starts = []
     content = [
         elements.heading("Config"),
         _config_html(config, match),

@@ -24,12 +24,14 @@ from lmim_jax.train import extension, frozen_teacher, state, step
 from lmim_jax.utils.errors import UserError, did_you_mean
 from lmim_jax.utils.prng import augment_keys
 
+DERIVED = ("frozen", "modalities")  # of config.method: stored, see `complete`, but not given
 LEAST = {  # options -> their least value
     "micro_batches": 1,
     "log_every": 1,
     "checkpoint_every": 1,
     "checkpoint_keep": 0,
     "checkpoint_minutes": 0,
+    "checkpoint_max_failures": 1,
     "gauge_images": 0,
     "data.canvas": 1,
     "data.channels": 1,

@@ -127,7 +127,10 @@ def verify(folder: buckets.Pathname, contents: bool = True) -> CheckpointStatus:
       contents: compare checksums; otherwise check only that all files exist and have their sizes.
     """
     folder = buckets.path(folder)
-    sizes = buckets.file_sizes(folder)
+    try:
+        sizes = _read_patiently(folder, lambda: buckets.file_sizes(folder))
+    except (OSError, faults.ReadFailed) as error:
+        return CheckpointStatus("damaged", (f"it cannot be listed: {error}",), 0)
     total = sum(sizes.values())
     try:
         manifest = _read_patiently(folder / NAME, lambda: read(folder))
@@ -226,7 +229,8 @@ def newest_good_step(workdir: buckets.Pathname, quarantine: bool = False) -> int
 def _move_to_quarantine(path: buckets.Path, state: str) -> str:
     """Move a step to, for example, checkpoints/aside/512-damaged, replacing an older one.
 
-    In a bucket, where moving means copying, only its manifest is moved, which makes it partial.
+    Of partial steps, which every kill during a save leaves, only the last one is kept. In a bucket,
+    where moving means copying, only its manifest is moved, which makes it partial.
 
     Returns:
       What was moved where, for a message.
@@ -240,7 +244,11 @@ def _move_to_quarantine(path: buckets.Path, state: str) -> str:
         manifest.unlink()
         return f", {NAME} moved to {copy}"
     destination = path.parent / QUARANTINE / f"{path.name}-{state}"
-    shutil.rmtree(destination, ignore_errors=True)
+    replaced = [destination]
+    if state == "partial":
+        replaced += destination.parent.glob(f"*-{state}")
+    for older in replaced:
+        shutil.rmtree(older, ignore_errors=True)
     destination.parent.mkdir(exist_ok=True)
     path.rename(destination)
     return f", moved to {destination}"

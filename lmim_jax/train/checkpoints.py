@@ -9,6 +9,7 @@ In a bucket the same holds: the manifest alone says that a step is complete.
 
 import contextlib
 import logging
+import math
 import threading
 import time
 import types
@@ -175,7 +176,7 @@ class Checkpoints:
                 target=self._commit, args=(step, _tensor_table(state)), name=f"commit step {step}"
             )
             self._thread.start()
-        if self._failures >= self._config.checkpoint_max_failures:
+        if self._failures and self._failures >= self._config.checkpoint_max_failures:
             raise SaveFailed(
                 f"{self._failures} saves in a row failed: {self._error}; {self.describe()}"
             )
@@ -218,7 +219,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 self._delete_old_steps()
-            except OSError as error:  # the step just committed is good in any case
+            except (OSError, ValueError) as error:  # the step just committed is good in any case
                 log.error("old checkpoints could not be deleted: %s", error)
 
     def _confirm_lock(self) -> None:
@@ -275,8 +276,9 @@ class Checkpoints:
         if metric:
             values = {}
             for line in read_metrics(self._workdir):
-                if metric in line and line["step"] in committed:
-                    values[line["step"]] = line[metric]
+                value = line.get(metric)
+                if value is not None and math.isfinite(value) and line["step"] in committed:
+                    values[line["step"]] = value
             if values:
                 keep.add(max(values, key=values.__getitem__))
         return keep

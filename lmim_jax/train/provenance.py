@@ -38,10 +38,14 @@ def describe() -> dict[str, Any]:
 
 
 def read_starts(workdir: buckets.Pathname) -> list[dict[str, Any]]:
-    """The records of all starts of a run, oldest first; empty where there are none."""
+    """The records of all starts of a run, oldest first; empty where there are none.
+
+    Raises:
+      OSError: they cannot be read.
+    """
     try:
         found = json.loads(buckets.path(workdir, NAME).read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return []
     return found if isinstance(found, list) else []
 
@@ -55,8 +59,8 @@ def record_start(workdir: buckets.Pathname, images: Sequence[str]) -> None:
     """
     if jax.process_index() != 0:
         return
-    records = [*read_starts(workdir), {**describe(), "images": list(images)}]
     try:
+        records = [*read_starts(workdir), {**describe(), "images": list(images)}]
         atomic_io.write(buckets.path(workdir, NAME), json.dumps(records, indent=2) + "\n")
     except OSError as error:
         log.warning("%s was not written: %s", NAME, error)

@@ -367,16 +367,25 @@ def matching(folder: Path, pattern: str) -> list[Path]:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """{name from a folder on: bytes} of all files below it; they may disappear meanwhile."""
+    """{name from a folder on: bytes} of all files below it; they may disappear meanwhile.
+
+    Raises:
+      OSError: a folder cannot be listed.
+    """
     if isinstance(folder, BucketPath):
         return folder.files()
     sizes = {}
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder, onerror=_unless_gone):
         for name in names:
             file = pathlib.Path(parent, name)
             with contextlib.suppress(FileNotFoundError):
                 sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
     return dict(sorted(sizes.items()))
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def remove_tree(folder: Path) -> None:

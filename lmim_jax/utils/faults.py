@@ -130,6 +130,24 @@ def all_denied(files: Iterable[str | os.PathLike[str]]) -> bool:
     return True
 
 
+def check_file_system(
+    error: OSError, root: str | os.PathLike[str], others: Iterable[str | os.PathLike[str]]
+) -> None:
+    """Raise ESTALE where not a file is at fault, but the file system that it is on.
+
+    Args:
+      error: of reading the file: it is not there, or may not be read.
+      root: the folder or archive that the file is in.
+      others: a few other files.
+    """
+    if isinstance(error, FileNotFoundError) and has_vanished(root):
+        message = f"{root} is gone; is its file system mounted?"
+        raise OSError(errno.ESTALE, message, str(root)) from error
+    if isinstance(error, PermissionError) and all_denied(others):
+        message = "other files may not be read either; has a login or a ticket expired?"
+        raise OSError(errno.ESTALE, message, str(error.filename)) from error
+
+
 def retry(read: Callable[[], Result], describe: Callable[[], str], seconds: float) -> Result:
     """Read something, again after growing pauses while the environment is at fault.
 

@@ -1,5 +1,6 @@
 """Damage, full disks and missing folders. In brackets: by default / with --faults."""
 
+import errno
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from lmim_jax.distributed import sharding
 from lmim_jax.train import checkpoint_manifest, lock, metric_writer
 from lmim_jax.train import checkpoints as checkpoint
 from lmim_jax.train.state import TrainState
-from lmim_jax.utils import buckets
+from lmim_jax.utils import buckets, faults
 from lmim_jax.utils.errors import UserError
 
 MESH = sharding.make_mesh()
@@ -239,6 +240,51 @@ def test_retention_keeps_the_newest_every_mth_and_the_best(root):
     assert list(checkpoint.steps(root)) == [3, 4, 8, 9]
     for path in checkpoint.steps(root).values():
         assert checkpoint_manifest.verify(path).state == "good"
+
+
+def test_the_best_is_never_one_that_is_not_a_number(root):
+    values = {1: float("nan"), 2: 50.0, 3: 60.0}
+    lines = [{"step": step, "knn/knn5": value} for step, value in values.items()]
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save(root, 1, 2, 3, 4, checkpoint_keep=1, checkpoint_best="knn/knn5")
+    assert list(checkpoint.steps(root)) == [3, 4]
+
+
+def test_a_line_of_metrics_that_is_being_written_deletes_nothing(root, caplog):
+    (root / "metrics.jsonl").write_text('{"step": 1, "knn/knn5": 3.0}\n{"step": 2, "kn')
+    save(root, 1, 2, checkpoint_keep=1, checkpoint_best="knn/knn5")
+    assert "old checkpoints could not be deleted" in caplog.text
+    assert same(restore(root), state(2))
+
+
+def test_folders_that_cannot_be_listed_for_a_moment_are_not_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1, 2)
+    failures = [errno.EIO, errno.EIO]
+    scandir = os.scandir
+
+    def flaky(path):
+        if failures and str(path).endswith("2/state"):
+            raise OSError(failures.pop(), "input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", flaky)
+    monkeypatch.setattr(faults, "FIRST_PAUSE", 0.01)
+    assert same(restore(tmp_path), state(2))
+    assert not failures
+    assert not (tmp_path / "checkpoints" / "aside").exists()
+    failures = [errno.EIO]
+    with pytest.raises(OSError, match="input/output error"):  # or it would not list all files
+        checkpoint_manifest.write(tmp_path / "checkpoints" / "2", {}, lambda: None)
+
+
+def test_only_the_last_partial_step_is_kept(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+        (tmp_path / "checkpoints" / str(step) / checkpoint_manifest.NAME).unlink()
+        (tmp_path / "checkpoints" / checkpoint_manifest.COMMITTED).unlink()
+        assert restore(tmp_path) is None
+    aside = tmp_path / "checkpoints" / "aside"
+    assert [path.name for path in aside.iterdir()] == ["3-partial"]
 
 
 def test_a_step_stays_though_old_ones_cannot_be_deleted(tmp_path, caplog):

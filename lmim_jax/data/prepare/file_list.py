@@ -153,3 +153,6 @@ class FileSource(packed.PackedSource):
     def read(self, path: str, index: int) -> bytes:
         """The content of a file."""
         return pathlib.Path(path, self.files[index]).read_bytes()
+
+    def _others(self, index: int) -> list[str]:
+        return [self.name(place) for place in {0, len(self) // 2, len(self) - 1} - {index}]

@@ -161,6 +161,26 @@ def _count(folder: pathlib.Path) -> tuple[int, dict[str, list[str]]]:
     return len(listing.images), found
 
 
+def check_options(kind: str, image: str, label: str, root: str) -> None:
+    """Check that a kind of input has the options that were given.
+
+    Args:
+      kind: one of KINDS.
+      image: --image.
+      label: --label; "none" is for all kinds.
+      root: --root.
+
+    Raises:
+      UserError: it has not.
+    """
+    if image and kind not in SHARDED:
+        raise UserError(f"--image={image}: there is no such option for a {kind}")
+    if label not in ("", packed.NO_LABEL) and kind not in SHARDED:
+        raise UserError(f"--label={label}: for a {kind} only --label={packed.NO_LABEL}")
+    if root and kind != LIST:
+        raise UserError(f"--root={root} is for lists of files, and this is a {kind}")
+
+
 def open_splits(given: Given, image: str, label: str, root: str, run: Run) -> packed.Opened:
     """Sources of the splits of an input, other than a folder of images.
 
@@ -185,6 +205,9 @@ def open_splits(given: Given, image: str, label: str, root: str, run: Run) -> pa
         index = webdataset.ShardIndex(image, label)
         parts = {split: list(run(index, files)) for split, files in paths.items()}
         opened = packed.open_parts(webdataset.TarSource, parts)
+        found = itertools.chain.from_iterable(part.labels for part in parts[packed.TRAIN])
+        if label not in ("", packed.NO_LABEL) and all(text is None for text in found):
+            raise UserError(f"{given.describe()}: --label={label} is in no sample")
     if packed.TRAIN not in opened.splits:
         why = ", ".join(f"{count:,} {what}" for what, count in opened.left_out.items())
         raise UserError(f"{given.describe()}: there are no training images; {why or 'it is empty'}")

@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from lmim_jax.data.folder_listing import Names, NamesWriter
 from lmim_jax.data.shared_array import SharedArray, share
+from lmim_jax.utils import faults
 from lmim_jax.utils.checksum import names_checksum
 
 TRAIN = "train"
@@ -88,7 +89,16 @@ class PackedSource(abc.ABC):
         label = NO_CLASS
         if self.labels is not None:
             label = int(self.labels.array[index])
-        return self.read(self._path(index), index), label
+        path = self._path(index)
+        try:
+            return self.read(path, index), label
+        except (FileNotFoundError, PermissionError) as error:
+            faults.check_file_system(error, path, self._others(index))
+            raise
+
+    def _others(self, index: int) -> list[str]:
+        """The full paths of a few files, far from that of an image."""
+        return [str(self._path(place)) for place in {0, len(self) - 1} - {index}]
 
     def mask(self, index: int) -> None:
         """None: there are no masks."""

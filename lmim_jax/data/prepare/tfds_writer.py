@@ -153,14 +153,19 @@ def _read_image(source: Images, index: int, shrink: int) -> tuple[bytes, int, in
 
     def read() -> tuple[bytes, int, int]:
         data, label = source.record(index)
-        files = [_shrink_image(file, shrink) for file in records.unpack(data)]
-        return records.pack(files), label, len(data)
+        files = records.unpack(data)
+        shrunk = [_shrink_image(file, shrink) for file in files]
+        if any(new is old for new, old in zip(shrunk, files, strict=True)):
+            shrunk = files  # of several modalities all or none: their sizes must stay equal
+        return records.pack(shrunk), label, len(data)
 
     return faults.retry(read, lambda: source.name(index), faults.RETRY_SECONDS)
 
 
 def _shrink_image(data: bytes, shrink: int) -> bytes:
     """The encoded image, with a short side of at most `shrink`.
+
+    Its EXIF orientation is kept, and so is transparency, in a PNG file.
 
     Raises:
       BadImage: it cannot be decoded.
@@ -174,8 +179,17 @@ def _shrink_image(data: bytes, shrink: int) -> bytes:
         return data
     size = (round(width * shrink / short), round(height * shrink / short))
     shrunk = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    orientation = decode.orientation(data)
+    if orientation != 1:
+        exif[decode.EXIF_ORIENTATION] = orientation
     stream = io.BytesIO()
-    shrunk.save(stream, "JPEG", quality=90)
+    alpha = decode.alpha(data)
+    if alpha is None:
+        shrunk.save(stream, "JPEG", quality=90, exif=exif)
+    else:  # apart from the colors, which would be lost where it is 0
+        shrunk.putalpha(alpha.resize(size, Image.Resampling.BICUBIC))
+        shrunk.save(stream, "PNG", exif=exif)
     return stream.getvalue()
 
 

@@ -69,6 +69,7 @@ class ShardIndex:
         in_json = JSON_FIELD.fullmatch(label_kind)
         if in_json:
             label_kind, field = in_json.groups()
+        label_kind = label_kind.lower()  # as kinds of members are
         samples: dict[str, dict[str, Member]] = {}
         labels: dict[str, str | None] = {}
         with open_tar(path) as file:
