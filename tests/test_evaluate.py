@@ -324,6 +324,8 @@ def test_bad_input_is_one_line_and_exit_code_2(saved, images, tmp_path):
 @pytest.mark.parametrize("name", evaluate.CHANGING)
 def test_the_file_of_an_evaluation_is_named_by_all_that_changes_it(name, monkeypatch):
     given = {flag: types.SimpleNamespace(value=None) for flag in evaluate.CHANGING}
+    recipes = ["/package/configs/evaluate.py"]
+    monkeypatch.setattr(evaluate.config_flags, "get_config_filename", lambda _: recipes[-1])
     monkeypatch.setattr(evaluate.config_flags, "get_override_values", lambda _: {})
     monkeypatch.setattr(
         evaluate, "flags", types.SimpleNamespace(FLAGS={**given, "config": None, "data": None})
@@ -334,4 +336,7 @@ def test_the_file_of_an_evaluation_is_named_by_all_that_changes_it(name, monkeyp
     for value in (["rgb"], ["thermal"]):
         given[name].value = value
         names.add(evaluate.file_name(8, ["knn"]))
-    assert len(names) == 3
+    for recipe_name in ("evaluate.py:imagenet", "evaluate.py:imagenet,L", "mine.py"):
+        recipes.append(f"/package/configs/{recipe_name}")
+        names.add(evaluate.file_name(8, ["knn"]))
+    assert len(names) == 6

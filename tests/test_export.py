@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import conftest
 import interop
@@ -186,6 +187,28 @@ def test_the_card_lists_evaluators_with_underscores_but_not_the_metrics_of_basel
     assert 'lmim_jax.load(".")' in card
     assert "| logistic_regression/accuracy | online | cls | 11 | 22 | 33 |" in card
     assert "pixels_accuracy" not in card
+
+
+def test_the_card_has_no_figures_of_other_images(tmp_path):
+    images = {"source": "folder", "images": 5, "names": "abc"}
+    (tmp_path / "config.json").write_text(json.dumps({"training_images": images}))
+    (tmp_path / "evaluations").mkdir()
+    others = {**images, "names": "def"}
+    evaluated = {  # accuracy of each
+        71.0: {"data": {"train": images}},
+        12.0: {"data": {"train": others}},
+        13.0: {"data": {"train": images}, "modalities": ["thermal"]},
+    }
+    for accuracy, facts in evaluated.items():
+        content = {
+            "evaluated": {"step": 0, "weights": {}, **facts},
+            "config": {"knn": {"params": "online", "feature": "cls"}},
+            "figures": {"knn/knn20": accuracy},  # as before version 0.2
+        }
+        (tmp_path / "evaluations" / f"0-{accuracy}.json").write_text(json.dumps(content))
+    model = types.SimpleNamespace(folder=tmp_path, step=0)
+    (figures,) = model_card._evaluation_rows(model).values()
+    assert figures == {"trained": 71.0}
 
 
 @pytest.mark.parametrize("which", ["online", "target"])

@@ -175,6 +175,23 @@ def program(jitted):
     return jitted.lower(WEIGHTS, jax.random.key(0)).as_text().partition("\n")[2]
 
 
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_blocks_that_record_their_features_are_recomputed_one_by_one(remat):
+    def loss(weights, x):
+        (_, tokens), recorded = VIT.apply(weights, x, POSITIONS, mutable=["intermediates"])
+        return (tokens**2).mean(), recorded["intermediates"]
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    expected = jax.jit(step)(WEIGHTS, PATCHES)
+    rematerialized = layer_stack.with_remat_and_scan(step, remat, False)
+    found = jax.jit(rematerialized)(WEIGHTS, PATCHES)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    blocks = str(jax.make_jaxpr(rematerialized)(WEIGHTS, PATCHES)).count("prevent_cse=True")
+    assert blocks == VIT.depth
+    assert "prevent_cse" not in str(jax.make_jaxpr(step)(WEIGHTS, PATCHES))
+
+
 def test_rate_0_leaves_the_program_as_it_is():
     plain = jax.jit(lambda weights, key: VIT.apply(weights, PATCHES, POSITIONS)[1])
     assert program(encode(0.0)) == program(plain)

@@ -8,7 +8,8 @@ from PIL import Image
 
 import lmim_jax
 from lmim_jax.cli import export
-from lmim_jax.train import runs
+from lmim_jax.data.image_options import ImageOptions
+from lmim_jax.train import inference, runs
 from lmim_jax.utils.errors import UserError
 
 
@@ -74,6 +75,27 @@ def test_every_kind_of_image_gives_the_same_pixels(model, paths):
     np.testing.assert_array_equal(mixed, np.repeat(expected, 3, axis=0))
     for batch in (pixels[None], np.float32(pixels[None] / 255), (path for _ in range(1))):
         np.testing.assert_array_equal(model.preprocess(batch), expected)
+
+
+def test_the_fourth_band_of_an_array_is_not_taken_for_opacity():
+    pixels = np.full((128, 128, 4), 200, np.uint8)
+    pixels[..., 3] = 0  # thermal
+    options = ImageOptions(transparency="white")
+    for array in (pixels, pixels / 255):
+        found = inference._pixels(array, 64, 4, options, "the image")
+        np.testing.assert_array_equal(found[5, 5], [200, 200, 200, 0])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_an_open_image_is_turned_upright_like_its_file(format, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "image"
+    Image.fromarray(np.arange(200, dtype=np.uint8).reshape(10, 20)).save(path, format, exif=exif)
+    options = ImageOptions(exif_orientation=True)
+    of_file = inference._pixels(path, 0, 3, options, "it")
+    assert of_file.shape == (20, 10, 3)
+    np.testing.assert_array_equal(inference._pixels(Image.open(path), 0, 3, options, "it"), of_file)
 
 
 def test_images_of_one_channel_and_large_images_are_converted(model):

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import logging
+import shutil
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from test_evaluate import opened, saved  # noqa: F401  (a fixture)
 from test_inventory import draw
 
 from lmim_jax.cli import evaluate, predict
-from lmim_jax.data import folder_listing
+from lmim_jax.configs import vit_b
+from lmim_jax.data import folder_listing, image_options
 from lmim_jax.data.eval import extra_tests
 from lmim_jax.data.eval.file_names import find_listed
 from lmim_jax.data.sources import FolderSource, open_folder
@@ -77,6 +80,47 @@ def test_a_classifier_is_kept_and_answers_the_same(saved, images, tmp_path, name
     section = classifier_section.section(folder.parent.parent).content
     assert f"{name}, step 3" in section
     assert "accuracy of each class" in section
+
+
+def test_predictions_skip_bad_images_and_are_a_csv_file(
+    saved,
+    images,
+    tmp_path,
+    monkeypatch,
+    capsysbinary,
+    caplog,  # noqa: F811
+):
+    folder = tmp_path / "head"
+    kept(saved[0], "logistic_regression", folder)
+    description = json.loads((folder / "classifier.json").read_text())
+    description["names"][0] = "cat, Felis catus"
+    (folder / "classifier.json").write_text(json.dumps(description))
+    photos = tmp_path / "photos"
+    shutil.copytree(images / "test", photos)
+    (photos / "cat" / "broken.png").write_bytes(b"broken")
+    out = tmp_path / "found.csv"
+    given = {"out": str(out), "batch_size": 8}
+    monkeypatch.setattr(
+        predict, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(**given))
+    )
+    monkeypatch.setattr(predict, "log_to_console", lambda: None)
+    predict.main([str(folder), str(photos)])
+    assert len(rows(out)) == 16
+    assert {row["prediction"] for row in rows(out)} <= {"cat, Felis catus", "dog"}
+    assert "1 of 17 images cannot be read" in caplog.text
+    printed = capsysbinary.readouterr().out.decode()
+    for line in out.read_text().splitlines()[:5]:
+        assert line in printed
+
+
+def test_options_of_pixels_are_kept_with_a_classifier():
+    config = vit_b.get_config()
+    data = vit_b.data()
+    data.update(canvas=64, range="0,4095", exif_orientation=True, transparency="white", path="x")
+    found = image_options.as_read(config.to_dict(), data)
+    assert found["data"]["range"] == "0,4095" and found["data"]["canvas"] == 64
+    assert found["data"]["exif_orientation"] and found["data"]["transparency"] == "white"
+    assert found["data"]["path"] == config.data.path
 
 
 def test_a_head_needs_the_checkpoint_it_was_trained_on(saved, tmp_path):  # noqa: F811

@@ -182,6 +182,13 @@ def test_unlabeled_images_have_neighbors_other_than_themselves(folder, images, t
         assert cosines == sorted(cosines, reverse=True)
         for neighbor in query.neighbors:
             assert not (neighbor.labeled_image.image == query.labeled_image.image).all()
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted((images / "train" / "cat").iterdir())[:3]:
+        shutil.copy(path, few)
+    queries, _ = run_features.nearest_neighbors(runs.open_run(folder, few), "online", 3, 5, 9)
+    for query in queries:  # of three images, two are others
+        assert [np.isfinite(neighbor.cosine) for neighbor in query.neighbors] == [True, True]
     assert log_sections.read_metric_log(tmp_path) == []
     assert log_sections.curves_section([]) is None
     assert log_sections.evaluations_section(tmp_path, []) is None

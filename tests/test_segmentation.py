@@ -115,6 +115,11 @@ def test_matching_equals_the_best_of_all_pairings():
         assert result == pytest.approx(np.mean(expected))
 
 
+def test_an_image_without_a_labeled_pixel_does_not_count():
+    nothing = np.zeros((6, 3), int)
+    assert np.isnan(segmentation.matched_iou(np.array([0, 0, 1, 1, 2, 2]), nothing, 0))
+
+
 def test_ignored_pixels_count_for_nothing():
     maps = np.array([[[0, 0, 255, 255], [0, 0, 255, 1]]])
     assert segmentation.count_pixels(maps, [0, 1], 2).tolist() == [[[4, 0], [0, 1]]]

@@ -296,6 +296,8 @@ def test_official_layouts_and_numbers(layout, tmp_path):
         section = evaluate.get_config("segmentation")[layout].to_dict()
     source = segmentation_sets.open_split(layout, str(tmp_path), "train", 0)
     assert [source.name(i) for i in (0, 1)] == [str(path) for path in images]
+    if layout == "camvid":  # masks in colors
+        assert segmentation_sets.find_classes(source, (), layout, 1.0) <= set(range(32))
     labels = Labels.from_options(section["classes"], section["ignore"], section["names"], layout)
     classes = labels.read(source, 1, 1.0)
     above, below = EXPECTED.get(layout, (0, 0))

@@ -220,6 +220,9 @@ def test_bad_input_is_named(folder, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             run(**change)
+    data = annotated.evaluation(channels=4)  # the fourth one of frames would be opacity
+    with pytest.raises(UserError, match="frames are gray or in colors, and this run has 4"):
+        annotated.evaluator("video_segmentation", path=str(folder)).run(annotated.Sees(), {}, data)
     for kind, suffix in (("JPEGImages", "jpg"), ("Annotations", "png")):
         for time in range(3):
             annotated.save(

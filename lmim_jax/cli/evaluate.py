@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import logging
+import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict, config_flags
 
 from lmim_jax.cli import app
-from lmim_jax.data import inventory, label_file, sources
+from lmim_jax.data import image_options, inventory, label_file, sources
 from lmim_jax.data.eval import extra_tests
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import multihost, sharding
@@ -46,6 +47,7 @@ RECIPES: dict[str, str | None] = {"config": "evaluate", "data": "evaluate:data"}
 FLAGS_OF_OPTIONS = {"data.": "--data."}
 ALL = "all"  # of --evaluators
 DEFAULT = ["knn", "logistic_regression", "fewshot"]  # for classes
+DEFAULT_RECIPE = "evaluate"
 TRAINED = "trained"  # the column of the trained encoder
 # Flags besides those of recipes that change what is measured
 CHANGING = ("weights", "feature", "modalities", "baselines", "imagenet_v2", "imagenet_real")
@@ -362,6 +364,9 @@ def file_name(step: int, titles: Sequence[str]) -> str:
         changed[name] = config_flags.get_override_values(given[name])
     for name in CHANGING:
         changed[name] = given[name].value
+    recipe = pathlib.PurePath(config_flags.get_config_filename(given["config"])).name
+    if recipe != f"{DEFAULT_RECIPE}.py":  # evaluate.py:imagenet
+        changed["recipe"] = recipe
     suffix = ""
     if any(changed.values()):
         digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
@@ -417,7 +422,7 @@ def main(arguments: list[str]) -> None:
                 "weights": one.weights,
                 "modalities": list(given.modalities),
             }
-            config = run.config.to_dict()
+            config = image_options.as_read(run.config.to_dict(), inputs.data.config)
             kept_classifier.write(target, outcome, inputs.data.sources["test"], config, origin)
             kept.append(target)
 

@@ -190,6 +190,11 @@ def main(arguments: list[str]) -> None:
     log_to_console()
     workdir, _ = app.run_and_arguments(arguments)
     _check_flags()
+    if given.modalities and given.format == "safetensors":
+        raise UserError(
+            "--format=safetensors holds the decoder too, which is for all modalities together: "
+            "leave out --modalities"
+        )
     run = modality_subset.choose(runs.open_run(workdir), given.modalities)
     which = "both"
     if given.format != "safetensors":

@@ -14,6 +14,8 @@ its folder can be moved; the others need the checkpoint on which they were train
 
 import csv
 import io
+import logging
+import sys
 
 import numpy as np
 import tqdm
@@ -29,6 +31,8 @@ from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
 
 RECIPES: dict[str, str | None] = {}
+
+log = logging.getLogger(__name__)
 SHOWN = 5  # rows that are printed
 
 
@@ -61,6 +65,13 @@ def table(
     return rows
 
 
+def as_csv(rows: list[list[str]]) -> bytes:
+    """Rows as a CSV file; names of files that are no UTF-8 stay as they are."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
 def main(arguments: list[str]) -> None:
     """Classify the images and write the file."""
     given = flags.FLAGS
@@ -75,14 +86,15 @@ def main(arguments: list[str]) -> None:
     rows = table(classifier, source, given.batch_size)
     if len(rows) == 1:
         raise UserError(f"{images}: not one of {len(source)} images can be read")
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    content = text.getvalue().encode("utf-8", "surrogateescape")
+    left_out = len(source) + 1 - len(rows)
+    if left_out:
+        log.warning("%d of %d images cannot be read, and have no row", left_out, len(source))
     if given.out:
-        atomic_io.write(given.out, content)
+        atomic_io.write(given.out, as_csv(rows))
     shown = rows if not given.out else rows[: SHOWN + 1]
-    for row in shown:
-        print(",".join(row))
+    sys.stdout.flush()
+    sys.stdout.buffer.write(as_csv(shown))
+    sys.stdout.flush()
     if given.out and len(rows) > len(shown):
         print("...")
     if given.out:

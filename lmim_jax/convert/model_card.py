@@ -266,9 +266,7 @@ def _usage_values(model: TrainedModel, kind: str, has_cls: bool, repo: str) -> d
     order = _grid_text(model)
     if has_cls:
         order = f"CLS, then {order}"
-    mode = "RGB"
-    if method.channels != 3:
-        mode = "L"
+    mode = {3: "RGB", 4: "RGBA"}.get(method.channels, "L")
     return {
         "method": model.config.method.name,
         "mode": mode,
@@ -384,6 +382,7 @@ class _Measurement:
 
 
 Rows = dict[_Measurement, Mapping[str, float]]
+TRAINING_IMAGES = "training_images"  # in the config.json of a run
 
 
 def _results(model: TrainedModel) -> str:
@@ -434,14 +433,24 @@ def _evaluation_rows(model: TrainedModel) -> Rows:
     for path in buckets.matching(model.folder / "evaluations", "*.json"):
         content = _read_json(path)
         evaluated = content.get("evaluated", {})
-        if evaluated.get("step") != model.step:
+        if evaluated.get("step") != model.step or _is_of_other_images(model, evaluated):
             continue
         for name, values in content["figures"].items():
             title, _, _ = name.partition("/")
             section = content["config"][title]
             weights = evaluated["weights"].get(title) or section["params"]
+            if not isinstance(values, dict):  # before version 0.2
+                values = {"trained": values}
             rows[_Measurement(name, weights, section.get("feature", ""))] = values
     return rows
+
+
+def _is_of_other_images(model: TrainedModel, evaluated: Mapping[str, Any]) -> bool:
+    """Whether an evaluation was of other images than the run's, or of some modalities alone."""
+    own = _read_json(model.folder / "config.json").get(TRAINING_IMAGES)
+    theirs = (evaluated.get("data") or {}).get("train")
+    is_other = own is not None and theirs is not None and own != theirs
+    return is_other or bool(evaluated.get("modalities"))
 
 
 def _table(rows: Rows) -> str:

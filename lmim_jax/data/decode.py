@@ -423,8 +423,10 @@ def fit_to_canvas(
     options.check_size(image.width, image.height)
     if channels not in MODES:
         raise WrongBands(f"the colors {image.mode}", len(image.getbands()), channels)
+    image.load()  # a TIFF file is upright then
+    orientation = image.getexif().get(EXIF_ORIENTATION, 1) if options.exif_orientation else 1
     height, width = _fit_size(canvas, image.height, image.width)
-    return _convert(image, (width, height), channels, options)
+    return turn_upright(_convert(image, (width, height), channels, options), orientation)
 
 
 def fit_array(

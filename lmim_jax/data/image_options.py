@@ -202,3 +202,17 @@ def full_range(dtype: Any) -> Range:
         return 0.0, 1.0
     limits = np.iinfo(dtype)
     return float(limits.min), float(limits.max)
+
+
+def as_read(config: dict[str, Any], data: ConfigDict) -> dict[str, Any]:
+    """The config of a run with the options by which its images are read taken from others.
+
+    Args:
+      config: of the run, plain values; it is changed and returned.
+      data: `config.data` of other images of the same kind.
+    """
+    for key in ("canvas", "range", "max_pixels", "exif_orientation", "transparency"):
+        config["data"][key] = data[key]
+    for name, options in data.modalities.items():
+        config["data"]["modalities"][name]["range"] = options.range
+    return config

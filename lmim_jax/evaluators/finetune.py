@@ -32,7 +32,7 @@ from lmim_jax.evaluators.common.probe_training import (
     Weights,
 )
 from lmim_jax.models import normalization
-from lmim_jax.models.layer_stack import POLICIES, stochastic_depth
+from lmim_jax.models.layer_stack import POLICIES, stochastic_depth, with_remat_and_scan
 from lmim_jax.optim import layer_decay
 from lmim_jax.utils.errors import UserError
 
@@ -117,13 +117,9 @@ class Evaluator(Probe):
             mix_key, images, targets, self.mixup, self.cutmix, self.switch
         )
 
-        def compute_logits(trained: Params) -> Array:
-            with stochastic_depth(depth_key, self.drop_path):
-                return self.logits(task, weights._replace(trained=trained), images)
-
-        if self.remat != "none":
-            compute_logits = jax.checkpoint(compute_logits, policy=POLICIES[self.remat])
-        logits = compute_logits(weights.trained)
+        compute_logits = with_remat_and_scan(self.logits, self.remat, scan_layers=False)
+        with stochastic_depth(depth_key, self.drop_path):
+            logits = compute_logits(task, weights, images)
         if task.kind == CLASSES:
             return optax.softmax_cross_entropy(logits, targets).mean(), weights.buffers
         return probe_layers.supervised_loss(task.kind, logits, targets), weights.buffers

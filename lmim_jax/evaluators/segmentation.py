@@ -13,6 +13,7 @@ width.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 from jax.sharding import Mesh
@@ -121,7 +122,7 @@ class Evaluator(base.Evaluator):
             scores = []
             for cut, image_pixels in zip(cuts, pixels, strict=True):
                 scores.append(matched_iou(cut[count], image_pixels, background))
-            metrics[f"miou{count}"] = 100 * float(np.mean(scores))
+            metrics[f"miou{count}"] = 100 * float(np.nanmean(scores))
         return metrics
 
     def _classify(
@@ -210,6 +211,8 @@ def matched_iou(
 ) -> float:
     """Mean IoU of the classes in an image after Hungarian matching of clusters to classes.
 
+    NaN where no pixel has a class.
+
     Args:
       clusters: cluster of each patch.
       pixels: how many pixels of each class a patch has.
@@ -220,7 +223,7 @@ def matched_iou(
     np.add.at(table, clusters, pixels)
     present = np.flatnonzero(table.sum(axis=0))
     if not len(present):
-        return 0.0
+        return math.nan
     overlap = table[:, present]
     union = overlap.sum(axis=1, keepdims=True) + overlap.sum(axis=0) - overlap
     rows, columns = linear_sum_assignment(-overlap / np.maximum(union, 1))

@@ -107,7 +107,9 @@ class Evaluator(DenseProbe):
         if not classes:
             found: set[int] = set()
             for source in splits.values():
-                found |= segmentation_sets.find_classes(source, self.ignore, retry_seconds)
+                found |= segmentation_sets.find_classes(
+                    source, self.ignore, self.layout, retry_seconds
+                )
             classes = tuple(sorted(found))
         names = self.names
         if not names and self.layout == "ade20k":

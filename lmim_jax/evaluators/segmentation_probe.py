@@ -192,7 +192,9 @@ class Evaluator(base.Evaluator):
         if not classes:
             found: set[int] = set()
             for source in data.sources.values():
-                found |= segmentation_sets.find_classes(source, self.ignore, data.config.timeout)
+                found |= segmentation_sets.find_classes(
+                    source, self.ignore, self.layout, data.config.timeout
+                )
             classes = tuple(sorted(found))
         if not names and self.layout == "ade20k":
             names = segmentation_sets.read_ade20k_names(self.path)

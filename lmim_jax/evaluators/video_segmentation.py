@@ -63,6 +63,11 @@ class Evaluator(base.Evaluator):
                 f"video_segmentation: side={side} is not a multiple of the patch size, "
                 f"{method.patch_size}"
             )
+        if data.config.channels not in (1, 3):
+            raise UserError(
+                f"video_segmentation: frames are gray or in colors, and this run has "
+                f"{data.config.channels} channels"
+            )
         tracked = []
         still = []
         for clip in video_clips.open_clips(self.path, self.listed):

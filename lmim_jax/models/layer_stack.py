@@ -136,11 +136,25 @@ def run_blocks(
     plain = remat == "none" and not scan_layers
     if recording or plain or depth == 0:
         for i, name in enumerate(names):
-            x = make_block(name=name)(x, **inputs, **_of_block(scales, i))
+            arguments = {**inputs, **_of_block(scales, i)}
+            block = make_block(name=name)
+            if remat == "none" or initializing:
+                x = block(x, **arguments)
+            else:
+                x = _call_with_remat(block, x, arguments, remat)
         return x
 
     params = [parent.variables["params"][name] for name in names]
     return _run_functional(make_block(parent=None), params, x, scales, inputs, remat, scan_layers)
+
+
+def _call_with_remat(block: nn.Module, x: Array, arguments: dict[str, Any], remat: str) -> Array:
+    """Call a block, and record what it records; most of it is recomputed in the backward pass."""
+
+    def call(block: nn.Module, x: Array) -> Array:
+        return block(x, **arguments)
+
+    return nn.checkpoint(call, policy=POLICIES[remat])(block, x)
 
 
 def _of_block(scales: Float[Array, "depth B 2"] | None, index: int) -> dict[str, Array]:

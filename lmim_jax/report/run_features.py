@@ -405,6 +405,7 @@ def nearest_neighbors(
     cosines = queries_normalized @ classifiers.l2_normalize_rows(bank_features).T
     if data.held_out == "train":  # an image is not its own neighbor
         cosines[np.asarray(query_indices)[:, None] == bank_ids[None]] = -np.inf
+    count = min(count, int(np.isfinite(cosines).sum(axis=1).min(initial=count)))
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
     thumbnails = _thumbnails(data, train, bank_ids[order].ravel())
     images = _as_seen(data, batch)[rows]

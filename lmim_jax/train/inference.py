@@ -261,7 +261,8 @@ def _pixels(
             raise UserError(f"{path} cannot be read: {reason}") from error
     if isinstance(image, np.ndarray | jax.Array):
         array = np.asarray(image)
-        if array.ndim == 3 and array.shape[-1] == channels and channels not in decode.MODES:
+        # Of 4 bands, the last may be thermal: Pillow would take it for opacity
+        if array.ndim == 3 and array.shape[-1] == channels and channels not in (1, 3):
             _check_values(array, name)
             return decode.fit_array(array, canvas, ())
         image = _image_of_array(array, name)

@@ -69,9 +69,11 @@ class SavedClassifier:
           batch_size: images at a time.
           data_config: how they are read; None: as those of the run.
         """
+        data_config = ConfigDict(dict(data_config or self.run.config.data))
+        data_config.max_bad_fraction = 1.0  # those that cannot be read are left out
         data = EvaluationData(
             {"train": source, "test": source},
-            data_config or self.run.config.data,
+            data_config,
             self.task.augment,
             self.run.mesh,
         )

@@ -82,6 +82,7 @@ CAMVID_COLORS = {
     (192, 0, 192): 10,  # MotorcycleScooter
     (0, 0, 0): 11,  # Void
 }
+COLORS = {"camvid": CAMVID_COLORS}  # layout: {color in masks: number}
 
 
 class Pair(NamedTuple):
@@ -326,8 +327,7 @@ class Labels:
         if names and len(names) != len(classes):
             raise UserError(f"names has {len(names)} names for {len(classes)} classes")
         chosen = tuple(names) or tuple(str(number) for number in classes)
-        colors = CAMVID_COLORS if layout == "camvid" else {}
-        return cls(tuple(classes), tuple(ignored), chosen, colors)
+        return cls(tuple(classes), tuple(ignored), chosen, COLORS.get(layout, {}))
 
     def table(self) -> Int16[np.ndarray, " n"]:
         """The class of each number: 0 .. C - 1, IGNORED or UNKNOWN."""
@@ -429,11 +429,12 @@ def _image_size(source: Any, index: int) -> tuple[int, int]:
         raise UserError(f"{source.name(index)} cannot be read: {error}") from error
 
 
-def find_classes(split: Any, ignored: Sequence[int], retry_seconds: float) -> set[int]:
+def find_classes(split: Any, ignored: Sequence[int], layout: str, retry_seconds: float) -> set[int]:
     """The numbers in all masks of a source, without the ignored ones; reads every mask."""
+    colors = COLORS.get(layout, {})
     found: set[int] = set()
     for index in range(len(split)):
-        found |= set(np.unique(read_numbers(split, index, {}, retry_seconds)).tolist())
+        found |= set(np.unique(read_numbers(split, index, colors, retry_seconds)).tolist())
     return found - set(ignored)
 
 

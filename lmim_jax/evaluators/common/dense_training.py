@@ -29,7 +29,7 @@ from lmim_jax.distributed import sharding
 from lmim_jax.evaluators import base
 from lmim_jax.evaluators.base import EvaluatedMethod, Params
 from lmim_jax.evaluators.common.probe_training import Length, Progress, check_batch_size
-from lmim_jax.models.layer_stack import POLICIES, stochastic_depth
+from lmim_jax.models.layer_stack import POLICIES, stochastic_depth, with_remat_and_scan
 from lmim_jax.optim import layer_decay, schedules
 from lmim_jax.optim.adamw import match_rules
 from lmim_jax.utils.errors import UserError
@@ -191,8 +191,7 @@ class DenseProbe(base.Evaluator, abc.ABC):
 
         if self.frozen:
             return jax.lax.stop_gradient(encode(params))
-        if self.remat != "none":
-            encode = jax.checkpoint(encode, policy=POLICIES[self.remat])
+        encode = with_remat_and_scan(encode, self.remat, scan_layers=False)
         return encode({**params, "encoder": trained["encoder"]})
 
     def outputs(
