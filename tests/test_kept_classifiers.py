@@ -83,12 +83,12 @@ def test_a_classifier_is_kept_and_answers_the_same(saved, images, tmp_path, name
 
 
 def test_predictions_skip_bad_images_and_are_a_csv_file(
-    saved,
+    saved,  # noqa: F811
     images,
     tmp_path,
     monkeypatch,
     capsysbinary,
-    caplog,  # noqa: F811
+    caplog,
 ):
     folder = tmp_path / "head"
     kept(saved[0], "logistic_regression", folder)
