@@ -10,6 +10,7 @@ import pathlib
 import sys
 from collections.abc import Iterable
 
+import lmim_jax
 from lmim_jax.utils import atomic_io, buckets
 
 COMMAND_FILE = "command.txt"  # of a run in a study: its command, to notice when the study changes
@@ -44,12 +45,13 @@ def keep(run: buckets.Path, records: buckets.Path, changes: Iterable[str]) -> No
 
 
 def hide_own_folders(text: str) -> str:
-    """A text with the names of the home and working folders replaced, as records have it."""
+    """A text with the names of the home, source and working folders replaced, as records have it."""
     return _without(text, _own_folders())
 
 
 def _own_folders() -> dict[str, str]:
-    return {str(pathlib.Path.home()): "~", str(pathlib.Path.cwd()): "."}
+    sources = pathlib.Path(lmim_jax.__file__).parents[1]
+    return {str(pathlib.Path.home()): "~", str(sources): ".", str(pathlib.Path.cwd()): "."}
 
 
 def _without(text: str, hidden: dict[str, str]) -> str:
