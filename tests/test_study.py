@@ -24,7 +24,7 @@ from test_docs import gen_results
 from lmim_jax.cli import study
 from lmim_jax.configs import latent_mim_plus_vit_b, recipe_search, vit_b
 from lmim_jax.methods import base as methods
-from lmim_jax.report import comparison
+from lmim_jax.report import comparison, records
 from lmim_jax.report.comparison import Variant
 from lmim_jax.utils import cores
 from lmim_jax.utils.errors import UserError
@@ -310,6 +310,12 @@ def test_records_are_found_whose_options_name_folders(tmp_path, monkeypatch):
     shutil.rmtree(run.folder)
     assert run.results == run.records
     assert run_of(tmp_path, "data.labels=labels.csv").results is None
+
+
+def test_records_name_neither_home_nor_sources(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = f"env PYTHONPATH={ROOT} lmim train {pathlib.Path.home()}/photos --workdir={tmp_path}/a"
+    assert records.hide_own_folders(text) == "env PYTHONPATH=. lmim train ~/photos --workdir=./a"
 
 
 def test_costs_are_measured_anew_for_other_options(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def keep(run: buckets.Path, records: buckets.Path, changes: Iterable[str]) -> No
 
 
 def hide_own_folders(text: str) -> str:
-    """A text with the names of the home, source and working folders replaced, as records have it."""
+    """A text with the names of the home, source and working folders replaced, as in records."""
     return _without(text, _own_folders())
 
 
