@@ -3,7 +3,7 @@
 The folder MOCK holds: calls (the arguments of all calls so far, as JSON), states (the answers to
 come; the last stays), workers/SLICE.NUMBER (the homes of the workers, in which commands really
 run), remote (programs of the workers), preempted (if it exists, no worker can be reached). A call
-whose arguments contain FAIL ends with exit code 7.
+whose arguments contain FAIL ends with exit code FAIL_CODE, or 7.
 """
 
 import json
@@ -58,7 +58,7 @@ def main(arguments):
     with (FOLDER / "calls").open("a") as calls:
         calls.write(json.dumps(arguments) + "\n")
     if os.environ.get("FAIL") and os.environ["FAIL"] in " ".join(arguments):
-        sys.exit(7)
+        sys.exit(int(os.environ.get("FAIL_CODE", "7")))
     group, verb, *rest = arguments[arguments.index("tpus") + 1 :]
     if verb == "describe" and group == "queued-resources":
         describe()

@@ -235,3 +235,6 @@ def test_the_command(server, tmp_path):
     assert f'AutoModel.from_pretrained("{REPO}"' in files["README.md"].decode()
     code, _, errors = lmim("--format=hf", f"--out={tmp_path / 'two'}", "--private")
     assert code == 2 and "--private goes with --push" in errors[-1]
+    options = ("--format=safetensors", f"--out={tmp_path / 'three'}", "--modalities=thermal")
+    code, _, errors = lmim(*options)
+    assert code == 2 and "leave out --modalities" in errors[-1]

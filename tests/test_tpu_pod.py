@@ -302,8 +302,10 @@ def test_watch_numbers_its_restarts_and_ends_when_the_run_gives_up(cloud):
     assert verbs(calls).count("scp") == 1
 
 
-def test_watch_ends_after_many_failures(cloud):
-    done, calls = cloud.launch("watch", states="ACTIVE", FAIL=" scp ", FAILURES="3")
+@pytest.mark.parametrize("code", ["7", "2"])  # 2: of `uv pip install` without a network
+def test_watch_ends_after_many_failures(cloud, code):
+    environment = {"FAIL": " scp ", "FAIL_CODE": code, "FAILURES": "3"}
+    done, calls = cloud.launch("watch", states="ACTIVE", **environment)
     assert done.returncode == 1
     assert verbs(calls).count("scp") == 3
 
