@@ -68,6 +68,23 @@ def test_figures_of_trained_heads_are_those_of_their_records():
         assert f"| {' | '.join(cells)} |" in page
 
 
+def test_figures_of_training_with_labels_are_those_of_their_records():
+    page = (DOCS / "results" / "recipe_search.md").read_text()
+    records = {
+        path.stem: json.loads(path.read_text())
+        for path in (ROOT / "results" / "supervised").glob("*.json")
+    }
+    quickstart = f"{records.pop('quickstart')['accuracy']:.1f}"
+    assert len(records) == 3
+    for record in records.values():
+        cells = (record["epochs"], record["learning_rate"], f"{record['accuracy']:.1f}")
+        assert f"| {' | '.join(str(cell) for cell in cells)} |" in page
+    assert (
+        f"With labels, the same encoder reaches {quickstart} %." in (ROOT / "README.md").read_text()
+    )
+    assert f"| {quickstart} (accuracy) |" in (DOCS / "results" / "quickstart.md").read_text()
+
+
 def test_figures_of_classes_are_those_of_their_records():
     page = " ".join((DOCS / "results" / "detection.md").read_text().split())
     found = collections.defaultdict(list)
