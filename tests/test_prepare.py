@@ -1,6 +1,7 @@
 """Prepared datasets: from a folder and from TFRecord files, killed and resumed, read, verified."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -193,6 +194,25 @@ def test_what_is_shrunk_keeps_orientation_and_transparency(tmp_path):
             white = decode.decode(shrunk, 0, 3, ImageOptions(transparency="white"))
             assert white[:20].min() == 255
             assert white[-20:].min() < 200
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000"])
+def test_every_format_can_be_shrunk(format, mode):
+    if (format, mode) == ("JPEG2000", "LA"):
+        pytest.skip("two bands without a meaning, which are kept as they are")
+    image = Image.fromarray(np.full((60, 80, 4), (200, 100, 50, 0), np.uint8)).convert(mode)
+    stream = io.BytesIO()
+    try:
+        image.save(stream, format)
+    except (OSError, KeyError, ValueError) as error:
+        pytest.skip(f"{format} has no {mode}: {error}")
+    shrunk = tfds_writer._shrink_image(stream.getvalue(), 30)
+    assert decode.decode(shrunk, 0, 3).shape == (30, 40, 3)
+    alpha = decode.alpha(stream.getvalue())
+    assert (alpha is None) == (decode.alpha(shrunk) is None)
+    if format in ("PNG", "WEBP", "TIFF") and mode in ("RGBA", "LA"):
+        assert alpha.shape == (60, 80) and alpha.max() == 0
 
 
 def test_damage_is_found(pets, tmp_path):

@@ -47,7 +47,6 @@ RECIPES: dict[str, str | None] = {"config": "evaluate", "data": "evaluate:data"}
 FLAGS_OF_OPTIONS = {"data.": "--data."}
 ALL = "all"  # of --evaluators
 DEFAULT = ["knn", "logistic_regression", "fewshot"]  # for classes
-DEFAULT_RECIPE = "evaluate"
 TRAINED = "trained"  # the column of the trained encoder
 # Flags besides those of recipes that change what is measured
 CHANGING = ("weights", "feature", "modalities", "baselines", "imagenet_v2", "imagenet_real")
@@ -365,7 +364,7 @@ def file_name(step: int, titles: Sequence[str]) -> str:
     for name in CHANGING:
         changed[name] = given[name].value
     recipe = pathlib.PurePath(config_flags.get_config_filename(given["config"])).name
-    if recipe != f"{DEFAULT_RECIPE}.py":  # evaluate.py:imagenet
+    if recipe != f"{RECIPES['config']}.py":  # evaluate.py:imagenet
         changed["recipe"] = recipe
     suffix = ""
     if any(changed.values()):

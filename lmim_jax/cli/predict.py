@@ -30,9 +30,9 @@ from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import log_to_console
 
-RECIPES: dict[str, str | None] = {}
-
 log = logging.getLogger(__name__)
+
+RECIPES: dict[str, str | None] = {}
 SHOWN = 5  # rows that are printed
 
 

@@ -356,7 +356,7 @@ def _training(model: TrainedModel) -> str:
     data = {
         "source": config["data"].get("source"),
         "name": config["data"].get("name"),
-        "images": config.get("training_images", {}).get("images"),  # none if imported with --nodata
+        "images": config.get(TRAINING_IMAGES, {}).get("images"),  # none if imported with --nodata
     }
     known = [f"{key} {value}" for key, value in data.items() if value]
     lines = [

@@ -264,15 +264,15 @@ def turn_upright(
     return np.ascontiguousarray(np.rot90(pixels, turns.get(orientation, 0)))
 
 
-def alpha(data: bytes) -> Image.Image | None:
-    """The opacity of the pixels of a file of 8 bits; None where all are opaque."""
+def alpha(data: bytes) -> UInt8[np.ndarray, "h w"] | None:
+    """The opacity of the pixels of a file of 8 bits, as stored; None where all are opaque."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if not image.has_transparency_data:
                 return None
-            opacity = image.convert("RGBA").getchannel("A")
-    return opacity if np.asarray(opacity).min() < 255 else None
+    opacity = decode(data, 0, 4)[..., 3]
+    return opacity if opacity.min() < 255 else None
 
 
 def orientation(data: bytes) -> int:
@@ -424,9 +424,9 @@ def fit_to_canvas(
     if channels not in MODES:
         raise WrongBands(f"the colors {image.mode}", len(image.getbands()), channels)
     image.load()  # a TIFF file is upright then
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1) if options.exif_orientation else 1
+    stored = image.getexif().get(EXIF_ORIENTATION, 1) if options.exif_orientation else 1
     height, width = _fit_size(canvas, image.height, image.width)
-    return turn_upright(_convert(image, (width, height), channels, options), orientation)
+    return turn_upright(_convert(image, (width, height), channels, options), stored)
 
 
 def fit_array(

@@ -188,7 +188,7 @@ def _shrink_image(data: bytes, shrink: int) -> bytes:
     if alpha is None:
         shrunk.save(stream, "JPEG", quality=90, exif=exif)
     else:  # apart from the colors, which would be lost where it is 0
-        shrunk.putalpha(alpha.resize(size, Image.Resampling.BICUBIC))
+        shrunk.putalpha(Image.fromarray(alpha).resize(size, Image.Resampling.BICUBIC))
         shrunk.save(stream, "PNG", exif=exif)
     return stream.getvalue()
 
