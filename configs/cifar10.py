@@ -9,7 +9,7 @@ CIFAR10 is a folder of 32-pixel images, train/CLASS/*.jpg and test/CLASS/*.jpg; 
 
 from ml_collections import ConfigDict
 
-from lmim_jax.configs import vit_b
+from lmim_jax.configs import evaluate, vit_b
 
 
 def get_config() -> ConfigDict:
@@ -26,5 +26,7 @@ def get_config() -> ConfigDict:
     config.optimizer.update(base_lr=5e-4, warmup_epochs=4.0)
     config.evaluators.knn.update(every=4.0, baselines=True)
     config.evaluators.visualization.every = 4.0
+    config.evaluators.logistic_regression = evaluate.get_config().logistic_regression
+    config.evaluators.logistic_regression.update(every=0.0, baselines=True)
     config.update(log_every=39, checkpoint_every=390)
     return config

@@ -6,7 +6,9 @@ import logging
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from lmim_jax.configs import ijepa_vit_b, mae_vit_b, quickstart, vit_b
 from lmim_jax.distributed import sharding
 from lmim_jax.train import collapse_metrics
 
@@ -106,7 +108,7 @@ def test_padding_changes_nothing(metric):
     ],
 )
 def test_a_collapse_is_warned_about_once_and_not_while_the_index_falls(indices, warned_at, caplog):
-    monitor = collapse_metrics.CollapseMonitor()
+    monitor = collapse_metrics.CollapseMonitor(ConfigDict({"target": "joint"}))
     with caplog.at_level(logging.WARNING, logger="lmim_jax"):
         for step, index in enumerate(indices, 1):
             values = {"collapse_index": index, "effective_rank": 1.5, "feature_std": 0.1}
@@ -114,3 +116,23 @@ def test_a_collapse_is_warned_about_once_and_not_while_the_index_falls(indices, 
     assert [record.args[0] for record in caplog.records] == warned_at
     if warned_at:
         assert "config.method.target=ema" in caplog.text
+
+
+def test_a_warning_proposes_what_the_run_has_not_set():
+    def proposed(recipe, **changes):
+        recipe.method.update(changes)
+        return collapse_metrics.remedies(recipe.method)
+
+    lower_rate = "a lower config.optimizer.base_lr"
+    goals = "config.method.similarity_start=0.5 with similarity_end=0.0"
+    assert proposed(vit_b.get_config()) == [goals, lower_rate]
+    assert proposed(quickstart.get_config()) == [lower_rate]
+    assert proposed(mae_vit_b.get_config()) == [lower_rate]
+    assert proposed(ijepa_vit_b.get_config()) == [lower_rate]
+    naive = {"target": "joint", "loss": "mse", "similarity_weight": 0.0}
+    assert proposed(vit_b.get_config(), **naive) == [
+        "config.method.target=ema",
+        "config.method.loss=patch_infonce",
+        "config.method.similarity_weight=0.1",
+        lower_rate,
+    ]

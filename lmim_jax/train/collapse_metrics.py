@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.distributed import sharding
@@ -147,7 +148,13 @@ class CollapseMetrics:
 class CollapseMonitor:
     """Logs one warning when the collapse metrics show that the representation collapses."""
 
-    def __init__(self) -> None:
+    def __init__(self, method: ConfigDict) -> None:
+        """Set up the warning.
+
+        Args:
+          method: `config.method`, for the options that may help.
+        """
+        self._remedies = remedies(method)
         self._warned = False
         self._previous = 0.0
 
@@ -168,11 +175,29 @@ class CollapseMonitor:
         log.warning(
             "step %d: COLLAPSE. Different images have nearly the same latents: collapse index "
             "%.3f, effective rank %.1f, feature std %.2f. The loss may fall all the same. Try, in "
-            "this order (the first three are options of latent_mim): config.method.target=ema, "
-            "config.method.loss=patch_infonce, config.method.similarity_weight=0.1, a lower "
-            "config.optimizer.base_lr",
+            "this order: %s",
             step,
             current,
             values["effective_rank"],
             values["feature_std"],
+            ", ".join(self._remedies),
         )
+
+
+def remedies(method: ConfigDict) -> list[str]:
+    """What may help against a collapse and is not set yet, the most promising first.
+
+    Args:
+      method: `config.method`; options that it does not have are left out.
+    """
+    found = []
+    if method.get("target") in ("joint", "stop_gradient"):
+        found.append("config.method.target=ema")
+    if "similarity_weight" in method:  # of Latent MIM
+        if method.loss != "patch_infonce":
+            found.append("config.method.loss=patch_infonce")
+        if method.similarity_weight < 0.1:
+            found.append("config.method.similarity_weight=0.1")
+        elif method.similarity_start > 0.5 or method.similarity_end > 0:
+            found.append("config.method.similarity_start=0.5 with similarity_end=0.0")
+    return [*found, "a lower config.optimizer.base_lr"]

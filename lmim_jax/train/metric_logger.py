@@ -91,7 +91,7 @@ class MetricLogger:
 
         Args:
           writer: where metrics are written.
-          config: `batch_size`, `log_every`, `on_nonfinite` and `max_skipped` are read.
+          config: `method`, `batch_size`, `log_every`, `on_nonfinite` and `max_skipped` are read.
           start: steps done before.
           total_steps: of the run.
           steps_per_epoch: of the run.
@@ -100,7 +100,7 @@ class MetricLogger:
           process_start: `time.perf_counter()` at the start of the process.
         """
         self._writer = writer
-        self._monitor = CollapseMonitor()
+        self._monitor = CollapseMonitor(config.method)
         self._learning_rate = learning_rate
         self._describe_checkpoints = describe_checkpoints
         self._process_start = process_start
