@@ -15,7 +15,7 @@ from lmim_jax.configs import vit_b
 
 # At the size of configs/small.py: a quarter of the 128 images of a batch, and 10 of 64 patches are
 # predicted
-SMALL = {"clusters": 32, "prediction_ratio": 0.25, "drop_path": 0.0}
+SMALL = {"clusters": 32, "prediction_ratio": 0.25, "drop_path": 0.0, "momentum": 0.99}
 
 
 def get_config() -> ConfigDict:

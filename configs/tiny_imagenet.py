@@ -13,7 +13,8 @@ three rules:
 - the warm-up takes the published share of the epochs;
 - an EMA starts with a momentum that averages over at most a twentieth of the run: 0.996 averages
   over 250 steps, and a run of 2,000 steps starts at 0.99. If the momentum then changes by epochs,
-  it does so at the published shares of the run, and 1 - momentum by the published factors;
+  it does so at the published shares of the run, and 1 - momentum by the published factors. Where
+  the EMA has a warm-up, its lowest momentum follows the rule;
 - the learning rate is the published one, times a factor of the encoder's width, see SIZES.
 """
 
@@ -146,6 +147,8 @@ def _shorten(config: ConfigDict, published: ConfigDict, steps: int) -> None:
         method.momentum_epochs = tuple(
             max(1, round(share * epoch)) for epoch in published.method.momentum_epochs
         )
+    elif "momentum" in method:  # where it is lowest
+        method.momentum = min(published.method.momentum, 1 - least)
 
 
 def _evaluate(config: ConfigDict, probe_epochs: float) -> None:

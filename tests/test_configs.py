@@ -5,6 +5,8 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags
 from clu import parameter_overview
@@ -12,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_flags
 from test_docs import gen_reference
 
+from lmim_jax.configs import small, tiny_imagenet
 from lmim_jax.data.augment.device import Augment
 from lmim_jax.evaluators import base as evaluators
 from lmim_jax.methods import base as methods
@@ -218,6 +221,24 @@ def test_the_size_of_crops_follows_the_gap():
     config = recipe("vit_b")
     config.method.gap = 0
     assert build(config).image_size == (224, 224)
+
+
+@pytest.mark.parametrize("size", ["nano", "micro", "small"])
+def test_the_teachers_of_short_runs_forget_how_they_began(size):
+    seen = set()
+    for name in small.methods():
+        config = tiny_imagenet.get_config(f"{name},{size}")
+        if config.method.get("target", "ema") != "ema" or name == "mae":
+            continue
+        seen.add(name)
+        images = tiny_imagenet.CLASSES * tiny_imagenet.SIZES[size]["images"]
+        per_epoch = images // config.batch_size
+        steps = per_epoch * config.epochs
+        method = methods.from_config(config.method, total_steps=steps, steps_per_epoch=per_epoch)
+        rates = jax.vmap(method.ema_rate)(np.arange(steps))
+        assert float(rates.max()) >= 0.98 / (tiny_imagenet.LONGEST_AVERAGE * steps), name
+        assert float(jnp.prod(1 - rates)) < 0.2, name
+    assert seen == {"latent_mim", "pilamim", "ijepa", "bootmae", "capi", "data2vec2", "symmim"}
 
 
 def test_imagenet_recipe_is_the_papers():
