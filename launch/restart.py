@@ -6,7 +6,8 @@ Starts that end within half an hour and before that, as where a library cannot b
 counted here: a start that has come to count makes the file of LMIM_RESTART_MARK.
 Not restarted: exit codes 0 (finished), 2 (a mistake of the user), 75 (it was asked to stop, and has
 saved), 126 and 127 (no such program), 130 (Ctrl-C), and whatever follows a signal to this process,
-which is passed on. The exit code is that of the last start, 128 + N after signal N.
+which is passed on. The exit code is that of the last start, 128 + N after signal N; and 75 where a
+request to stop found no start, or one that could not answer yet.
 
 RESTART_PAUSE: seconds before a restart (10); they double up to 5 minutes while starts end within
 half an hour. Needs nothing but Python.
@@ -24,6 +25,7 @@ import threading
 import time
 
 FINAL = (0, 2, 75, 126, 127, 130)  # exit codes
+STOPPED = 75
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 LONGEST_PAUSE = 300.0  # seconds
 SHORT = (
@@ -38,10 +40,12 @@ class Restarter:
         self._limit = limit
         self._command = command
         self._child = None
+        self._signal = None  # the last one that was received
         self._stopped = threading.Event()
 
     def receive(self, number, _):
         """Pass a signal on to the command."""
+        self._signal = number
         self._stopped.set()
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(number)
@@ -77,7 +81,7 @@ class Restarter:
             number += 1
             say(f"the run {reason}; restart {number} in {pause:.0f} s")
             if self._stopped.wait(pause):
-                return code
+                return 130 if self._signal == signal.SIGINT else STOPPED
             pause = min(2 * pause, LONGEST_PAUSE)
             environment["LMIM_RESTART"] = str(number)
             environment["LMIM_RESTART_REASON"] = reason
@@ -88,7 +92,11 @@ class Restarter:
         except OSError as error:
             say(f"error: {error.filename}: {error.strerror}")
             return 127
+        if self._stopped.is_set():  # a signal came while the child was made
+            self._child.send_signal(self._signal)
         code = self._child.wait()
+        if self._stopped.is_set() and code == -self._signal and code != -signal.SIGINT:
+            return STOPPED  # it was not listening yet
         return code if code >= 0 else 128 - code
 
 

@@ -1,5 +1,6 @@
 """Files of more than 8 bits, of other bands than gray and RGB, and of rarer formats."""
 
+import errno
 import io
 import json
 
@@ -20,6 +21,7 @@ from lmim_jax.data.image_options import ImageOptions, format_ranges, parse_range
 from lmim_jax.distributed import sharding
 from lmim_jax.train import inference, loop, runs, workdir
 from lmim_jax.train.build import build
+from lmim_jax.utils import faults
 from lmim_jax.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -169,6 +171,32 @@ def test_more_pixels_on_request():
     assert decode.decode(data, 40, 3, ImageOptions(max_pixels=3_000_000)).shape == (30, 40, 3)
 
 
+def test_pillows_own_limit_follows(monkeypatch, tmp_path):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    (tmp_path / "a.png").write_bytes(by_pillow(PHOTO, "PNG"))
+    (tmp_path / "b.png").write_bytes(by_pillow(PHOTO, "PNG"))
+    config = vit_b.data()
+    config.max_pixels = 1000
+    pixel_range.resolve(config, sources.open_folder(tmp_path, "train"))
+    for options in (ImageOptions(max_pixels=1000), ImageOptions(exif_orientation=True)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # as in another process
+        decode.decode(by_pillow(PHOTO, "JPEG"), 40, 3, options)
+
+
+def test_headers_that_promise_more_than_the_file_holds_are_damage():
+    flipped = bytearray(tiff(np.zeros((2000, 2000, 3), np.uint16), compression="zlib"))
+    with tifffile.TiffFile(io.BytesIO(flipped)) as file:
+        place = file.pages[0].tags["SamplesPerPixel"].valueoffset
+    flipped[place + 1] ^= 0x80  # 32,771 bands: 244 GiB
+    with pytest.raises(decode.BadImage, match="damaged: 244 GiB of samples"):
+        decode.decode(bytes(flipped), 40, 3)
+    header = npy(np.zeros((7, 7, 7), np.uint8))
+    longer = header.replace(b"(7, 7, 7), }      ", b"(7000, 7000, 7), }")
+    assert len(longer) == len(header)
+    with pytest.raises(decode.BadImage, match="truncated: an array of the shape"):
+        decode.decode(longer, 40, 7)
+
+
 def test_long_texts_of_pngs():
     info = PngImagePlugin.PngInfo()
     info.add_text("workflow", "y" * 5_000_000, zip=True)
@@ -302,6 +330,25 @@ def test_the_range_is_measured(tmp_path, caplog):
     fill(tmp_path / "low", 4, lambda i: tiff(GRAY // 4))
     assert resolved(tmp_path / "low", "full")[0] == "full"
     assert "less than 1/16 of config.data.range=full" in caplog.text
+
+
+def test_a_storage_that_fails_for_a_moment_leaves_the_range_as_it_is(tmp_path, monkeypatch):
+    fill(tmp_path, 4, lambda i: tiff(GRAY))
+    expected = resolved(tmp_path, channels=1)
+    failures = [OSError(errno.EIO, "Input/output error")] * 3
+    read = sources.FolderSource.record
+
+    def record(self, index):
+        if failures:
+            raise failures.pop()
+        return read(self, index)
+
+    monkeypatch.setattr(sources.FolderSource, "record", record)
+    assert resolved(tmp_path, channels=1) == expected
+    failures += [OSError(errno.EIO, "Input/output error")] * 99
+    monkeypatch.setattr(faults, "RETRY_SECONDS", 0.2)
+    with pytest.raises(faults.ReadFailed):
+        resolved(tmp_path, channels=1)
 
 
 def test_every_band_has_its_range(tmp_path):

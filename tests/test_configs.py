@@ -270,6 +270,13 @@ def test_a_bad_method_is_named(change, message):
         methods.from_config(config, total_steps=1, steps_per_epoch=1)
 
 
+def test_biased_masks_of_a_single_row_are_refused():
+    config = recipe("ijepa_vit_b").method
+    config.update(grid=(1, 64), context_capacity=60)
+    with pytest.raises(UserError, match=r"biased_masks=True needs a grid of 2 x 2 .*not 1 x 64"):
+        methods.from_config(config, total_steps=1, steps_per_epoch=1)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

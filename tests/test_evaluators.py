@@ -380,6 +380,14 @@ def test_logistic_regression_is_that_of_scikit_learn(more, compiled_as_in_runs):
             assert np.mean(ours.predict(q)[i] == t) == theirs.score(q, t)
 
 
+def test_features_too_wide_to_be_rotated_converge_as_well(monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 120)).astype(np.float32)
+    y = (x[:, :3] + rng.normal(size=(300, 3))).argmax(axis=1)
+    monkeypatch.setattr(lbfgs_logistic, "PADDED_SIZES", (64,))
+    assert lbfgs_logistic.fit(x, y, 3, (1e-5,), 80, MESH).gradient.max() < 1e-4
+
+
 def test_chunks_do_not_change_the_solution(monkeypatch, compiled_as_in_runs):
     (x, y, _), (q, _, _) = blobs(0.9)
     whole = lbfgs_logistic.fit(x, y, 3, (1e-3, 1e-1), 300, MESH)
@@ -524,6 +532,18 @@ def test_a_feature_is_what_its_name_says(run):
     assert labels.tolist() == 8 * [0] + 8 * [1]
 
 
+def test_registers_are_no_patches_and_mlps_have_a_row_for_cls():
+    features = {
+        "cls": np.float32([[9, 9]]),
+        "registers": np.float32([[[1, 2], [3, 4]]]),
+        "block00/mlp": np.float32([[[90, 90], [1, 2], [3, 4], [70, 70]]]),
+    }
+    exists = np.array([[True, True, False]])  # the last patch is padding
+    for name in ("registers", "block00/mlp"):
+        found = image_features._pool(features, (name, "mean"), exists)
+        np.testing.assert_array_equal(found, [[2, 3]])
+
+
 @pytest.mark.parametrize(
     ("feature", "message"),
     [
@@ -568,7 +588,7 @@ def test_schedule():
     [
         ({"type": "kn"}, "did you mean knn"),
         ({"kk": 3}, "unknown or missing keys kk"),
-        ({"params": "target"}, "no target"),
+        ({"params": "target"}, "no target .*config.representation.weights .* to online"),
         ({"params": "both"}, r"must be one of: online \| target"),
     ],
 )

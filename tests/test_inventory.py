@@ -1,5 +1,6 @@
 """What is found in folders as people have them: splits, classes, other files, links, sizes."""
 
+import errno
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from lmim_jax.configs import vit_b
 from lmim_jax.data import folder_listing, inventory, sources, tfds_source
-from lmim_jax.data.eval.eval_data import EvaluationData, only_labeled
+from lmim_jax.data.eval.eval_data import EvaluationData, known_labels, only_labeled
 from lmim_jax.evaluators import base
 from lmim_jax.utils.errors import UserError
 
@@ -232,6 +233,46 @@ def test_a_link_to_another_dataset_is_followed_once(tmp_path):
     splits, lines, _ = found(tmp_path / "used")
     assert labels(splits["train"]) == [0, 0, 0, 1, 1, 1]
     assert "links" not in text(lines)
+
+
+def test_classes_are_read_again_after_a_moment_without_storage():
+    failures = [OSError(errno.EIO, "Input/output error")] * 3
+
+    class Source:
+        classes = ("a", "b")
+
+        def __len__(self):
+            return 4
+
+        def record(self, index):
+            if failures:
+                raise failures.pop()
+            return b"", index % 2
+
+        def name(self, index):
+            return str(index)
+
+    assert known_labels(Source())[0].tolist() == [0, 1, 0, 1]
+    assert not failures
+
+
+def test_classes_are_chosen_without_a_cache(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tfds_source, "cache_folder", lambda: tmp_path / "file")
+    (tmp_path / "file").touch()
+    records = []
+    for label in (0, 1, 1):
+        example = tf_example_pb2.Example()
+        example.features.feature["image"].bytes_list.value.append(b"")
+        example.features.feature["label"].int64_list.value.append(label)
+        records.append(example.SerializeToString())
+    source = tfds_source.TfdsSource(records, "x", ("a", "b"), "image", "label", None)
+    assert tfds_source._read_labels(source).tolist() == [0, 1, 1]
+    assert "the labels are read again next time" in caplog.text
+    monkeypatch.setattr(tfds_source, "cache_folder", lambda: tmp_path / "cache")
+    tfds_source._read_labels(source)
+    (cached,) = (tmp_path / "cache" / "labels").iterdir()
+    cached.write_bytes(b"damaged")
+    assert tfds_source._read_labels(source).tolist() == [0, 1, 1]
 
 
 def test_records_without_a_class_are_told_and_no_probe_trains_on_them(tmp_path, monkeypatch):

@@ -158,3 +158,12 @@ def test_checkerboards_halve_the_grid_and_swap(name):
     assert seen == {0, 1}
     with pytest.raises(ValueError, match=r"mask_ratio 0\.5"):
         masking.SAMPLERS[name](jax.random.key(0), (8, 4), 0.75)
+
+
+def test_the_highest_ratio_leaves_one_patch_visible():
+    for patches in range(2, 120):  # (1 - ratio) times some of these is just below 1
+        split = functools.partial(
+            masking.SAMPLERS["random"], grid=(1, patches), mask_ratio=1 - 1 / patches
+        )
+        visible, masked = jax.eval_shape(split, jax.random.key(0))
+        assert (visible.shape, masked.shape) == ((1,), (patches - 1,))

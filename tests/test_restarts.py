@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -91,8 +92,32 @@ def test_a_signal_is_passed_on_and_ends_the_restarts(tmp_path, number, waiting):
         time.sleep(0.2)  # for the trap
     process.send_signal(number)
     rest, _ = process.communicate(timeout=9)
-    assert process.returncode == 1
+    waited = 130 if number == signal.SIGINT else 75
+    assert process.returncode == (waited if waiting else 1)
     assert rest == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_command_that_is_stopped_before_it_listens_was_asked_to_stop(number):
+    command = [sys.executable, RESTART, "9", "bash", "-c", "echo started; exec sleep 30"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(number)
+    assert process.wait(timeout=9) == 75
+
+
+def test_a_signal_while_a_start_is_made_reaches_it(monkeypatch):
+    restart = runpy.run_path(str(RESTART))
+    restarter = restart["Restarter"](9, ["sleep", "30"])
+    make = subprocess.Popen
+
+    def interrupted(*arguments, **options):
+        child = make(*arguments, **options)
+        restarter.receive(signal.SIGTERM, None)
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    assert restarter.run() == 75
 
 
 def save(workdir, step):

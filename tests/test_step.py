@@ -264,7 +264,7 @@ def sick_step(method, augmentation, optimizer, skip):
     return current, take_step
 
 
-def test_a_skipped_step_changes_nothing_but_its_number():
+def test_a_skipped_step_changes_nothing_but_its_number_and_the_schedules():
     method, augmentation, optimizer = setup()
     current, train_step = sick_step(method, augmentation, optimizer, skip=True)
     current, found = train_step(current)
@@ -273,12 +273,40 @@ def test_a_skipped_step_changes_nothing_but_its_number():
     assert found["skipped"] == 1
     assert np.isnan(found["input_mean"])
     assert int(after.step) == int(current.step) + 1
-    for name in ("params", "target", "opt_state"):
+    for name in ("params", "target"):
         close(getattr(current, name), getattr(after, name), rtol=0)
+    counts = {"old": [], "new": []}
+    for key, one in (("old", current), ("new", after)):
+        for part in jax.tree.leaves(one.opt_state, is_leaf=step._is_schedule):
+            if step._is_schedule(part):
+                counts[key].append(int(part.count))
+    assert counts == {"old": [1, 1], "new": [2, 2]}  # learning rate and weight decay
+    close(current.opt_state[0], after.opt_state[0], rtol=0)  # of Adam
     healthy, found = train_step(after)
     assert found["skipped"] == 0
     for leaf in jax.tree.leaves((healthy.params, healthy.target)):
         assert np.isfinite(leaf).all()
+
+
+def test_a_teacher_that_never_changes_is_not_computed():
+    method, augmentation, optimizer = setup()
+
+    class Constant(type(method)):
+        def ema_rate(self, step):
+            return 0.0
+
+    method = Constant(
+        **{field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    )
+    current, train_step = sick_step(method, augmentation, optimizer, skip=False)
+
+    def target_of(self, params):
+        pytest.fail("the teacher was computed")
+
+    Constant.target_of = target_of
+    after, _ = train_step(current)
+    close(current.target, after.target, rtol=0)
+    assert int(after.step) == 1
 
 
 def test_a_gradient_that_is_not_finite_is_named():

@@ -28,6 +28,7 @@ from lmim_jax.data import decode, loader, prefetch, sources, tfds_source
 from lmim_jax.data.prepare import tfds_writer
 from lmim_jax.distributed import preemption, sharding
 from lmim_jax.evaluators import knn
+from lmim_jax.evaluators.common import kept_classifier
 from lmim_jax.train import checkpoint_manifest, checkpoints, loop
 from lmim_jax.train import summary as summaries
 from lmim_jax.train.metric_writer import read_metrics
@@ -492,10 +493,96 @@ def test_a_signal_ignored_at_the_start_stays_ignored():
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with preemption.PreemptionHandler() as handler:
+            handler.begin()
             os.kill(os.getpid(), signal.SIGHUP)
             assert not handler.should_stop()
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGUSR1, preemption.Preempted), (signal.SIGINT, KeyboardInterrupt)],
+)
+def test_a_signal_while_the_images_are_listed_ends_the_run_at_once(
+    number, error, images, tmp_path, monkeypatch
+):
+    def list_images(*_):
+        os.kill(os.getpid(), number)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(loop, "_open_sources", list_images)
+    with pytest.raises(error):
+        loop.train(recipe(images), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_whose_end_is_damaged_is_not_finished_until_it_is_repaired(
+    images, tmp_path, monkeypatch, undisturbed
+):
+    config = recipe(images, checkpoint_every=3)
+    loop.train(config, tmp_path)
+    damage(tmp_path, 6)
+
+    def stop(*_, **__):
+        raise DataLoaderTimeout("no image")
+
+    with monkeypatch.context() as context:
+        context.setattr(loader, "training_batches", stop)
+        with pytest.raises(DataLoaderTimeout):
+            loop.train(config, tmp_path)
+    assert loop.train(config, tmp_path)["steps"] == 6
+    assert list(checkpoints.steps(tmp_path)) == [3, 6]
+    assert losses(tmp_path) == undisturbed
+
+
+def damage(workdir, step):
+    """Flip a bit of the largest file of a checkpoint."""
+    files = [path for path in checkpoints.steps(workdir)[step].rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[-1] ^= 1
+    largest.write_bytes(content)
+
+
+def test_a_last_evaluation_that_its_user_leaves_out_is_made_by_the_next_start(
+    images, tmp_path, monkeypatch
+):
+    config = recipe(images, evaluate=True)
+    config.evaluators.knn.every = 0.0
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        raise preemption.Interrupted
+
+    evaluation(monkeypatch, interrupt)  # twice: the second one leaves the results out
+    with pytest.raises(preemption.Preempted, match="stopped after step 6 of 6"):
+        loop.train(config, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    evaluation(monkeypatch, lambda: {"nn1": 50.0})
+    assert loop.train(config, tmp_path)["knn/nn1"] == 50.0
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_a_full_disk_costs_what_a_classifier_has_learned_but_not_its_metrics(
+    images, tmp_path, monkeypatch, caplog
+):
+    def run(self, method, state, data):
+        data.keep(None)
+        return {"nn1": 50.0}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(knn.Evaluator, "run", run)
+    monkeypatch.setattr(kept_classifier, "write", full)
+    config = recipe(images, evaluate=True)
+    config.evaluators.knn.every = 0.0
+    summary = loop.train(config, tmp_path)
+    assert summary["knn/nn1"] == 50.0
+    assert "failed_evaluations" not in summary
+    assert "what knn has learned is not kept: [Errno 28]" in caplog.text
 
 
 @pytest.mark.slow

@@ -10,11 +10,20 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
+from ml_collections import ConfigDict
 
 from lmim_jax.configs import quickstart
-from lmim_jax.train import lock, metric_storage, provenance, workdir
+from lmim_jax.train import (
+    lock,
+    metric_logger,
+    metric_storage,
+    metric_writer,
+    provenance,
+    workdir,
+)
 from lmim_jax.utils import atomic_io
 from lmim_jax.utils.errors import UserError
 
@@ -238,6 +247,50 @@ def test_metrics_are_cut_in_place_as_the_disk_may_be_full(tmp_path, monkeypatch)
     assert [json.loads(line)["step"] for line in kept] == [0, 1, 2]
     assert metrics.read_text() == "".join(line + "\n" for line in kept)
     assert metrics.stat().st_ino == inode
+
+
+def test_lines_that_a_full_disk_kept_back_are_written_before_the_state(tmp_path, monkeypatch):
+    writer = metric_writer.MetricWriter(tmp_path, 0)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(writer._storage, "append", full)
+        writer.write(50, {"loss": 1.0})
+    writer.flush()
+    assert [line["step"] for line in metric_writer.read_metrics(tmp_path)] == [50]
+
+
+def test_the_speed_of_a_run_that_ends_in_an_evaluation_is_that_of_training(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metric_logger.time, "perf_counter", lambda: now[0])
+    lines = []
+    writer = types.SimpleNamespace(
+        wall_seconds=0.0, write=lambda step, values: lines.append(values)
+    )
+    config = ConfigDict(
+        dict(batch_size=10, log_every=50, on_nonfinite="stop", max_skipped=0, method={})
+    )
+    logger = metric_logger.MetricLogger(
+        writer,
+        config,
+        start=0,
+        total_steps=100,
+        steps_per_epoch=10,
+        learning_rate=lambda step: 0.1,
+        describe_checkpoints=lambda: "",
+        process_start=0.0,
+    )
+    logger.resume()
+    for step in range(1, 11):
+        now[0] += 0.5
+        logger.add(step, {"loss": 1.0})
+    logger.pause()
+    now[0] += 100  # an evaluation, which is cut short
+    logger.flush()
+    logger.log_rest()
+    assert [line["images_per_second"] for line in lines] == [20.0]
 
 
 def test_failed_writes_leave_nothing_and_killed_ones_are_removed(tmp_path):

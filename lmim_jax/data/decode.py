@@ -163,6 +163,7 @@ def _decode_file(
     """`decode` one file."""
     if not data:
         raise BadImage("empty file")
+    options.raise_limit_of_pillow()  # in this process
     try:
         pixels = _decode_as_stored(data, canvas, channels, options)
         if options.exif_orientation:
@@ -393,8 +394,6 @@ def _decode_with_pillow(
     data: bytes, canvas: int, channels: int, options: ImageOptions = DEFAULTS
 ) -> UInt8[np.ndarray, "h w C"]:
     """`decode` by Pillow alone."""
-    if Image.MAX_IMAGE_PIXELS and options.max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = options.max_pixels
     with warnings.catch_warnings():
         # Oddities of the metadata are harmless
         warnings.simplefilter("ignore")

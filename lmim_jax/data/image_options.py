@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped, UInt8
 from ml_collections import ConfigDict
+from PIL import Image
 
 from lmim_jax.utils.errors import UserError
 
@@ -86,7 +87,13 @@ class ImageOptions:
         for name, part in config.modalities.items():
             ranges = _known_ranges(part.range, part.channels)
             parts.append(Part(name, part.channels, dataclasses.replace(whole, ranges=ranges)))
+        whole.raise_limit_of_pillow()
         return dataclasses.replace(whole, parts=tuple(parts))
+
+    def raise_limit_of_pillow(self) -> None:
+        """Let Pillow open images of `max_pixels`; it refuses those above a limit of its own."""
+        if Image.MAX_IMAGE_PIXELS and self.max_pixels > Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = self.max_pixels
 
     def check_size(self, width: int, height: int) -> None:
         """Raise BadImage if an image has too many pixels, or a side above MAX_SIDE."""

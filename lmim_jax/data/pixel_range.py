@@ -1,12 +1,13 @@
 """The range of the pixel values of a run: measured on some training images, kept with the run."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from PIL import UnidentifiedImageError
 
@@ -152,6 +153,7 @@ def _read_sample(source: Source, channels: int, options: ImageOptions) -> list[S
 
     Raises:
       UserError: all images that can be read have other bands, or all are damaged.
+      ReadFailed: the storage was at fault for minutes.
     """
     found = []
     wrong = []
@@ -159,21 +161,21 @@ def _read_sample(source: Source, channels: int, options: ImageOptions) -> list[S
     damaged = []
     read = 0
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)):
+        name = functools.partial(source.name, int(index))
+        read_one = functools.partial(_read_samples, source, int(index), channels, options)
         try:
-            data, _ = source.record(int(index))
-            samples = decode.read_samples(data, channels, options)
-            if samples is None:
-                read_header(data)
+            samples = faults.retry(read_one, name, faults.RETRY_SECONDS)
+        except faults.ReadFailed:  # a range that is measured without it would stay with the run
+            raise
         except decode.WrongBands as error:
             wrong.append(error)
-            names.append(source.name(int(index)))
+            names.append(name())
             continue
         except UnidentifiedImageError:  # whose text holds an address
-            damaged.append(f"{source.name(int(index))} (not an image)")
+            damaged.append(f"{name()} (not an image)")
             continue
         except Exception as error:  # of any type, on damaged data; reported when it is decoded
-            if not faults.is_environment_fault(error):
-                damaged.append(f"{source.name(int(index))} ({faults.first_line(error)})")
+            damaged.append(f"{name()} ({faults.first_line(error)})")
             continue
         read += 1
         if samples is not None and samples.values.dtype not in (np.uint8, np.bool_):
@@ -189,6 +191,17 @@ def _read_sample(source: Source, channels: int, options: ImageOptions) -> list[S
             f"none of {len(damaged)} images can be read, such as {damaged[0]}; are these images?"
         )
     return found
+
+
+def _read_samples(
+    source: Source, index: int, channels: int, options: ImageOptions
+) -> Samples | None:
+    """The samples of an image; None: it is one that Pillow reads."""
+    data, _ = source.record(index)
+    samples = decode.read_samples(data, channels, options)
+    if samples is None:
+        read_header(data)
+    return samples
 
 
 def _thinned(samples: Samples) -> Samples:
@@ -278,17 +291,19 @@ def statistics(
 
     Raises:
       UserError: no image can be read.
+      ReadFailed: the storage was at fault for minutes.
     """
     options = ImageOptions.from_config(config)
     means = []
     squares = []
     last = "there are no images"
     for index in np.unique(np.linspace(0, len(source) - 1, count).astype(int)):
+        name = functools.partial(source.name, int(index))
+        read = functools.partial(_read_levels, source, int(index), config, options)
         try:
-            data, _ = source.record(int(index))
-            pixels = decode.decode(data, config.canvas, config.channels, options) / 255
+            pixels = faults.retry(read, name, faults.RETRY_SECONDS) / 255
         except (BadImage, OSError) as error:
-            last = f"{source.name(int(index))}: {error}"
+            last = f"{name()}: {error}"
             continue
         means.append(pixels.mean((0, 1)))
         squares.append((pixels**2).mean((0, 1)))
@@ -297,3 +312,10 @@ def statistics(
     mean = np.mean(means, axis=0)
     variance = np.mean(squares, axis=0) - mean**2
     return mean, np.sqrt(np.maximum(variance, 0)), len(means)
+
+
+def _read_levels(
+    source: Source, index: int, config: ConfigDict, options: ImageOptions
+) -> UInt8[np.ndarray, "h w C"]:
+    data, _ = source.record(index)
+    return decode.decode(data, config.canvas, config.channels, options)

@@ -8,6 +8,7 @@ Letters: h w height and width of an image, B bands.
 import io
 import itertools
 import logging
+import math
 import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ SHORTEST_PNG = 26  # bytes up to the color type
 PNG_ALPHA = (4, 6)  # color types
 PNG_PALETTE = 3
 ORIENTATION = 274  # a tag of TIFF
+MUCH_MEMORY = 1 << 30  # bytes of samples, from which on the header is doubted
+MOST_COMPRESSED = 2000  # times that a file is smaller than its samples
 
 # Damage is reported by exceptions
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -200,6 +203,9 @@ def _read_tiff(data: bytes, channels: int, options: ImageOptions) -> Samples | N
         if _is_plain(page, channels) and len(pages) == 1:
             return None
         options.check_size(page.imagewidth, page.imagelength)
+        if page.dtype is not None:  # else, tifffile says what is wrong
+            count = page.imagewidth * page.imagelength * bands * len(pages)
+            _check_bytes(count * page.dtype.itemsize, len(data))
         if bands == 1 and channels not in COLORS:
             stack = _stacked_bands(file, channels, options)
             if stack is not None:
@@ -271,6 +277,8 @@ def _read_npy(data: bytes, channels: int, options: ImageOptions) -> Samples:
     if len(shape) in (2, 3) and min(shape):
         width, height = sorted(shape)[-2:]
         options.check_size(width, height)
+    if math.prod(shape) * dtype.itemsize > len(data):
+        raise BadImage(f"truncated: an array of the shape {shape} in {len(data)} bytes")
     values = np.load(io.BytesIO(data), allow_pickle=False)
     values = _bands_last(_checked(values), channels)
     return Samples(values, False, values.shape[-1] in COLORS)
@@ -326,6 +334,17 @@ def _read_jpeg2000(data: bytes, options: ImageOptions) -> Samples | None:
     values = imagecodecs.jpeg2k_decode(data)
     values = _checked(values.reshape(bottom - top, right - left, bands))
     return Samples(values, False, bands in COLORS)
+
+
+def _check_bytes(needed: int, stored: int) -> None:
+    """Raise BadImage if samples need more memory than any file of this size can fill.
+
+    Args:
+      needed: bytes of the samples.
+      stored: bytes of the file.
+    """
+    if needed > MUCH_MEMORY and needed > MOST_COMPRESSED * stored:
+        raise BadImage(f"damaged: {needed >> 30} GiB of samples by its header, in {stored} bytes")
 
 
 def _checked(values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:

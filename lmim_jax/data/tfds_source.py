@@ -542,17 +542,22 @@ def _read_labels(source: TfdsSource) -> Int[np.ndarray, " N"]:
         parts.append(np.frombuffer(base64.b64decode(text), np.int32))
     labels = np.concatenate(parts)
     if jax.process_index() == 0 and cached is None:
-        with atomic_io.open_new(path) as file:
-            np.save(file, labels)
+        try:
+            with atomic_io.open_new(path) as file:
+                np.save(file, labels)
+        except OSError as error:
+            log.warning("the labels are read again next time: %s", error)
     return labels
 
 
 def _cached_labels(source: TfdsSource, path: pathlib.Path) -> Int[np.ndarray, " N"] | None:
     """The labels in a file of the cache; None if there are none, or those of other images."""
-    if path.exists():
+    try:
         labels = np.load(path)
-        if _labels_match(source, labels):
-            return labels
+    except (OSError, ValueError, EOFError):  # there is none, or it is damaged
+        labels = None
+    if labels is not None and _labels_match(source, labels):
+        return labels
     log.info("reading the labels of %s, once: %d records", source.title, len(source))
     return None
 

@@ -36,12 +36,15 @@ class PreemptionHandler:
     A single process sets a flag. Of several, whichever receives SIGTERM notifies jax's coordination
     service, which chooses a moment that all processes can still reach: they count how often they
     have asked. Other signals are passed on as SIGTERM, whose handler is that of the service.
+
+    Until `begin` is called there is nothing to save, and a single process stops at once.
     """
 
     def __init__(self) -> None:
         """Create a handler that does not listen yet."""
         self._received_at: float | None = None
         self._from_keyboard = False
+        self._begun = False
         self._ignored = False
         self._agreed = False  # with the other processes, to stop
         self._questions = 0
@@ -66,8 +69,16 @@ class PreemptionHandler:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def begin(self) -> None:
+        """From here on, there is a state to be saved."""
+        self._begun = True
+
     def _receive(self, number: int, frame: Any) -> None:
         del frame
+        if not self._begun and jax.process_count() == 1:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise Preempted(f"{signal.Signals(number).name} received before training began")
         now = time.monotonic()
         if self._received_at is not None:
             pressed_again = number == signal.SIGINT and now - self._received_at > SAME_PRESS

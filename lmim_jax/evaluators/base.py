@@ -359,7 +359,10 @@ def _check_weights(weights: str, has_target: bool, where: str) -> None:
     if weights not in WEIGHTS:
         raise UserError(f"{where}.params={weights!r} must be one of: {' | '.join(WEIGHTS)}")
     if weights == "target" and not has_target:
-        raise UserError(f"{where}.params={weights!r}: the method has no target encoder")
+        raise UserError(
+            f"{where}.params={weights!r}: the method has no target encoder; set it, or "
+            "config.representation.weights where it follows that, to online"
+        )
 
 
 def find(kind: str, where: str) -> Any:

@@ -157,7 +157,8 @@ class Method(Protocol):
           "patches", "patches_prenorm" [B, N, D]; "cls" [B, D] of encoders with a CLS token;
           "registers" [B, R, D] of those with registers;
           "block07/tokens", "block07/attention", ... (see `vit.features`); "latents" [B, N, D]
-          where the method predicts latents: what its targets are made of.
+          where the method predicts latents: what its targets are made of, unless options take
+          these from other blocks or from a frozen teacher.
         """
 
 

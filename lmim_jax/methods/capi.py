@@ -98,7 +98,7 @@ class Method(ViTMethod):
 
     @property
     def _num_masked(self) -> int:
-        return int(self.num_patches * self.mask_ratio)
+        return max(int(self.num_patches * self.mask_ratio), 1)
 
     # Networks: Linen modules, each applied to one sub-tree of the parameters
 
@@ -179,7 +179,7 @@ class Method(ViTMethod):
         # Masked patches come in random order
         views = {
             "visible": visible,
-            "predicted": masked[:, : int(self._num_masked * self.prediction_ratio)],
+            "predicted": masked[:, : max(int(self._num_masked * self.prediction_ratio), 1)],
         }
         if self.drop_path:
             views["kept"] = jax.vmap(keep)(drop_keys)

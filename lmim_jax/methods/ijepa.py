@@ -24,6 +24,7 @@ from lmim_jax.models import initializers, normalization, vit
 from lmim_jax.models.decoders import TokenDecoder
 from lmim_jax.models.layers import patchify, sincos_positions
 from lmim_jax.optim import schedules
+from lmim_jax.utils.errors import UserError
 
 LOSSES = {"smooth_l1": losses.smooth_l1, "mse": losses.mse, "l1": losses.l1}
 
@@ -57,6 +58,11 @@ class Method(LatentPrediction):
         check_range("context_capacity", self.context_capacity, 1, self.num_patches)
         check_range("min_context", self.min_context, 0, self.context_capacity - 1)
         check_heads("decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+        if self.biased_masks and min(self.grid) < 2:
+            raise UserError(
+                f"config.method.biased_masks=True needs a grid of 2 x 2 patches or more, not "
+                f"{self.grid[0]} x {self.grid[1]}; set it to False"
+            )
 
     # Networks: Linen modules, each applied to one sub-tree of the parameters
 

@@ -71,6 +71,17 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
       SaveFailed: several checkpoints in a row could not be written.
       LockLost: another run has taken the folder over.
     """
+    with preemption.PreemptionHandler() as handler:
+        return _train(config, workdir, extend, handler)
+
+
+def _train(
+    config: ConfigDict,
+    workdir: buckets.Pathname,
+    extend: str,
+    handler: preemption.PreemptionHandler,
+) -> dict[str, Any]:
+    """`train`, with a handler that listens already."""
     process_start = time.perf_counter()
     descriptors.raise_limit()
     config.data.source = sources.kind(config.data)
@@ -110,13 +121,13 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
     with (
         Lock(workdir) as lock,
         Checkpoints(workdir, config, lock) as checkpoints,
-        preemption.PreemptionHandler() as handler,
     ):
         if extended:
             multihost.decide(lambda: extension.record(workdir, plain_config))
             log.info(extension.describe(config, parts.total_steps))
         workdirs.claim(workdir, plain_config, identity)
         provenance.record_start(workdir, found)
+        _remove_summary(workdir)
         loop = TrainingLoop(
             parts=parts,
             mesh=mesh,
@@ -131,9 +142,10 @@ def train(config: ConfigDict, workdir: buckets.Pathname, extend: str = "") -> di
         )
         del initial  # its memory
         config.data.workers = workers  # of this host alone, and no part of the recipe
+        handler.begin()
         loop.run()
         summary = multihost.decide(
-            lambda: _write_summary(workdir, parts.total_steps, parts.total_steps, loop.wall_seconds)
+            lambda: _write_last_summary(workdir, parts.total_steps, loop.wall_seconds)
         )
     log.info("finished %d steps in %s", parts.total_steps, duration(summary["wall_seconds"]))
     log.info(summaries.format_summary(summary, workdir))
@@ -479,7 +491,8 @@ class TrainingLoop:
     def _show_results(self, step: int) -> None:
         """Show what there is of a run that its user has stopped; its state is saved.
 
-        Another signal leaves out what is not done yet. Errors are only logged.
+        Another signal leaves out what is not done yet. Errors are only logged. A run that has come
+        to its last step without all of its evaluations gets no summary file: it is not finished.
         """
         self._handler.ignore_signals()
         if not step:
@@ -498,7 +511,12 @@ class TrainingLoop:
             log.error("the evaluation failed: %s", faults.first_line(error))
         try:
             self._writer.flush()
-            summary = _write_summary(self._workdir, step, self._total_steps, self.wall_seconds)
+            summary = _summarize(self._workdir, step, self._total_steps, self.wall_seconds)
+            missing = [
+                one.title for one in self._scheduled if self._evaluated.get(one.title) != step
+            ]
+            if step < self._total_steps or not missing:
+                _write_summary(self._workdir, summary)
             log.info(summaries.format_summary(summary, self._workdir))
         except Exception as error:
             log.error("there is no summary: %s", faults.first_line(error))
@@ -547,7 +565,10 @@ class TrainingLoop:
         }
         folder = self._workdir / "evaluations" / evaluator.title
         test = self._data.sources["test"]
-        kept_classifier.write(folder, outcome, test, self._config.to_dict(), origin)
+        try:
+            kept_classifier.write(folder, outcome, test, self._config.to_dict(), origin)
+        except OSError as error:  # such as a full disk; the metrics are worth more
+            log.error("what %s has learned is not kept: %s", evaluator.title, error)
 
     def _run_evaluator(self, evaluator: evaluators.Scheduled, step: int) -> None:
         """Run an evaluator; one that fails is skipped on all processes, unless it is `strict`."""
@@ -599,13 +620,30 @@ def _log_parameter_counts(params: dict[str, Any]) -> None:
     log.info("parameters: %s", ", ".join(counts))
 
 
-def _write_summary(
+def _summarize(
     workdir: buckets.Pathname, steps: int, total_steps: int, wall_seconds: float
 ) -> dict[str, Any]:
-    """Summarize the run in summary.json and curves.png."""
+    """The summary of the run, whose curves are drawn."""
     lines = read_metrics(workdir)
-    summary = summaries.summarize(lines, steps=steps, total_steps=total_steps, seconds=wall_seconds)
     write_picture(workdir, "curves", summaries.draw_curves(lines, workdir))
+    return summaries.summarize(lines, steps=steps, total_steps=total_steps, seconds=wall_seconds)
+
+
+def _remove_summary(workdir: buckets.Pathname) -> None:
+    """Remove the summary of a run that goes on: it was stopped, or its end was damaged."""
+    if jax.process_index() == 0:
+        buckets.path(workdir, "summary.json").unlink(missing_ok=True)
+
+
+def _write_last_summary(
+    workdir: buckets.Pathname, total_steps: int, wall_seconds: float
+) -> dict[str, Any]:
+    """Summarize a run that has finished."""
+    summary = _summarize(workdir, total_steps, total_steps, wall_seconds)
+    _write_summary(workdir, summary)
+    return summary
+
+
+def _write_summary(workdir: buckets.Pathname, summary: dict[str, Any]) -> None:
     path = buckets.path(workdir, "summary.json")
     atomic_io.write(path, json.dumps(summary, indent=2) + "\n")
-    return summary

@@ -114,7 +114,7 @@ class MetricLogger:
         self._window: list[dict[str, float]] = []
         self._logged_step = start
         self._seconds = 0.0  # of training since the last line, up to the last pause
-        self._resumed = time.perf_counter()
+        self._resumed: float | None = time.perf_counter()  # None: paused
 
     @property
     def wall_seconds(self) -> float:
@@ -137,18 +137,22 @@ class MetricLogger:
     def log_rest(self) -> None:
         """Log the steps since the last line, if there are any; for a run that ends early."""
         self.pause()
-        self._resumed = time.perf_counter()
         if self._window:
             self._log_window(self._logged_step + len(self._window))
 
     def pause(self) -> None:
         """Stop the clock, as evaluations and checkpoints are not training time; flushes."""
         self.flush()
-        self._seconds += time.perf_counter() - self._resumed
+        self._seconds += self._seconds_since_resumed()
+        self._resumed = None
 
     def resume(self) -> None:
         """Restart the clock."""
         self._resumed = time.perf_counter()
+
+    def _seconds_since_resumed(self) -> float:
+        """How long the clock has been running; 0 while it is stopped."""
+        return 0.0 if self._resumed is None else time.perf_counter() - self._resumed
 
     def _process(self, step: int, metrics: dict[str, Any]) -> None:
         fetched = jax.device_get(metrics)
@@ -161,12 +165,12 @@ class MetricLogger:
 
     def _log_window(self, step: int) -> None:
         """Write and print the means since the last line."""
-        now = time.perf_counter()
-        seconds = self._seconds + now - self._resumed
+        seconds = self._seconds + self._seconds_since_resumed()
         per_step = seconds / max(step - self._logged_step, 1)
         self._logged_step = step
         self._seconds = 0.0
-        self._resumed = now
+        if self._resumed is not None:
+            self.resume()
         means = _means(self._window)
         self._window = []
         progress = {

@@ -53,7 +53,14 @@ class LocalStorage:
                 raise
 
     def flush(self) -> None:
-        """Nothing: all is written."""
+        """Wait until the lines are on the disk, as those of a saved state have to be.
+
+        Raises:
+          OSError: they are not.
+        """
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Nothing: all is written."""

@@ -185,7 +185,8 @@ class MetricWriter:
     def flush(self) -> None:
         """Write what was kept back so far, before the state is saved."""
         if self._is_first_process:
-            self._attempt([self._storage.flush])
+            rest = [self._append] if self._pending else []
+            self._attempt([*rest, self._storage.flush])
 
     def _attempt(self, actions: Iterable[Callable[[], None]]) -> None:
         """Run each action; the first of several failures in a row is logged."""

@@ -105,7 +105,7 @@ def make_train_step(
         images, so that nothing else but scalars is communicated.
       micro_batches: gradient accumulation; the EMA is updated once per step in any case.
       skip_nonfinite: a step whose loss, gradient or new parameters are NaN or infinite changes
-        only the step number.
+        only the step number, and the places in the schedules of the optimizer.
       shardings: of the state; None: those of `sharding.state_sharding`. Arrays sharded over `fsdp`
         are gathered once per step, before the first micro-batch, and their gradients are
         reduce-scattered.
@@ -146,7 +146,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = method.ema_rate(schedules.since(state.step, schedule_start))
-        target = update_target(state.target, method.target_of(params), rate)
+        target = state.target
+        if not isinstance(rate, float) or rate:  # else, the teacher never changes
+            target = update_target(target, method.target_of(params), rate)
         if current_platform() == "cpu":
             # Behind a barrier, so that XLA does not share the squares with Adam's second moments,
             # which would write them to memory
@@ -157,10 +159,16 @@ def make_train_step(
         if skip_nonfinite:
             # Where these are finite, the whole new state is
             finite = jnp.isfinite(metrics["loss"] + metrics["grad_norm"] + metrics["param_norm"])
+
+            def chosen(new: Any, old: Any) -> Any:
+                # Schedules go on, as those of the method do
+                return new if _is_schedule(new) else jnp.where(finite, new, old)
+
             params, target, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old),
+                chosen,
                 (params, target, opt_state),
                 (state.params, state.target, state.opt_state),
+                is_leaf=_is_schedule,
             )
             metrics["skipped"] = 1.0 - finite
         state = state.replace(
@@ -169,6 +177,11 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def _is_schedule(state: Any) -> bool:
+    """Whether a part of the state of optax only counts the steps of a schedule."""
+    return getattr(state, "_fields", None) == ("count",)
 
 
 def jit_train_step(

@@ -25,6 +25,7 @@ from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.data.label_file import Targets
 from lmim_jax.data.sources import Source
 from lmim_jax.distributed import sharding
+from lmim_jax.utils import faults
 
 SPLITS = ("train", "test")
 SAMPLED_LABELS = 64  # records that are read to know whether images have classes
@@ -378,6 +379,9 @@ def known_labels(source: Any) -> tuple[Int[np.ndarray, " n"], bool]:
 
     Returns:
       (classes, True); or (those of a few images, False) where labels are stored in the records.
+
+    Raises:
+      ReadFailed: the storage was at fault for minutes.
     """
     labels = getattr(source, "labels", None)
     if labels is not None:
@@ -387,8 +391,10 @@ def known_labels(source: Any) -> tuple[Int[np.ndarray, " n"], bool]:
     places = np.unique(np.linspace(0, len(source) - 1, SAMPLED_LABELS).astype(int))
     labels = []
     for index in places:
+        read = functools.partial(source.record, int(index))
+        name = functools.partial(source.name, int(index))
         try:
-            labels.append(source.record(int(index))[1])
+            labels.append(faults.retry(read, name, faults.RETRY_SECONDS)[1])
         except (decode.BadImage, OSError):  # reported when the image is read
             continue
     return np.array(labels, np.int32), False

@@ -278,10 +278,10 @@ def _pool(
 ) -> Float[Array, "B D"]:
     """One vector per image of a feature of a method.
 
-    In "blockNN/tokens" and "blockNN/normed" the first row is the CLS token, where the method has
-    one: it can be chosen ("cls"), left out ("mean") or concatenated with the mean of the others
-    ("both"). Any other feature only has the mean over its rows, or itself where it is one vector
-    per image.
+    In "blockNN/tokens", "/normed" and "/mlp" the first row is that of the CLS token, where the
+    method has one: it can be chosen ("cls"), left out ("mean") or concatenated with the mean of the
+    others ("both"). Any other feature only has the mean over its rows, or itself where it is one
+    vector per image.
 
     Raises:
       UserError: there is no such feature, it has no vectors, or it has no CLS token to choose.
@@ -295,7 +295,7 @@ def _pool(
     x = features[name].astype(jnp.float32)
     if x.ndim not in (2, 3):
         raise UserError(f"feature {name!r} has no vectors for images or patches to evaluate")
-    has_cls = name.endswith(("/tokens", "/normed")) and "cls" in features
+    has_cls = name.endswith(("/tokens", "/normed", "/mlp")) and "cls" in features
     if pool != "mean" and not has_cls:
         raise UserError(
             f"feature {name!r} has no CLS token for :{pool}; "
@@ -304,7 +304,7 @@ def _pool(
     if x.ndim == 2:
         return x
     if not has_cls:
-        return _mean(x, mask)
+        return _mean(x, None if name == "registers" else mask)
     cls = x[:, 0]
     mean = _mean(x[:, 1:], mask)
     if pool == "both":

@@ -333,7 +333,7 @@ def rotate_to_principal_axes(x: Float[np.ndarray, "N D"]) -> Rotated:
             rank = size
             break
     if min(rank, width) > PADDED_SIZES[-1]:
-        return Rotated(x, None, np.zeros(width, np.float32))
+        return Rotated(x, None, np.ones(width, np.float32))  # of standardized features
     if rank >= width:
         squares, axes = _principal_axes(x)
         for rows in _row_chunks(x):

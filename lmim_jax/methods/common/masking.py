@@ -36,7 +36,7 @@ def random_split(key: Key[Array, ""], num_patches: int, num_visible: int) -> Spl
 def _ratio_split(key: Key[Array, ""], grid: tuple[int, int], mask_ratio: float) -> Split:
     """`random_split` with floor(N (1 - mask_ratio)) visible patches, as in MAE and PiLaMIM."""
     num_patches = math.prod(grid)
-    return random_split(key, num_patches, int(num_patches * (1 - mask_ratio)))
+    return random_split(key, num_patches, max(int(num_patches * (1 - mask_ratio)), 1))
 
 
 def checkerboard(grid: tuple[int, int], cell: int) -> Bool[np.ndarray, " N"]:
