@@ -21,7 +21,7 @@ from lmim_jax.evaluators.common import clustering
 from lmim_jax.methods import base as methods
 from lmim_jax.models.layers import patchify
 from lmim_jax.optim import adamw
-from lmim_jax.report import config_diff, log_sections, run_features
+from lmim_jax.report import config_diff, log_sections, patch_sections, run_features
 from lmim_jax.train import provenance, runs, summary, workdir
 from lmim_jax.train.checkpoints import Checkpoints
 from lmim_jax.train.state import jit_init
@@ -271,6 +271,16 @@ def test_cuts_are_nested_and_labels_stay(seed):
 def test_similar_tokens_share_a_cluster():
     tokens = np.repeat(np.eye(3), (5, 9, 7), axis=0)
     assert clustering.nested_clusters(tokens, (3,))[3].tolist() == [2] * 5 + [0] * 9 + [1] * 7
+
+
+@pytest.mark.parametrize("spread", [0, 1e-30])
+def test_equal_tokens_are_one_point(spread):
+    tokens = np.zeros((6, 6, 4), np.float32)
+    tokens[0, 0] = spread
+    images = np.zeros((1, 24, 24, 3), np.uint8)
+    encoded = types.SimpleNamespace(images=images, tokens=tokens[None])
+    content = patch_sections.segmentation_section(encoded, 1).content
+    assert "t-SNE of the patches of image 1" in content and "nan" not in content
 
 
 def test_the_command_of_a_run_gives_its_config_again():
