@@ -5,6 +5,7 @@ import contextlib
 import functools
 import html
 import importlib
+import io
 import os
 import pathlib
 import platform
@@ -23,7 +24,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from lmim_jax.cli import app, import_weights, study
-from lmim_jax.cli.__main__ import COMMANDS
+from lmim_jax.cli.__main__ import COMMANDS, main
 from lmim_jax.convert import model_card
 from lmim_jax.distributed import multihost
 from lmim_jax.report import config_diff, log_sections
@@ -120,6 +121,14 @@ def test_without_lmim_the_interpreter_runs_the_package(environment, tmp_path):
     program = [str(environment / "python"), "-m", "lmim_jax.cli"]
     assert words[-5:] == [*program, "checkpoints", "--workdir=x"]
     assert words[:-5] == ["env", f"PYTHONPATH={conftest.ROOT}"]
+
+
+def test_names_that_are_not_utf_8_are_printed(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    main(["--version"])
+    print("caf\udce9.png", flush=True)
+    assert stream.buffer.getvalue().endswith(b"caf\\udce9.png\n")
 
 
 def test_the_command_of_a_process_is_one_that_starts_it_again(environment, monkeypatch):

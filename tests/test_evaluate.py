@@ -165,6 +165,7 @@ def test_other_images_of_the_same_names_have_another_identity(saved, images, tmp
         data = run.open_images(data_config, MESH)
         return FeatureCache(tmp_path)._identity(data, "test")
 
+    (copy / "train" / "dog").rename(copy / "train" / "caf\udce9")  # a name that is not UTF-8
     before = identity()
     shutil.copy(copy / "test/dog/00.png", copy / "test/cat/00.png")
     after = identity()

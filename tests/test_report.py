@@ -125,6 +125,12 @@ def test_a_page_has_everything_and_needs_nothing(text):
     assert len(text) < 5e6
 
 
+def test_names_that_are_not_utf_8_are_shown():
+    name = "caf\udce9"  # of a file, see PEP 383
+    text = page.document(name, page.tag("h1", name), [])
+    assert text.encode().count(rb"caf\udce9") == 2
+
+
 def test_everything_is_escaped(text):
     assert EVIL not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3
@@ -151,11 +157,48 @@ def test_any_accuracy_has_a_tile_with_its_baselines():
         "knn/knn200": {"trained": 50.0},
         "knn/knn10": {"trained": 51.0, "pixels": 40.0},
     }
-    tiles = log_sections._accuracy_tiles([{}, later])
+    tiles = log_sections._accuracy_tiles([("", {}), ("", later)])
     found = [(tile.title, tile.value) for tile in tiles]
     assert found == [("linear probe", "71.0 %"), ("k-NN 10", "51.0 %"), ("fewshot", "61.0 %")]
     assert tiles[1].note == "vote of the 10 nearest training images; raw pixels: 40.0 %"
-    assert log_sections._accuracy_tiles([{"segments/miou4": {"trained": 33.0}}]) == []
+    assert log_sections._accuracy_tiles([("", {"segments/miou4": {"trained": 33.0}})]) == []
+
+
+def header_of(folder, log):
+    """The header of the page of a run whose checkpoint is that of step 1000."""
+    config = tiny.get_config()
+    data = types.SimpleNamespace(sources={"train": [0]})
+    run = types.SimpleNamespace(config=config, data=data, step=1000, folder=folder)
+    return log_sections.page_header(run, log)
+
+
+def test_tiles_are_of_the_checkpoint_and_the_default_options(tmp_path):
+    (tmp_path / "evaluations").mkdir()
+
+    def write(name, accuracy):
+        figures = {"linear_probe/top1": {"trained": accuracy}}
+        (tmp_path / "evaluations" / name).write_text(json.dumps({"figures": figures}))
+
+    write("1000-linear_probe-0a1b2c3d.json", 12.3)
+    assert "<b>12.3 %</b>" in header_of(tmp_path, [])
+    assert "from 1000-linear_probe-0a1b2c3d.json" in header_of(tmp_path, [])
+    write("100-linear_probe.json", 30.0)
+    write("500-linear_probe.json", 50.0)
+    assert "<b>50.0 %</b>" in header_of(tmp_path, [])
+    assert "from 500-linear_probe.json" in header_of(tmp_path, [])
+    write("1000-knn-linear_probe.json", 72.0)
+    header = header_of(tmp_path, [])
+    assert "<b>72.0 %</b>" in header
+    assert "from " not in header
+
+
+def test_the_header_is_of_the_checkpoint_where_the_run_has_gone_on(tmp_path):
+    lines = []
+    for step in (1000, 2000):
+        lines.append({"step": step, "wall_seconds": 3.6 * step, "effective_rank": step / 1000})
+    header = header_of(tmp_path, lines)
+    assert "1,000 steps in 1h00m" in header
+    assert "<b>1</b>" in header
 
 
 def test_rows_of_tables_are_described(text):

@@ -176,9 +176,7 @@ def _accuracy_tiles(evaluations: Iterable[tuple[str, Metrics]]) -> list[Tile]:
     return [found[place] for place in sorted(found)]
 
 
-def _main_tile(
-    title: str, metrics: Metrics, origin: str
-) -> tuple[tuple[int, str], Tile] | None:
+def _main_tile(title: str, metrics: Metrics, origin: str) -> tuple[tuple[int, str], Tile] | None:
     """The tile of an evaluator's main accuracy, and its place; None without a trained accuracy."""
     for rank, (pattern, name) in enumerate(ACCURACIES):
         for metric in sorted(metrics, key=_number_at_end):
