@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from absl import flags
+from PIL import Image
 
 from lmim_jax.cli import pca, report
 from lmim_jax.distributed import sharding
@@ -21,7 +22,15 @@ from lmim_jax.evaluators.common import clustering
 from lmim_jax.methods import base as methods
 from lmim_jax.models.layers import patchify
 from lmim_jax.optim import adamw
-from lmim_jax.report import config_diff, log_sections, patch_sections, run_features
+from lmim_jax.report import (
+    classifier_section,
+    config_diff,
+    image_sections,
+    log_sections,
+    patch_sections,
+    run_features,
+    segmentation_section,
+)
 from lmim_jax.train import provenance, runs, summary, workdir
 from lmim_jax.train.checkpoints import Checkpoints
 from lmim_jax.train.state import jit_init
@@ -201,6 +210,32 @@ def test_the_header_is_of_the_checkpoint_where_the_run_has_gone_on(tmp_path):
     assert "<b>1</b>" in header
 
 
+def test_damaged_files_of_evaluations_are_named(tmp_path):
+    tables = tmp_path / "evaluations" / "tables"
+    pictures = tmp_path / "evaluations" / "pictures"
+    for folder in (tables, pictures):
+        folder.mkdir(parents=True)
+    (tables / "empty_classes.csv").write_text("")
+    for name in ("cut", "whole"):
+        (tables / f"{name}_classes.csv").write_text("class,IoU\ncat,50\n")
+        Image.new("RGB", (300, 300)).save(pictures / f"{name}_segments.png")
+    picture = pictures / "cut_segments.png"
+    picture.write_bytes(picture.read_bytes()[:-100])
+    content = segmentation_section.section(tmp_path).content
+    assert content.count("cannot be read") == 2
+    assert "<code>empty_classes.csv</code> cannot be read" in content
+    assert "<code>cut_classes.csv</code> cannot be read: image file is truncated" in content
+    assert "<h3>whole</h3>" in content
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"kind": "classes", "origin": {"step": 1}}'])
+def test_damaged_classifiers_are_named(tmp_path, text):
+    folder = tmp_path / "evaluations" / "finetune"
+    folder.mkdir(parents=True)
+    (folder / "classifier.json").write_text(text)
+    assert "<code>finetune</code> cannot be read" in classifier_section.section(tmp_path).content
+
+
 def test_rows_of_tables_are_described(text):
     assert "<td>knn/knn5</td>" in text
     assert ">vote of the 5 nearest training images</td>" in text
@@ -232,6 +267,12 @@ def test_unlabeled_images_have_neighbors_other_than_themselves(folder, images, t
     queries, _ = run_features.nearest_neighbors(runs.open_run(folder, few), "online", 3, 5, 9)
     for query in queries:  # of three images, two are others
         assert [np.isfinite(neighbor.cosine) for neighbor in query.neighbors] == [True, True]
+    for path in sorted(few.iterdir())[1:]:
+        path.write_bytes(b"damaged")
+    run = pca.with_images(runs.open_run(folder), str(few))
+    queries, searched = run_features.nearest_neighbors(run, "online", 3, 5, 9)
+    assert [query.neighbors for query in queries] == [[]]
+    assert image_sections.neighbors_section(queries, searched, held_out=False).content
     assert log_sections.read_metric_log(tmp_path) == []
     assert log_sections.curves_section([]) is None
     assert log_sections.evaluations_section(tmp_path, []) is None

@@ -58,7 +58,7 @@ def read_metric_log(folder: buckets.Pathname) -> MetricLog:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         line = _parse_json(text)
         if isinstance(line, dict) and "step" in line:
             lines.append(line)
