@@ -174,10 +174,13 @@ def test_commands_of_the_summary_and_the_page_are_of_their_tools(tmp_path, monke
     run = tmp_path / "my run"
     monkeypatch.setattr(sys, "argv", ["lmim", "train", str(tmp_path), f"--workdir={run}"])
     starts = [provenance.describe()]
-    match = config_diff.RecipeMatch("vit_b", {}, ["--config=vit_b", "--config.seed=3"])
+    extensions = [["--epochs=2000", "--schedule=continue"]]
+    flags_of_run = ["--config=vit_b", "--config.seed=3"]
+    match = config_diff.RecipeMatch("vit_b", {}, flags_of_run, extensions)
     of_page = log_sections._commands(buckets.path(run), starts, match)
     assert [command.rpartition("# ")[2] for command in of_page] == [
         "reproduce the training",
+        "then its extension 1",
         "the original command",
         "check the weights",
         "this page",
@@ -192,8 +195,8 @@ def test_commands_of_the_summary_and_the_page_are_of_their_tools(tmp_path, monke
         if folder:
             assert shlex.split(folder) == ["cd", str(pathlib.Path.cwd())]
         names.add(parse(rest, monkeypatch)[0])
-    expected = {"train", "checkpoints", "report", "evaluate", "features", "pca", "import-weights"}
-    assert names == expected
+    expected = {"train", "extend", "checkpoints", "report", "evaluate", "features", "pca"}
+    assert names == expected | {"import-weights"}
 
 
 def test_no_next_step_asks_for_a_large_batch(monkeypatch):

@@ -375,6 +375,21 @@ def test_the_command_of_a_run_gives_its_config_again():
     assert config_diff.nearest_recipe(change()).differences == {}
 
 
+def test_an_extended_run_is_made_by_the_commands_that_made_it():
+    extensions = [[700, "continue", 768, 12], [1000, "restart", 1536, 24]]
+    match = config_diff.nearest_recipe(change(epochs=36, extensions=extensions))
+    assert match.differences["epochs"] == (12, 36)
+    assert match.flags == ["--config=quickstart"]
+    assert match.extensions == [
+        ["--epochs=24", "--schedule=continue"],
+        ["--epochs=36", "--schedule=restart"],
+    ]
+    extensions = [[50, "restart", 50, 12]]
+    match = config_diff.nearest_recipe(change(total_steps=100, extensions=extensions))
+    assert match.flags == ["--config=quickstart", "--config.total_steps=50"]
+    assert match.extensions == [["--total_steps=100", "--schedule=restart"]]
+
+
 def change(**settings):
     """The quickstart recipe with other settings, as in config.json."""
     from lmim_jax.configs import quickstart

@@ -410,9 +410,10 @@ def _commands(
     first = starts[0] if starts else {}
     found = {}
     if match:
-        found["reproduce the training"] = commands.line(
-            "train", *match.flags, f"--workdir={folder.absolute()}_again"
-        )
+        again = f"--workdir={folder.absolute()}_again"
+        found["reproduce the training"] = commands.line("train", *match.flags, again)
+        for number, flags in enumerate(match.extensions, 1):
+            found[f"then its extension {number}"] = commands.line("extend", *flags, again)
     if "command" in first:
         found["the original command"] = first["command"]
     if "folder" in first:  # paths of the images can be relative to it
