@@ -5,6 +5,7 @@ import contextlib
 import functools
 import html
 import importlib
+import io
 import os
 import pathlib
 import platform
@@ -23,7 +24,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from lmim_jax.cli import app, import_weights, study
-from lmim_jax.cli.__main__ import COMMANDS
+from lmim_jax.cli.__main__ import COMMANDS, main
 from lmim_jax.convert import model_card
 from lmim_jax.distributed import multihost
 from lmim_jax.report import config_diff, log_sections
@@ -122,6 +123,14 @@ def test_without_lmim_the_interpreter_runs_the_package(environment, tmp_path):
     assert words[:-5] == ["env", f"PYTHONPATH={conftest.ROOT}"]
 
 
+def test_names_that_are_not_utf_8_are_printed(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stream)
+    main(["--version"])
+    print("caf\udce9.png", flush=True)
+    assert stream.buffer.getvalue().endswith(b"caf\\udce9.png\n")
+
+
 def test_the_command_of_a_process_is_one_that_starts_it_again(environment, monkeypatch):
     monkeypatch.setenv("PATH", f"{environment}:/usr/bin")
     monkeypatch.setattr(sys, "argv", ["/any/main.py", "my photos"])
@@ -165,10 +174,13 @@ def test_commands_of_the_summary_and_the_page_are_of_their_tools(tmp_path, monke
     run = tmp_path / "my run"
     monkeypatch.setattr(sys, "argv", ["lmim", "train", str(tmp_path), f"--workdir={run}"])
     starts = [provenance.describe()]
-    match = config_diff.RecipeMatch("vit_b", {}, ["--config=vit_b", "--config.seed=3"])
+    extensions = [["--epochs=2000", "--schedule=continue"]]
+    flags_of_run = ["--config=vit_b", "--config.seed=3"]
+    match = config_diff.RecipeMatch("vit_b", {}, flags_of_run, extensions)
     of_page = log_sections._commands(buckets.path(run), starts, match)
     assert [command.rpartition("# ")[2] for command in of_page] == [
         "reproduce the training",
+        "then its extension 1",
         "the original command",
         "check the weights",
         "this page",
@@ -183,8 +195,8 @@ def test_commands_of_the_summary_and_the_page_are_of_their_tools(tmp_path, monke
         if folder:
             assert shlex.split(folder) == ["cd", str(pathlib.Path.cwd())]
         names.add(parse(rest, monkeypatch)[0])
-    expected = {"train", "checkpoints", "report", "evaluate", "features", "pca", "import-weights"}
-    assert names == expected
+    expected = {"train", "extend", "checkpoints", "report", "evaluate", "features", "pca"}
+    assert names == expected | {"import-weights"}
 
 
 def test_no_next_step_asks_for_a_large_batch(monkeypatch):

@@ -32,6 +32,7 @@ from lmim_jax.report import eval_table
 from lmim_jax.train import runs, workdir
 from lmim_jax.train.checkpoints import Checkpoints
 from lmim_jax.train.state import jit_init
+from lmim_jax.utils import commands
 
 ROOT = pathlib.Path(conftest.ROOT)
 MESH = sharding.make_mesh(devices=jax.devices()[:1])  # compiles faster
@@ -165,6 +166,7 @@ def test_other_images_of_the_same_names_have_another_identity(saved, images, tmp
         data = run.open_images(data_config, MESH)
         return FeatureCache(tmp_path)._identity(data, "test")
 
+    (copy / "train" / "dog").rename(copy / "train" / "caf\udce9")  # a name that is not UTF-8
     before = identity()
     shutil.copy(copy / "test/dog/00.png", copy / "test/cat/00.png")
     after = identity()
@@ -193,15 +195,25 @@ def test_every_column_is_measured_by_the_same_evaluator(saved, images):
     assert knn.evaluate_feature(run.method, {}, data, "pixels") == by_column["pixels"]
 
 
+EVALUATED = {
+    "run": "RUN",
+    "step": 3,
+    "checkpoint": 64 * "a",
+    "weights": {"a": "online"},
+    "classes": 4,
+    "images": {"train": 4096, "test": 16},
+}
+
+
+def test_the_command_that_uses_a_classifier_runs_as_printed(tmp_path, capsys):
+    folder = tmp_path / "my run" / "finetune"
+    measured = evaluate.Measured({"a/knn20": {"trained": 50.0}}, {})
+    evaluate._show(measured, EVALUATED, tmp_path / "a.json", [folder])
+    printed = capsys.readouterr().out
+    assert f"to use it: {commands.line('predict', folder, 'IMAGES')}\n" in printed
+
+
 def test_the_table_is_for_people():
-    evaluated = {
-        "run": "RUN",
-        "step": 3,
-        "checkpoint": 64 * "a",
-        "weights": {"a": "online"},
-        "classes": 4,
-        "images": {"train": 4096, "test": 16},
-    }
     metrics = {
         "a/knn20": {"trained": 50.0, "pixels": 40.04},
         "a/shots4": {"trained": 9.0},
@@ -209,7 +221,7 @@ def test_the_table_is_for_people():
         "a/shots4_std": {"trained": 1.25},
         "a/own": {"trained": 1.0},
     }
-    lines = eval_table.table(evaluated, metrics).splitlines()
+    lines = eval_table.table(EVALUATED, metrics).splitlines()
     assert lines[1].split(":") == ["RUN", " step 3, online weights, checkpoint aaaaaaaaaaaa"]
     assert "4,096 train and 16 test images, 4 classes: guessing gives 25 %." in lines[2]
     assert [re.split(r"\s\s+", line.strip()) for line in lines[4:]] == [

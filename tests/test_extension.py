@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import tiny
 
+from lmim_jax.cli.extend import read_recipe
 from lmim_jax.configs import vit_b
 from lmim_jax.distributed import sharding
 from lmim_jax.train import extension, loop, runs
 from lmim_jax.train.build import build
 from lmim_jax.train.checkpoints import Checkpoints, read_weights
 from lmim_jax.train.metric_writer import read_metrics
+from lmim_jax.utils import commands
 from lmim_jax.utils.errors import UserError
 
 
@@ -124,6 +126,15 @@ def test_what_cannot_be_extended_says_so(images, run, tmp_path):
     with pytest.raises(UserError, match="has not saved a checkpoint"):
         loop.train(recipe(images, epochs=2), run, extension.CONTINUE)
     assert extension.read(run) == []
+
+
+def test_an_exported_model_is_extended_by_a_command_that_runs(tmp_path, monkeypatch):
+    folder = str(tmp_path / "my model")
+    monkeypatch.setattr(runs, "read_config", lambda folder: {"exported": "online"})
+    with pytest.raises(UserError) as refused:
+        read_recipe(folder)
+    command = commands.line("train", f"--config.init_from={folder}")
+    assert f"is an exported model; {command} starts a run" in str(refused.value)
 
 
 def test_schedules_of_extended_runs():

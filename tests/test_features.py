@@ -259,6 +259,23 @@ def test_folders_without_images_and_too_many_images_are_refused(tmp_path, extrac
         extract_features.check_memory(10**5, {"patches": (16, 16)}, 100)
 
 
+def test_features_are_written_before_bad_files_are_listed(run, folder, tmp_path, monkeypatch):
+    out = tmp_path / "f.npz"
+
+    def fail_at_bad_files(text):
+        if text.startswith("left out"):
+            raise BrokenPipeError
+
+    given = dict(workdir=str(run), out=str(out), features=["mean"], modalities=[], weights=None)
+    given |= dict(size=0, norm=True, batch_size=8, crop=False)
+    monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(**given))
+    monkeypatch.setattr(extract_features, "log_to_console", lambda: None)
+    monkeypatch.setattr(extract_features, "print", fail_at_bad_files, raising=False)
+    with pytest.raises(BrokenPipeError):
+        extract_features.main([str(folder)])
+    assert out.exists()
+
+
 def test_the_command(run, folder, tmp_path):
     """As a user runs it: bad files are listed; a folder without images is a one-line error."""
     (tmp_path / "texts").mkdir()

@@ -82,6 +82,21 @@ def test_a_classifier_is_kept_and_answers_the_same(saved, images, tmp_path, name
     assert "accuracy of each class" in section
 
 
+def test_a_classifier_of_which_a_part_is_written_is_none(tmp_path, monkeypatch):
+    (tmp_path / "classifier.json").write_text("of an earlier evaluation")
+
+    def interrupt(path, arrays):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept_classifier.array_io, "write", interrupt)
+    outcome = types.SimpleNamespace(
+        evaluator=Kept(k=7), kind="classes", names=(), statistics={}, weights={}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        kept_classifier.write(tmp_path, outcome, None, {}, {})
+    assert not (tmp_path / "classifier.json").exists()
+
+
 def test_predictions_skip_bad_images_and_are_a_csv_file(
     saved,  # noqa: F811
     images,

@@ -15,7 +15,7 @@ import tiny
 from ml_collections import ConfigDict
 from PIL import Image
 
-from lmim_jax.cli import image_files
+from lmim_jax.cli import image_files, pca
 from lmim_jax.configs import interactive_mim_vit_s, small, vit_b
 from lmim_jax.data import decode, inventory, modalities, pixel_range, records, sources
 from lmim_jax.data.augment.device import Augment
@@ -25,7 +25,7 @@ from lmim_jax.data.prepare import tfds_writer
 from lmim_jax.evaluators.common.feature_extraction import Extractor, extract_from_files
 from lmim_jax.methods import base
 from lmim_jax.report import run_features
-from lmim_jax.train import loop, modality_subset, runs, saved_classifier
+from lmim_jax.train import loop, modality_subset, runs, saved_classifier, workdir
 from lmim_jax.utils.errors import UserError
 
 REAL = pathlib.Path(conftest.ROOT).parent / "shared" / "data" / "roadscene_small.zip"
@@ -426,6 +426,18 @@ def test_one_modality_of_several_becomes_an_ordinary_encoder(interactive, name):
     found = jax.jit(plain.features)(folded, images[..., channels])
     assert "patch_embed" in folded["encoder"] and "modalities" not in folded
     np.testing.assert_allclose(found["patches"], expected["patches"], atol=2e-5)
+
+
+def test_pca_reads_pairs(tmp_path):
+    folder = write_pairs(tmp_path / "pairs")
+    config = small.get_config("interactive_mim,rgb_thermal")
+    workdir.claim(tmp_path / "run", config.copy_and_resolve_references().to_dict(), None)
+    run = runs.open_run(tmp_path / "run")
+    canvases, _ = run_features.sample_canvases(pca.with_images(run, str(folder)).data, 5)
+    assert canvases["image"].shape[0] == 5
+    assert canvases["image"].shape[-1] == 4  # colors and temperature
+    with pytest.raises(UserError, match=r"there is no folder rgb in it"):
+        pca.with_images(run, str(folder / "thermal"))
 
 
 def test_mistakes_of_a_recipe_are_named():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from absl import flags
+from PIL import Image
 
 from lmim_jax.cli import pca, report
 from lmim_jax.distributed import sharding
@@ -21,7 +22,15 @@ from lmim_jax.evaluators.common import clustering
 from lmim_jax.methods import base as methods
 from lmim_jax.models.layers import patchify
 from lmim_jax.optim import adamw
-from lmim_jax.report import config_diff, log_sections, run_features
+from lmim_jax.report import (
+    classifier_section,
+    config_diff,
+    image_sections,
+    log_sections,
+    patch_sections,
+    run_features,
+    segmentation_section,
+)
 from lmim_jax.train import provenance, runs, summary, workdir
 from lmim_jax.train.checkpoints import Checkpoints
 from lmim_jax.train.state import jit_init
@@ -125,6 +134,12 @@ def test_a_page_has_everything_and_needs_nothing(text):
     assert len(text) < 5e6
 
 
+def test_names_that_are_not_utf_8_are_shown():
+    name = "caf\udce9"  # of a file, see PEP 383
+    text = page.document(name, page.tag("h1", name), [])
+    assert text.encode().count(rb"caf\udce9") == 2
+
+
 def test_everything_is_escaped(text):
     assert EVIL not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3
@@ -151,11 +166,74 @@ def test_any_accuracy_has_a_tile_with_its_baselines():
         "knn/knn200": {"trained": 50.0},
         "knn/knn10": {"trained": 51.0, "pixels": 40.0},
     }
-    tiles = log_sections._accuracy_tiles([{}, later])
+    tiles = log_sections._accuracy_tiles([("", {}), ("", later)])
     found = [(tile.title, tile.value) for tile in tiles]
     assert found == [("linear probe", "71.0 %"), ("k-NN 10", "51.0 %"), ("fewshot", "61.0 %")]
     assert tiles[1].note == "vote of the 10 nearest training images; raw pixels: 40.0 %"
-    assert log_sections._accuracy_tiles([{"segments/miou4": {"trained": 33.0}}]) == []
+    assert log_sections._accuracy_tiles([("", {"segments/miou4": {"trained": 33.0}})]) == []
+
+
+def header_of(folder, log):
+    """The header of the page of a run whose checkpoint is that of step 1000."""
+    config = tiny.get_config()
+    data = types.SimpleNamespace(sources={"train": [0]})
+    run = types.SimpleNamespace(config=config, data=data, step=1000, folder=folder)
+    return log_sections.page_header(run, log)
+
+
+def test_tiles_are_of_the_checkpoint_and_the_default_options(tmp_path):
+    (tmp_path / "evaluations").mkdir()
+
+    def write(name, accuracy):
+        figures = {"linear_probe/top1": {"trained": accuracy}}
+        (tmp_path / "evaluations" / name).write_text(json.dumps({"figures": figures}))
+
+    write("1000-linear_probe-0a1b2c3d.json", 12.3)
+    assert "<b>12.3 %</b>" in header_of(tmp_path, [])
+    assert "from 1000-linear_probe-0a1b2c3d.json" in header_of(tmp_path, [])
+    write("100-linear_probe.json", 30.0)
+    write("500-linear_probe.json", 50.0)
+    assert "<b>50.0 %</b>" in header_of(tmp_path, [])
+    assert "from 500-linear_probe.json" in header_of(tmp_path, [])
+    write("1000-knn-linear_probe.json", 72.0)
+    header = header_of(tmp_path, [])
+    assert "<b>72.0 %</b>" in header
+    assert "from " not in header
+
+
+def test_the_header_is_of_the_checkpoint_where_the_run_has_gone_on(tmp_path):
+    lines = []
+    for step in (1000, 2000):
+        lines.append({"step": step, "wall_seconds": 3.6 * step, "effective_rank": step / 1000})
+    header = header_of(tmp_path, lines)
+    assert "1,000 steps in 1h00m" in header
+    assert "<b>1</b>" in header
+
+
+def test_damaged_files_of_evaluations_are_named(tmp_path):
+    tables = tmp_path / "evaluations" / "tables"
+    pictures = tmp_path / "evaluations" / "pictures"
+    for folder in (tables, pictures):
+        folder.mkdir(parents=True)
+    (tables / "empty_classes.csv").write_text("")
+    for name in ("cut", "whole"):
+        (tables / f"{name}_classes.csv").write_text("class,IoU\ncat,50\n")
+        Image.new("RGB", (300, 300)).save(pictures / f"{name}_segments.png")
+    picture = pictures / "cut_segments.png"
+    picture.write_bytes(picture.read_bytes()[:-100])
+    content = segmentation_section.section(tmp_path).content
+    assert content.count("cannot be read") == 2
+    assert "<code>empty_classes.csv</code> cannot be read" in content
+    assert "<code>cut_classes.csv</code> cannot be read: image file is truncated" in content
+    assert "<h3>whole</h3>" in content
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"kind": "classes", "origin": {"step": 1}}'])
+def test_damaged_classifiers_are_named(tmp_path, text):
+    folder = tmp_path / "evaluations" / "finetune"
+    folder.mkdir(parents=True)
+    (folder / "classifier.json").write_text(text)
+    assert "<code>finetune</code> cannot be read" in classifier_section.section(tmp_path).content
 
 
 def test_rows_of_tables_are_described(text):
@@ -189,6 +267,12 @@ def test_unlabeled_images_have_neighbors_other_than_themselves(folder, images, t
     queries, _ = run_features.nearest_neighbors(runs.open_run(folder, few), "online", 3, 5, 9)
     for query in queries:  # of three images, two are others
         assert [np.isfinite(neighbor.cosine) for neighbor in query.neighbors] == [True, True]
+    for path in sorted(few.iterdir())[1:]:
+        path.write_bytes(b"damaged")
+    run = pca.with_images(runs.open_run(folder), str(few))
+    queries, searched = run_features.nearest_neighbors(run, "online", 3, 5, 9)
+    assert [query.neighbors for query in queries] == [[]]
+    assert image_sections.neighbors_section(queries, searched, held_out=False).content
     assert log_sections.read_metric_log(tmp_path) == []
     assert log_sections.curves_section([]) is None
     assert log_sections.evaluations_section(tmp_path, []) is None
@@ -273,12 +357,37 @@ def test_similar_tokens_share_a_cluster():
     assert clustering.nested_clusters(tokens, (3,))[3].tolist() == [2] * 5 + [0] * 9 + [1] * 7
 
 
+@pytest.mark.parametrize("spread", [0, 1e-30])
+def test_equal_tokens_are_one_point(spread):
+    tokens = np.zeros((6, 6, 4), np.float32)
+    tokens[0, 0] = spread
+    images = np.zeros((1, 24, 24, 3), np.uint8)
+    encoded = types.SimpleNamespace(images=images, tokens=tokens[None])
+    content = patch_sections.segmentation_section(encoded, 1).content
+    assert "t-SNE of the patches of image 1" in content and "nan" not in content
+
+
 def test_the_command_of_a_run_gives_its_config_again():
     match = config_diff.nearest_recipe(change(batch_size=64, seed=3))
     assert match.name == "quickstart"
     assert match.differences["batch_size"] == (128, 64)
     assert match.flags == ["--config=quickstart", "--config.batch_size=64", "--config.seed=3"]
     assert config_diff.nearest_recipe(change()).differences == {}
+
+
+def test_an_extended_run_is_made_by_the_commands_that_made_it():
+    extensions = [[700, "continue", 768, 12], [1000, "restart", 1536, 24]]
+    match = config_diff.nearest_recipe(change(epochs=36, extensions=extensions))
+    assert match.differences["epochs"] == (12, 36)
+    assert match.flags == ["--config=quickstart"]
+    assert match.extensions == [
+        ["--epochs=24", "--schedule=continue"],
+        ["--epochs=36", "--schedule=restart"],
+    ]
+    extensions = [[50, "restart", 50, 12]]
+    match = config_diff.nearest_recipe(change(total_steps=100, extensions=extensions))
+    assert match.flags == ["--config=quickstart", "--config.total_steps=50"]
+    assert match.extensions == [["--total_steps=100", "--schedule=restart"]]
 
 
 def change(**settings):

@@ -312,10 +312,35 @@ def test_records_are_found_whose_options_name_folders(tmp_path, monkeypatch):
     assert run_of(tmp_path, "data.labels=labels.csv").results is None
 
 
+def test_records_are_found_whose_options_lie_in_the_folder_of_the_images(tmp_path):
+    def of_images(path, labels="labels.csv"):
+        return run_of(tmp_path, f"data.path={path}", f"data.labels={path}/{labels}")
+
+    run = of_images("/here/images")
+    finished_run(run.folder, run, 20.0)
+    run.keep_records()
+    shutil.rmtree(run.folder)
+    assert run.finished
+    assert of_images("/there/photos").finished
+    assert not of_images("/here/images", "others.csv").finished
+
+
+def test_costs_are_those_of_the_options_wherever_the_images_are(tmp_path, monkeypatch):
+    found = {"device": "cpu", "gflop_per_image": 2.0, "images_per_second": 3.0}
+    done = types.SimpleNamespace(returncode=0, stdout=json.dumps(found))
+    monkeypatch.setattr(study.subprocess, "run", lambda *_, **__: done)
+    changes = ("data.path=/here/images", "data.labels=/here/images/labels.csv")
+    path = tmp_path / "cost.json"
+    study.measure_costs([run_of(tmp_path, *changes)], path)
+    assert "/here" not in path.read_text()
+    elsewhere = run_of(tmp_path, *(change.replace("/here", "/there") for change in changes))
+    assert study.known_costs([elsewhere], path)["it"]["gflop_per_image"] == [2.0]
+
+
 def test_records_name_neither_home_nor_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = f"env PYTHONPATH={ROOT} lmim train {pathlib.Path.home()}/photos --workdir={tmp_path}/a"
-    assert records.hide_own_folders(text) == "env PYTHONPATH=. lmim train ~/photos --workdir=./a"
+    assert records.hide_folders(text, ()) == "env PYTHONPATH=. lmim train ~/photos --workdir=./a"
 
 
 def test_costs_are_measured_anew_for_other_options(tmp_path, monkeypatch):
@@ -329,7 +354,8 @@ def test_costs_are_measured_anew_for_other_options(tmp_path, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run", bench)
     first, second = run_of(tmp_path), run_of(tmp_path, "batch_size=8")
     for run, speed in ((first, 1), (first, 1), (second, 2), (second, 2), (first, 3)):
-        costs = study.measure_costs([run, run], tmp_path)
+        study.measure_costs([run, run], tmp_path / "cost.json")
+        costs = study.known_costs([first, second], tmp_path / "cost.json")
         assert costs == {"it": {"gflop_per_image": [2.0], "step_images_per_second": [speed]}}
     assert measured[1] == ["--config.batch_size=8", "--config.seed=0"]
 
@@ -338,7 +364,7 @@ def test_a_benchmark_that_is_killed_is_named(tmp_path, monkeypatch):
     killed = types.SimpleNamespace(returncode=-9, stdout="", stderr="")
     monkeypatch.setattr(study.subprocess, "run", lambda *_, **__: killed)
     with pytest.raises(UserError, match="the cost of it failed: exit code -9"):
-        study.measure_costs([run_of(tmp_path)], tmp_path)
+        study.measure_costs([run_of(tmp_path)], tmp_path / "cost.json")
 
 
 def test_cores_where_the_system_cannot_bind_processes(monkeypatch):
@@ -394,10 +420,23 @@ def test_pages_are_made_from_records_beside_baselines(recorded):
     groups, runs = study.plan(config, [], (), folder / "out", folder / "records")
     name = runs[0].name
     publisher = study._Publisher(
-        folder / "out", "Title", "command", groups, runs, {name: "what"}, config.baselines
+        folder / "out",
+        "Title",
+        "command",
+        groups,
+        runs,
+        {name: "what"},
+        config.baselines,
+        folder / "cost.json",
     )
     publisher.publish()
     table = (folder / "out" / "table.md").read_text()
+    assert "GFLOP" not in table
+    cost = {"gflop_per_image": 2.5, "step_images_per_second": 3.0}
+    cost["command"] = runs[0].recorded_command.splitlines()
+    (folder / "cost.json").write_text(json.dumps({name: cost}))
+    publisher.publish()  # as after each run, and when it is interrupted
+    assert "GFLOP" in (folder / "out" / "table.md").read_text()
     assert f"| {name} | what | 20.5 ± 0.5 |" in table
     assert "| raw pixels | no encoder | 3.0 |" in table
     assert "| color histograms | no encoder | 4.0 |" in table
@@ -438,7 +477,7 @@ def test_an_interrupt_while_costs_are_measured_is_one_line(recorded, monkeypatch
     )
     given.records = str(folder / "records")
 
-    def interrupted(runs, out):
+    def interrupted(runs, path):
         raise KeyboardInterrupt
 
     def failed(message, code):  # the real one ends the process, sooner or later

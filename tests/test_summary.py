@@ -1,10 +1,12 @@
 """The summary of a run: linear accuracy first, k-NN beside it; as dict, table and curves."""
 
+import numpy as np
+import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lmim_jax.train import summary
-from lmim_jax.utils import plotting
+from lmim_jax.utils import box_plot, confusion_plot, names, plotting
 
 LINES = [
     {
@@ -126,6 +128,20 @@ def test_curves_fill_their_rows_and_explain_lines_that_need_it():
         )
     ]
     assert titles == ["learning rate", "gradient norm"]
+
+
+@pytest.mark.parametrize("name", ["$5_$10_", "caf\udce9"])
+def test_any_name_can_be_plotted(name):
+    image = np.zeros((8, 8, 3), np.uint8)
+    classes = np.array([[0, 1] * 4] * 8)
+    both = [name, "$1"]
+    plotting.plot_segmentation([plotting.Segmented(image, {"true": classes})], both, "title")
+    confusion_plot.plot_confusion(np.eye(2, dtype=int), both, "title")
+    boxes = box_plot.Boxes(np.array([[0.0, 0.0, 4.0, 4.0]]), np.array([0]), None)
+    box_plot.plot_boxes([box_plot.Boxed(image, {"true": boxes})], both, "note")
+    panel = (name, {name: ([1, 2], [3.0, 4.0])}, {"$1": 3.0})
+    plotting.plot_curves([panel], name)
+    assert f">{names.printable(name)}<" in plotting.curve_svg(panel)
 
 
 def test_a_legend_lies_below_the_data():

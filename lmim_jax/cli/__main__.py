@@ -1,6 +1,7 @@
 """The command `lmim COMMAND [flags]`, which imports only the module of the chosen command."""
 
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
       arguments: the command and its flags; None: those of the command line.
     """
+    # Names of files may not be UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("--help", "-h", "help"):
         print(overview())

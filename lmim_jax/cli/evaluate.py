@@ -459,7 +459,8 @@ def _show(
         written += f"; tables: {out.parent / 'tables'}"
     print(written, flush=True)
     for folder in kept:
-        print(f"Classifier and predictions: {folder}; to use it: lmim predict {folder} IMAGES")
+        command = commands.line("predict", folder, "IMAGES")
+        print(f"Classifier and predictions: {folder}; to use it: {command}")
 
 
 def define_flags() -> None:
@@ -513,6 +514,10 @@ def define_flags() -> None:
         "Example: --feature=cls",
     )
     flags.DEFINE_string(
-        "out", None, "The JSON file, by default in RUN/evaluations. Example: --out=knn.json"
+        "out",
+        None,
+        "The JSON file, by default in RUN/evaluations. Beside it are pictures/, tables/ and a "
+        "folder of each classifier, named by its evaluator; their files replace earlier ones. "
+        "Example: --out=knn/metrics.json",
     )
     app.define_processes()

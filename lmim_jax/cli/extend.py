@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from lmim_jax.cli import app, train
 from lmim_jax.train import runs, workdir
+from lmim_jax.utils import commands
 from lmim_jax.utils.errors import UserError
 
 RECIPES: dict[str, str | None] = {}
@@ -42,9 +43,8 @@ def read_recipe(folder: str) -> ConfigDict:
     """
     stored = runs.read_config(folder)
     if "exported" in stored:
-        raise UserError(
-            f"{folder} is an exported model; lmim train --config.init_from={folder} starts a run"
-        )
+        command = commands.line("train", f"--config.init_from={folder}")
+        raise UserError(f"{folder} is an exported model; {command} starts a run")
     stored.pop(workdir.IMAGES, None)
     return runs.with_tuples(stored)
 

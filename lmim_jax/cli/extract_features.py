@@ -146,11 +146,12 @@ def main(arguments: list[str]) -> None:
     )
     with tqdm.tqdm(total=len(source), unit=" images", mininterval=1.0) as bar:
         names, grids, features, bad = extract_from_files(extractor, source, bar.update)
+    if names:
+        write(names, grids, features)
     for name, problem in bad:
         print(f"left out: {name}: {problem}")
     if not names:
         raise UserError(f"{path}: not one of {len(bad)} images can be read")
-    write(names, grids, features)
     place = "before"
     if given.norm:
         place = "after"

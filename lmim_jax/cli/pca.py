@@ -4,7 +4,8 @@
     lmim pca IMAGES --workdir=RUN --out=photos.html --images=12
 
 RUN: the --workdir of a run, or a folder made by `lmim export --format=flax`. IMAGES: a folder with
-images at any depth; nothing is written into it.
+images at any depth, of a run on several modalities one that holds a folder for each; nothing is
+written into it.
 
 The page shows the principal components of patch features as colors, attention maps, the similarity
 of any patch that one chooses with all others, and for some images those of the folder that are
@@ -19,9 +20,8 @@ import time
 
 from absl import flags
 
-from lmim_jax.cli import app
+from lmim_jax.cli import app, image_files
 from lmim_jax.configs import vit_b
-from lmim_jax.data import folder_listing, sources
 from lmim_jax.data.eval.eval_data import EvaluationData
 from lmim_jax.report import elements, image_sections, patch_sections, run_features
 from lmim_jax.report.script import SCRIPT
@@ -49,10 +49,9 @@ def with_images(run: runs.Run, folder: str) -> runs.Run:
     path = buckets.local_path(folder)
     if not path.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = folder_listing.list_folder(path)
-    if not found.images:
-        raise UserError(f"{folder}: no images in this folder, only {len(found.others)} other files")
-    source = sources.FolderSource(str(path), found.images, None, ())
+    source, lines = image_files.open_images(path, run.config.data)
+    for line in lines:
+        log.info(line)
     # Images that cannot be read are left out
     config = run.data_config(vit_b.data().to_dict(), {"max_bad_fraction": 1.0})
     # As large as the pictures of the page, so that they are sharp

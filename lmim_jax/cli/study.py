@@ -105,8 +105,12 @@ class Run:
     def _finished_in(self, folder: buckets.Path) -> bool:
         if not self._has_results(folder):
             return False
-        found = _without_places((folder / COMMAND_FILE).read_text())
-        return records.hide_own_folders(found) == records.hide_own_folders(self.recorded_command)
+        return self.is_command((folder / COMMAND_FILE).read_text())
+
+    def is_command(self, recorded: str) -> bool:
+        """Whether a recorded command is that of this run, wherever its images were."""
+        found = records.hide_folders(_without_places(recorded), self.changes)
+        return found == records.hide_folders(self.recorded_command, self.changes)
 
     @staticmethod
     def _has_results(folder: buckets.Path) -> bool:
@@ -386,28 +390,45 @@ def execute(
     return scheduler.failed
 
 
-def measure_costs(runs: Iterable[Run], out: buckets.Path) -> dict[str, Values]:
-    """Measure the cost of training each variant, one by one, and store it in cost.json of `out`.
+def measure_costs(runs: Iterable[Run], path: buckets.Path) -> None:
+    """Measure the cost of training each variant, one by one, and store it in a file.
 
     A cost that was measured with other options is measured anew.
 
-    Returns:
-      {name: {"gflop_per_image": [value], "step_images_per_second": [value]}}.
+    Args:
+      runs: of the variants.
+      path: of the file, see `known_costs`.
 
     Raises:
       UserError: a benchmark failed.
     """
-    path = out / COST_FILE
     entries = _read_costs(path)
     names = set()
     for run in runs:
         if run.name in names:
             continue  # the first seed stands for all
         names.add(run.name)
-        if entries.get(run.name, {}).get("command") != run.recorded_command.splitlines():
+        if not _is_cost_of(run, entries):
             entries[run.name] = _measure_cost(run)
             atomic_io.write(path, json.dumps(entries, indent=2) + "\n")
-    return _cost_values({name: entries[name] for name in names})
+
+
+def known_costs(runs: Iterable[Run], path: buckets.Path) -> dict[str, Values]:
+    """The costs of runs that have been measured with their options.
+
+    Args:
+      runs: the runs.
+      path: of COST_FILE, which may not exist.
+
+    Returns:
+      {name: {"gflop_per_image": [value], "step_images_per_second": [value]}}.
+    """
+    entries = _read_costs(path)
+    found: dict[str, Values] = {}
+    for run in runs:
+        if _is_cost_of(run, entries):
+            found[run.name] = {metric: [entries[run.name][metric]] for metric in COSTS}
+    return found
 
 
 def _read_costs(path: buckets.Path) -> dict[str, dict[str, Any]]:
@@ -415,9 +436,9 @@ def _read_costs(path: buckets.Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _cost_values(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Values]:
-    """The metrics among what `_measure_cost` returned."""
-    return {name: {metric: [entry[metric]] for metric in COSTS} for name, entry in entries.items()}
+def _is_cost_of(run: Run, entries: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether what `_read_costs` returned has the cost of a run, with its options."""
+    return run.name in entries and run.is_command("\n".join(entries[run.name]["command"]))
 
 
 def _measure_cost(run: Run) -> dict[str, Any]:
@@ -434,7 +455,7 @@ def _measure_cost(run: Run) -> dict[str, Any]:
         raise UserError(f"measuring the cost of {run.name} failed: {lines[-1]}")
     measured = json.loads(result.stdout)
     return {
-        "command": run.recorded_command.splitlines(),
+        "command": records.hide_folders(run.recorded_command, run.changes).splitlines(),
         "device": measured["device"],
         "gflop_per_image": measured["gflop_per_image"],
         "step_images_per_second": measured["images_per_second"],
@@ -459,7 +480,7 @@ def recorded(config: ConfigDict, kept: buckets.Pathname) -> list[comparison.Comp
     """
     absent = buckets.path(kept, "none")  # the folder of the study is not needed
     groups, runs = plan(config, [], [], absent, kept)
-    costs = _cost_values(_read_costs(buckets.path(kept, COST_FILE)))
+    costs = known_costs(runs, buckets.path(kept, COST_FILE))
     descriptions = {name: description for name, description, _, _ in config.runs}
     folders = finished_folders(runs)
     found = []
@@ -480,6 +501,7 @@ class _Publisher:
       runs: its runs.
       descriptions: {name: what it is} of its variants.
       baselines: whether tables have rows for raw pixels and the untrained encoders.
+      costs: the file with the costs of training, see `known_costs`.
     """
 
     def __init__(
@@ -491,6 +513,7 @@ class _Publisher:
         runs: Sequence[Run],
         descriptions: Mapping[str, str],
         baselines: bool,
+        costs: buckets.Path,
     ) -> None:
         self._out = out
         self._title = title
@@ -499,8 +522,9 @@ class _Publisher:
         self._runs = runs
         self._descriptions = descriptions
         self._baselines = baselines
+        self._costs = costs
 
-    def publish(self, costs: Mapping[str, Values] | None = None) -> None:
+    def publish(self) -> None:
         """Write the pages with the runs that are finished by now."""
         comparison.publish(
             self._out,
@@ -509,7 +533,7 @@ class _Publisher:
             self._groups,
             self._descriptions,
             finished_folders(self._runs),
-            costs or {},
+            known_costs(self._runs, self._costs),
             self._baselines,
         )
 
@@ -555,6 +579,7 @@ def main(arguments: list[str]) -> None:
         out,
     )
     descriptions = {name: description for name, description, _, _ in given.config.runs}
+    costs = (kept or out) / COST_FILE
     publisher = _Publisher(
         out,
         _title(given),
@@ -563,13 +588,13 @@ def main(arguments: list[str]) -> None:
         runs,
         descriptions,
         given.config.get("baselines", False),
+        costs,
     )
-    costs = None
     try:
         failed = execute(missing, given.parallel, given.hours, publisher.publish)
         if given.config.cost and not failed:
             publisher.publish()
-            costs = measure_costs(runs, kept or out)
+            measure_costs(runs, costs)
     except KeyboardInterrupt as interrupt:
         publisher.publish()
         fail(
@@ -577,7 +602,7 @@ def main(arguments: list[str]) -> None:
             + "; the states of the runs are saved: re-run the command to resume",
             EXIT_STOPPED,
         )
-    publisher.publish(costs)
+    publisher.publish()
     log.info("\n%s", (out / "table.md").read_text())
     if failed:
         logs = ", ".join(str(run.folder / LOG_FILE) for run in failed)

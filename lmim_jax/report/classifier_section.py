@@ -1,6 +1,7 @@
 """The section of the report on classifiers: accuracy of each class, and the most confused pairs."""
 
 import csv
+import functools
 import io
 from typing import Any
 
@@ -27,13 +28,7 @@ def section(folder: buckets.Pathname) -> Section | None:
     for entry in buckets.matching(buckets.path(folder, "evaluations"), "*"):
         if not (entry / kept_classifier.DESCRIPTION).is_file():
             continue
-        description = kept_classifier.read_description(entry)
-        content.append(elements.heading(f"{entry.name}, step {description['origin']['step']}"))
-        if description["kind"] == CLASSES:
-            content += _classes(entry)
-        else:
-            rows = _rows(entry / kept_classifier.PER_LABEL)
-            content.append(html.table(rows[0], rows[1:], numbers=range(1, len(rows[0]))))
+        content += elements.unless_damaged(entry.name, functools.partial(_of_one, entry))
     if not content:
         return None
     look = (
@@ -43,6 +38,16 @@ def section(folder: buckets.Pathname) -> Section | None:
     return html.explained_section(
         "classifiers", "Classifiers", look, "", elements.concatenate(content)
     )
+
+
+def _of_one(entry: buckets.Path) -> list[Html | str]:
+    """The heading and the tables of one classifier."""
+    description = kept_classifier.read_description(entry)
+    heading = elements.heading(f"{entry.name}, step {description['origin']['step']}")
+    if description["kind"] == CLASSES:
+        return [heading, *_classes(entry)]
+    header, *rows = _rows(entry / kept_classifier.PER_LABEL)
+    return [heading, html.table(header, rows, numbers=range(1, len(header)))]
 
 
 def _classes(entry: buckets.Path) -> list[Html | str]:

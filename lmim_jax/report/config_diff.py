@@ -9,6 +9,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from lmim_jax.train.extension import Extension
 from lmim_jax.utils import recipes
 
 ABSENT = "absent"  # in place of the value of a key that one of two configs does not have
@@ -23,12 +24,14 @@ class RecipeMatch:
     Attributes:
       name: as for `--config`.
       differences: {key: (the recipe's value, the run's value)}, keys joined by dots.
-      flags: of `lmim train`, they give the run's config.
+      flags: of `lmim train`, they give the run's config, before it was extended.
+      extensions: flags of every `lmim extend` that followed.
     """
 
     name: str
     differences: Differences
     flags: list[str]
+    extensions: list[list[str]]
 
 
 def nearest_recipe(config: dict[str, Any]) -> RecipeMatch | None:
@@ -53,8 +56,22 @@ def nearest_recipe(config: dict[str, Any]) -> RecipeMatch | None:
             best_differences = differences
     if best_recipe is None:
         return None
-    flags = [f"--config={best_name}", *_override_flags(best_recipe, config)]
-    return RecipeMatch(best_name, best_differences, flags)
+    first, extensions = _without_extensions(config)
+    flags = [f"--config={best_name}", *_override_flags(best_recipe, first)]
+    return RecipeMatch(best_name, best_differences, flags, extensions)
+
+
+def _without_extensions(config: dict[str, Any]) -> tuple[dict[str, Any], list[list[str]]]:
+    """The config of a run before it was extended, and the flags of `lmim extend` since."""
+    entries = [Extension(*entry) for entry in config.get("extensions", [])]
+    if not entries:
+        return config, []
+    key = "total_steps" if config["total_steps"] else "epochs"
+    lengths = [entry.steps if config["total_steps"] else entry.epochs for entry in entries]
+    flags = []
+    for entry, length in zip(entries, [*lengths[1:], config[key]], strict=True):
+        flags.append([f"--{key}={length}", f"--schedule={entry.schedule}"])
+    return {**config, "extensions": [], key: lengths[0]}, flags
 
 
 def _all_recipes() -> Iterator[tuple[str, ConfigDict]]:

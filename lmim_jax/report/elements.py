@@ -1,9 +1,12 @@
 """HTML elements that several sections of the report share, on top of `lmim_jax.utils.html`."""
 
-from collections.abc import Iterable
+import csv
+from collections.abc import Callable, Iterable
 
 from lmim_jax.utils import html
 from lmim_jax.utils.html import Html
+
+DAMAGES = (OSError, ValueError, LookupError, TypeError, csv.Error)  # what reading a file may raise
 
 
 def concatenate(parts: Iterable[Html | str]) -> Html:
@@ -50,3 +53,16 @@ def code_block(text: str) -> Html:
 def collapsible(summary: str, content: Html) -> Html:
     """Content that is hidden until the reader clicks on its summary."""
     return html.tag("details", html.tag("summary", summary), content)
+
+
+def unless_damaged(name: str, read: Callable[[], list[Html | str]]) -> list[Html | str]:
+    """What a function makes of files; where they are damaged, a line that names them.
+
+    Args:
+      name: of the files.
+      read: reads them.
+    """
+    try:
+        return read()
+    except DAMAGES as error:
+        return [paragraph([code(name), f" cannot be read: {error}"])]

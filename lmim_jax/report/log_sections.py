@@ -34,6 +34,9 @@ ACCURACIES = (
     (r"shots\d+|labels\d+pct", ""),
 )
 
+# Of the files of `lmim evaluate`, which names options that are not the default ones by a checksum
+EVALUATION_NAME = re.compile(r"(?P<step>\d+)-.*?(?P<options>-[0-9a-f]{8})?\.json")
+
 Metrics = Mapping[str, Mapping[str, Any]]  # {"title/name": {column: value}}, see `eval_table`
 MetricLog = list[dict[str, Any]]  # lines of metrics.jsonl, each with "step" and some metrics
 
@@ -55,7 +58,7 @@ def read_metric_log(folder: buckets.Pathname) -> MetricLog:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         line = _parse_json(text)
         if isinstance(line, dict) and "step" in line:
             lines.append(line)
@@ -96,8 +99,9 @@ def format_number(value: object) -> str:
 
 def page_header(run: Run, log: MetricLog) -> Html:
     """Title, a line that describes the run, and tiles with its main metrics."""
-    evaluations = [_logged_metrics(log), *filter(None, _read_evaluations(run.folder).values())]
-    tiles = _accuracy_tiles(evaluations) + _training_tiles(log, width=run.config.method.width)
+    log = [line for line in log if line["step"] <= run.step]  # a run may have gone on since
+    tiles = _accuracy_tiles(_evaluations_by_relevance(run, log))
+    tiles += _training_tiles(log, width=run.config.method.width)
     name = run.folder.resolve().name
     parts = [
         html.tag("h1", f"Run {name}"),
@@ -130,23 +134,49 @@ def _describe_run(run: Run, log: MetricLog) -> str:
     return text
 
 
-def _accuracy_tiles(evaluations: Iterable[Metrics]) -> list[Tile]:
+def _evaluations_by_relevance(run: Run, log: MetricLog) -> list[tuple[str, Metrics]]:
+    """(what a tile says of its origin, metrics) of every evaluation, the most relevant first.
+
+    There is nothing to say of those in the log, and of those of this step with default options.
+    """
+    found = [("", _logged_metrics(log))]
+    evaluations = _read_evaluations(run.folder)
+    for name in sorted(evaluations, key=_relevance):
+        metrics = evaluations[name]
+        if metrics is None:
+            continue
+        origin = f"from {name}"
+        if _relevance(name) == (False, -run.step):
+            origin = ""
+        found.append((origin, metrics))
+    return found
+
+
+def _relevance(name: str) -> tuple[bool, int]:
+    """Sorts files of evaluations: the default options before others, the latest step first."""
+    match = EVALUATION_NAME.fullmatch(name)
+    if match is None:
+        return True, 0
+    return match["options"] is not None, -int(match["step"])
+
+
+def _accuracy_tiles(evaluations: Iterable[tuple[str, Metrics]]) -> list[Tile]:
     """A tile for the main accuracy of each evaluator, linear ones first.
 
     Args:
-      evaluations: {"title/name": {column: value}} of the run and of every `lmim evaluate`.
+      evaluations: see `_evaluations_by_relevance`; the first that has an accuracy counts.
     """
     found: dict[tuple[int, str], Tile] = {}
-    for metrics in evaluations:
+    for origin, metrics in evaluations:
         for title in dict.fromkeys(name.partition("/")[0] for name in metrics):
             own = {name: values for name, values in metrics.items() if name.startswith(f"{title}/")}
-            tile = _main_tile(title, own)
+            tile = _main_tile(title, own, origin)
             if tile is not None and tile[0] not in found:
                 found[tile[0]] = tile[1]
     return [found[place] for place in sorted(found)]
 
 
-def _main_tile(title: str, metrics: Metrics) -> tuple[tuple[int, str], Tile] | None:
+def _main_tile(title: str, metrics: Metrics, origin: str) -> tuple[tuple[int, str], Tile] | None:
     """The tile of an evaluator's main accuracy, and its place; None without a trained accuracy."""
     for rank, (pattern, name) in enumerate(ACCURACIES):
         for metric in sorted(metrics, key=_number_at_end):
@@ -158,6 +188,8 @@ def _main_tile(title: str, metrics: Metrics) -> tuple[tuple[int, str], Tile] | N
             for column, what in ROWS.items():
                 if column != "trained" and column in metrics[metric]:
                     notes.append(f"{what}: {format_number(metrics[metric][column])} %")
+            if origin:
+                notes.append(origin)
             name = match.expand(name) or title.replace("_", " ")
             return (rank, title), Tile(name, f"{format_number(value)} %", "; ".join(notes))
     return None
@@ -378,9 +410,10 @@ def _commands(
     first = starts[0] if starts else {}
     found = {}
     if match:
-        found["reproduce the training"] = commands.line(
-            "train", *match.flags, f"--workdir={folder.absolute()}_again"
-        )
+        again = f"--workdir={folder.absolute()}_again"
+        found["reproduce the training"] = commands.line("train", *match.flags, again)
+        for number, flags in enumerate(match.extensions, 1):
+            found[f"then its extension {number}"] = commands.line("extend", *flags, again)
     if "command" in first:
         found["the original command"] = first["command"]
     if "folder" in first:  # paths of the images can be relative to it

@@ -19,6 +19,7 @@ from lmim_jax.utils.html import Html, Section
 
 CLUSTER_COUNTS = (3, 4, 5)  # clusters in each cut of the tree, see `clustering.nested`
 MAX_COSINES = 1_300_000  # of all images together; each is one byte in the page
+EQUAL = 1e-12  # tokens that differ by less are equal
 MAX_COLUMNS = 7  # attention maps beside each other
 
 
@@ -62,13 +63,20 @@ def _segmentation_row(
         row.append(html.figure(overlay, f"{name} in {clusters} segments", f"K = {clusters}"))
     note = html.tag("figcaption", "t-SNE: each point is a patch; similar patches are close.")
     row.append(html.tag("figure", note))
-    perplexity = min(30, (len(flat) - 1) / 3)
-    embedding = TSNE(perplexity=perplexity, max_iter=500, random_state=0)
-    with threadpool_limits(1):  # so few points: threads would only wait for each other
-        points = embedding.fit_transform(flat)
+    points = _embed(flat)
     for clusters, labels in cuts.items():
         row.append(_scatter(points, labels, f"t-SNE of the patches of {name}, K = {clusters}"))
     return row
+
+
+def _embed(tokens: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N 2"]:
+    """t-SNE of tokens; a single point for equal ones, by whose spread scikit-learn would divide."""
+    if np.ptp(tokens, axis=0).max() < EQUAL:
+        return np.zeros((len(tokens), 2), tokens.dtype)
+    perplexity = min(30, (len(tokens) - 1) / 3)
+    embedding = TSNE(perplexity=perplexity, max_iter=500, random_state=0)
+    with threadpool_limits(1):  # so few points: threads would only wait for each other
+        return embedding.fit_transform(tokens)
 
 
 def _color_segments(

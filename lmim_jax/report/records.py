@@ -31,12 +31,7 @@ def keep(run: buckets.Path, records: buckets.Path, changes: Iterable[str]) -> No
       changes: "KEY=VALUE" of its recipe; those of PLACES name folders.
     """
     hidden = {str(run.absolute()): "RUN", str(run): "RUN", f"{sys.prefix}/bin/": ""}
-    for change in changes:
-        key, _, value = change.partition("=")
-        if key in PLACES and value:
-            hidden[str(pathlib.Path(value).expanduser().absolute())] = PLACES[key]
-            hidden[value] = PLACES[key]
-    hidden |= _own_folders()
+    hidden |= _folders(changes)
     records.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         source = run / name
@@ -44,14 +39,27 @@ def keep(run: buckets.Path, records: buckets.Path, changes: Iterable[str]) -> No
             atomic_io.write(records / name, _without(source.read_text(), hidden))
 
 
-def hide_own_folders(text: str) -> str:
-    """A text with the names of the home, source and working folders replaced, as in records."""
-    return _without(text, _own_folders())
+def hide_folders(text: str, changes: Iterable[str]) -> str:
+    """A text with the names of folders replaced, as in records.
+
+    Args:
+      text: such as a command.
+      changes: as for `keep`.
+    """
+    return _without(text, _folders(changes))
 
 
-def _own_folders() -> dict[str, str]:
+def _folders(changes: Iterable[str]) -> dict[str, str]:
+    """{name: replacement} of the folders that changes name, and of home, sources and this one."""
+    hidden = {}
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key in PLACES and value:
+            hidden[str(pathlib.Path(value).expanduser().absolute())] = PLACES[key]
+            hidden[value] = PLACES[key]
     sources = pathlib.Path(lmim_jax.__file__).parents[1]
-    return {str(pathlib.Path.home()): "~", str(sources): ".", str(pathlib.Path.cwd()): "."}
+    hidden |= {str(pathlib.Path.home()): "~", str(sources): ".", str(pathlib.Path.cwd()): "."}
+    return hidden
 
 
 def _without(text: str, hidden: dict[str, str]) -> str:

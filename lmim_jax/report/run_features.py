@@ -470,6 +470,8 @@ def _thumbnails(
 ) -> dict[int, LabeledImage]:
     """{index: image} of some images of a source, as the encoder sees them."""
     chosen = np.unique(indices)
+    if not len(chosen):
+        return {}
     selected = Subset(source, tuple(chosen.tolist()))
     batch, order = _with_train_source(data, selected).sample("train", len(chosen))
     images = _as_seen(data, batch)

@@ -1,6 +1,7 @@
 """The section of the report on segmentation and detection: pictures, and a table of classes."""
 
 import csv
+import functools
 import io
 
 import numpy as np
@@ -25,7 +26,10 @@ def section(folder: buckets.Pathname) -> Section | None:
     for table, picture in PICTURES.items():
         for path in buckets.matching(evaluations / "tables", f"*{table}"):
             title = path.name.removesuffix(table)
-            content += _of_one(path, title, evaluations / "pictures" / f"{title}{picture}")
+            file = evaluations / "pictures" / f"{title}{picture}"
+            content += elements.unless_damaged(
+                path.name, functools.partial(_of_one, path, title, file)
+            )
     if not content:
         return None
     look = (

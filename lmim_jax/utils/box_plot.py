@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from lmim_jax.utils.plotting import class_colors
+from lmim_jax.utils.plotting import class_colors, plain_text
 
 INCHES = 3.6  # width of an image
 LEGEND = 20  # classes in the legend, at most
@@ -91,7 +91,7 @@ def plot_boxes(
     figure.suptitle("Detection", y=1 - 0.05 / size[1], fontsize=10, weight="bold")
     legend = []
     for number in sorted(present)[:LEGEND]:
-        legend.append(Patch(fill=False, ec=colors[number], label=names[number]))
+        legend.append(Patch(fill=False, ec=colors[number], label=plain_text(names[number])))
     place = dict(loc="lower center", bbox_to_anchor=(0.5, 0.16 / size[1]), ncols=8)
     figure.legend(handles=legend, fontsize=7, frameon=False, **place)
     figure.text(0.5, 0.02 / size[1], note, ha="center", va="bottom", fontsize=7)

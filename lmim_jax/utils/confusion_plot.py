@@ -7,6 +7,8 @@ from jaxtyping import Int, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lmim_jax.utils.plotting import plain_text
+
 NUMBERED = 20  # classes up to which cells show numbers
 NAME = 20  # letters of the name of a class
 
@@ -27,7 +29,7 @@ def plot_confusion(
     canvas = FigureCanvasAgg(figure)
     ax = figure.subplots()
     image = ax.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-    labels = [name[:NAME] for name in names]
+    labels = [plain_text(name[:NAME]) for name in names]
     ax.set_xticks(range(len(names)), labels, rotation=90, fontsize=8)
     ax.set_yticks(range(len(names)), labels, fontsize=8)
     ax.set_xlabel("predicted class")

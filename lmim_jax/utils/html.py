@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from lmim_jax.utils.names import printable
+
 VOID_ELEMENTS = ("img", "meta", "br")
 MAX_SIDE = 256  # pixels; larger images are shrunk
 MAX_PNG_SIDE = 112  # pixels; larger images are stored as JPEG
@@ -281,7 +283,7 @@ def document(title: str, head: Html, sections: Sequence[Section], script: str = 
     if script:
         parts.append(Html(f"<script>{script}</script>"))
     body = _concatenate(parts)
-    return (
+    return printable(
         f'<!doctype html>\n<html lang="en"><head>{page_head}</head>\n'
         f"<body>\n{body}\n</body></html>\n"
     )

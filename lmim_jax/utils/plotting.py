@@ -18,6 +18,8 @@ from matplotlib.colors import ListedColormap, hsv_to_rgb, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from lmim_jax.utils.names import printable
+
 Window = tuple[int, int, int, bool]  # top, left, side in pixels; visible
 Line = tuple[Sequence[float], Sequence[float]]  # steps, values
 Panel = tuple[str, Mapping[str, Line], Mapping[str, float]]  # title, lines, constants by label
@@ -63,6 +65,11 @@ class _GridText(NamedTuple):
     title: str
     note: str
     legend: list[Patch]
+
+
+def plain_text(name: str) -> str:
+    """A name as matplotlib is to show it: all of its characters, and no formula between two "$"."""
+    return printable(name).replace("$", r"\$")
 
 
 def split_crop(
@@ -181,7 +188,7 @@ def plot_segmentation(images: Sequence[Segmented], names: Sequence[str], title: 
             present |= set(np.unique(classes).tolist())
     patches = []
     for number in sorted(present - {-1}):
-        patches.append(Patch(fc=colors[number], label=names[number][:LEGEND_LETTERS]))
+        patches.append(Patch(fc=colors[number], label=plain_text(names[number][:LEGEND_LETTERS])))
     if -1 in present:
         patches.append(Patch(fc=IGNORED_COLOR, ec="k", label="ignored"))
     height, width = images[0].image.shape[:2]
@@ -276,7 +283,7 @@ def plot_curves(panels: Sequence[Panel], title: str, shared_legend: bool = False
     """
     rows = _row_lengths(len(panels))
     figure = Figure(figsize=(12, 3.1 * len(rows)), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=11, fontweight="bold")
+    figure.suptitle(plain_text(title), fontsize=11, fontweight="bold")
     cells = math.factorial(COLUMNS)  # of a row: every length of a row divides them
     grid = figure.add_gridspec(len(rows), cells)
     axes = []
@@ -290,7 +297,7 @@ def plot_curves(panels: Sequence[Panel], title: str, shared_legend: bool = False
         colors = line_colors(panels[fullest])
     for i, panel in enumerate(panels):
         _plot_panel(axes[i], panel, colors)
-        axes[i].set_title(panel[0], fontsize=9)
+        axes[i].set_title(plain_text(panel[0]), fontsize=9)
         if not shared_legend:
             _add_legend(axes[i], panel)
         elif i == fullest:
@@ -329,7 +336,7 @@ def _svg_style(panel: Panel) -> dict[str, Any]:
     """Matplotlib settings for SVG with text as text, and the same bytes at every run."""
     return {
         "svg.fonttype": "none",
-        "svg.hashsalt": panel[0],
+        "svg.hashsalt": printable(panel[0]),
         "font.family": "sans-serif",
         "text.color": INK,
         "axes.edgecolor": INK,
@@ -378,10 +385,11 @@ def _plot_panel(ax: Axes, panel: Panel, colors: Mapping[str, str]) -> None:
     _, lines, constants = panel
     for label, (steps, values) in lines.items():
         marker = "." if len(steps) < 12 else None
-        ax.plot(steps, values, label=label, lw=1.5, marker=marker, color=colors.get(label))
+        color = colors.get(label)
+        ax.plot(steps, values, label=plain_text(label), lw=1.5, marker=marker, color=color)
     for i, (label, value) in enumerate(constants.items()):
         style, color = CONSTANT_STYLES[i % len(CONSTANT_STYLES)]
-        ax.axhline(value, ls=style, lw=1.2, color=color, label=label)
+        ax.axhline(value, ls=style, lw=1.2, color=color, label=plain_text(label))
     ax.set_xlabel("step", fontsize=8)
     ax.tick_params(labelsize=7)
     ax.grid(alpha=0.3)

@@ -122,7 +122,7 @@ class FeatureCache:
         """What distinguishes images and labels: names, classes, and the bytes of a sample."""
         source = data.sources[split]
         if id(source) not in self._identities:
-            digest = hashlib.sha256("\n".join(data.classes).encode())
+            digest = hashlib.sha256("\n".join(data.classes).encode("utf-8", "surrogateescape"))
             for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)):
                 try:
                     record, label = source.record(index)

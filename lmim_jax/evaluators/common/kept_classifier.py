@@ -23,7 +23,7 @@ from PIL import Image
 from lmim_jax.data.label_file import CLASSES
 from lmim_jax.evaluators.common import target_metrics
 from lmim_jax.evaluators.common.outcome import Outcome
-from lmim_jax.utils import array_io, buckets, confusion_plot
+from lmim_jax.utils import array_io, atomic_io, buckets, confusion_plot
 from lmim_jax.utils.errors import UserError
 
 DESCRIPTION = "classifier.json"
@@ -56,7 +56,7 @@ def write(
       origin: {"run", "step", "checkpoint", "weights", "modalities"}, of the encoder; the last are
         names of some of the run's, if the images had not all of them.
     """
-    for name in (PREDICTIONS, PER_CLASS, PER_LABEL, CONFUSION, PICTURE):
+    for name in (DESCRIPTION, PREDICTIONS, PER_CLASS, PER_LABEL, CONFUSION, PICTURE):
         buckets.path(folder, name).unlink(missing_ok=True)
     evaluator = outcome.evaluator
     description = {
@@ -68,13 +68,14 @@ def write(
         "origin": dict(origin),
     }
     with buckets.local_folder(folder) as local:
-        (local / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         (local / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         array_io.write(local / WEIGHTS, outcome.weights)
         if outcome.kind == CLASSES:
             _write_classes(local, outcome, source)
         else:
             _write_labels(local, outcome, source)
+    # The last: a folder without it, as an interrupt leaves it, is not that of a classifier
+    atomic_io.write(buckets.path(folder, DESCRIPTION), json.dumps(description, indent=2) + "\n")
 
 
 def _write_classes(folder: pathlib.Path, outcome: Outcome, source: Any) -> None:
