@@ -188,7 +188,7 @@ def from_folder(images, tmp_path_factory):
         patch.setattr(prepare_data, "_run_in_parallel", serially)
         patch.setattr(tfds_writer, "SHARD_BYTES", 1 << 14)
         out = tmp_path_factory.mktemp("from_folder")
-        return prepare_data.convert_folder(images, out, "pets", 0, 1)
+        return prepare_data.convert(prepare_data.open_splits(images), out, "pets", 0, 1)
 
 
 KINDS = ["tar", "gz", "json", "braces", "parquet", "zip", "txt", "csv"]
@@ -646,8 +646,8 @@ def test_a_label_that_no_sample_has_is_named(images, tmp_path):
 
 
 def test_classes_of_a_folder_can_be_left_out(images, tmp_path):
-    labeled = prepare_data._open_splits(images)["train"]
-    plain = prepare_data._open_splits(images, labeled=False)["train"]
+    labeled = prepare_data.open_splits(images)["train"]
+    plain = prepare_data.open_splits(images, labeled=False)["train"]
     assert labeled.classes == CLASSES
     assert (plain.classes, plain.record(0)[1], len(plain)) == ((), -1, len(labeled))
     assert plain.identity() != labeled.identity()
