@@ -159,6 +159,20 @@ def test_a_folder_without_classes_and_with_bad_files(images, tmp_path):
         sources.from_config(config(dir=tmp_path, name="flat"), "test")
 
 
+def test_names_that_are_no_utf_8_are_written(images, tmp_path, capsys):
+    """[of a class, of a damaged image]"""
+    train = tmp_path / "any" / "train"
+    shutil.copytree(images / "train", train)
+    (train / "cat").rename(train / os.fsdecode(b"caf\xe9"))
+    (train / "dog" / os.fsdecode(b"M\xfcnchen.jpg")).write_bytes(b"broken")
+    found = prepare_data.open_splits(tmp_path / "any")
+    folder = prepare_data.convert(found, tmp_path, "names", 0, 1)
+    assert b"M\xfcnchen.jpg: " in (folder / tfds_writer.BAD).read_bytes()
+    prepare_data._report_bad_files(folder / tfds_writer.BAD)
+    assert "1 files are not usable images" in capsys.readouterr().out
+    assert (folder / "label.labels.txt").read_text().splitlines() == [r"caf\xe9", "dog"]
+
+
 def test_links_that_lead_nowhere_are_bad_images(images, tmp_path):
     shutil.copytree(images / "train" / "cat", tmp_path / "any")
     (tmp_path / "any" / "lost.jpg").symlink_to(tmp_path / "gone.jpg")

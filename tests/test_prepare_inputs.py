@@ -290,6 +290,12 @@ def test_samples_are_grouped_by_key_and_images_are_found(tmp_path):
     assert masks.left_out == {"samples without a .seg.png": 5}
 
 
+def test_a_tar_in_capital_letters_is_one(tmp_path):
+    path = tmp_path / "A.TAR"
+    write_tar(path, [("1.png", png(1))])
+    assert open_input(path).splits["train"].record(0)[0] == png(1)
+
+
 @pytest.mark.parametrize(
     ("entries", "options", "message"),
     [
@@ -576,6 +582,12 @@ def test_ambiguous_and_unknown_inputs_are_refused(images, tmp_path):
     with pytest.raises(UserError, match=r"holds no .parquet files"):
         open_input(images, kind="parquet")
     assert inputs.recognize([str(images)]).kind == "folder"
+
+
+def test_numbers_in_braces_count_up():
+    assert inputs.expand("a{08..11}") == ["a08", "a09", "a10", "a11"]
+    with pytest.raises(UserError, match=r"a-\{10\.\.05\}\.tar: \{10\.\.05\} counts down, from 10"):
+        inputs.recognize(["a-{10..05}.tar"])
 
 
 def test_splits_by_names(images, tmp_path):

@@ -479,7 +479,7 @@ def _tuple_text(values: np.ndarray) -> str:
 
 def _report_bad_files(path: pathlib.Path) -> None:
     """Print how many files were left out; their names are in the file `path`."""
-    count = path.read_text().count("\n")
+    count = path.read_bytes().count(b"\n")
     if count:
         print(f"{count} files are not usable images and were left out: {path}")
     else:
