@@ -124,15 +124,30 @@ def test_an_accelerator_is_timed_in_a_row(monkeypatch):
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
         ("TPU v5 lite", 197e12),
+        ("TPU v5e", 197e12),
+        ("TPU v5", 459e12),
         ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
     ],
 )
 def test_peaks_are_found_by_name(device_kind, flops_per_second):
     assert accelerators.find_chip(device_kind).flops == flops_per_second
 
 
-@pytest.mark.parametrize("device_kind", ["NVIDIA H100 PCIe", "NVIDIA GeForce RTX 3090"])
+@pytest.mark.parametrize(
+    "device_kind",
+    [
+        "NVIDIA H100 PCIe",
+        "NVIDIA H200 NVL",
+        "NVIDIA GH200 480GB",
+        "NVIDIA GB200",
+        "NVIDIA RTX A1000 Laptop GPU",
+        "NVIDIA GeForce RTX 3090",
+    ],
+)
 def test_devices_that_are_not_in_the_table(device_kind):
     assert accelerators.find_chip(device_kind) is None
 
