@@ -10,13 +10,16 @@ import sys
 
 import conftest
 import jax
+import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
+from PIL import Image
 
+from lmim_jax.configs import small
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base
-from lmim_jax.perf import accelerators, bench_step, flops, profile, program_stats
+from lmim_jax.perf import accelerators, bench_input, bench_step, flops, profile, program_stats
 from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -335,6 +338,38 @@ def test_a_trace_without_operations_is_refused(tmp_path):
     path.write_bytes(trace)
     with pytest.raises(UserError, match="does not name the operations"):
         profile._sum_operations(path, [], steps=1)
+
+
+def write_images(folder, suffix, pixels):
+    folder.mkdir(parents=True)
+    for number in range(8):
+        path = folder / f"{number}{suffix}"
+        if suffix == ".npy":
+            np.save(path, pixels)
+        else:
+            Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("kind", ["colors", "samples", "modalities"])
+def test_input_is_compared_with_pillow_where_pillow_reads_it(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_input, "SETUPS", ((1, 0),))
+    pixels = np.full((20, 20, 3), 100, np.uint8)
+    config = tiny.get_config()
+    if kind == "modalities":
+        config = small.get_config("interactive_mim,rgb_thermal")
+        write_images(tmp_path / "thermal", ".png", pixels[..., 0])
+        write_images(tmp_path / "rgb", ".png", pixels)
+    elif kind == "samples":
+        write_images(tmp_path / "train", ".npy", pixels)
+    else:
+        write_images(tmp_path / "train", ".png", pixels)
+    config.data.path = str(tmp_path)
+    measured = bench_input.measure(config, images=8, repeats=1)
+    compared = kind == "colors"
+    assert ("decode by Pillow" in measured["stages"]) == compared
+    assert (bench_input.BASELINE in measured["whole"]) == compared
+    assert (measured["ratio"] is not None) == compared
+    assert ("no baseline" in bench_input.table(measured)) != compared
 
 
 @pytest.mark.slow

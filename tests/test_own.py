@@ -391,6 +391,21 @@ def test_long_work_is_not_silent(monkeypatch, caplog):
     assert re.search(r"images: \d+ of 20 batches, ETA 0s", caplog.text)
 
 
+def test_ctrl_c_while_the_page_is_written_does_not_say_that_work_is_lost(
+    tmp_path, monkeypatch, caplog
+):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.runs, "open_run", press)
+    monkeypatch.setattr(train, "exit_now", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        train.write_report(str(tmp_path))
+    assert ended.value.code == train.ABORTED
+    assert "the run is finished, and saved: " in caplog.text
+    assert f"report --workdir={tmp_path}" in caplog.text
+
+
 # The command
 
 COMMANDS = """

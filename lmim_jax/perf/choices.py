@@ -315,13 +315,19 @@ def image_sides(source: sources.Source) -> np.ndarray:
     return np.array(sides)
 
 
+def device_memory() -> float:
+    """Bytes of a device: a part of the machine's, or what jax takes of it; inf: not known."""
+    if jax.default_backend() == "cpu":
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return whole / jax.local_device_count()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", math.inf)
+
+
 def memory_limit() -> float:
     """Bytes that a run may use on a device."""
-    if jax.default_backend() == "cpu":
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return CPU_MEMORY_SHARE * pages / jax.local_device_count()
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return GPU_MEMORY_SHARE * stats.get("bytes_limit", math.inf)
+    share = CPU_MEMORY_SHARE if jax.default_backend() == "cpu" else GPU_MEMORY_SHARE
+    return share * device_memory()
 
 
 def needed_bytes(config: ConfigDict, images: int, devices: int) -> float:
