@@ -10,7 +10,7 @@ case "$count" in "" | *[!0-9]* | 0) echo "error: --processes=$count is not a num
 port="${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
 gpus=()
 if [ "${JAX_PLATFORMS:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
-  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
   else mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader); fi
   if [ $((${#gpus[@]} % count)) != 0 ]; then
     echo "error: ${#gpus[@]} GPUs cannot be shared evenly by --processes=$count" >&2

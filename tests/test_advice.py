@@ -14,6 +14,7 @@ import tiny
 from lmim_jax.cli import train
 from lmim_jax.data import loader, prefetch
 from lmim_jax.distributed import multihost
+from lmim_jax.perf import choices
 from lmim_jax.train import build, checkpoints, loop, workdir
 from lmim_jax.utils import buckets, recipes
 from lmim_jax.utils.errors import UserError
@@ -44,6 +45,17 @@ def test_memory_that_does_not_suffice_names_what_saves_it(monkeypatch, processes
     assert [option for option, _, _ in found] == ["2", "full", str(jax.device_count())]
     before = float(re.search(r"GB each \(([\d.e-]+) GB needed\)", error)[1])
     assert before > float(found[0][2])  # what the first advice saves
+
+
+def test_the_memory_of_a_device_is_all_that_it_has():
+    """[of which `lmim train DIR` plans with a share]"""
+    config = tiny.get_config()
+    config.batch_size = jax.device_count()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
+    if jax.default_backend() != "cpu":
+        memory = jax.local_devices()[0].memory_stats()["bytes_limit"]
+    assert f"{memory / 1e9:.1f} GB each" in train.out_of_memory(config, OUT_OF_MEMORY)
+    assert choices.memory_limit() < memory
 
 
 def test_a_recipe_without_an_estimate_still_says_what_saves_memory():

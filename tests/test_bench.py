@@ -10,13 +10,16 @@ import sys
 
 import conftest
 import jax
+import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
+from PIL import Image
 
+from lmim_jax.configs import small
 from lmim_jax.distributed import sharding
 from lmim_jax.methods import base
-from lmim_jax.perf import accelerators, bench_step, flops, profile, program_stats
+from lmim_jax.perf import accelerators, bench_input, bench_step, flops, profile, program_stats
 from lmim_jax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -124,15 +127,30 @@ def test_an_accelerator_is_timed_in_a_row(monkeypatch):
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
         ("TPU v5 lite", 197e12),
+        ("TPU v5e", 197e12),
+        ("TPU v5", 459e12),
         ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
     ],
 )
 def test_peaks_are_found_by_name(device_kind, flops_per_second):
     assert accelerators.find_chip(device_kind).flops == flops_per_second
 
 
-@pytest.mark.parametrize("device_kind", ["NVIDIA H100 PCIe", "NVIDIA GeForce RTX 3090"])
+@pytest.mark.parametrize(
+    "device_kind",
+    [
+        "NVIDIA H100 PCIe",
+        "NVIDIA H200 NVL",
+        "NVIDIA GH200 480GB",
+        "NVIDIA GB200",
+        "NVIDIA RTX A1000 Laptop GPU",
+        "NVIDIA GeForce RTX 3090",
+    ],
+)
 def test_devices_that_are_not_in_the_table(device_kind):
     assert accelerators.find_chip(device_kind) is None
 
@@ -320,6 +338,38 @@ def test_a_trace_without_operations_is_refused(tmp_path):
     path.write_bytes(trace)
     with pytest.raises(UserError, match="does not name the operations"):
         profile._sum_operations(path, [], steps=1)
+
+
+def write_images(folder, suffix, pixels):
+    folder.mkdir(parents=True)
+    for number in range(8):
+        path = folder / f"{number}{suffix}"
+        if suffix == ".npy":
+            np.save(path, pixels)
+        else:
+            Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("kind", ["colors", "samples", "modalities"])
+def test_input_is_compared_with_pillow_where_pillow_reads_it(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_input, "SETUPS", ((1, 0),))
+    pixels = np.full((20, 20, 3), 100, np.uint8)
+    config = tiny.get_config()
+    if kind == "modalities":
+        config = small.get_config("interactive_mim,rgb_thermal")
+        write_images(tmp_path / "thermal", ".png", pixels[..., 0])
+        write_images(tmp_path / "rgb", ".png", pixels)
+    elif kind == "samples":
+        write_images(tmp_path / "train", ".npy", pixels)
+    else:
+        write_images(tmp_path / "train", ".png", pixels)
+    config.data.path = str(tmp_path)
+    measured = bench_input.measure(config, images=8, repeats=1)
+    compared = kind == "colors"
+    assert ("decode by Pillow" in measured["stages"]) == compared
+    assert (bench_input.BASELINE in measured["whole"]) == compared
+    assert (measured["ratio"] is not None) == compared
+    assert ("no baseline" in bench_input.table(measured)) != compared
 
 
 @pytest.mark.slow

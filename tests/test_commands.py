@@ -52,10 +52,7 @@ def parse(command, monkeypatch):
     name, arguments = arguments_of(words)
     with tool(name) as (_, module):
         monkeypatch.setattr(sys, "argv", [f"lmim {name}", *arguments])
-        chosen = module.RECIPES
-        if app.has_arguments(sys.argv):
-            chosen = getattr(module, "RECIPES_OF_ARGUMENTS", chosen)
-        positional = app.parse_flags(chosen, sys.argv)
+        positional = app.parse_flags(app.default_recipes(module, sys.argv), sys.argv)
         return name, positional[1:]
 
 
@@ -390,6 +387,37 @@ def test_messages_name_the_flag_of_the_tool(name, message, expected):
         for option, flag in getattr(module, "FLAGS_OF_OPTIONS", {}).items():
             assert flag.strip("-").partition(".")[0] in own
             assert option.rstrip(".") in config_keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "recipe"),
+    [
+        ("photos", "own"),
+        ("--config.deterministic photos", "own"),
+        ("--noconfig.report photos", "own"),
+        ("--config.batch_size 8 photos", "own"),
+        ("--extend photos", "own"),
+        ("-- photos", "own"),
+        ("-- -photos", "own"),
+        ("", "quickstart"),
+        ("--", "quickstart"),
+        ("--config.batch_size 8 --hours 1", "quickstart"),
+        ("--config.nothing photos", "quickstart"),
+    ],
+)
+def test_a_folder_of_images_is_found_among_the_arguments(arguments, recipe):
+    with tool("train") as (_, module):
+        chosen = app.default_recipes(module, ["lmim train", *arguments.split()])
+    assert chosen == {"config": recipe}
+
+
+def test_a_mistake_in_the_code_of_a_recipe_is_not_one_in_a_flag(tmp_path, monkeypatch):
+    """Not even if a flag names the same key."""
+    path = tmp_path / "mine.py"
+    for code in ("def get_config():\n    return {}['epochs']", "{}['epochs']"):
+        path.write_text(code)
+        with pytest.raises(KeyError, match="epochs"):
+            parse(f"lmim train --config={path} --config.epochs=3", monkeypatch)
 
 
 def test_examples_in_the_help_are_of_their_tools():

@@ -105,6 +105,11 @@ def scheduled(name="knn", **change):
     return found
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(0, 0), (0.01, 1), (0.5, 3), (2.0, 12)])
+def test_evaluations_more_frequent_than_steps_are_at_each_step(epochs, steps):
+    assert scheduled(every=epochs).every == steps
+
+
 def make(name="knn", **change):
     """An evaluator."""
     return scheduled(name, **change).evaluator

@@ -211,6 +211,29 @@ def test_the_card_has_no_figures_of_other_images(tmp_path):
     assert figures == {"trained": 71.0}
 
 
+def test_the_current_folder_is_filled_and_nothing_beside_it_is_touched(run, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "mine").touch()
+    monkeypatch.chdir(tmp_path / "out")
+    export.export(runs.open_run(run), "flax", "online", ".")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.part"}
+    assert (tmp_path / "out.part" / "mine").exists()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+    def fail(path, arrays, metadata):
+        path.touch()
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(array_io, "write", fail)
+    with pytest.raises(OSError, match="full"):
+        export.export(runs.open_run(run), "flax", "online", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("which", ["online", "target"])
 def test_an_exported_flax_folder_opens_like_a_run(run, tmp_path, which):
     export.export(runs.open_run(run), "flax", which, tmp_path / "out")

@@ -45,6 +45,29 @@ def test_the_process_that_dies_first_is_named_and_gives_the_exit_code():
     assert launch("", count="none").returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, ["0", "1"]),
+        ({"CUDA_VISIBLE_DEVICES": "3,2"}, ["3", "2"]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ["", ""]),  # they are hidden
+    ],
+)
+def test_local_processes_share_the_gpus_that_are_visible(variables, expected, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {**os.environ, "PORT": "1234", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
+        environment.pop(name, None)
+    show = ["sh", "-c", "echo $CUDA_VISIBLE_DEVICES"]
+    command = [ROOT / "launch" / "processes.sh", "2", *show]
+    done = subprocess.run(command, env=environment | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == sorted(
+        f"[{number}] {gpus}" for number, gpus in enumerate(expected)
+    )
+
+
 def slurm(folder, program=sys.executable, end="", **environment):
     """Run slurm.sbatch with an srun that shows its arguments: (its process, the arguments).
 

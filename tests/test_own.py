@@ -182,8 +182,7 @@ class Unmeasured(choices.Chooser):
     def __init__(self, monkeypatch, platform, sides, images, given=(), memory=20e9, **changes):
         config = own.get_config()
         config.data.path = "/images"
-        for key, value in changes.items():
-            config[key] = value
+        config.update_from_flattened_dict(changes)
         super().__init__(config, given)
         self._platform = platform
         self._on_cpu = platform == "cpu"
@@ -249,6 +248,33 @@ def test_splits_are_found_by_their_names(tmp_path, folders, given, expected):
 def test_a_large_batch_is_divided_until_it_fits(monkeypatch):
     config = Unmeasured(monkeypatch, "gpu", (375, 500), 100_000, memory=3e9).config
     assert (config.batch_size, config.micro_batches) == (1024, 4)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("micro_batches", 1, (128, 1)),
+        ("batch_size", 127, (127, 1)),  # its parts would be single images
+        ("batch_size", 74, (74, 1)),
+        ("batch_size", 120, (120, 4)),
+        ("method.negatives", "batch", (128, 1)),  # it is not to be divided
+    ],
+)
+def test_parts_of_a_batch_on_a_cpu_are_neither_too_large_nor_too_small(
+    monkeypatch, caplog, option, value, expected
+):
+    chooser = Unmeasured(monkeypatch, "cpu", (32, 32), 3600, [option], **{option: value})
+    assert (chooser.config.batch_size, chooser.config.micro_batches) == expected
+    assert "more than there is" not in caplog.text
+    assert not any("inf" in choice.reason for choice in chooser.choices)
+
+
+def test_a_batch_below_the_number_of_devices_is_refused():
+    config = own.get_config()
+    config.batch_size = 4
+    chooser = choices.Chooser(config, ["batch_size"])
+    with pytest.raises(UserError, match=r"config\.batch_size=4 is not divisible by 8 device"):
+        chooser._choose_batch(100, sharding.make_mesh())
 
 
 def test_the_length_follows_the_hours_and_ends_at_800_epochs(monkeypatch):
@@ -363,6 +389,21 @@ def test_long_work_is_not_silent(monkeypatch, caplog):
     for _ in progress.show(range(20), "images", 20):
         time.sleep(0.02)
     assert re.search(r"images: \d+ of 20 batches, ETA 0s", caplog.text)
+
+
+def test_ctrl_c_while_the_page_is_written_does_not_say_that_work_is_lost(
+    tmp_path, monkeypatch, caplog
+):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.runs, "open_run", press)
+    monkeypatch.setattr(train, "exit_now", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        train.write_report(str(tmp_path))
+    assert ended.value.code == train.ABORTED
+    assert "the run is finished, and saved: " in caplog.text
+    assert f"report --workdir={tmp_path}" in caplog.text
 
 
 # The command

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -194,6 +195,16 @@ def test_without_libtpu_it_says_how_to_get_it():
     )
     assert done.returncode == 2, done.stderr
     assert "pip install libtpu" in done.stderr.splitlines()[-1]
+
+
+def test_the_file_may_be_in_a_new_folder(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "plan.json"
+    config = recipe("tiny", batch_size=16)
+    given = dict(config=config, topology="h200:1", sweep=False, json=str(path), **SETTINGS)
+    flags = types.SimpleNamespace(FLAGS=types.SimpleNamespace(**given))
+    monkeypatch.setattr(plan, "flags", flags)
+    plan.main([])
+    assert json.loads(path.read_text())["chips"] == 1
 
 
 @pytest.mark.skipif(

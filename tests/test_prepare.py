@@ -55,7 +55,7 @@ def config(**change):
 def pets(images, tmp_path_factory):
     """The folder of the tests as a dataset."""
     out = tmp_path_factory.mktemp("prepared")
-    return prepare_data.convert_folder(images, out, "pets", 0, 1)
+    return prepare_data.convert(prepare_data.open_splits(images), out, "pets", 0, 1)
 
 
 def contents(folder):
@@ -144,7 +144,9 @@ def test_a_wrong_dataset_is_named(pets, change, message):
 def test_a_folder_without_classes_and_with_bad_files(images, tmp_path):
     shutil.copytree(images / "train" / "cat", tmp_path / "any")
     (tmp_path / "any" / "05.jpg").write_bytes(b"broken")
-    folder = prepare_data.convert_folder(tmp_path / "any", tmp_path, "flat", 16, 1)
+    folder = prepare_data.convert(
+        prepare_data.open_splits(tmp_path / "any"), tmp_path, "flat", 16, 1
+    )
     flat = sources.from_config(config(dir=tmp_path, name="flat"), "train")
     assert (len(flat), flat.classes, flat.record(0)[1]) == (23, (), -1)
     assert "05.jpg: " in (folder / tfds_writer.BAD).read_text()
@@ -152,15 +154,31 @@ def test_a_folder_without_classes_and_with_bad_files(images, tmp_path):
         16
     }  # shrunk
     with pytest.raises(UserError, match="holds something else"):
-        prepare_data.convert_folder(tmp_path / "any", tmp_path, "flat", 0, 1)
+        prepare_data.convert(prepare_data.open_splits(tmp_path / "any"), tmp_path, "flat", 0, 1)
     with pytest.raises(UserError, match=r"has no split 'test'"):
         sources.from_config(config(dir=tmp_path, name="flat"), "test")
+
+
+def test_names_that_are_no_utf_8_are_written(images, tmp_path, capsys):
+    """[of a class, of a damaged image]"""
+    train = tmp_path / "any" / "train"
+    shutil.copytree(images / "train", train)
+    (train / "cat").rename(train / os.fsdecode(b"caf\xe9"))
+    (train / "dog" / os.fsdecode(b"M\xfcnchen.jpg")).write_bytes(b"broken")
+    found = prepare_data.open_splits(tmp_path / "any")
+    folder = prepare_data.convert(found, tmp_path, "names", 0, 1)
+    assert b"M\xfcnchen.jpg: " in (folder / tfds_writer.BAD).read_bytes()
+    prepare_data._report_bad_files(folder / tfds_writer.BAD)
+    assert "1 files are not usable images" in capsys.readouterr().out
+    assert (folder / "label.labels.txt").read_text().splitlines() == [r"caf\xe9", "dog"]
 
 
 def test_links_that_lead_nowhere_are_bad_images(images, tmp_path):
     shutil.copytree(images / "train" / "cat", tmp_path / "any")
     (tmp_path / "any" / "lost.jpg").symlink_to(tmp_path / "gone.jpg")
-    folder = prepare_data.convert_folder(tmp_path / "any", tmp_path, "links", 0, 1)
+    folder = prepare_data.convert(
+        prepare_data.open_splits(tmp_path / "any"), tmp_path, "links", 0, 1
+    )
     assert "lost.jpg: " in (folder / tfds_writer.BAD).read_text()
     assert len(sources.from_config(config(dir=tmp_path, name="links"), "train")) == 24
 
@@ -170,7 +188,9 @@ def test_a_dataset_that_is_there_stays_as_it_is_and_says_so(images, tmp_path, ca
     (tmp_path / "any" / "05.jpg").write_bytes(b"broken")
     for repaired in (False, True):
         caplog.clear()
-        folder = prepare_data.convert_folder(tmp_path / "any", tmp_path, "again", 0, 1)
+        folder = prepare_data.convert(
+            prepare_data.open_splits(tmp_path / "any"), tmp_path, "again", 0, 1
+        )
         assert ("was made before, and stays as it is" in caplog.text) == repaired
         shutil.copy(images / "train" / "cat" / "03.jpg", tmp_path / "any" / "05.jpg")
     assert "05.jpg: " in (folder / tfds_writer.BAD).read_text()
@@ -251,7 +271,7 @@ def many(tmp_path_factory):
 
 
 def test_killed_and_resumed_it_makes_the_same_bytes(many, tmp_path):
-    whole = prepare_data.convert_folder(many, tmp_path / "whole", "many", 0, 1)
+    whole = prepare_data.convert(prepare_data.open_splits(many), tmp_path / "whole", "many", 0, 1)
     out = tmp_path / "killed" / "many" / "1.0.0"
     killed = tool(
         f"--folder={many}", f"--out={tmp_path / 'killed'}", "--name=many", "--processes=1"

@@ -188,7 +188,7 @@ def from_folder(images, tmp_path_factory):
         patch.setattr(prepare_data, "_run_in_parallel", serially)
         patch.setattr(tfds_writer, "SHARD_BYTES", 1 << 14)
         out = tmp_path_factory.mktemp("from_folder")
-        return prepare_data.convert_folder(images, out, "pets", 0, 1)
+        return prepare_data.convert(prepare_data.open_splits(images), out, "pets", 0, 1)
 
 
 KINDS = ["tar", "gz", "json", "braces", "parquet", "zip", "txt", "csv"]
@@ -288,6 +288,12 @@ def test_samples_are_grouped_by_key_and_images_are_found(tmp_path):
     masks = open_input(path, image="seg.png")
     assert list(masks.splits["train"].files) == ["x.y/1.seg.png"]
     assert masks.left_out == {"samples without a .seg.png": 5}
+
+
+def test_a_tar_in_capital_letters_is_one(tmp_path):
+    path = tmp_path / "A.TAR"
+    write_tar(path, [("1.png", png(1))])
+    assert open_input(path).splits["train"].record(0)[0] == png(1)
 
 
 @pytest.mark.parametrize(
@@ -578,6 +584,12 @@ def test_ambiguous_and_unknown_inputs_are_refused(images, tmp_path):
     assert inputs.recognize([str(images)]).kind == "folder"
 
 
+def test_numbers_in_braces_count_up():
+    assert inputs.expand("a{08..11}") == ["a08", "a09", "a10", "a11"]
+    with pytest.raises(UserError, match=r"a-\{10\.\.05\}\.tar: \{10\.\.05\} counts down, from 10"):
+        inputs.recognize(["a-{10..05}.tar"])
+
+
 def test_splits_by_names(images, tmp_path):
     for name, split in {
         "train-00000-of-00010.parquet": "train",
@@ -646,8 +658,8 @@ def test_a_label_that_no_sample_has_is_named(images, tmp_path):
 
 
 def test_classes_of_a_folder_can_be_left_out(images, tmp_path):
-    labeled = prepare_data._open_splits(images)["train"]
-    plain = prepare_data._open_splits(images, labeled=False)["train"]
+    labeled = prepare_data.open_splits(images)["train"]
+    plain = prepare_data.open_splits(images, labeled=False)["train"]
     assert labeled.classes == CLASSES
     assert (plain.classes, plain.record(0)[1], len(plain)) == ((), -1, len(labeled))
     assert plain.identity() != labeled.identity()

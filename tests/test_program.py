@@ -213,7 +213,7 @@ def lmim(*words):
 
 
 @needs_compiler
-def test_the_traffic_of_a_small_model():
+def test_the_traffic_of_a_small_model(tmp_path):
     """ViT-B with one block in each network, 64 images: what optimizations have reached stays."""
     shrink = ["depth=1", "decoder_depth=1", "projector_depth=1"]
     done = lmim(
@@ -222,8 +222,10 @@ def test_the_traffic_of_a_small_model():
         "--device=h100",
         "--config=vit_b",
         "--config.batch_size=64",
+        f"--program_text={tmp_path}/new/step.hlo",
         *(f"--config.method.{change}" for change in shrink),
     )
+    assert "ENTRY" in (tmp_path / "new/step.hlo").read_text()
     found = json.loads(done.stdout)
     assert 20e6 < found["bytes_per_image"] < BYTES_PER_IMAGE
     fused = [part for part in found["parts"] if part["where"].endswith("pallas_call")]

@@ -311,6 +311,12 @@ def test_failed_writes_leave_nothing_and_killed_ones_are_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", young.name}
 
 
+def test_a_folder_in_place_of_a_file_is_an_error_of_the_system(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"directory|busy"):
+        atomic_io.write(".", "content")
+
+
 def test_starts_that_cannot_be_read_are_not_forgotten(tmp_path, monkeypatch, caplog):
     provenance.record_start(tmp_path, [])
     provenance.record_start(tmp_path, [])

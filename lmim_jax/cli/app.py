@@ -5,14 +5,17 @@ see `Command`.
 """
 
 import functools
+import importlib
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import absl.app
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
 from lmim_jax.distributed import multihost
@@ -73,10 +76,8 @@ def run(command: Command, argv: Sequence[str]) -> None:
         except DataLoaderTimeout as error:
             fail(error, 1)
 
-    recipes_of: Mapping[str, str | None] = command.RECIPES
-    if has_arguments(argv):
-        recipes_of = getattr(command, "RECIPES_OF_ARGUMENTS", recipes_of)
-    absl.app.run(call, argv=list(argv), flags_parser=functools.partial(parse_flags, recipes_of))
+    chosen = default_recipes(command, argv)
+    absl.app.run(call, argv=list(argv), flags_parser=functools.partial(parse_flags, chosen))
 
 
 def keep_freed_memory() -> None:
@@ -98,25 +99,45 @@ def with_own_flags(command: Command, message: str) -> str:
     return message
 
 
-def has_arguments(argv: Sequence[str]) -> bool:
-    """Whether there are positional arguments among `argv`, whose flags are defined already."""
+def default_recipes(command: Command, argv: Sequence[str]) -> Mapping[str, str | None]:
+    """`RECIPES` of a command, or its `RECIPES_OF_ARGUMENTS` if there are positional arguments.
+
+    Args:
+      command: the module, whose flags are defined.
+      argv: its name, then flags and positional arguments.
+    """
+    of_arguments: Mapping[str, str | None] | None = getattr(command, "RECIPES_OF_ARGUMENTS", None)
+    if of_arguments is not None and _has_arguments(argv, of_arguments):
+        return of_arguments
+    return command.RECIPES
+
+
+def _has_arguments(argv: Sequence[str], default_recipes: Mapping[str, str | None]) -> bool:
+    """Whether there are positional arguments among `argv`."""
     waiting = False  # for the value of a flag
-    for argument in argv[1:]:
+    for number, argument in enumerate(argv[1:], 1):
         if waiting:
             waiting = False
             continue
+        if argument == "--":
+            return number + 1 < len(argv)
         if not argument.startswith("-"):
             return True
         name, equals, _ = argument.lstrip("-").partition("=")
-        waiting = not equals and not _is_boolean(name)
+        waiting = not equals and not _is_boolean(name, default_recipes)
     return False
 
 
-def _is_boolean(name: str) -> bool:
-    """Whether --NAME needs no value."""
+def _is_boolean(name: str, default_recipes: Mapping[str, str | None]) -> bool:
+    """Whether --NAME, a flag or an option of a default recipe, needs no value."""
     for known in (name, name.removeprefix("no")):
         if known in flags.FLAGS:
             return flags.FLAGS[known].boolean
+        flag, _, option = known.partition(".")
+        recipe = default_recipes.get(flag)
+        if recipe is not None:
+            config = importlib.import_module(f"lmim_jax.configs.{recipe}").get_config()
+            return isinstance(flatten_dict(config.to_dict(), sep=".").get(option), bool)
     return False
 
 
@@ -144,6 +165,9 @@ def parse_flags(default_recipes: Mapping[str, str | None], argv: Sequence[str]) 
     except (flags.Error, UserError) as error:
         fail(_user_error(error))
     except (AttributeError, KeyError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(frame.name in ("get_config", "exec_module") for frame in frames):
+            raise  # a mistake in the code of a recipe, not in a flag
         fail(_unknown_key(error, argv))
 
 

@@ -27,8 +27,8 @@ import functools
 import importlib
 import json
 import pathlib
-import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,13 +101,12 @@ def export(
         with buckets.local_folder(folder) as local:
             _write(local, files, card)
         return
-    draft = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    _write(draft, files, card)
-    if folder.exists():
-        folder.rmdir()
-    draft.rename(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        draft = pathlib.Path(temporary)
+        _write(draft, files, card)
+        for path in draft.iterdir():
+            path.rename(folder / path.name)
 
 
 def _write(folder: pathlib.Path, files: Files, card: str) -> None:

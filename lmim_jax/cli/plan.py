@@ -30,7 +30,7 @@ from lmim_jax.cli import app
 from lmim_jax.perf import accelerators, aot, gpu_targets, traffic
 from lmim_jax.perf.flops import masks_per_image, share_of_masks
 from lmim_jax.train.build import TrainingParts
-from lmim_jax.utils import buckets, progress
+from lmim_jax.utils import atomic_io, buckets, progress
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.logging import duration, log_to_console
 
@@ -487,7 +487,7 @@ def main(arguments: list[str]) -> None:
         result = plan(given.config, given.topology, settings)
         print("\n".join(table(result)))
     if given.json:
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        atomic_io.write(out, json.dumps(result, indent=2) + "\n")
 
 
 def define_flags() -> None:

@@ -125,23 +125,6 @@ def _look_through(count: int, task: Callable[[str], Any], files: Sequence[str]) 
             raise
 
 
-def convert_folder(
-    folder: str | pathlib.Path,
-    out: str | pathlib.Path,
-    name: str,
-    shrink: int,
-    count: int,
-    shard_mb: int = SHARD_MB,
-) -> pathlib.Path:
-    """`convert` a folder of images; the same arguments, and `folder`.
-
-    Raises:
-      UserError: no images; or see `convert`.
-    """
-    found = _open_splits(pathlib.Path(folder).expanduser())
-    return convert(found, out, name, shrink, count, shard_mb)
-
-
 def convert(
     found: Mapping[str, tfds_writer.Images],
     out: str | pathlib.Path,
@@ -194,7 +177,7 @@ def convert(
     return target
 
 
-def _open_splits(
+def open_splits(
     folder: pathlib.Path, modalities: Mapping[str, str] | None = None, *, labeled: bool = True
 ) -> dict[str, tfds_writer.Images]:
     """The splits of a folder of images, its subfolders or all images as "train"; prints them.
@@ -401,7 +384,7 @@ def open_source(arguments: Sequence[str]) -> tuple[inputs.Given, dict[str, tfds_
         modalities = paired_source.parse(given.modalities)
     if source.kind == inputs.FOLDER:
         folder = pathlib.Path(source.paths[0]).expanduser()
-        found = _open_splits(folder, modalities, labeled=given.label != packed.NO_LABEL)
+        found = open_splits(folder, modalities, labeled=given.label != packed.NO_LABEL)
         return source, found
     if modalities:
         raise UserError(
@@ -496,7 +479,7 @@ def _tuple_text(values: np.ndarray) -> str:
 
 def _report_bad_files(path: pathlib.Path) -> None:
     """Print how many files were left out; their names are in the file `path`."""
-    count = path.read_text().count("\n")
+    count = path.read_bytes().count(b"\n")
     if count:
         print(f"{count} files are not usable images and were left out: {path}")
     else:

@@ -11,7 +11,7 @@ into DIR. Running the same command again resumes the run.
 
 Exit codes: 2 for a mistake in flags or config, 1 if the run diverged, cannot save or cannot read
 its images, 75 if it was interrupted (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C) and has saved its state, 130
-if a second Ctrl-C aborted that.
+if a second Ctrl-C aborted that, or Ctrl-C the page of results.
 """
 
 import logging
@@ -38,7 +38,7 @@ from lmim_jax.train import (
     runs,
     workdir,
 )
-from lmim_jax.utils import atomic_io, buckets, faults
+from lmim_jax.utils import atomic_io, buckets, commands, faults
 from lmim_jax.utils.errors import EXIT_SECONDS, UserError, exit_now, fail
 from lmim_jax.utils.logging import log_to_console
 
@@ -144,7 +144,7 @@ def out_of_memory(config: ConfigDict, reason: str) -> str:
         advice.append(f"--config.{key}={value} (now {now}; {_estimate(tried)})")
     smaller = "a smaller --config.batch_size, --config.method.width or grid"
     listed = ", then ".join(advice) or smaller
-    memory = f"{choices.memory_limit() / 1e9:.1f} GB"
+    memory = f"{choices.device_memory() / 1e9:.1f} GB"
     first = reason.strip().splitlines()[0][:200]
     return (
         f"the batch does not fit into the memory of the devices, {memory} each "
@@ -268,6 +268,10 @@ def write_report(folder: str) -> None:
         except (UserError, OSError) as error:
             log.warning("no page: %s", error)
             return
+        except KeyboardInterrupt:
+            command = commands.line("report", f"--workdir={folder}")
+            log.warning("no page, it was interrupted; the run is finished, and saved: %s", command)
+            exit_now(ABORTED)
     log.info("A page to look at: %s", page)
 
 

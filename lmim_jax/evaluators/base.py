@@ -343,7 +343,8 @@ def from_config(
         weights = _pop(fields, "params", here)
         _check_weights(weights, has_target, here)
         evaluator = _build(kind, fields, here)
-        scheduled.append(Scheduled(title, round(every * steps_per_epoch), weights, evaluator))
+        steps = max(1, round(every * steps_per_epoch)) if every else 0
+        scheduled.append(Scheduled(title, steps, weights, evaluator))
     return scheduled
 
 

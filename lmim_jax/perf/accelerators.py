@@ -104,14 +104,18 @@ CHIPS = {
     ),
 }
 TPUS = ("v5e", "v5p", "v6e")
-DEVICE_KINDS = {  # part of jax's `device_kind` -> key of CHIPS; the first match counts
+DEVICE_KINDS = {  # words in jax's `device_kind` -> key of CHIPS; the first match counts
     "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
     "TPU v5": "v5p",
-    "TPU v6": "v6e",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
     "A100": "a100",
     "H100 PCIe": "",  # slower than other H100s and not in the table, like the next one
     "H100 NVL": "",
     "H100": "h100",
+    "H200 NVL": "",  # slower than other H200s
     "H200": "h200",
     "B200": "b200",
 }
@@ -137,8 +141,8 @@ class Topology(NamedTuple):
 
 def find_chip(device_kind: str) -> Chip | None:
     """The specification of jax's `device_kind`, such as "NVIDIA H200"; None: not in the table."""
-    for part, name in DEVICE_KINDS.items():
-        if part in device_kind:
+    for words, name in DEVICE_KINDS.items():
+        if re.search(rf"\b{words}\b", device_kind):
             return CHIPS.get(name)
     return None
 

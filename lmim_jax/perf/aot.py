@@ -29,7 +29,7 @@ from lmim_jax.evaluators.common import classifiers
 from lmim_jax.models.layer_stack import with_remat_and_scan
 from lmim_jax.perf import accelerators, flops, gpu_targets, hlo, traffic
 from lmim_jax.train.build import TrainingParts, build
-from lmim_jax.utils import xla_flags
+from lmim_jax.utils import atomic_io, xla_flags
 from lmim_jax.utils.errors import UserError
 from lmim_jax.utils.platform import tracing_for
 from lmim_jax.utils.subprocess import exit_with_parent
@@ -270,7 +270,7 @@ def compile_for_tpu(parts: TrainingParts, topology: str, text_file: str = "") ->
         seconds = time.perf_counter() - began
         return StepAnalysis(dict(mesh.shape), memory, [], compile_seconds=seconds)
     if text_file:
-        pathlib.Path(text_file).write_text(text)
+        atomic_io.write(text_file, text)
     return StepAnalysis(
         mesh=dict(mesh.shape),
         memory=_compiled_memory(compiled),
@@ -375,7 +375,7 @@ def _compile_for_gpu(
         raise UserError(f"--topology={topology}: {message}") from error
     text = compiled.as_text()
     if text_file:
-        pathlib.Path(text_file).write_text(text)
+        atomic_io.write(text_file, text)
     return StepAnalysis(
         mesh=dict(mesh.shape),
         memory=_compiled_memory(compiled),

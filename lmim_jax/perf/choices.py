@@ -25,6 +25,7 @@ from lmim_jax.data import loader, pixel_range, sources, tfds_source
 from lmim_jax.data.prefetch import PREFETCH_BATCHES
 from lmim_jax.data.samples import read_header
 from lmim_jax.distributed import multihost, sharding
+from lmim_jax.methods import base as methods
 from lmim_jax.perf import aot
 from lmim_jax.utils import faults, progress
 from lmim_jax.utils.errors import UserError
@@ -45,7 +46,8 @@ MOST_IMAGES = {"cpu": 128}  # of a batch, by platform
 MOST_IMAGES_ELSEWHERE = 1024
 FEWEST_IMAGES = 16
 STEPS_PER_EPOCH = 8  # at least, unless the batch would have fewer than FEWEST_IMAGES
-CPU_MICRO_BATCH = 32  # images, whose working set fits a CPU's cache
+# Images of a micro-batch on CPUs, from and to: fewer are slow, and more do not fit the cache
+CPU_MICRO_BATCH = (8, 32)
 CPU_MEMORY_SHARE = 0.5  # of the memory of the machine
 GPU_MEMORY_SHARE = 0.9  # of what jax takes, as the estimate knows nothing of what the compiler adds
 CPU_HOURS = 0.07
@@ -226,14 +228,10 @@ class Chooser:
                 f"at most --config.batch_size={images}"
             )
         limit = memory_limit()
-        needed = math.inf
-        parts = 1
-        for parts in _divisors(batch // mesh.size):
+        for parts in self._parts_to_try(max(1, batch // mesh.size)):
             self.set({"micro_batches": parts})
-            if self._on_cpu and batch // mesh.size // self.config.micro_batches > CPU_MICRO_BATCH:
-                continue
             needed = needed_bytes(self.config, images, mesh.size)
-            if needed <= limit or "micro_batches" in self._given:
+            if needed <= limit:
                 break
         if needed > limit:
             log.warning(
@@ -246,6 +244,20 @@ class Chooser:
             value += f", in {self.config.micro_batches} parts"
         reason = f"{images:,} images; {needed / 1e9:.1f} of {limit / 1e9:.0f} GB (estimate)"
         self._add("batch", value, reason, "batch_size", "micro_batches")
+
+    def _parts_to_try(self, rows: int) -> list[int]:
+        """Numbers of micro-batches of `rows` images, small to large; on CPUs those of a cache."""
+        if "micro_batches" in self._given:
+            return [self.config.micro_batches]
+        method = self.config.method
+        if methods.method_class(method.name).needs_whole_batch(method):
+            return [1]
+        parts = _divisors(rows)
+        smallest, largest = CPU_MICRO_BATCH
+        cached = [number for number in parts if smallest <= rows // number <= largest]
+        if self._on_cpu and cached:
+            return parts[parts.index(cached[0]) :]
+        return parts
 
     def _choose_length(self, images: int, images_per_second: float) -> None:
         config = self.config
@@ -303,13 +315,19 @@ def image_sides(source: sources.Source) -> np.ndarray:
     return np.array(sides)
 
 
+def device_memory() -> float:
+    """Bytes of a device: a part of the machine's, or what jax takes of it; inf: not known."""
+    if jax.default_backend() == "cpu":
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return whole / jax.local_device_count()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", math.inf)
+
+
 def memory_limit() -> float:
     """Bytes that a run may use on a device."""
-    if jax.default_backend() == "cpu":
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return CPU_MEMORY_SHARE * pages / jax.local_device_count()
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return GPU_MEMORY_SHARE * stats.get("bytes_limit", math.inf)
+    share = CPU_MEMORY_SHARE if jax.default_backend() == "cpu" else GPU_MEMORY_SHARE
+    return share * device_memory()
 
 
 def needed_bytes(config: ConfigDict, images: int, devices: int) -> float:

@@ -43,19 +43,6 @@ class FlopCount:
         """FLOPs of a training step, per image."""
         return self.forward + self.backward
 
-    def table(self) -> list[str]:
-        """Lines of text, in GFLOP per image."""
-        lines = [f"{'GFLOP per image':<20}{'forward':>10}{'backward':>10}{'total':>10}"]
-        for name, (forward, backward) in self.parts.items():
-            lines.append(_table_row(name, forward, backward))
-        lines.append(_table_row("total", self.forward, self.backward))
-        return lines
-
-
-def _table_row(name: str, forward: float, backward: float) -> str:
-    total = forward + backward
-    return f"{name:<20}{forward / 1e9:>10.2f}{backward / 1e9:>10.2f}{total / 1e9:>10.2f}"
-
 
 def count_method(method: Any, batch: int = 1) -> FlopCount:
     """Count the FLOPs of `value_and_grad(method.loss_fn)` per image.

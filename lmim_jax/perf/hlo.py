@@ -51,11 +51,6 @@ class Collective:
     times: int
 
     @property
-    def scalar(self) -> bool:
-        """Whether it carries single numbers only."""
-        return all(shape.endswith("[]") for shape in self.shapes)
-
-    @property
     def wire_bytes(self) -> int:
         """Bytes that each device sends in a ring, over all `times`."""
         factor = (self.group - 1) / self.group

@@ -29,7 +29,7 @@ def write(path: buckets.Pathname, content: str | bytes | memoryview) -> None:
 @contextlib.contextmanager
 def open_new(path: buckets.Pathname) -> Iterator[BinaryIO]:
     """A temporary file to be written; without an error, it becomes the file or object `path`."""
-    path = buckets.path(path)
+    path = buckets.path(path).absolute()  # "." has no name
     if isinstance(path, buckets.BucketPath):
         with tempfile.TemporaryFile() as file:
             yield file

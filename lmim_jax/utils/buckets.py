@@ -33,10 +33,10 @@ from lmim_jax.utils.errors import UserError
 
 SUPPORTED = "local folders and gs://BUCKET/FOLDER (Google Cloud Storage)"
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
-# What TensorStore's and gcsfs' texts say -> (error number, advice)
 CONNECTIONS = 3  # attempts to reach the storage
 CONNECTION_TIMEOUT = 10.0  # seconds
 CONNECTION_PAUSE = 2.0  # seconds between two attempts
+# What TensorStore's and gcsfs' texts say -> (error number, advice)
 REASONS = {
     r"\b404\b|bucket does not exist": (
         errno.ENOENT,

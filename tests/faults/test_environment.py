@@ -254,10 +254,12 @@ def prepared(folder, count):
     for index in range(count):
         Image.new("RGB", (16, 16), (index % 256, index // 256, 0)).save(images / f"{index:04d}.png")
     script = (
-        "import sys; from lmim_jax.cli import prepare_data; from lmim_jax.data.prepare import "
+        "import pathlib, sys; "
+        "from lmim_jax.cli import prepare_data; from lmim_jax.data.prepare import "
         "tfds_writer; tfds_writer.SHARD_BYTES = 1; prepare_data._run_in_parallel = "
         "lambda task, items, *_: map(task, items);"
-        "prepare_data.convert_folder(sys.argv[1], sys.argv[2], 'many', 0, 1)"
+        "found = prepare_data.open_splits(pathlib.Path(sys.argv[1]));"
+        "prepare_data.convert(found, sys.argv[2], 'many', 0, 1)"
     )
     subprocess.run([sys.executable, "-c", script, images, folder], check=True, cwd=processes.ROOT)
     where = "--config.data.source=tfds", "--config.data.name=many", f"--config.data.dir={folder}"

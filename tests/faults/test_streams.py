@@ -81,7 +81,7 @@ def test_two_processes_share_the_batches_of_one(images):
 def test_a_folder_and_the_dataset_made_of_it_train_alike(resize_on, images, tmp_path, full):
     if not full:
         pytest.skip("with --faults only: two whole runs")
-    prepare_data.convert_folder(images, tmp_path, "pets", 0, 1)
+    prepare_data.convert(prepare_data.open_splits(images), tmp_path, "pets", 0, 1)
     dataset = (
         "--config.data.source=tfds",
         "--config.data.name=pets",

@@ -103,7 +103,11 @@ def recognize(arguments: Sequence[str], kind: str = "") -> Given:
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a pattern with braces stands for: {000..127}, {cat,dog}."""
+    """The names that a pattern with braces stands for: {000..127}, {cat,dog}.
+
+    Raises:
+      UserError: it stands for none.
+    """
     found = BRACES.search(pattern)
     if not found:
         return [pattern]
@@ -113,6 +117,8 @@ def expand(pattern: str) -> list[str]:
         first, last = numbers.groups()
         width = len(first)
         choices = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+        if not choices:
+            raise UserError(f"{pattern}: {found[0]} counts down, from {first} to {last}")
     elif len(choices) < 2:
         return [pattern]
     expanded = []

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lmim_jax.data import decode, records
+from lmim_jax.data.folder_listing import ENCODING
 from lmim_jax.data.prepare import tfrecord
 from lmim_jax.data.sources import Source
 from lmim_jax.utils import atomic_io, faults
@@ -206,7 +207,7 @@ def _serialize_example(image: bytes, label: int, name: str, features: Sequence[s
     feature = example.features.feature
     for modality, file in zip(features, records.unpack(image), strict=True):
         feature[modality].bytes_list.value.append(file)
-    feature["file"].bytes_list.value.append(name.encode("utf-8", "surrogateescape"))
+    feature["file"].bytes_list.value.append(name.encode(*ENCODING))
     if label >= 0:
         feature["label"].int64_list.value.append(label)
     return example.SerializeToString(deterministic=True)
@@ -233,7 +234,8 @@ def finish_dataset(
         features[modality] = tfds.features.Image()
     features["file"] = tfds.features.Text()
     if classes:
-        features["label"] = tfds.features.ClassLabel(names=classes)
+        names = [name.encode(*ENCODING).decode("utf-8", "backslashreplace") for name in classes]
+        features["label"] = tfds.features.ClassLabel(names=names)
     splits = _split_infos(tasks, notes)
     tfds.folder_dataset.write_metadata(
         data_dir=target, features=features, split_infos=splits, check_data=False
@@ -243,7 +245,7 @@ def finish_dataset(
     for task, note in zip(tasks, notes, strict=True):
         bad += note.pop("bad")
         manifest[task.path.name] = note
-    atomic_io.write(target / BAD, "".join(f"{line}\n" for line in bad))
+    atomic_io.write(target / BAD, "".join(f"{line}\n" for line in bad).encode(*ENCODING))
     atomic_io.write(target / MANIFEST, json.dumps(manifest, indent=2))
     shutil.rmtree(target / UNFINISHED)
     tfrecord.remove_temporary_files(target)

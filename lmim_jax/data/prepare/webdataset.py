@@ -155,7 +155,7 @@ class TarSource(packed.PackedSource):
 
 def open_tar(path: str) -> BinaryIO:
     """A tar file, unpacked if it is compressed."""
-    if path.endswith(".tar"):
+    if path.lower().endswith(".tar"):
         return pathlib.Path(path).open("rb")
     return cast(BinaryIO, gzip.open(path, "rb"))
 
