@@ -74,7 +74,7 @@ def test_a_job_of_two_tasks_saves_on_its_signal_goes_back_into_the_queue_and_fin
     (step,) = {int(found) for found in re.findall(r"stopped after step (\d+)", told)}
     assert 10 <= step < STEPS
     assert "tasks ended with exit code 75" in told
-    assert "saved; requeued" in told
+    assert "stopped; requeued" in told
     assert f"resuming after step {step} of {STEPS}" in told
     assert "tasks ended with exit code 0" in told
     assert f"{TASKS} process(es)" in told
