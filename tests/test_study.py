@@ -325,6 +325,14 @@ def test_records_are_found_whose_options_lie_in_the_folder_of_the_images(tmp_pat
     assert not of_images("/here/images", "others.csv").finished
 
 
+def test_records_keep_a_log_that_is_not_utf_8(tmp_path):
+    run = run_of(tmp_path)
+    finished_run(run.folder, run, 20.0)
+    (run.folder / "log.txt").write_bytes(b"bad image 1: caf\xe9.png\n")
+    run.keep_records()
+    assert (run.records / "log.txt").read_text() == "bad image 1: caf\ufffd.png\n"
+
+
 def test_costs_are_those_of_the_options_wherever_the_images_are(tmp_path, monkeypatch):
     found = {"device": "cpu", "gflop_per_image": 2.0, "images_per_second": 3.0}
     done = types.SimpleNamespace(returncode=0, stdout=json.dumps(found))

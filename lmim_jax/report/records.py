@@ -36,7 +36,7 @@ def keep(run: buckets.Path, records: buckets.Path, changes: Iterable[str]) -> No
     for name in FILES:
         source = run / name
         if source.exists():
-            atomic_io.write(records / name, _without(source.read_text(), hidden))
+            atomic_io.write(records / name, _without(source.read_text(errors="replace"), hidden))
 
 
 def hide_folders(text: str, changes: Iterable[str]) -> str:
