@@ -262,6 +262,11 @@ def test_lines_that_a_full_disk_kept_back_are_written_before_the_state(tmp_path,
     assert [line["step"] for line in metric_writer.read_metrics(tmp_path)] == [50]
 
 
+def test_tables_hold_names_that_are_not_utf8(tmp_path):
+    metric_writer.write_picture(tmp_path, "knn/classes", "caf\udce9,1\n")
+    assert (tmp_path / "tables" / "knn_classes.csv").read_bytes() == b"caf\xe9,1\n"
+
+
 def test_the_speed_of_a_run_that_ends_in_an_evaluation_is_that_of_training(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metric_logger.time, "perf_counter", lambda: now[0])

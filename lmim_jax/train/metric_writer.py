@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
+from lmim_jax.data.folder_listing import ENCODING
 from lmim_jax.distributed import multihost
 from lmim_jax.train import metric_storage, wandb_writer
 from lmim_jax.utils import buckets, commands
@@ -250,7 +251,7 @@ def write_picture(
     if isinstance(picture, str):
         folder = buckets.path(workdir, "tables")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.csv").write_text(picture)
+        (folder / f"{name}.csv").write_bytes(picture.encode(*ENCODING))
         return
     folder = buckets.path(workdir, "pictures")
     folder.mkdir(parents=True, exist_ok=True)
