@@ -52,7 +52,7 @@ def parse(command, monkeypatch):
     name, arguments = arguments_of(words)
     with tool(name) as (_, module):
         monkeypatch.setattr(sys, "argv", [f"lmim {name}", *arguments])
-        positional = app.parse_flags(app.default_recipes(module, sys.argv), sys.argv)
+        positional = app.parse_flags(app.choose_recipes(module, sys.argv), sys.argv)
         return name, positional[1:]
 
 
@@ -407,7 +407,7 @@ def test_messages_name_the_flag_of_the_tool(name, message, expected):
 )
 def test_a_folder_of_images_is_found_among_the_arguments(arguments, recipe):
     with tool("train") as (_, module):
-        chosen = app.default_recipes(module, ["lmim train", *arguments.split()])
+        chosen = app.choose_recipes(module, ["lmim train", *arguments.split()])
     assert chosen == {"config": recipe}
 
 

@@ -76,7 +76,7 @@ def run(command: Command, argv: Sequence[str]) -> None:
         except DataLoaderTimeout as error:
             fail(error, 1)
 
-    chosen = default_recipes(command, argv)
+    chosen = choose_recipes(command, argv)
     absl.app.run(call, argv=list(argv), flags_parser=functools.partial(parse_flags, chosen))
 
 
@@ -99,7 +99,7 @@ def with_own_flags(command: Command, message: str) -> str:
     return message
 
 
-def default_recipes(command: Command, argv: Sequence[str]) -> Mapping[str, str | None]:
+def choose_recipes(command: Command, argv: Sequence[str]) -> Mapping[str, str | None]:
     """`RECIPES` of a command, or its `RECIPES_OF_ARGUMENTS` if there are positional arguments.
 
     Args:
