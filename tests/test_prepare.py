@@ -216,6 +216,29 @@ def test_what_is_shrunk_keeps_orientation_and_transparency(tmp_path):
             assert white[-20:].min() < 200
 
 
+def test_images_of_more_pixels_are_left_out_or_shrunk(tmp_path):
+    pixels = np.full((40, 50, 4), 100, np.uint8)
+    (tmp_path / "any").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "any" / "a.png")
+    Image.fromarray(pixels[:10, :10]).save(tmp_path / "any" / "b.png")
+    found = prepare_data.open_splits(tmp_path / "any")
+    few = prepare_data.convert(found, tmp_path, "few", 20, 1, max_pixels=1999)
+    reason = "50 x 40 pixels, more than 1999 (--max_pixels)"
+    assert reason in (few / tfds_writer.BAD).read_text()
+    every = prepare_data.convert(found, tmp_path, "every", 0, 1, max_pixels=2000)
+    assert (every / tfds_writer.BAD).read_text() == ""
+    assert prepare_data.verify(every, 2)[1] == []
+    assert len(prepare_data.verify(every, 2, max_pixels=1999)[1]) == 1
+
+
+def test_the_opacity_of_a_larger_image_is_read_only_if_it_is_allowed():
+    stream = io.BytesIO()
+    Image.new("RGBA", (8, 6), (9, 9, 9, 100)).save(stream, "PNG")
+    assert decode.alpha(stream.getvalue(), ImageOptions(max_pixels=48)).shape == (6, 8)
+    with pytest.raises(decode.BadImage, match="more than 47"):
+        decode.alpha(stream.getvalue(), ImageOptions(max_pixels=47))
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000"])
 def test_every_format_can_be_shrunk(format, mode):

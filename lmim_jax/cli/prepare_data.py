@@ -44,6 +44,7 @@ from lmim_jax.data import (
     sources,
     tfds_source,
 )
+from lmim_jax.data.image_options import MAX_PIXELS, ImageOptions
 from lmim_jax.data.prepare import inputs, packed, tfds_writer, tfrecord
 from lmim_jax.utils import atomic_io, buckets, commands, subprocess
 from lmim_jax.utils.errors import UserError
@@ -51,7 +52,7 @@ from lmim_jax.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 RECIPES: dict[str, str | None] = {}
-FLAGS_OF_OPTIONS = {"data.path": "--folder"}
+FLAGS_OF_OPTIONS = {"data.path": "--folder", "data.max_pixels": "--max_pixels"}
 VERSION = "1.0.0"
 CLAIM = "prepare.json"  # in the folder of a dataset: what is being written there
 STATISTICS = 1024  # images that mean and std are measured on
@@ -132,6 +133,7 @@ def convert(
     shrink: int,
     count: int,
     shard_mb: int = SHARD_MB,
+    max_pixels: int = MAX_PIXELS,
 ) -> pathlib.Path:
     """Make the dataset OUT/NAME/1.0.0 of images.
 
@@ -143,6 +145,7 @@ def convert(
         90); 0: files are copied unchanged.
       count: of processes.
       shard_mb: a file of the dataset has at most so many MiB, by estimate.
+      max_pixels: images of more are left out.
 
     Returns:
       The folder of the dataset.
@@ -157,6 +160,8 @@ def convert(
     plan = {"shrink": shrink, "images": identities}
     if shard_mb != SHARD_MB:
         plan["shard_mb"] = shard_mb
+    if max_pixels != MAX_PIXELS:
+        plan["max_pixels"] = max_pixels
     _check_claim(target, plan)
     if (target / tfds_writer.MANIFEST).exists():
         log.warning(
@@ -166,7 +171,9 @@ def convert(
         tasks: list[tfds_writer.ShardTask] = []
         shard_bytes = None if shard_mb == SHARD_MB else shard_mb << 20
         for split, source in found.items():
-            tasks += tfds_writer.plan_shards(target, name, split, source, shrink, shard_bytes)
+            tasks += tfds_writer.plan_shards(
+                target, name, split, source, shrink, shard_bytes, max_pixels
+            )
         _check_space(target, tasks)
         atomic_io.write(target / CLAIM, json.dumps(plan, indent=2))
         (target / tfds_writer.UNFINISHED).mkdir(exist_ok=True)
@@ -258,7 +265,9 @@ def convert_tfrecords(folder: str | pathlib.Path, count: int) -> pathlib.Path:
     return folder
 
 
-def verify(folder: str | pathlib.Path, sample: int) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def verify(
+    folder: str | pathlib.Path, sample: int, max_pixels: int = MAX_PIXELS
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Check a prepared dataset.
 
     Counts the records of every file, decodes random images of every split, and compares sizes and
@@ -267,6 +276,7 @@ def verify(folder: str | pathlib.Path, sample: int) -> tuple[dict[str, dict[str,
     Args:
       folder: of the dataset.
       sample: how many images of each split are decoded.
+      max_pixels: images of more are problems.
 
     Returns:
       ({name of a file: facts about it}, problems for people to read).
@@ -295,7 +305,7 @@ def verify(folder: str | pathlib.Path, sample: int) -> tuple[dict[str, dict[str,
             if found != length:
                 problems.append(f"{record_path.name}: {found} records instead of {length}")
         source = tfds_source.open_split(builder, split, _modalities_of(builder))
-        problems += _undecodable(source, sample)
+        problems += _undecodable(source, sample, ImageOptions(max_pixels=max_pixels))
     if (folder / tfds_writer.MANIFEST).exists():
         known = json.loads((folder / tfds_writer.MANIFEST).read_text())
         for name, facts in known.items():
@@ -317,13 +327,13 @@ def _modalities_of(builder: Any) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _undecodable(source: sources.Source, sample: int) -> list[str]:
+def _undecodable(source: sources.Source, sample: int, options: ImageOptions) -> list[str]:
     """Problems with decoding a few random images."""
     problems = []
     for i in np.random.default_rng(0).permutation(len(source))[:sample]:
         try:
             for file in records.unpack(source.record(i)[0]):
-                decode.verify(file)
+                decode.verify(file, options)
         except (decode.BadImage, OSError) as error:
             problems.append(f"{source.name(i)}: {error}")
     return problems
@@ -340,7 +350,7 @@ def main(arguments: list[str]) -> None:
         if given[name].value:
             check_local(name, given[name].value)
     if given.verify:
-        manifest, problems = verify(given.verify, given.sample)
+        manifest, problems = verify(given.verify, given.sample, given.max_pixels)
         for name, facts in manifest.items():
             print(f"{facts['sha256']}  {facts['bytes']:>12}  {facts['records']:>8}  {name}")
         print("\n".join(problems) or "all good")
@@ -355,12 +365,20 @@ def main(arguments: list[str]) -> None:
             print(commands.line("train", f"--config={recipe}", *options))
             return
         target = convert(
-            found, given.out, given.name, given.shrink, given.processes, given.shard_mb
+            found,
+            given.out,
+            given.name,
+            given.shrink,
+            given.processes,
+            given.shard_mb,
+            given.max_pixels,
         )
         _report_bad_files(target / tfds_writer.BAD)
     arguments = [str(target.parent)]
     if given.modalities:
         arguments.append("--config=interactive_mim_vit_s")
+    if given.max_pixels != MAX_PIXELS:
+        arguments.append(f"--config.data.max_pixels={given.max_pixels}")
     print("ready:", commands.line("train", *arguments))
 
 
@@ -427,10 +445,13 @@ def measure_statistics(source: inputs.Given, found: Mapping[str, tfds_writer.Ima
         path = str(pathlib.Path(given.out) / given.name)
     names = getattr(images, "modalities", ())
     options = {"data.path": path}
+    if given.max_pixels != MAX_PIXELS:
+        options["data.max_pixels"] = given.max_pixels
     for place, name in enumerate(names or ("",)):
         part: Any = pixel_range.OneModality(images, place)
         config = vit_b.data()
         config.update(path=path, range=given.range, channels=given.channels)
+        config.max_pixels = given.max_pixels
         if not given.channels:
             config.channels = _find_channels(part, gray=bool(name))
         for line in pixel_range.resolve(config, part):
@@ -545,6 +566,13 @@ def define_flags() -> None:
         0,
         "With SOURCE: shrink images to this short side in pixels (JPEG, quality 90); 0 copies the "
         "files unchanged. Example: --shrink=512",
+    )
+    flags.DEFINE_integer(
+        "max_pixels",
+        MAX_PIXELS,
+        "Leave out images of more pixels, as --config.data.max_pixels of lmim train. "
+        "Example: --max_pixels=200000000",
+        lower_bound=1,
     )
     flags.DEFINE_bool(
         "statistics",

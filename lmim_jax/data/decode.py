@@ -75,8 +75,12 @@ PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26
 PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 
 
-def verify(data: bytes) -> bool:
+def verify(data: bytes, options: ImageOptions = DEFAULTS) -> bool:
     """Check that a file can be decoded, whatever its bands.
+
+    Args:
+      data: encoded bytes.
+      options: limit the size.
 
     Returns:
       Whether it is one of 8 bits, in gray or colors.
@@ -85,7 +89,7 @@ def verify(data: bytes) -> bool:
       BadImage: it cannot be decoded.
     """
     try:
-        if samples.read(data, 3, DEFAULTS) is not None:
+        if samples.read(data, 3, options) is not None:
             return False
     except BadImage:
         raise
@@ -93,7 +97,7 @@ def verify(data: bytes) -> bool:
         if faults.is_environment_fault(error):
             raise
         raise BadImage(str(error) or type(error).__name__) from error
-    decode(data, 0, 3)
+    decode(data, 0, 3, options)
     return True
 
 
@@ -265,14 +269,19 @@ def turn_upright(
     return np.ascontiguousarray(np.rot90(pixels, turns.get(orientation, 0)))
 
 
-def alpha(data: bytes) -> UInt8[np.ndarray, "h w"] | None:
-    """The opacity of the pixels of a file of 8 bits, as stored; None where all are opaque."""
+def alpha(data: bytes, options: ImageOptions = DEFAULTS) -> UInt8[np.ndarray, "h w"] | None:
+    """The opacity of the pixels of a file of 8 bits, as stored; None where all are opaque.
+
+    Args:
+      data: encoded bytes.
+      options: limit the size.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if not image.has_transparency_data:
                 return None
-    opacity = decode(data, 0, 4)[..., 3]
+    opacity = decode(data, 0, 4, options)[..., 3]
     return opacity if opacity.min() < 255 else None
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from lmim_jax.data import decode, records
 from lmim_jax.data.folder_listing import ENCODING
+from lmim_jax.data.image_options import MAX_PIXELS, ImageOptions
 from lmim_jax.data.prepare import tfrecord
 from lmim_jax.data.sources import Source
 from lmim_jax.utils import atomic_io, faults
@@ -68,6 +69,7 @@ class ShardTask:
       images: which of them belong to the shard.
       shrink: short side in pixels above which images are shrunk to it; 0: never.
       num_bytes: of the shard, by estimate.
+      max_pixels: images of more are bad.
     """
 
     path: pathlib.Path
@@ -76,6 +78,7 @@ class ShardTask:
     images: range
     shrink: int
     num_bytes: int
+    max_pixels: int
 
     @property
     def note_path(self) -> pathlib.Path:
@@ -90,6 +93,7 @@ def plan_shards(
     source: Images,
     shrink: int,
     shard_bytes: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[ShardTask]:
     """The shards of a split: equal runs of its images, in order.
 
@@ -100,24 +104,25 @@ def plan_shards(
       source: its images.
       shrink: see `ShardTask`.
       shard_bytes: of a shard, at most; None: SHARD_BYTES.
+      max_pixels: see `ShardTask`.
     """
     size = source.num_bytes()
     if shrink:
-        size = int(size * _size_ratio(source, shrink))
+        size = int(size * _size_ratio(source, shrink, max_pixels))
     count = min(len(source), max(1, -(-size // (shard_bytes or SHARD_BYTES))))
     for i, part in enumerate(np.array_split(np.arange(len(source)), count)):
         images = range(int(part[0]), int(part[-1]) + 1)
         path = target / f"{name}-{split}.array_record-{i:05d}-of-{count:05d}"
-        yield ShardTask(path, split, source, images, shrink, size // count)
+        yield ShardTask(path, split, source, images, shrink, size // count, max_pixels)
 
 
-def _size_ratio(source: Images, shrink: int) -> float:
+def _size_ratio(source: Images, shrink: int, max_pixels: int) -> float:
     """Bytes of shrunk images / bytes of the images, of a sample; 1.0 where none can be decoded."""
     before = 0
     after = 0
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)):
         try:
-            shrunk, _, num_bytes = _read_image(source, int(index), shrink)
+            shrunk, _, num_bytes = _read_image(source, int(index), shrink, max_pixels)
         except (decode.BadImage, OSError):
             continue
         before += num_bytes
@@ -136,9 +141,10 @@ def write_shard(task: ShardTask) -> None:
         for index in task.images:
             file = task.source.files[index]
             try:
-                data, label, _ = _read_image(task.source, index, task.shrink)
+                data, label, _ = _read_image(task.source, index, task.shrink, task.max_pixels)
             except (decode.BadImage, OSError) as error:
-                bad.append(f"{task.source.name(index)}: {error}")
+                reason = str(error).replace("config.data.max_pixels", "--max_pixels")
+                bad.append(f"{task.source.name(index)}: {reason}")
                 continue
             finally:
                 count_progress(1)
@@ -149,13 +155,13 @@ def write_shard(task: ShardTask) -> None:
     atomic_io.write(task.note_path, json.dumps(note))
 
 
-def _read_image(source: Images, index: int, shrink: int) -> tuple[bytes, int, int]:
+def _read_image(source: Images, index: int, shrink: int, max_pixels: int) -> tuple[bytes, int, int]:
     """(encoded bytes, class, former number of bytes) of an image that can be decoded, shrunk."""
 
     def read() -> tuple[bytes, int, int]:
         data, label = source.record(index)
         files = records.unpack(data)
-        shrunk = [_shrink_image(file, shrink) for file in files]
+        shrunk = [_shrink_image(file, shrink, max_pixels) for file in files]
         if any(new is old for new, old in zip(shrunk, files, strict=True)):
             shrunk = files  # of several modalities all or none: their sizes must stay equal
         return records.pack(shrunk), label, len(data)
@@ -163,17 +169,18 @@ def _read_image(source: Images, index: int, shrink: int) -> tuple[bytes, int, in
     return faults.retry(read, lambda: source.name(index), faults.RETRY_SECONDS)
 
 
-def _shrink_image(data: bytes, shrink: int) -> bytes:
+def _shrink_image(data: bytes, shrink: int, max_pixels: int = MAX_PIXELS) -> bytes:
     """The encoded image, with a short side of at most `shrink`.
 
     Its EXIF orientation is kept, and so is transparency, in a PNG file.
 
     Raises:
-      BadImage: it cannot be decoded.
+      BadImage: it cannot be decoded, or has more than `max_pixels`.
     """
-    if not decode.verify(data):  # more than 8 bits or other bands: kept as they are
+    options = ImageOptions(max_pixels=max_pixels)
+    if not decode.verify(data, options):  # more than 8 bits or other bands: kept as they are
         return data
-    pixels = decode.decode(data, 0, 3)
+    pixels = decode.decode(data, 0, 3, options)
     height, width = pixels.shape[:2]
     short = min(height, width)
     if not 0 < shrink < short:
@@ -185,7 +192,7 @@ def _shrink_image(data: bytes, shrink: int) -> bytes:
     if orientation != 1:
         exif[decode.EXIF_ORIENTATION] = orientation
     stream = io.BytesIO()
-    alpha = decode.alpha(data)
+    alpha = decode.alpha(data, options)
     if alpha is None:
         shrunk.save(stream, "JPEG", quality=90, exif=exif)
     else:  # apart from the colors, which would be lost where it is 0
