@@ -50,9 +50,15 @@ def test_folder_without_classes(images, tmp_path):
     assert sources.open_folder(tmp_path, "test") is None
 
 
-@pytest.mark.parametrize("path", ["", "/no/such/folder"])
-def test_a_missing_folder_is_named(path):
-    with pytest.raises(UserError, match=r"config.data.path=.*is not a folder"):
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", r"^there is no folder of images; give --config\.data\.path="),  # of an exported model
+        ("/no/such/folder", r"config\.data\.path='/no/such/folder' is not a folder"),
+    ],
+)
+def test_a_missing_folder_is_named(path, message):
+    with pytest.raises(UserError, match=message):
         sources.open_folder(path, "train")
 
 

@@ -309,6 +309,18 @@ def open_shapes(path: str, split: str, kind: str | None = None) -> tfds_source.T
     return tfds_source.open_split(builder, split)
 
 
+def _given_folder(path: str | os.PathLike) -> pathlib.Path:
+    """The folder of images, or a UserError if there is none."""
+    if not path:
+        raise UserError("there is no folder of images; give --config.data.path=FOLDER")
+    folder = pathlib.Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"config.data.path={path!r} is not a folder; give the folder that holds your images"
+        )
+    return folder
+
+
 def open_folder(
     path: str | os.PathLike,
     split: str,
@@ -344,11 +356,7 @@ def open_folder(
     """
     if listings is None:
         listings = {}
-    root = pathlib.Path(path).expanduser()
-    if not path or not root.is_dir():
-        raise UserError(
-            f"config.data.path={path!r} is not a folder; give the folder that holds your images"
-        )
+    root = _given_folder(path)
     divided = (root / train).is_dir()
     if split != train and not (divided and (root / split).is_dir()):
         return None
