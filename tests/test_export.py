@@ -227,6 +227,15 @@ def test_an_exported_flax_folder_opens_like_a_run(run, tmp_path, which):
         again.choose_weights({"online": "target", "target": "online"}[which])
 
 
+def test_an_exported_flax_folder_needs_no_projector(tmp_path):
+    config = recipe(projector_depth=0, target_layers=(0,))
+    model = runs.open_run(tiny.run(config, tmp_path / "run"))
+    export.export(model, "flax", "online", tmp_path / "out")
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    found = lmim_jax.load(tmp_path / "out").encode(images)
+    np.testing.assert_array_equal(found.mean, lmim_jax.load(tmp_path / "run").encode(images).mean)
+
+
 def test_there_is_no_export_without_official_names_or_a_teacher(tmp_path, monkeypatch):
     model = in_memory(tmp_path, recipe("mae"), *interop.case("mae"))
     monkeypatch.setattr(export.official, "names", lambda: ["latent_mim"])
