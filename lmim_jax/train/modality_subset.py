@@ -21,6 +21,7 @@ from lmim_jax.train.runs import Run
 
 PATCH_EMBED = "patch_embed"
 MODALITY_EMBED = "modality_embed"
+ENCODERS = ("encoder", "frozen")  # that of a run, and a frozen teacher's
 TARGET_EMBED = "target_embed"  # of random projections of pixels
 
 
@@ -58,8 +59,9 @@ def fold(params: dict[str, Any], modality: Modality, patch_size: int) -> dict[st
       patch_size: of the grid.
     """
     folded = {name: tree for name, tree in params.items() if name != "modalities"}
-    if "encoder" in params:
-        folded["encoder"] = _fold_encoder(params["encoder"], modality, patch_size)
+    for name in ENCODERS:
+        if name in params:
+            folded[name] = _fold_encoder(params[name], modality, patch_size)
     if TARGET_EMBED in params:
         layer = params[TARGET_EMBED]
         kernel = np.asarray(layer["kernel"])[: modality.patch_dim]
