@@ -35,7 +35,8 @@ def choose(run: Run, names: Sequence[str]) -> Run:
     Raises:
       UserError: it has no such modalities.
     """
-    if not names:
+    known = list(run.config.data.modalities)
+    if not names or (known and set(names) == set(known)):
         return run
     config = modalities.restrict(run.config, names)
     method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
@@ -47,7 +48,14 @@ def choose(run: Run, names: Sequence[str]) -> Run:
         params = fold(params, modality, method.patch_size)
         target = fold(target, modality, method.patch_size)
     chosen = dataclasses.replace(weights, params=params, target=target)
-    return dataclasses.replace(run, config=config, method=method, loaded=chosen, opened=None)
+    return dataclasses.replace(
+        run,
+        config=config,
+        method=method,
+        loaded=chosen,
+        opened=None,
+        modalities=tuple(name for name in known if name in names),
+    )
 
 
 def fold(params: dict[str, Any], modality: Modality, patch_size: int) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class Run:
       exported: of an exported model, which weights it holds, "online" or "target"; None for a run.
       loaded: weights that are in memory already; None: the newest good ones of the folder.
       opened: images that are open already; None: those of `config.data`.
+      modalities: those that it was restricted to, see modality_subset.py; (): all.
     """
 
     folder: buckets.Path
@@ -78,6 +79,7 @@ class Run:
     exported: str | None = None
     loaded: Weights | None = None
     opened: EvaluationData | None = None
+    modalities: tuple[str, ...] = ()
 
     @functools.cached_property
     def weights(self) -> Weights:
