@@ -1,5 +1,6 @@
 """Exporting: names and layouts of other libraries, equal features, the model card, and errors."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -13,13 +14,16 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 import lmim_jax
 from lmim_jax.cli import export
+from lmim_jax.configs import interactive_mim_vit_s
 from lmim_jax.convert import hf, model_card, parity_check, timm, torch_encoder
+from lmim_jax.data import modalities
 from lmim_jax.methods import base
 from lmim_jax.models.layers import sincos_positions
-from lmim_jax.train import runs
+from lmim_jax.train import frozen_teacher, initialization, modality_subset, runs
 from lmim_jax.train.build import build
 from lmim_jax.utils import array_io
 from lmim_jax.utils.errors import UserError
@@ -191,11 +195,12 @@ def test_the_card_lists_evaluators_with_underscores_but_not_the_metrics_of_basel
 
 def test_the_card_has_no_figures_of_other_images(tmp_path):
     images = {"source": "folder", "images": 5, "names": "abc"}
-    (tmp_path / "config.json").write_text(json.dumps({"training_images": images}))
+    known = {"data": {"modalities": {"rgb": {}, "thermal": {}}}, "training_images": images}
+    (tmp_path / "config.json").write_text(json.dumps(known))
     (tmp_path / "evaluations").mkdir()
     others = {**images, "names": "def"}
     evaluated = {  # accuracy of each
-        71.0: {"data": {"train": images}},
+        71.0: {"data": {"train": images}, "modalities": ["thermal", "rgb"]},
         12.0: {"data": {"train": others}},
         13.0: {"data": {"train": images}, "modalities": ["thermal"]},
     }
@@ -206,7 +211,7 @@ def test_the_card_has_no_figures_of_other_images(tmp_path):
             "figures": {"knn/knn20": accuracy},  # as before version 0.2
         }
         (tmp_path / "evaluations" / f"0-{accuracy}.json").write_text(json.dumps(content))
-    model = types.SimpleNamespace(folder=tmp_path, step=0)
+    model = types.SimpleNamespace(folder=tmp_path, step=0, modalities=())
     (figures,) = model_card._evaluation_rows(model).values()
     assert figures == {"trained": 71.0}
 
@@ -234,6 +239,144 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.fixture
+def pairs(tmp_path):
+    """A run on pairs with results of all modalities, and of thermal images alone."""
+    config = recipe("interactive_mim")
+    interactive_mim_vit_s.rgb_and_thermal(config)
+    for modality in config.data.modalities.values():
+        modality.patch_size = 4
+    config.method = {**config.method, "channels": 4}
+    options = modalities.method_options(config)
+    method = base.from_config(options, total_steps=1, steps_per_epoch=1)
+    config.method.update(frozen=None, modalities=options["modalities"])
+    names = {"rgb": "abc", "thermal": "def"}
+    training = {"source": "folders", "images": 5, **names}
+    content = {"data": {"modalities": names}, "training_images": training}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    summary = {"steps": 0, "knn/knn5": 61.5, "collapse_index": 0.5}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "evaluations").mkdir()
+    alone = {"source": "folder", "images": 5, "names": "def"}
+    for accuracy, images, chosen in (
+        (77.0, training, []),
+        (33.0, alone, ["thermal"]),
+        (12.0, {**alone, "names": "xyz"}, ["thermal"]),
+    ):
+        evaluation = {
+            "evaluated": {"step": 0, "weights": {}, "data": {"train": images}},
+            "config": {"linear": {"params": "online", "feature": "patches"}},
+            "figures": {"linear/accuracy": {"trained": accuracy}},
+        }
+        evaluation["evaluated"]["modalities"] = chosen
+        (tmp_path / "evaluations" / f"{accuracy}.json").write_text(json.dumps(evaluation))
+    return in_memory(tmp_path, config, method, jax.jit(method.init)(jax.random.key(0)))
+
+
+def test_the_card_of_one_modality_has_its_results_alone(pairs):
+    every = model_card.write(pairs, "flax", "online")
+    assert "| 61.5 |" in every and "| 77 |" in every and "collapse index" in every
+    assert "| 33 |" not in every and "| 12 |" not in every
+    for names in (["rgb"], ["thermal"]):
+        card = model_card.write(modality_subset.choose(pairs, names), "timm", "online")
+        assert "61.5" not in card and "| 77 |" not in card and "| 12 |" not in card
+        assert "collapse index" not in card
+        assert ("| linear/accuracy | online | patches | 33 |" in card) == (names == ["thermal"])
+
+
+def test_the_card_names_what_training_began_with(tmp_path):
+    source = tiny.run(recipe(), tmp_path / "official")
+    imported = {"file": "mae.pth", "sha256": "abc", "fresh": ["a"]}
+    (source / "imported.json").write_text(json.dumps(imported))
+    method = runs.open_run(source).method
+    student = in_memory(tmp_path / "student", recipe(), *interop.case("latent_mim"))
+    initialization.read(source, method).write(student.folder)
+    expected = (
+        "## Base model\n\nTraining began with weights of `official`, step 0. Imported weights: "
+        "mae.pth, SHA-256 abc. 1 arrays were not in that file, and initialized at random.\n"
+    )
+    export.export(student, "flax", "online", tmp_path / "out")
+    export.export(runs.open_run(tmp_path / "out"), "timm", "online", tmp_path / "again")
+    for folder in ("out", "again"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert expected in card and "license of the imported weights applies" in card
+    record = frozen_teacher.weights(str(source), as_teacher(method)).record
+    (student.folder / "init_from.json").write_text(json.dumps(record))
+    card = model_card.write(student, "timm", "online")
+    assert "None: training began with random weights. The targets were features" in card
+    assert "a frozen teacher, `official`. Imported weights: mae.pth" in card
+    assert "license of the imported weights applies" not in card
+
+
+def as_teacher(method):
+    """A method whose frozen teacher is the encoder of another one."""
+    options = dict(target="frozen", frozen=method, projector_depth=0)
+    return dataclasses.replace(method, **options)
+
+
+@pytest.mark.parametrize("initial", [{"folder": "/a/b", "step": 3}, None])
+def test_the_card_does_not_claim_what_older_versions_did_not_record(tmp_path, initial):
+    run = in_memory(tmp_path, recipe(), *interop.case("latent_mim"))
+    if initial:
+        (tmp_path / "init_from.json").write_text(json.dumps(initial))
+    else:  # an exported folder
+        content = {"exported": {"step": 0, "weights": "online"}}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    card = model_card.write(run, "timm", "online")
+    assert "random weights." not in card
+    assert ("weights of `b`, step 3." in card) == bool(initial)
+    assert "began with imported weights was not recorded; if so, the license" in card
+
+
+def test_a_teacher_that_stays_random_is_no_average(tmp_path):
+    run = in_memory(tmp_path, recipe(target="random"), *interop.case("latent_mim"))
+    assert "random weights, as it was at the start." in model_card.write(run, "flax", "target")
+
+
+def test_a_public_config_has_no_paths():
+    config = recipe(target="frozen:/secret/run")
+    config.data.update(cache="/secret", labels="secret.csv", stage="secret", classes="secret.txt")
+    config.init_from = "secret/run"
+    for name in ("fewshot", "segmentation", "video_segmentation", "detection"):
+        config.evaluators[name] = tiny.evaluator(name)
+    config.evaluators.fewshot.lists = ("secret.txt",)
+    config.evaluators.segmentation.update(images="secret", masks="secret")
+    config.evaluators.video_segmentation.update(path="secret", listed="secret")
+    config.evaluators.detection.update(test_annotations="/secret.json", classes=("cat",))
+    config.evaluators.visualization.images = 2
+    public = model_card.public_config(config)
+    assert "secret" not in json.dumps(public)
+    assert public["method"]["target"] == "frozen"
+    assert public["evaluators"]["detection"]["classes"] == ["cat"]
+    assert public["evaluators"]["detection"]["train_annotations"] == "train.json"
+    assert public["evaluators"]["visualization"]["images"] == 2
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 6])
+def test_the_code_of_a_card_reads_images_of_any_bands(channels, tmp_path, monkeypatch):
+    config = recipe("mae", channels=channels)
+    config.data.update(channels=channels, range="0,4095")
+    config.augment.update(mean=(0.5,) * channels, std=(0.25,) * channels)
+    method = base.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    run = in_memory(tmp_path, config, method, jax.eval_shape(method.init, jax.random.key(0)))
+    codes = {}
+    for kind in ("timm", "hf", "onnx", "flax"):
+        card = model_card.write(run, kind, "online")
+        codes[kind] = card.partition("```python\n")[2].partition("```")[0]
+        compile(codes[kind], kind, "exec")
+        assert "bits become levels before: 0,4095 become 0 and 255, and" in card
+    assert (".convert(" in codes["timm"]) == (".convert(" in codes["hf"]) == (channels != 6)
+    Image.new("RGB", (20, 16), (255, 255, 255)).save(tmp_path / "image.jpg")
+    np.save(tmp_path / "image.npy", np.full((16, 16, channels), 255))
+    seen = []
+    session = types.SimpleNamespace(run=lambda _, inputs: (seen.append(inputs["images"]), None))
+    library = types.SimpleNamespace(InferenceSession=lambda path: session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", library)
+    monkeypatch.chdir(tmp_path)
+    exec(codes["onnx"])
+    np.testing.assert_array_equal(seen[0], np.full((1, channels, 16, 16), 2, np.float32))
+
+
 @pytest.mark.parametrize("which", ["online", "target"])
 def test_an_exported_flax_folder_opens_like_a_run(run, tmp_path, which):
     export.export(runs.open_run(run), "flax", which, tmp_path / "out")
@@ -248,6 +391,15 @@ def test_an_exported_flax_folder_opens_like_a_run(run, tmp_path, which):
             lmim_jax.load(tmp_path / "out", weights="target")
     with pytest.raises(UserError, match=f"holds the {which} weights"):
         again.choose_weights({"online": "target", "target": "online"}[which])
+
+
+def test_an_exported_flax_folder_needs_no_projector(tmp_path):
+    config = recipe(projector_depth=0, target_layers=(0,))
+    model = runs.open_run(tiny.run(config, tmp_path / "run"))
+    export.export(model, "flax", "online", tmp_path / "out")
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    found = lmim_jax.load(tmp_path / "out").encode(images)
+    np.testing.assert_array_equal(found.mean, lmim_jax.load(tmp_path / "run").encode(images).mean)
 
 
 def test_there_is_no_export_without_official_names_or_a_teacher(tmp_path, monkeypatch):

@@ -440,6 +440,22 @@ def test_pca_reads_pairs(tmp_path):
         pca.with_images(run, str(folder / "thermal"))
 
 
+def test_a_frozen_teacher_takes_the_modality_that_is_left(tmp_path):
+    teacher = {**tiny.method("interactive_mim"), "channels": 4, "modalities": PAIR}
+    change = dict(predict="latents", target="frozen:RUN", frozen=teacher, channels=4)
+    config = ConfigDict({"data": data_config(tmp_path), "augment": {}, "method": teacher | change})
+    method = base.from_config(config.method, total_steps=1, steps_per_epoch=1)
+    params = jax.jit(method.init)(jax.random.key(0))
+    weights = runs.Weights(params, jax.jit(method.target_of)(params), 0)
+    run = runs.Run(tmp_path, config, method, loaded=weights)
+    chosen = modality_subset.choose(run, ["thermal"])
+    expected = jax.eval_shape(
+        lambda: chosen.method.target_of(chosen.method.init(jax.random.key(0)))
+    )
+    assert chosen.method.frozen.channels == 1 and chosen.method.frozen.modalities == ()
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), chosen.target, expected)
+
+
 def test_mistakes_of_a_recipe_are_named():
     with pytest.raises(UserError, match="takes images of one modality; interactive_mim, latent_m"):
         build("ijepa")

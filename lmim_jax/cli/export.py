@@ -42,6 +42,7 @@ from lmim_jax.convert import (
     mmseg,
     model_card,
     onnx,
+    origin,
     parity_check,
     timm,
     torch_encoder,
@@ -123,7 +124,7 @@ def _files(run: runs.Run, kind: str, which: str) -> Files:
     params = run.encoder_params(which)
     if kind == "flax":
         config = model_card.public_config(run.config)
-        config["exported"] = {"step": run.step, "weights": which}
+        config["exported"] = {"step": run.step, "weights": which, "origin": origin.read(run.folder)}
         return _weights_and_texts(runs.flatten_params(params), {"config.json": config})
     augment = run.config.augment
     preprocessing = {

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lmim_jax
-from lmim_jax.convert import onnx
+from lmim_jax.convert import onnx, origin
 from lmim_jax.convert.trained_model import TrainedModel
+from lmim_jax.data import decode
+from lmim_jax.data.image_options import ImageOptions, format_ranges
 from lmim_jax.utils import buckets
 
 NO_LICENSE = "other"  # the name that the Hugging Face Hub has for it
@@ -28,38 +30,28 @@ LIBRARIES = {  # format -> the name of its library on the Hub
 
 USAGE = {
     "timm": """```python
-import timm, torch
-from PIL import Image
+{imports}
 
 model = timm.create_model("{source}", pretrained=True).eval()
-prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-images = prepare(Image.open("image.jpg").convert("{mode}"))[None]
+{images}
 with torch.no_grad():
     mean = model(images)                     # [1, {width}]: the mean of the patches
     tokens = model.forward_features(images)  # [1, {tokens}, {width}]: {order}
 ```""",
     "hf": """```python
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+{imports}
 
 model = AutoModel.from_pretrained("{source}", add_pooling_layer=False).eval()
-prepare = AutoImageProcessor.from_pretrained("{source}")
-images = prepare(Image.open("image.jpg").convert("{mode}"), return_tensors="pt")
+{images}
 with torch.no_grad():
     tokens = model(**images).last_hidden_state  # [1, {tokens}, {width}]: {order}
 mean = tokens[:, {first_patch}:].mean(dim=1)
 ```""",
     "onnx": """```python
-import numpy as np, onnxruntime
-from PIL import Image, ImageOps
+{imports}
 
 session = onnxruntime.InferenceSession("model.onnx")
-image = Image.open("image.jpg").convert("{mode}")
-size = ({image_width}, {image_height})
-crop = ImageOps.fit(image, size, Image.Resampling.{filter}, bleed={bleed:.4g})
-pixels = np.asarray(crop, np.float32).reshape({image_height}, {image_width}, {channels}) / 255
-images = np.float32((pixels - {mean}) / {std}).transpose(2, 0, 1)[None]
+{images}
 # [1, {width}] and [1, {patches}, {width}]
 mean, patches = session.run(["mean", "patches"], {{"images": images}})
 ```""",
@@ -82,13 +74,47 @@ begin at random, relative positions at zero.""",
 import lmim_jax
 
 model = lmim_jax.load(".")
-images = model.preprocess(["image.jpg"])  # [1, {image_height}, {image_width}, {channels}], as described below
+images = model.preprocess([{image}])  # [1, {image_height}, {image_width}, {channels}], as described below
 features = model.encode(images)           # features.mean, features.patches; features.cls, if any
 ```""",  # noqa: E501
     "safetensors": """```sh
 lmim import-weights model.safetensors --format={method} \\
     --config=RECIPE --workdir=RUN --nodata
 ```""",
+}
+# How the code of a card reads an image, by library: imports, and lines
+PICTURES = {
+    "timm": (
+        "import timm, torch\nfrom PIL import Image",
+        """prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+images = prepare(Image.open("image.jpg").convert("{mode}"))[None]""",
+    ),
+    "hf": (
+        "import torch\nfrom PIL import Image\n"
+        "from transformers import AutoImageProcessor, AutoModel",
+        """prepare = AutoImageProcessor.from_pretrained("{source}")
+images = prepare(Image.open("image.jpg").convert("{mode}"), return_tensors="pt")""",
+    ),
+    "onnx": (
+        "import numpy as np, onnxruntime\nfrom PIL import Image, ImageOps",
+        """image = Image.open("image.jpg").convert("{mode}")
+size = ({image_width}, {image_height})
+crop = ImageOps.fit(image, size, Image.Resampling.{filter}, bleed={bleed:.4g})
+pixels = np.asarray(crop, np.float32).reshape({image_height}, {image_width}, {channels}) / 255
+images = np.float32((pixels - {mean}) / {std}).transpose(2, 0, 1)[None]""",
+    ),
+}
+BANDS = """# [{image_height}, {image_width}, {channels}], resized and cropped as below
+levels = np.load("image.npy")  # 0 .. 255
+images = np.float32((levels / 255 - {mean}) / {std}).transpose(2, 0, 1)[None]"""
+# The same of images with bands that Pillow has no mode for
+ARRAYS = {
+    "timm": ("import numpy as np, timm, torch", f"{BANDS}\nimages = torch.from_numpy(images)"),
+    "hf": (
+        "import numpy as np, torch\nfrom transformers import AutoModel",
+        f'{BANDS}\nimages = {{{{"pixel_values": torch.from_numpy(images)}}}}',
+    ),
+    "onnx": ("import numpy as np, onnxruntime", BANDS),
 }
 OTHER_SIZES = {
     "timm": "`create_model(..., img_size=...)`",
@@ -101,7 +127,14 @@ WEIGHTS = {
     "target": "the teacher, an exponential moving average of the encoder",
     "both": "all networks",
 }
-MACHINE_KEYS = ("path", "dir", "classes")  # of config.data: paths on the machine of the run
+RANDOM_TEACHER = "the encoder with random weights, as it was at the start"
+# Options that are paths on the machine of the run; so is `classes`, where it is no list of names
+PATHS = (
+    *("path", "dir", "cache", "stage", "labels", "init_from"),
+    *("images", "masks", "listed", "lists"),  # of evaluators
+)
+ROOTS = ("/", "~", "gs://")  # other options with such a beginning are paths too
+FROZEN_TEACHER = "frozen:"  # config.method.target, before the path of a run
 
 # Columns of the table of results: key of a value -> head
 COLUMNS = {
@@ -138,7 +171,7 @@ def write(
       repo: USER/NAME on the Hub, where the folder will be; "": nowhere.
     """
     has_cls = "cls_token" in model.params["encoder"]
-    origin = _read_json(model.folder / "imported.json")
+    begun = origin.read(model.folder)
     sections = [
         _front_matter(kind, license_name, base_model),
         *_introduction(model, which),
@@ -153,9 +186,9 @@ def write(
         "## Results",
         _results(model),
         "## Base model",
-        _base_model(origin, base_model),
+        _base_model(begun, base_model),
         "## License",
-        _license(origin, license_name),
+        _license(begun, license_name),
         "## Citation",
         _citation(model),
         "<details>\n<summary>Config</summary>",
@@ -167,13 +200,23 @@ def write(
 
 def public_config(config: Any) -> dict[str, Any]:
     """Convert a ConfigDict to plain values, without the paths of the machine that it ran on."""
-    plain = json.loads(config.to_json())
-    for key in MACHINE_KEYS:
-        if key in plain["data"]:
-            plain["data"][key] = ""
-    for modality in plain["data"].get("modalities", {}).values():
-        modality["path"] = ""
-    return plain
+    return _without_paths(json.loads(config.to_json()))
+
+
+def _without_paths(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of a config, and those in it, with empty values in place of paths."""
+    kept: dict[str, Any] = {}
+    for key, value in section.items():
+        kept[key] = value
+        if isinstance(value, dict):
+            kept[key] = _without_paths(value)
+        elif isinstance(value, list) and key in PATHS:
+            kept[key] = []
+        elif isinstance(value, str) and (key in (*PATHS, "classes") or value.startswith(ROOTS)):
+            kept[key] = ""
+        elif isinstance(value, str) and value.startswith(FROZEN_TEACHER):
+            kept[key] = FROZEN_TEACHER.removesuffix(":")
+    return kept
 
 
 def _front_matter(kind: str, license_name: str, base_model: str) -> str:
@@ -189,31 +232,29 @@ def _front_matter(kind: str, license_name: str, base_model: str) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _base_model(origin: dict[str, Any], base_model: str) -> str:
+def _base_model(begun: origin.Origin, base_model: str) -> str:
     """Sentences on the weights that training began with.
 
     Args:
-      origin: the content of imported.json; {}: nothing was imported.
+      begun: where the weights come from.
       base_model: see `write`.
     """
-    if not origin:
-        return f"{base_model or 'None: training began with random weights'}."
-    text = f"Imported weights: {origin['file']}, SHA-256 {origin['sha256']}."
+    sentences = origin.sentences(begun)
     if base_model:
-        text = f"{base_model}. {text}"
-    if origin["fresh"]:
-        text += f" {len(origin['fresh'])} arrays were not in that file, and initialized at random."
-    return text
+        sentences.insert(0, f"{base_model}.")
+    elif begun is not None and not {"imported", "init_from"} & begun.keys():
+        sentences.insert(0, "None: training began with random weights.")
+    return " ".join(sentences)
 
 
-def _license(origin: dict[str, Any], license_name: str) -> str:
+def _license(begun: origin.Origin, license_name: str) -> str:
     """Sentences on the license of the weights; see `write`."""
     text = f"These weights: {license_name}."
     if not license_name:
         text = (
             "No license has been chosen for these weights: set `license` at the top of this file."
         )
-    if origin:
+    if origin.has_imported_weights(begun):
         text += " The license of the imported weights applies to them too."
     return f"{text} The code, `lmim_jax`: Apache-2.0."
 
@@ -235,9 +276,12 @@ def _introduction(model: TrainedModel, which: str) -> list[str]:
     method = model.method
     name = model.config.method.name
     height, width = method.feature_size
+    weights = WEIGHTS[which]
+    if which == "target" and model.config.method.get("target") == "random":
+        weights = RANDOM_TEACHER
     text = (
         f"A Vision Transformer pretrained by {name} without labels, with `lmim_jax`: "
-        f"{WEIGHTS[which]}. It takes images of {height} x {width} pixels and computes "
+        f"{weights}. It takes images of {height} x {width} pixels and computes "
         f"{method.width} features for each of {_grid_text(model)}. All weights are float32."
     )
     if which != "both":
@@ -266,10 +310,18 @@ def _usage_values(model: TrainedModel, kind: str, has_cls: bool, repo: str) -> d
     order = _grid_text(model)
     if has_cls:
         order = f"CLS, then {order}"
-    mode = {3: "RGB", 4: "RGBA"}.get(method.channels, "L")
-    return {
+    readers = PICTURES if method.channels in decode.MODES else ARRAYS
+    imports, lines = readers.get(kind, ("", ""))
+    image = '"image.jpg"'
+    if method.modalities:
+        image = "array"
+    elif readers is ARRAYS:
+        image = '"image.tif"'
+    values = {
         "method": model.config.method.name,
-        "mode": mode,
+        "mode": decode.MODES.get(method.channels),
+        "image": image,
+        "imports": imports,
         "width": method.width,
         "tokens": method.num_patches + int(has_cls),
         "first_patch": int(has_cls),
@@ -284,6 +336,7 @@ def _usage_values(model: TrainedModel, kind: str, has_cls: bool, repo: str) -> d
         "mean": tuple(augment.mean),
         "std": tuple(augment.std),
     }
+    return {**values, "images": lines.format(**values)}
 
 
 def _advice(kind: str, has_cls: bool) -> str:
@@ -338,12 +391,28 @@ def _preprocessing(model: TrainedModel, kind: str) -> str:
             "as an array [height, width, channels]. For files of one modality: "
             f'`lmim_jax.load(".", modalities=["{model.method.modalities[0].name}"])`.'
         )
-    if kind == "hf":
+    text += _describe_ranges(model)
+    if kind == "hf" and model.method.channels in decode.MODES:
         text += (
             " If the margin of the crop is odd, transformers rounds its half down and `lmim_jax` "
             "to even, so crops can differ by one pixel."
         )
     return text
+
+
+def _describe_ranges(model: TrainedModel) -> str:
+    """A sentence on samples that are not of 8 bits, if the run knows their range."""
+    options = ImageOptions.from_config(model.config.data)
+    texts = []
+    for part in options.parts_of(model.method.channels):
+        if part.options.ranges:
+            texts.append(f"{part.name} {format_ranges(part.options.ranges)}".strip())
+    if not texts:
+        return ""
+    return (
+        f" Samples that are not of 8 bits become levels before: {' and '.join(texts)} become 0 and "
+        "255, and values outside are clipped."
+    )
 
 
 def _join_numbers(values: Sequence[float]) -> str:
@@ -387,8 +456,8 @@ TRAINING_IMAGES = "training_images"  # in the config.json of a run
 
 def _results(model: TrainedModel) -> str:
     """A table of all metrics of this step: from training, then from later evaluations."""
-    summary = _read_json(model.folder / "summary.json")
-    if summary.get("steps") != model.step:
+    summary = origin.read_json(model.folder / "summary.json")
+    if summary.get("steps") != model.step or model.modalities:  # training measures all of them
         summary = {}
     rows = {**_summary_rows(model, summary), **_evaluation_rows(model)}
     paragraphs = []
@@ -431,7 +500,7 @@ def _evaluation_rows(model: TrainedModel) -> Rows:
     """Rows from evaluations/*.json, which `lmim evaluate` writes."""
     rows: Rows = {}
     for path in buckets.matching(model.folder / "evaluations", "*.json"):
-        content = _read_json(path)
+        content = origin.read_json(path)
         evaluated = content.get("evaluated", {})
         if evaluated.get("step") != model.step or _is_of_other_images(model, evaluated):
             continue
@@ -446,11 +515,23 @@ def _evaluation_rows(model: TrainedModel) -> Rows:
 
 
 def _is_of_other_images(model: TrainedModel, evaluated: Mapping[str, Any]) -> bool:
-    """Whether an evaluation was of other images than the run's, or of some modalities alone."""
-    own = _read_json(model.folder / "config.json").get(TRAINING_IMAGES)
+    """Whether an evaluation was of other images than the model's, or of other modalities."""
+    config = origin.read_json(model.folder / "config.json")
+    every = list(config.get("data", {}).get("modalities", {}))
+    chosen = list(model.modalities) or every
+    if set(evaluated.get("modalities") or every) != set(chosen):
+        return True
+    own = config.get(TRAINING_IMAGES)
     theirs = (evaluated.get("data") or {}).get("train")
-    is_other = own is not None and theirs is not None and own != theirs
-    return is_other or bool(evaluated.get("modalities"))
+    if own is None or theirs is None:
+        return False
+    if not model.modalities:
+        return own != theirs
+    keys = ["source", "images", "classes", "labels"]
+    if own["source"] == "folders":  # checksums of names, by modality; of one alone: "names"
+        keys = ["images", "labels", *chosen]
+        theirs = {chosen[0]: theirs.get("names"), **theirs}
+    return any(own.get(key) != theirs.get(key) for key in keys)
 
 
 def _table(rows: Rows) -> str:
@@ -474,10 +555,3 @@ def _table(rows: Rows) -> str:
 
 def _table_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _read_json(path: buckets.Path) -> dict[str, Any]:
-    """Read a JSON file; {} if it does not exist."""
-    if not path.is_file():
-        return {}
-    return json.loads(path.read_text())

@@ -26,5 +26,9 @@ class TrainedModel(Protocol):
         """The online weights."""
 
     @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those of the run that it was restricted to; (): all."""
+
+    @property
     def step(self) -> int:
         """Number of optimizer steps done."""

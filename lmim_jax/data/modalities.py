@@ -88,12 +88,15 @@ def restrict(config: ConfigDict, names: Sequence[str]) -> ConfigDict:
     kept = {name: chosen.data.modalities[name] for name in known if name in names}
     chosen.data.modalities = ConfigDict(kept)
     chosen.data.channels = sum(options.channels for options in kept.values())
-    chosen.method.channels = chosen.data.channels
     for key in ("mean", "std"):
         chosen.augment[key] = sum((tuple(options[key]) for options in kept.values()), ())
-    chosen.method.modalities = entries(chosen.data)
+    parts = entries(chosen.data) if len(kept) > 1 else ()
+    method = chosen.method
+    while method:  # a frozen teacher takes the same images, and so does the one it had itself
+        method.channels = chosen.data.channels
+        method.modalities = parts
+        method = method.get("frozen")
     if len(kept) == 1:
-        chosen.method.modalities = ()
         (options,) = kept.values()
         if sources.kind(config.data) == "folder":
             chosen.data.path = str(pathlib.Path(chosen.data.path, options.path))

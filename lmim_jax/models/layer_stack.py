@@ -1,8 +1,8 @@
 """Running the blocks of a network: rematerialization, loops over layers, stochastic depth.
 
-These are choices of a run and not of a model: they change neither results nor names of parameters.
-So they are not arguments of modules and methods, but hold for everything that is traced in their
-scope, like `jax.default_matmul_precision`.
+These are choices of a run and not of a model: they do not change names of parameters, and results
+only by rounding, in bfloat16. So they are not arguments of modules and methods, but hold for
+everything that is traced in their scope, like `jax.default_matmul_precision`.
 """
 
 import contextlib

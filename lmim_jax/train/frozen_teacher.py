@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from lmim_jax.convert import origin
 from lmim_jax.methods.base import Method
 from lmim_jax.train import runs
 from lmim_jax.train.initialization import InitialWeights
@@ -69,10 +70,11 @@ def weights(name: str, method: Method) -> InitialWeights:
     if len(jax.tree.leaves(wanted)) != len(arrays):
         raise UserError(f"config.method.target={PREFIX}{name}: its weights do not fit its method")
     record = {
-        "frozen_teacher": name,
-        "weights": which,
-        "step": source.step,
-        "checkpoint": source.weights.checkpoint,
+        "frozen_teacher": str(source.folder.absolute()),
+        "frozen_teacher_weights": which,
+        "frozen_teacher_step": source.step,
+        "frozen_teacher_checkpoint": source.weights.checkpoint,
+        "frozen_teacher_origin": origin.read(source.folder),
     }
     line = f"frozen teacher: the {which} encoder of {name}, step {source.step:,}"
     return InitialWeights({}, arrays, record, [line])

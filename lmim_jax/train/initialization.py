@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmim_jax.convert import origin
 from lmim_jax.methods.base import Method
 from lmim_jax.train import runs
 from lmim_jax.train.state import TrainState
 from lmim_jax.utils import atomic_io, buckets
 from lmim_jax.utils.errors import UserError
 
-NAME = "init_from.json"
 LISTED = 3  # names of fresh arrays in a line
 
 
@@ -55,7 +55,9 @@ class InitialWeights:
 
     def write(self, workdir: buckets.Pathname) -> None:
         """Write the record into a run."""
-        atomic_io.write(buckets.path(workdir, NAME), json.dumps(self.record, indent=2) + "\n")
+        atomic_io.write(
+            buckets.path(workdir, origin.INITIAL), json.dumps(self.record, indent=2) + "\n"
+        )
 
 
 def read(folder: str, method: Method) -> InitialWeights:
@@ -88,6 +90,7 @@ def read(folder: str, method: Method) -> InitialWeights:
     record = {
         "folder": str(buckets.path(folder).absolute()),
         "step": weights.step,
+        "origin": origin.read(source.folder),
         "checkpoint": weights.checkpoint,
         "copied": sorted(params),
         "fresh": sorted(wanted.keys() - params.keys()),

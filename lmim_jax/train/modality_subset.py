@@ -21,6 +21,7 @@ from lmim_jax.train.runs import Run
 
 PATCH_EMBED = "patch_embed"
 MODALITY_EMBED = "modality_embed"
+ENCODERS = ("encoder", "frozen")  # that of a run, and a frozen teacher's
 TARGET_EMBED = "target_embed"  # of random projections of pixels
 
 
@@ -34,7 +35,8 @@ def choose(run: Run, names: Sequence[str]) -> Run:
     Raises:
       UserError: it has no such modalities.
     """
-    if not names:
+    known = list(run.config.data.modalities)
+    if not names or (known and set(names) == set(known)):
         return run
     config = modalities.restrict(run.config, names)
     method = methods.from_config(config.method, total_steps=1, steps_per_epoch=1)
@@ -46,7 +48,14 @@ def choose(run: Run, names: Sequence[str]) -> Run:
         params = fold(params, modality, method.patch_size)
         target = fold(target, modality, method.patch_size)
     chosen = dataclasses.replace(weights, params=params, target=target)
-    return dataclasses.replace(run, config=config, method=method, loaded=chosen, opened=None)
+    return dataclasses.replace(
+        run,
+        config=config,
+        method=method,
+        loaded=chosen,
+        opened=None,
+        modalities=tuple(name for name in known if name in names),
+    )
 
 
 def fold(params: dict[str, Any], modality: Modality, patch_size: int) -> dict[str, Any]:
@@ -58,8 +67,9 @@ def fold(params: dict[str, Any], modality: Modality, patch_size: int) -> dict[st
       patch_size: of the grid.
     """
     folded = {name: tree for name, tree in params.items() if name != "modalities"}
-    if "encoder" in params:
-        folded["encoder"] = _fold_encoder(params["encoder"], modality, patch_size)
+    for name in ENCODERS:
+        if name in params:
+            folded[name] = _fold_encoder(params[name], modality, patch_size)
     if TARGET_EMBED in params:
         layer = params[TARGET_EMBED]
         kernel = np.asarray(layer["kernel"])[: modality.patch_dim]

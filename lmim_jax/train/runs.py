@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -70,6 +70,7 @@ class Run:
       exported: of an exported model, which weights it holds, "online" or "target"; None for a run.
       loaded: weights that are in memory already; None: the newest good ones of the folder.
       opened: images that are open already; None: those of `config.data`.
+      modalities: those that it was restricted to, see modality_subset.py; (): all.
     """
 
     folder: buckets.Path
@@ -78,6 +79,7 @@ class Run:
     exported: str | None = None
     loaded: Weights | None = None
     opened: EvaluationData | None = None
+    modalities: tuple[str, ...] = ()
 
     @functools.cached_property
     def weights(self) -> Weights:
@@ -89,7 +91,7 @@ class Run:
         if self.loaded is not None:
             return self.loaded
         if self.exported:
-            return _read_exported(self.folder)
+            return _read_exported(self.folder, self.method)
         step = checkpoints.newest_step(self.folder)
         checksum = checkpoint_manifest.checksum(checkpoint_manifest.steps(self.folder)[step])
         params, target = checkpoints.read_weights(self.folder, self.method, step)
@@ -267,12 +269,16 @@ def _mend_resize(augment: ConfigDict, smallest: int) -> None:
         augment.eval_resize = mended
 
 
-def _read_exported(folder: buckets.Path) -> Weights:
+def _read_exported(folder: buckets.Path, method: Any) -> Weights:
+    """The weights of an exported model; its file lacks networks without parameters."""
     with buckets.local_file(folder / WEIGHTS_FILE) as file:
         arrays, _ = array_io.read(file)
         checksum = file_checksum(file)
     step = read_config(folder)["exported"]["step"]
-    return Weights(unflatten_dict(arrays, sep="/"), {}, step, checksum)
+    abstract = jax.eval_shape(method.init, jax.random.key(0))
+    every = flatten_dict(abstract, keep_empty_nodes=True, sep="/")
+    empty = {name: node for name, node in every.items() if node is empty_node}
+    return Weights(unflatten_dict(empty | arrays, sep="/"), {}, step, checksum)
 
 
 def read_config(folder: buckets.Pathname) -> dict[str, Any]:

@@ -116,7 +116,8 @@ class TargetMethod(ViTMethod):
         """Create the parameters of a random projection, {"target_embed"}; {} of other targets."""
         if self.target != "random_projection":
             return {}
-        # Names with "embed" are not decayed, and the gradient is 0: it never changes.
+        # Targets are read from the copy in `target_of`, which never changes; this one has no
+        # gradient, but shrinks where `decay_rules` include it.
         patches = jnp.zeros((1, 1, self.patch_dim))
         return {"target_embed": self._target_embed.init(rng, patches)["params"]}
 
