@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 from PIL import Image
 
 import lmim_jax
@@ -195,7 +196,7 @@ def test_the_card_lists_evaluators_with_underscores_but_not_the_metrics_of_basel
 
 def test_the_card_has_no_figures_of_other_images(tmp_path):
     images = {"source": "folder", "images": 5, "names": "abc"}
-    known = {"data": {"modalities": {"rgb": {}, "thermal": {}}}, "training_images": images}
+    known = {"data": {"modalities": {"rgb": {}, "thermal": {}}}}
     (tmp_path / "config.json").write_text(json.dumps(known))
     (tmp_path / "evaluations").mkdir()
     others = {**images, "names": "def"}
@@ -211,7 +212,8 @@ def test_the_card_has_no_figures_of_other_images(tmp_path):
             "figures": {"knn/knn20": accuracy},  # as before version 0.2
         }
         (tmp_path / "evaluations" / f"0-{accuracy}.json").write_text(json.dumps(content))
-    model = types.SimpleNamespace(folder=tmp_path, step=0, modalities=())
+    config = ConfigDict({"training_images": images})
+    model = types.SimpleNamespace(folder=tmp_path, config=config, step=0, modalities=())
     (figures,) = model_card._evaluation_rows(model).values()
     assert figures == {"trained": 71.0}
 
@@ -249,11 +251,12 @@ def pairs(tmp_path):
     config.method = {**config.method, "channels": 4}
     options = modalities.method_options(config)
     method = base.from_config(options, total_steps=1, steps_per_epoch=1)
-    config.method.update(frozen=None, modalities=options["modalities"])
+    config.method.update(modalities=options["modalities"])
     names = {"rgb": "abc", "thermal": "def"}
     training = {"source": "folders", "images": 5, **names}
-    content = {"data": {"modalities": names}, "training_images": training}
+    content = {"data": {"modalities": names}}
     (tmp_path / "config.json").write_text(json.dumps(content))
+    config.update(training_images=training)
     summary = {"steps": 0, "knn/knn5": 61.5, "collapse_index": 0.5}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "evaluations").mkdir()

@@ -62,6 +62,15 @@ def data_config(path):
     return config
 
 
+def check_identity_of_one(data):
+    """A run restricted to a modality has the identity of its images alone."""
+    identity = sources.from_config(data, "train").identity()
+    sections = {"data": data, "augment": {}, "method": {"channels": 4}}
+    config = ConfigDict({**sections, "training_images": identity})
+    chosen = modalities.restrict(config, ["thermal"])
+    assert chosen.training_images.to_dict() == sources.from_config(chosen.data, "train").identity()
+
+
 def test_files_are_packed_and_a_single_one_is_itself():
     files = [b"abc", b"", b"\x00" * 70_000]
     assert records.unpack(records.pack(files)) == files
@@ -89,6 +98,10 @@ def test_an_image_has_the_channels_of_both_files_and_ranges_of_their_own(tmp_pat
     batch = BatchDecoder(source, 16, 4, 1, replace=False, options=options).batch(np.arange(5))
     assert batch["image"].shape == (5, 16, 16, 4)
     assert (batch["bad"] == -1).all()
+
+
+def test_the_images_of_one_modality_are_those_of_its_folder(tmp_path):
+    check_identity_of_one(data_config(write_pairs(tmp_path)))
 
 
 def test_files_without_a_partner_are_named_and_counted(tmp_path):
@@ -178,6 +191,7 @@ def test_prepared_pairs_are_the_same_images(tmp_path):
     assert len(source) == 5
     assert source.record(3) == folder.record(3)
     assert source.identity()["modalities"] == "rgb,thermal"
+    check_identity_of_one(prepared)
     _, problems = prepare_data.verify(target, 5)
     assert not problems
     prepared.modalities.thermal.path = "infrared"

@@ -15,6 +15,7 @@ from lmim_jax.convert import onnx, origin
 from lmim_jax.convert.trained_model import TrainedModel
 from lmim_jax.data import decode
 from lmim_jax.data.image_options import ImageOptions, format_ranges
+from lmim_jax.data.modalities import TRAINING_IMAGES
 from lmim_jax.utils import buckets
 
 NO_LICENSE = "other"  # the name that the Hugging Face Hub has for it
@@ -451,7 +452,6 @@ class _Measurement:
 
 
 Rows = dict[_Measurement, Mapping[str, float]]
-TRAINING_IMAGES = "training_images"  # in the config.json of a run
 
 
 def _results(model: TrainedModel) -> str:
@@ -516,22 +516,13 @@ def _evaluation_rows(model: TrainedModel) -> Rows:
 
 def _is_of_other_images(model: TrainedModel, evaluated: Mapping[str, Any]) -> bool:
     """Whether an evaluation was of other images than the model's, or of other modalities."""
-    config = origin.read_json(model.folder / "config.json")
+    config = origin.read_json(model.folder / "config.json")  # of all modalities
     every = list(config.get("data", {}).get("modalities", {}))
-    chosen = list(model.modalities) or every
-    if set(evaluated.get("modalities") or every) != set(chosen):
+    if set(evaluated.get("modalities") or every) != set(model.modalities or every):
         return True
-    own = config.get(TRAINING_IMAGES)
+    own = model.config.to_dict().get(TRAINING_IMAGES)
     theirs = (evaluated.get("data") or {}).get("train")
-    if own is None or theirs is None:
-        return False
-    if not model.modalities:
-        return own != theirs
-    keys = ["source", "images", "classes", "labels"]
-    if own["source"] == "folders":  # checksums of names, by modality; of one alone: "names"
-        keys = ["images", "labels", *chosen]
-        theirs = {chosen[0]: theirs.get("names"), **theirs}
-    return any(own.get(key) != theirs.get(key) for key in keys)
+    return own is not None and theirs is not None and own != theirs
 
 
 def _table(rows: Rows) -> str:

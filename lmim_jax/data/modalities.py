@@ -5,7 +5,7 @@ config. Recipes derive `data.channels`, `augment.mean` and `augment.std` from th
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from lmim_jax.data import sources
 from lmim_jax.utils.errors import UserError, did_you_mean
 
+TRAINING_IMAGES = "training_images"  # of the config of a run, see train/workdir.py
 Entry = tuple[str, int, int]  # name, channels, patch size
 
 
@@ -102,4 +103,21 @@ def restrict(config: ConfigDict, names: Sequence[str]) -> ConfigDict:
             chosen.data.path = str(pathlib.Path(chosen.data.path, options.path))
             chosen.data.range = options.range
             chosen.data.modalities = ConfigDict()
+    if TRAINING_IMAGES in chosen:  # where weights were imported, images may not be known
+        dropped = set(known) - set(kept)
+        chosen[TRAINING_IMAGES] = _identity(chosen[TRAINING_IMAGES], dropped, kept)
     return chosen
+
+
+def _identity(
+    images: ConfigDict, dropped: Collection[str], kept: Mapping[str, ConfigDict]
+) -> ConfigDict:
+    """What identifies images without some of their modalities: the `identity` of their source."""
+    found = {key: value for key, value in images.items() if key not in dropped}
+    if "modalities" in found:  # a prepared dataset
+        found["modalities"] = ",".join(options.path for options in kept.values())
+    elif len(kept) == 1:  # an ordinary folder
+        (name,) = kept
+        found["names"] = found.pop(name)
+        found["source"] = "folder"
+    return ConfigDict(found)
