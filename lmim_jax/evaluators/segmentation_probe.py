@@ -9,8 +9,7 @@ resolution of its mask, and IoU and accuracy count its pixels.
 
 Source: the protocol of CAPI (Darcet et al. 2025, arXiv 2502.08769) and its official code,
 facebookresearch/capi, eval_segmentation.py: images squashed to 224 x 224, StandardScaler, a tenth
-of the training images to choose k, the distance, and C. There, masks are reduced to the size of the
-images, and all training patches are used.
+of the training images to choose k, the distance, and C. docs/evaluation.md lists what differs.
 
 Letters: I images, N patches, D width, C classes, K neighbors, q label cells along each side of a
 patch, S sampled patches.
