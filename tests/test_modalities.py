@@ -19,7 +19,7 @@ from lmim_jax.cli import image_files, pca
 from lmim_jax.configs import interactive_mim_vit_s, small, vit_b
 from lmim_jax.data import decode, inventory, modalities, pixel_range, records, sources
 from lmim_jax.data.augment.device import Augment
-from lmim_jax.data.image_options import BadImage, ImageOptions
+from lmim_jax.data.image_options import MAX_PIXELS, BadImage, ImageOptions
 from lmim_jax.data.loader import BatchDecoder
 from lmim_jax.data.prepare import tfds_writer
 from lmim_jax.evaluators.common.feature_extraction import Extractor, extract_from_files
@@ -132,12 +132,12 @@ def test_splits_and_classes_are_those_of_the_first_modality(tmp_path):
 def test_pairs_are_shrunk_together_or_not_at_all(tmp_path):
     folder = write_pairs(tmp_path / "pairs", size=(40, 30))  # thermal has 16 bits
     source = sources.open_pairs(folder, {"rgb": "rgb", "thermal": "thermal"}, "train", {})
-    data, _, before = tfds_writer._read_image(source, 0, 20)
+    data, _, before = tfds_writer._read_image(source, 0, 20, MAX_PIXELS)
     assert len(data) == before
     for path in (folder / "thermal").iterdir():  # now of 8 bits
         pixels = np.asarray(Image.open(path)) >> 8
         Image.fromarray(pixels.astype(np.uint8)).save(path)
-    data, _, _ = tfds_writer._read_image(source, 0, 20)
+    data, _, _ = tfds_writer._read_image(source, 0, 20, MAX_PIXELS)
     for file in records.unpack(data):
         assert decode.decode(file, 0, 3).shape[:2] == (20, 27)
 
