@@ -195,20 +195,10 @@ def test_every_column_is_measured_by_the_same_evaluator(saved, images):
     assert knn.evaluate_feature(run.method, {}, data, "pixels") == by_column["pixels"]
 
 
-EVALUATED = {
-    "run": "RUN",
-    "step": 3,
-    "checkpoint": 64 * "a",
-    "weights": {"a": "online"},
-    "classes": 4,
-    "images": {"train": 4096, "test": 16},
-}
-
-
 def test_the_command_that_uses_a_classifier_runs_as_printed(tmp_path, capsys):
     folder = tmp_path / "my run" / "finetune"
     measured = evaluate.Measured({"a/knn20": {"trained": 50.0}}, {})
-    evaluate._show(measured, EVALUATED, tmp_path / "a.json", [folder])
+    evaluate._show(measured, tiny.EVALUATED, tmp_path / "a.json", [folder])
     printed = capsys.readouterr().out
     assert f"to use it: {commands.line('predict', folder, 'IMAGES')}\n" in printed
 
@@ -221,7 +211,7 @@ def test_the_table_is_for_people():
         "a/shots4_std": {"trained": 1.25},
         "a/own": {"trained": 1.0},
     }
-    lines = eval_table.table(EVALUATED, metrics).splitlines()
+    lines = eval_table.table(tiny.EVALUATED, metrics).splitlines()
     assert lines[1].split(":") == ["RUN", " step 3, online weights, checkpoint aaaaaaaaaaaa"]
     assert "4,096 train and 16 test images, 4 classes: guessing gives 25 %." in lines[2]
     assert [re.split(r"\s\s+", line.strip()) for line in lines[4:]] == [

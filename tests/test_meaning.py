@@ -279,14 +279,7 @@ def test_one_image_has_no_collapse(opened, tmp_path):
 
 
 def test_the_table_says_what_guessing_gives_beside_the_accuracies():
-    evaluated = {
-        "run": "RUN",
-        "step": 3,
-        "checkpoint": 64 * "a",
-        "weights": {"a": "online"},
-        "classes": 1,
-        "images": {"train": 4, "test": 1},
-    }
+    evaluated = {**tiny.EVALUATED, "classes": 1, "images": {"train": 4, "test": 1}}
     metrics = {"a/nn1": {"trained": 80.0}, "a/majority": {"trained": 75.0}}
     table = eval_table.table(evaluated, metrics)
     assert "guessing" not in table

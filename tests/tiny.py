@@ -46,6 +46,15 @@ EVALUATORS = {  # what is smaller than in configs/evaluate.py
     "finetune": dict(batch_size=16, epochs=1.0, warmup_epochs=0.5),
 }
 
+EVALUATED = {  # what `lmim evaluate` writes of its model and its images
+    "run": "RUN",
+    "step": 3,
+    "checkpoint": 64 * "a",
+    "weights": {"a": "online"},
+    "classes": 4,
+    "images": {"train": 4096, "test": 16},
+}
+
 
 def get_config():
     """vit_b, shrunk; data.path is to be given."""

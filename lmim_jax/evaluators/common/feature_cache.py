@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from lmim_jax.data.decode import BadImage
 from lmim_jax.data.eval.eval_data import EvaluationData
+from lmim_jax.data.folder_listing import ENCODING
 from lmim_jax.data.image_options import ImageOptions
 from lmim_jax.distributed import multihost
 from lmim_jax.evaluators.base import EvaluatedMethod, Params, Scheduled
@@ -122,7 +123,7 @@ class FeatureCache:
         """What distinguishes images and labels: names, classes, and the bytes of a sample."""
         source = data.sources[split]
         if id(source) not in self._identities:
-            digest = hashlib.sha256("\n".join(data.classes).encode("utf-8", "surrogateescape"))
+            digest = hashlib.sha256("\n".join(data.classes).encode(*ENCODING))
             for index in np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int)):
                 try:
                     record, label = source.record(index)
